@@ -108,3 +108,21 @@ def padding_share(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> floa
     """The share of slots that hold no token once the rows are cropped to the longest, in [0, 1)."""
     filled = [sum(lengths[index] for index in row) for row in rows]
     return 1.0 - sum(filled) / (len(filled) * max(filled))
+
+
+def unpack(rows: torch.Tensor, row_of: torch.Tensor, first_column: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Takes spans out of packed or padded rows.
+
+    Args:
+        rows (`torch.Tensor` of shape `(R, C)`):
+            Anything that has an entry per column.
+        row_of, first_column, lengths (`torch.Tensor` of shape `(B,)`, int64):
+            Row, first column and number of columns of each span.
+
+    Returns:
+        `torch.Tensor` of shape `(B, max(lengths))`: span b in the first `lengths[b]` entries, 0 after them.
+    """
+    steps = torch.arange(int(lengths.max()), device=rows.device)
+    inside = steps < lengths.unsqueeze(1)
+    columns = torch.where(inside, first_column.unsqueeze(1) + steps, torch.zeros_like(steps))
+    return torch.where(inside, rows[row_of.unsqueeze(1), columns], torch.zeros_like(rows[:1, :1]))

@@ -289,7 +289,8 @@ def split_by_prompt(dataset: Dataset, held_out: float, seed: int = 0) -> tuple[D
     groups = sorted(set(rows))
     if not 0.0 < held_out < 1.0 or len(groups) < 2:
         raise ValueError(
-            f"Cannot hold out a share of {held_out} of {len(groups)} prompts: it takes two prompts and a share in (0, 1)."
+            f"Cannot hold out a share of {held_out} of {len(groups)} prompts: it takes two or more prompts and a share "
+            "strictly between 0 and 1."
         )
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(1, round(held_out * len(groups))), len(groups) - 1)

@@ -23,6 +23,7 @@ from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lenvm_rl.journal import Journal
 from lenvm_rl.rollouts import RolloutMetadata, read_rollouts, write_rollouts
 from lenvm_rl.tokenization import check_pad_is_not_eos, tokenizer_fingerprint
 
@@ -144,23 +145,25 @@ def sample_to_file(
         dataset, found = read_rollouts(path)
         if found.sampling != metadata.sampling or found.seed != seed:
             raise ValueError(
-                f"{path} exists and was sampled with other arguments ({found.sampling}, seed {found.seed}); give another "
-                "path, or remove it to sample again."
+                f"{path} exists and was sampled with other arguments (then {found.sampling}, seed {found.seed}; now "
+                f"{metadata.sampling}, seed {seed}). Give another path, or remove it to sample again."
             )
         logger.info("%s is complete: %d completions, nothing to sample", path, len(dataset))
         return dataset, found
-    journal = _Journal(path.with_suffix(".journal"), metadata.sampling["plan"])
+    journal = Journal(path.with_suffix(".journal"), metadata.sampling["plan"])
     done = journal.open()
     for index, batch in sampler.run(done):
         journal.append(index, batch)
         done[index] = batch
-    records = sampler.in_order([record for batch in done.values() for record in batch])
+    records = sampler.in_order([record for index in sorted(done) for record in done[index]])
     write_rollouts(path, records, metadata)
     journal.remove()
     return read_rollouts(path)
 
 
-def load_prompts(name_or_path: str, config: str | None = None, split: str = "train", limit: int | None = None) -> Dataset:
+def load_prompts(
+    name_or_path: str, config: str | None = None, split: str = "train", limit: int | None = None
+) -> Dataset:
     """Loads a data set of prompts, from the hub or from a local file.
 
     Args:
@@ -197,7 +200,7 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Promp
         else:
             row = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         if not row:
-            raise ValueError(f"Prompt {index} has no tokens: {prompt!r}. The first value is read at the last prompt token.")
+            raise ValueError(f"Prompt {index} has no tokens ({prompt!r}): the first value is read at its last token.")
         ids.append(list(row))
     return ids
 
@@ -263,10 +266,11 @@ class RolloutSampler:
     def metadata(self, generator: str | None = None) -> RolloutMetadata:
         """What a file of these rollouts says about itself. `sampling["plan"]` tells two different jobs apart."""
         settings = asdict(self.settings)
-        job = [settings, self.seed, self.eos_token_ids, self.prompt_ids, self.prompts, self.extra_columns]
+        generator = generator or self.model.config.name_or_path
+        job = [generator, settings, self.seed, self.eos_token_ids, self.prompt_ids, self.prompts, self.extra_columns]
         plan = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
         return RolloutMetadata(
-            generator=generator or self.model.config.name_or_path,
+            generator=generator,
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             sampling={**settings, "backend": "transformers", "plan": plan},
             seed=self.seed,
@@ -290,7 +294,8 @@ class RolloutSampler:
                 progress.update(len(records))
                 yield index, records
         if completions:
-            logger.info("sampled %d completions, %d tokens, %.1f%% truncated", completions, tokens, 100 * cut / completions)
+            share = 100 * cut / completions
+            logger.info("sampled %d completions, %d tokens, %.1f%% truncated", completions, tokens, share)
 
     def in_order(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Records by prompt; samples of one prompt stay in the order of the plan."""
@@ -323,9 +328,7 @@ class RolloutSampler:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
         with _bare_generation(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(batch_seed(self.seed, index))
-            output = self.model.generate(
-                input_ids, attention_mask=mask, generation_config=self._generation_config(), return_dict_in_generate=False
-            )
+            output = self.model.generate(input_ids, attention_mask=mask, generation_config=self._generation_config())
         return output[:, width:].tolist()
 
     def _generation_config(self) -> GenerationConfig:
@@ -384,44 +387,3 @@ def _bare_generation(model: PreTrainedModel) -> Iterator[None]:
     finally:
         model.generation_config = kept
         model.train(training)
-
-
-class _Journal:
-    """Finished batches, one JSON line each after a first line that names the job; only whole lines count."""
-
-    def __init__(self, path: Path, plan: str):
-        self.path, self.plan = path, plan
-
-    def open(self) -> dict[int, list[dict[str, Any]]]:
-        """The batches that are there. A half-written last line, left by a kill, is cut off."""
-        done: dict[int, list[dict[str, Any]]] = {}
-        content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content.rfind(b"\n") + 1
-        lines = content[:whole].splitlines() if whole else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not lines:
-            self._write("wb", {"plan": self.plan})
-            return done
-        if json.loads(lines[0])["plan"] != self.plan:
-            raise ValueError(
-                f"{self.path} was begun with other prompts or settings; finish that run with its own arguments, or "
-                "remove the file to start over."
-            )
-        for line in lines[1:]:
-            entry = json.loads(line)
-            done[entry["batch"]] = entry["records"]
-        os.truncate(self.path, whole)
-        logger.info("%s: %d finished batches are kept", self.path, len(done))
-        return done
-
-    def append(self, index: int, records: list[dict[str, Any]]) -> None:
-        self._write("ab", {"batch": index, "records": records})
-
-    def remove(self) -> None:
-        self.path.unlink()
-
-    def _write(self, mode: str, entry: dict[str, Any]) -> None:
-        with open(self.path, mode) as file:
-            file.write(json.dumps(entry).encode("ascii") + b"\n")
-            file.flush()
-            os.fsync(file.fileno())

@@ -62,3 +62,15 @@ def _seeded(model_class, config_class, vocab_size, hidden, layers, seed, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_class(config_class(**settings)).eval()
+
+
+def tiny_length_value_model(backbone=None, gamma=0.9, seed=0, tokenizer=None):
+    """A random `LengthValueModel` whose values really differ from state to state: a new head's hardly do, so tests would see nothing."""
+    from lenvm_rl.modeling import LengthValueModel
+
+    model = LengthValueModel.from_backbone(backbone or tiny_llama(seed=seed), gamma=gamma, tokenizer=tokenizer)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed + 1)
+        for parameter in model.head.parameters():
+            parameter.normal_(std=0.5)
+    return model

@@ -1,0 +1,65 @@
+"""A journal of finished batches: what a long job has done so far, safe against being killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """Finished batches of records, one JSON line each, after a first line that names the job.
+
+    A line counts once it is whole: it is synced to disk before [`Journal.append`] returns, and a half-written last line
+    is cut off by [`Journal.open`].
+
+    Args:
+        path (`Path`): the file.
+        job (`str`): a name for exactly this job (a hash of its arguments), so that two jobs are never mixed.
+    """
+
+    def __init__(self, path: Path, job: str):
+        self.path, self.job = path, job
+
+    def open(self) -> dict[int, list[dict[str, Any]]]:
+        """Starts the journal, or goes on with it.
+
+        Returns:
+            `dict[int, list[dict]]`: records of each finished batch.
+
+        Raises:
+            ValueError: if the file belongs to another job.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = self.path.read_bytes() if self.path.exists() else b""
+        lines = content.split(b"\n")[:-1]
+        if not lines:
+            self._write("wb", {"job": self.job})
+            return {}
+        if json.loads(lines[0])["job"] != self.job:
+            raise ValueError(
+                f"{self.path} was begun with other prompts or settings: finish that job with its own arguments, or remove "
+                "the file to start over."
+            )
+        os.truncate(self.path, content.rfind(b"\n") + 1)
+        entries = [json.loads(line) for line in lines[1:]]
+        logger.info("%s: %d batches are finished already", self.path, len(entries))
+        return {entry["batch"]: entry["records"] for entry in entries}
+
+    def append(self, batch: int, records: list[dict[str, Any]]) -> None:
+        """Adds a finished batch."""
+        self._write("ab", {"batch": batch, "records": records})
+
+    def remove(self) -> None:
+        """Deletes the file: the job is complete and its result is stored elsewhere."""
+        self.path.unlink()
+
+    def _write(self, mode: str, entry: dict[str, Any]) -> None:
+        with open(self.path, mode) as file:
+            file.write(json.dumps(entry).encode("ascii") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,241 @@
+"""Value of the state after each of many candidate tokens, ``V(s + x)``, for every row of a batch.
+
+Two scorers with one interface, `start(prompt)` then, for each generated token, `score(candidates)` and `advance(chosen)`:
+
+- [`CandidateScorer`]: one forward for each generated token. The candidates of a row are siblings: they stand at the same
+  position, see the cached prefix and themselves, and not each other. The keys and values of the chosen candidate
+  become part of the prefix, so that no second forward is needed.
+- [`FullRowScorer`]: runs each candidate as a complete row. Slow; works with any backbone, and serves as the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+MASKABLE_ATTENTION = ("eager", "sdpa")
+
+
+def check_scorable(length_value_model: nn.Module) -> None:
+    """Raises a `ValueError` if dropout is on or a gradient could reach the model through scoring."""
+    if length_value_model.training:
+        raise ValueError("the length value model is in training mode: call `.freeze()` or `.eval()` before scoring.")
+
+
+class CandidateScorer:
+    """Scores candidates as siblings against a cached prefix: one forward for each generated token.
+
+    Args:
+        length_value_model (`LengthValueModel`):
+            Or any model whose forward takes `input_ids`, a 4D additive `attention_mask`, `position_ids`,
+            `past_key_values` and `use_cache`, and returns `.logits` `(B, S)` and `.past_key_values`.
+        max_tokens (`int`, *optional*, defaults to `16384`):
+            The most candidate tokens in one forward; more candidates are scored in several.
+
+    Raises:
+        ValueError: if the model is in training mode, its attention takes no custom mask, or its cache holds anything
+            but full attention (sliding windows, recurrent states), for which siblings cannot share a prefix.
+    """
+
+    def __init__(self, length_value_model: nn.Module, max_tokens: int = 16384):
+        check_scorable(length_value_model)
+        for module in length_value_model.modules():
+            if isinstance(module, PreTrainedModel):
+                attention = module.config._attn_implementation
+                if attention is not None and attention not in MASKABLE_ATTENTION:
+                    raise ValueError(
+                        f"{type(module).__name__} uses the attention {attention!r}, which takes no custom mask: load it "
+                        f"with attn_implementation='sdpa', or score with scoring='full'."
+                    )
+        self.model = length_value_model
+        self.max_tokens = max_tokens
+        self.vocab_size = length_value_model.get_input_embeddings().weight.shape[0]
+        self._check_cache()
+
+    @torch.no_grad()
+    def _check_cache(self) -> None:
+        probe = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+        cache = self.model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=True).past_key_values
+        kinds = {type(cache).__name__} if cache is None else {type(layer).__name__ for layer in cache.layers}
+        if kinds - {DynamicLayer.__name__}:
+            raise ValueError(
+                f"the length value model caches {', '.join(sorted(kinds))}, but siblings can share a prefix only in "
+                "full attention (no sliding window, no recurrent state): score with scoring='full'."
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @torch.no_grad()
+    def start(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Reads the prompts, forgetting whatever came before.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, S)`): prompts, padded on the left.
+            attention_mask (`torch.Tensor` of shape `(B, S)`): 1 where a prompt token exists.
+        """
+        device = self._device
+        self._exists = attention_mask.to(device).bool()
+        self._rows = torch.arange(input_ids.shape[0], device=device)
+        self._next_position = self._exists.sum(dim=1)
+        self._siblings: list[tuple[Tensor, Tensor]] | None = None
+        output = self.model(input_ids=input_ids.to(device), attention_mask=self._exists.long(), use_cache=True)
+        self._cache = output.past_key_values
+
+    @torch.no_grad()
+    def score(self, candidates: Tensor, valid: Tensor) -> Tensor:
+        """Logits of the states after each candidate.
+
+        Args:
+            candidates (`torch.Tensor` of shape `(B, k)`): token ids; distinct within a row.
+            valid (`torch.Tensor` of shape `(B, k)`): 1 where a slot holds a candidate. Rows that have finished hold none.
+
+        Returns:
+            `torch.Tensor` of shape `(B, k)`: float32 logits; 0 where not valid.
+        """
+        scored = torch.zeros(candidates.shape, dtype=torch.float32, device=self._device)
+        self._siblings = None
+        valid_rows = valid.to(self._device)[self._rows].bool()
+        if not bool(valid_rows.any()):
+            return scored.to(candidates.device)
+        ids = candidates.to(self._device)[self._rows].masked_fill(~valid_rows, 0)
+        _check_ids(ids, self.vocab_size)
+        width = max(1, self.max_tokens // max(1, ids.shape[0]))
+        chunks = [self._forward_siblings(chunk) for chunk in ids.split(width, dim=1)]
+        self._sibling_ids = ids.masked_fill(~valid_rows, -1)
+        self._siblings = [_join(layer) for layer in zip(*(cached for _, cached in chunks), strict=True)]
+        logits = torch.cat([chunk_logits for chunk_logits, _ in chunks], dim=1)
+        scored[self._rows] = logits.masked_fill(~valid_rows, 0.0)
+        return scored.to(candidates.device)
+
+    @torch.no_grad()
+    def advance(self, chosen: Tensor, live: Tensor) -> None:
+        """Appends the chosen tokens to the prefixes.
+
+        Args:
+            chosen (`torch.Tensor` of shape `(B,)`): token ids, in general among the candidates scored last. If one is
+                not (another processor forced it), the chosen tokens take a forward of their own.
+            live (`torch.Tensor` of shape `(B,)`): 0 for rows that have finished; they stay finished.
+        """
+        chosen, live = chosen.to(self._device)[self._rows], live.to(self._device)[self._rows].bool()
+        if not bool(live.any()):
+            self._rows = self._rows[:0]
+            return
+        self._append(chosen, live)
+        self._siblings = None
+        self._exists = torch.cat([self._exists, live.unsqueeze(1)], dim=1)
+        self._next_position = self._next_position + live
+        # Finished rows cost as much as live ones. Dropping them copies the cache, so that waits until it halves.
+        if 2 * int(live.sum()) <= live.shape[0]:
+            self._keep(live.nonzero().squeeze(1))
+
+    def _append(self, chosen: Tensor, live: Tensor) -> None:
+        if self._siblings is not None:
+            match = self._sibling_ids == chosen.unsqueeze(1)
+            if not bool((live & ~match.any(dim=1)).any()):
+                place = match.int().argmax(dim=1)
+                rows = torch.arange(place.shape[0], device=self._device)
+                for index, (keys, values) in enumerate(self._siblings):
+                    self._cache.update(keys[rows, :, place].unsqueeze(2), values[rows, :, place].unsqueeze(2), index)
+                return
+        # A finished row may hold any padding id, even one that this model lacks.
+        ids = chosen.masked_fill(~live, 0).unsqueeze(1)
+        _check_ids(ids, self.vocab_size)
+        _, forwarded = self._forward_siblings(ids)
+        for index, (keys, values) in enumerate(forwarded):
+            self._cache.update(keys, values, index)
+
+    def _forward_siblings(self, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Logits `(R, k)` of `ids` `(R, k)`, and their keys and values in each layer; the cache is left as it was."""
+        width = ids.shape[1]
+        dtype = self.model.get_input_embeddings().weight.dtype
+        seen = torch.cat(
+            [
+                self._exists.unsqueeze(1).expand(-1, width, -1),
+                torch.eye(width, dtype=torch.bool, device=self._device).expand(ids.shape[0], -1, -1),
+            ],
+            dim=2,
+        )
+        mask = torch.zeros(seen.shape, dtype=dtype, device=self._device).masked_fill(~seen, torch.finfo(dtype).min)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask.unsqueeze(1),
+            position_ids=self._next_position.unsqueeze(1).expand(-1, width),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        added = [(layer.keys[:, :, -width:], layer.values[:, :, -width:]) for layer in self._cache.layers]
+        self._cache.crop(-width)
+        return output.logits.float(), added
+
+    def _keep(self, kept: Tensor) -> None:
+        """Drops all rows but `kept`, indices into the rows still held."""
+        self._cache.batch_select_indices(kept)
+        self._rows, self._exists = self._rows[kept], self._exists[kept]
+        self._next_position = self._next_position[kept]
+
+
+class FullRowScorer:
+    """Scores each candidate as a complete row, prompt included: slow, but right for any backbone.
+
+    Args:
+        length_value_model (`LengthValueModel`):
+            Or any model whose forward takes `input_ids` and `attention_mask`, both `(B, S)`, and returns `.logits` `(B, S)`.
+        max_tokens (`int`, *optional*, defaults to `16384`): the most tokens in one forward, all rows together.
+
+    Raises:
+        ValueError: if the model is in training mode.
+    """
+
+    def __init__(self, length_value_model: nn.Module, max_tokens: int = 16384):
+        check_scorable(length_value_model)
+        self.model = length_value_model
+        self.max_tokens = max_tokens
+        self.vocab_size = length_value_model.get_input_embeddings().weight.shape[0]
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Reads the prompts, as [`CandidateScorer.start`] does."""
+        device = self.model.get_input_embeddings().weight.device
+        self._ids = input_ids.to(device)
+        self._exists = attention_mask.to(device).bool()
+
+    @torch.no_grad()
+    def score(self, candidates: Tensor, valid: Tensor) -> Tensor:
+        """Logits of the states after each candidate, as [`CandidateScorer.score`] gives them."""
+        row, slot = valid.to(self._ids.device).nonzero(as_tuple=True)
+        ids = candidates.to(self._ids.device)[row, slot]
+        _check_ids(ids, self.vocab_size)
+        scored = torch.zeros(candidates.shape, dtype=torch.float32, device=self._ids.device)
+        size = max(1, self.max_tokens // (self._ids.shape[1] + 1))
+        for part in torch.arange(ids.shape[0], device=ids.device).split(size):
+            rows = torch.cat([self._ids[row[part]], ids[part].unsqueeze(1)], dim=1)
+            exists = torch.cat([self._exists[row[part]], torch.ones_like(part).bool().unsqueeze(1)], dim=1)
+            logits = self.model(input_ids=rows, attention_mask=exists.long()).logits[:, -1]
+            scored[row[part], slot[part]] = logits.float()
+        return scored.to(candidates.device)
+
+    def advance(self, chosen: Tensor, live: Tensor) -> None:
+        """Appends the chosen tokens to the prefixes, as [`CandidateScorer.advance`] does."""
+        live = live.to(self._ids.device).bool()
+        chosen = chosen.to(self._ids.device).masked_fill(~live, 0)
+        self._ids = torch.cat([self._ids, chosen.unsqueeze(1)], dim=1)
+        self._exists = torch.cat([self._exists, live.unsqueeze(1)], dim=1)
+
+
+def _join(chunks: tuple[tuple[Tensor, Tensor], ...]) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer, its chunks of siblings side by side."""
+    if len(chunks) == 1:
+        return chunks[0]
+    keys, values = zip(*chunks, strict=True)
+    return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    if ids.numel() and int(ids.max()) >= vocab_size:
+        raise ValueError(
+            f"candidate token {int(ids.max())} is outside the length value model's vocabulary of {vocab_size}: policy "
+            "and length value model must share a tokenizer."
+        )

@@ -1,0 +1,223 @@
+"""How good a length value model is: errors in value and in tokens, at four points of the way, and rank agreement.
+
+The unit is the completion: every completion is boiled down to one row of numbers ([`sequence_statistics`]), and the rows
+of a data set to metrics ([`summarize`]). So no padding exists that a mean could be diluted with, and what crosses
+processes is small. Cut completions count in the loss only: their true length is unknown.
+
+"Tokens" are tokens still to come, the end-of-sequence token counted, so the true number is at least 1 and a relative
+error is always defined.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
+
+POINTS = (0, 25, 50, 75)  # percent of a completion's tokens that stand already
+_SUMS = ("value", "target", "value_squared", "target_squared", "product", "absolute_error", "squared_error", "loss")
+_WIDTH = len(POINTS) + len(_SUMS)
+
+
+def sequence_statistics(
+    logits: Tensor, lengths: Tensor, finished: Tensor, gamma: float, targets: Tensor | None = None
+) -> Tensor:
+    """One row of numbers per completion, from which [`summarize`] makes metrics.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T)`): logits of the states ``s_0 ... s_{L-1}``; entries from L on are ignored.
+        lengths (`torch.Tensor` of shape `(B,)`, int64): tokens L of each completion.
+        finished (`torch.Tensor` of shape `(B,)`): whether it ended (else it was cut).
+        gamma (`float`): discount of the length return.
+        targets (`torch.Tensor` of shape `(B, T)`, *optional*): what the values were fitted to, for the loss; the Monte
+            Carlo return of the length when omitted.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 12)`, float32: the logits at 0, 25, 50 and 75 % of the way, and eight sums over states.
+    """
+    steps = torch.arange(logits.shape[1], device=logits.device)
+    exists = steps < lengths.unsqueeze(1)
+    zero = torch.zeros_like(logits)
+    values = torch.where(exists, -torch.sigmoid(logits), zero)
+    remaining = (lengths.unsqueeze(1) - steps).clamp(min=0)
+    returns = torch.where(exists, discounted_return(remaining.to(logits.dtype), gamma), zero)
+    fitted = returns if targets is None else torch.where(exists, targets, zero)
+    errors = values - returns
+    summands = (
+        values,
+        returns,
+        values.square(),
+        returns.square(),
+        values * returns,
+        errors.abs(),
+        errors.square(),
+        (values - fitted).square(),
+    )
+    places = torch.stack([point_index(lengths, point) for point in POINTS], dim=1)
+    sums = torch.stack([summand.double().sum(dim=1) for summand in summands], dim=1)
+    return torch.cat([logits.gather(1, places).float(), sums.float()], dim=1)
+
+
+def point_index(lengths: Tensor, percent: int) -> Tensor:
+    """The state at `percent` of the way: ``floor(L * percent / 100)``, at most L - 1 (int64, the shape of `lengths`)."""
+    return lengths * percent // 100
+
+
+def summarize(statistics: Tensor, lengths: Tensor, finished: Tensor, groups: Tensor, gamma: float) -> dict[str, float]:
+    """Metrics of a data set from the statistics of its completions.
+
+    Args:
+        statistics (`torch.Tensor` of shape `(N, 12)`): what [`sequence_statistics`] returned.
+        lengths, finished, groups (`torch.Tensor` of shape `(N,)`): tokens of each completion, whether it ended, and the
+            prompt that it belongs to.
+        gamma (`float`): discount of the length return.
+
+    Returns:
+        `dict[str, float]`: see [`length_value_metrics`].
+    """
+    statistics = statistics.double()
+    ended = finished.bool()
+    if not bool(ended.any()):
+        raise ValueError("No completion ended, so no true length is known; sample the evaluation with more new tokens.")
+    sums = {name: statistics[:, len(POINTS) + place] for place, name in enumerate(_SUMS)}
+    metrics = {
+        "loss": float(sums["loss"].sum() / lengths.sum()),
+        "completions": float(len(lengths)),
+        "truncated_share": float((~ended).double().mean()),
+    }
+    count = lengths[ended].sum()
+    means = {name: float(column[ended].sum() / count) for name, column in sums.items()}
+    target_variance = means["target_squared"] - means["target"] ** 2
+    value_variance = means["value_squared"] - means["value"] ** 2
+    bias = means["value"] - means["target"]
+    covariance = means["product"] - means["value"] * means["target"]
+    metrics["value_mae"] = means["absolute_error"]
+    metrics["value_bias"] = bias
+    metrics["explained_variance"] = 1.0 - _ratio(means["squared_error"] - bias**2, target_variance)
+    metrics["calibration_slope"] = _ratio(covariance, value_variance)
+    for place, point in enumerate(POINTS):
+        remaining = lengths[ended] - point_index(lengths[ended], point)
+        metrics.update(_point_metrics(statistics[ended, place], remaining.double(), gamma, point))
+    metrics.update(_boundary_metrics(statistics[:, 0], lengths.double(), ended, groups, gamma))
+    return metrics
+
+
+def length_value_metrics(
+    logits: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    groups: Tensor,
+    gamma: float,
+    targets: Tensor | None = None,
+) -> dict[str, float]:
+    """Metrics of logits against completions whose lengths are known (arXiv 2604.27039, sections 4.4 and 5).
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T)`): logits of the states ``s_0 ... s_{L-1}``; entries from L on are ignored.
+        lengths (`torch.Tensor` of shape `(B,)`, int64): tokens L of each completion.
+        finished (`torch.Tensor` of shape `(B,)`): whether it ended (else it was cut).
+        groups (`torch.Tensor` of shape `(B,)`, int64): the prompt that it belongs to.
+        gamma (`float`): discount of the length return.
+        targets (`torch.Tensor` of shape `(B, T)`, *optional*): see [`sequence_statistics`].
+
+    Returns:
+        `dict[str, float]`, means over finished completions unless said otherwise:
+
+        - `loss`: squared error to the targets, mean over the states of all completions; `completions` (number) and
+          `truncated_share`: of all completions.
+        - `value_mae`, `value_bias` (V - G), `explained_variance` (1 - Var(G - V) / Var(G)), `calibration_slope` (of G
+          regressed on V; 1 is calibrated): over states.
+        - at each point p of 0, 25, 50, 75 % of the way, `value_mae_at_p`, `value_bias_at_p`, `explained_variance_at_p`,
+          and in tokens `length_mae_at_p`, `length_bias_at_p`, `length_mre_at_p` (error over true), against the
+          realised length. A length read off V underestimates the mean length (Jensen's inequality), so a model that is
+          exact in value has a negative bias in tokens.
+        - at the prompt, `consistent_mae`, `consistent_mre`: against the return-consistent length
+          ``ln(1 - mean_i(1 - gamma^L_i)) / ln(gamma)`` of each prompt, mean over the `consistent_prompts` prompts that
+          have no cut completion; `kendall_tau`: rank agreement (tau-b) of predicted and realised lengths.
+
+        NaN where nothing is defined: a quotient by a variance of 0, no prompt without a cut completion.
+    """
+    statistics = sequence_statistics(logits, lengths, finished, gamma, targets)
+    return summarize(statistics, lengths, finished, groups, gamma)
+
+
+def kendall_tau(first: Tensor, second: Tensor) -> float:
+    """Kendall's tau-b: agreement of two orders, in [-1, 1], ties accounted for (Kendall 1945, Biometrika 33).
+
+    Args:
+        first, second (`torch.Tensor` of shape `(N,)`): two measurements of the same things. Any number of them: the cost
+            is N log N (Knight 1966).
+
+    Returns:
+        `float`: (concordant - discordant) / sqrt((pairs - ties in first) (pairs - ties in second)); NaN if all values
+        of one of them are equal.
+    """
+    _, first = torch.unique(first, return_inverse=True)
+    _, second = torch.unique(second, return_inverse=True)
+    pairs = len(first) * (len(first) - 1) // 2
+    joint = first * (int(second.max()) + 1) + second if len(first) else first
+    ties_first, ties_second, ties_both = (_tied_pairs(ranks) for ranks in (first, second, joint))
+    discordant = _inversions(second[torch.argsort(joint)])
+    concordant = pairs - ties_first - ties_second + ties_both - discordant
+    return _ratio(concordant - discordant, math.sqrt((pairs - ties_first) * (pairs - ties_second)))
+
+
+def _tied_pairs(ranks: Tensor) -> int:
+    counts = torch.unique(ranks, return_counts=True)[1]
+    return int((counts * (counts - 1) // 2).sum())
+
+
+def _inversions(ranks: Tensor) -> int:
+    """Pairs whose larger rank comes first. Each is found once, at the highest bit in which the two ranks differ."""
+    total = 0
+    for bit in reversed(range(int(ranks.max()).bit_length() if len(ranks) else 0)):
+        # Sorted by the higher bits, in the original order within each run of equal higher bits.
+        ones = (ranks >> bit) & 1
+        before = torch.cumsum(ones, 0) - ones
+        prefix = ranks >> (bit + 1)
+        before = before - before[torch.searchsorted(prefix, prefix)]
+        total += int((before * (1 - ones)).sum())
+        ranks = ranks[torch.argsort(ranks >> bit, stable=True)]
+    return total
+
+
+def _point_metrics(logits: Tensor, remaining: Tensor, gamma: float, point: int) -> dict[str, float]:
+    values, returns = -torch.sigmoid(logits), discounted_return(remaining, gamma)
+    value_errors = values - returns
+    length_errors = remaining_from_logits(logits, gamma) - remaining
+    variance = float(value_errors.var(correction=0))
+    return {
+        f"value_mae_at_{point}": float(value_errors.abs().mean()),
+        f"value_bias_at_{point}": float(value_errors.mean()),
+        f"explained_variance_at_{point}": 1.0 - _ratio(variance, float(returns.var(correction=0))),
+        f"length_mae_at_{point}": float(length_errors.abs().mean()),
+        f"length_bias_at_{point}": float(length_errors.mean()),
+        f"length_mre_at_{point}": float((length_errors.abs() / remaining).mean()),
+    }
+
+
+def _boundary_metrics(logits: Tensor, lengths: Tensor, ended: Tensor, groups: Tensor, gamma: float) -> dict[str, float]:
+    predicted = remaining_from_logits(logits, gamma)
+    _, group = torch.unique(groups, return_inverse=True)
+    count, cut, returns, lengths_of_group = (torch.zeros(int(group.max()) + 1, dtype=torch.double) for _ in range(4))
+    count.index_add_(0, group, torch.ones_like(lengths))
+    cut.index_add_(0, group, (~ended).double())
+    returns.index_add_(0, group, discounted_return(lengths, gamma))
+    # One prompt has one prediction; the mean only evens out rounding.
+    lengths_of_group.index_add_(0, group, predicted)
+    whole = cut == 0
+    consistent = remaining_from_value(returns[whole] / count[whole], gamma)
+    errors = (lengths_of_group[whole] / count[whole] - consistent).abs()
+    return {
+        "consistent_prompts": float(whole.sum()),
+        "consistent_mae": float(errors.mean()),
+        "consistent_mre": float((errors / consistent).mean()),
+        "kendall_tau": kendall_tau(predicted[ended], lengths[ended]),
+    }
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator > 0.0 else math.nan

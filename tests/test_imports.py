@@ -1,0 +1,206 @@
+"""How the files of the project stand to each other and what must not be written in them, read from their text."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "lenvm_rl"
+# Lower layers first: a module imports from layers strictly below its own. A package of several files (trainers, sandbox)
+# counts as one module here; a new module needs a place in this list.
+LAYERS = (
+    ("journal", "returns"),
+    ("advantages", "shaping", "targets", "value_metrics"),
+    ("tokenization",),
+    ("modeling",),
+    ("checkpoints", "controllers", "diagnostics", "packing", "rollouts", "scoring"),
+    ("decoding", "prediction", "pretraining", "sampling"),
+    ("sandbox", "trainers"),
+    ("reward",),
+    ("eval",),
+    ("recipes",),
+)
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+PURE = ("returns", "advantages", "shaping")
+SOURCES = [path for folder in ("lenvm_rl", "reward", "eval", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
+# Folders that are not the project's text: what is installed, downloaded, produced, or kept by tools.
+NOT_OURS = {".git", ".venv", "models", "outputs", "wandb", "build", "dist", "__pycache__", ".pytest_cache", "shared"}
+
+
+def name_of(path):
+    """The project's module that a file belongs to: `trainers` for `lenvm_rl/trainers/ppo.py`, `eval` for `eval/plot.py`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "lenvm_rl" else parts[0]
+
+
+def imports_of(path):
+    """Dotted names of all modules that a file imports, at its top or inside a function, relative ones resolved.
+
+    `from lenvm_rl import gae` gives `lenvm_rl.gae`, since what is imported may be a module.
+    """
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += [node.module] if node.module else []
+            if base[0] == "lenvm_rl" and "." not in ".".join(base):
+                found.update(f"lenvm_rl.{alias.name}" for alias in node.names)
+            else:
+                found.add(".".join(base))
+    return found
+
+
+def outside(names):
+    """The top-level packages among dotted names that are neither ours nor of the standard library."""
+    tops = {name.split(".")[0] for name in names}
+    return tops - set(sys.stdlib_module_names) - {"lenvm_rl", "reward", "eval", "recipes"}
+
+
+def project_imports(path):
+    """The project's modules that a file imports, public names of `lenvm_rl` replaced by the modules that hold them."""
+    import lenvm_rl
+
+    modules = set()
+    for name in imports_of(path):
+        top, *rest = name.split(".")
+        if top == "lenvm_rl" and rest:
+            modules.add(lenvm_rl._MODULE_OF_NAME.get(rest[0], rest[0]))
+        elif top in ("reward", "eval", "recipes"):
+            modules.add(top)
+    return modules
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("import lenvm_rl.returns", {"lenvm_rl.returns"}),
+        ("from lenvm_rl import gae, returns", {"lenvm_rl.gae", "lenvm_rl.returns"}),
+        ("from .. import returns", {"lenvm_rl.returns"}),
+        ("from ..returns import fit_gamma", {"lenvm_rl.returns"}),
+        ("from .ppo import X", {"lenvm_rl.trainers.ppo"}),
+        ("def f():\n    from trl.trainer import GRPOTrainer", {"trl.trainer"}),
+    ],
+)
+def test_imports_are_found(line, expected, tmp_path, monkeypatch):
+    """The reader of imports, on which the tests below rest, sees every form of them."""
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "lenvm_rl" / "trainers" / "grpo.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(line, encoding="utf-8")
+    assert imports_of(path) == expected
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in SOURCES:
+        own = name_of(path)
+        if path == LIBRARY / "__init__.py":
+            assert outside(imports_of(path)) == set() and project_imports(path) == set()
+            continue
+        assert own in HEIGHT, f"{path.relative_to(ROOT)} is in no layer: give it one in LAYERS"
+        for name in sorted(project_imports(path) - {own}):
+            assert name in HEIGHT, f"{path.relative_to(ROOT)} imports {name}, which is in no layer"
+            if HEIGHT[name] >= HEIGHT[own]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def test_the_mathematics_needs_torch_alone():
+    for name in PURE:
+        assert outside(imports_of(LIBRARY / f"{name}.py")) <= {"torch"}, name
+
+
+def test_trl_is_imported_by_the_trainers_alone():
+    users = {name_of(path) for path in LIBRARY.rglob("*.py") if "trl" in outside(imports_of(path))}
+    assert users <= {"trainers"}
+
+
+def test_every_package_imported_is_required():
+    """What the library imports is installed with it; what the programs import, with it or one of its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def packages(requirements):
+        return {re.match(r"[A-Za-z0-9_.-]+", one).group() for one in requirements}
+
+    required = packages(project["dependencies"])
+    optional = {name: packages(requirements) for name, requirements in project["optional-dependencies"].items()}
+    allowed_in_programs = required | optional["eval"] | optional["smollm2"] | optional["wandb"]
+    for path in SOURCES:
+        used = {"pyyaml" if name == "yaml" else name for name in outside(imports_of(path))}
+        allowed = required if path.is_relative_to(LIBRARY) else allowed_in_programs
+        assert used <= allowed, f"{path.relative_to(ROOT)} imports {used - allowed}: name it in pyproject.toml"
+
+
+def loaded_after(statement):
+    """Which of the heavy packages are loaded after a statement, in an interpreter of its own."""
+    code = f"import sys; {statement}; print(*[m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_importing_the_package_is_light():
+    assert loaded_after("import lenvm_rl; dir(lenvm_rl)") == []
+    assert loaded_after("import lenvm_rl; lenvm_rl.gae, lenvm_rl.returns, lenvm_rl.shaping") == ["torch"]
+
+
+def test_every_public_name_is_there():
+    import lenvm_rl
+
+    for name in lenvm_rl.__all__:
+        assert getattr(lenvm_rl, name) is not None
+    assert set(lenvm_rl.__all__) <= set(dir(lenvm_rl))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        lenvm_rl.nonsense
+
+
+def test_files_and_functions_stay_small():
+    wrong = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 400:
+            wrong.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 60:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has more than 60 lines")
+    assert wrong == []
+
+
+def test_the_library_does_not_print():
+    for path in LIBRARY.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            assert not (isinstance(called, ast.Name) and called.id == "print"), f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def our_lines():
+    """`(place, line)` for every line of text in the project."""
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        if NOT_OURS & set(parts) or not path.is_file() or path.suffix in (".png", ".pdf", ".safetensors"):
+            continue
+        if any(part.endswith(".egg-info") for part in parts):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            yield f"{path.relative_to(ROOT)}:{number}", line
+
+
+def test_nothing_names_a_machine_or_a_registry():
+    """No absolute path of somebody's machine and no package registry's host stands anywhere in the project."""
+    folders = re.compile(r"(?<![\w.~*)}-])/(?:work|home|root|opt|Users)/")
+    hosts = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch|npmjs\.")
+    assert folders.search("see /" + "home/someone/x") and hosts.search("https://py" + "pi.org/simple")
+    wrong = [f"{place} {line.strip()[:80]}" for place, line in our_lines() if folders.search(line) or hosts.search(line)]
+    assert wrong == []
+
+
+def test_code_lines_are_at_most_120_characters():
+    wrong = [place for place, line in our_lines() if ".py:" in place and len(line) > 120]
+    assert wrong == []
