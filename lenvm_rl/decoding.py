@@ -34,7 +34,6 @@ from lenvm_rl.tokenization import check_same_tokenizer
 
 SCORERS = {"cached": CandidateScorer, "full": FullRowScorer}
 # What `generate` would apply after the tilt, and the value at which it does nothing.
-OWNED_BY_GUIDANCE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 REFUSED_WARPERS = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
 REFUSED_MODES = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha", "inputs_embeds")
 # Above this many tokens, scoring the whole vocabulary at every step is surely a mistake.
@@ -306,7 +305,7 @@ def generate_guided(
             differ.
     """
     inputs = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
-    merged = _merged_generation_config(model, generation_config, generate_kwargs)
+    merged = _merged_generation_config(model, guidance, generation_config, generate_kwargs)
     _check_generation(guidance, merged, generation_config, {**generate_kwargs, **inputs})
     same_tokenizer = tokenizer is not None
     if same_tokenizer:
@@ -323,9 +322,6 @@ def generate_guided(
         scoring=scoring,
         same_tokenizer=same_tokenizer,
     )
-    merged.do_sample = guidance.temperature > 0
-    for name, neutral in OWNED_BY_GUIDANCE.items():
-        setattr(merged, name, neutral)
     passed_on = {name: value for name, value in generate_kwargs.items() if not hasattr(merged, name)}
     if tokenizer is not None and merged.stop_strings is not None:
         passed_on["tokenizer"] = tokenizer
@@ -338,12 +334,15 @@ def generate_guided(
 
 
 def _merged_generation_config(
-    model: PreTrainedModel, generation_config: GenerationConfig | None, generate_kwargs: Mapping
+    model: PreTrainedModel, guidance: LengthGuidance, generation_config: GenerationConfig | None, arguments: Mapping
 ) -> GenerationConfig:
-    """The settings that `generate` would use: arguments first, then the given config, then the model's."""
+    """The settings that `generate` is to use: what guidance owns, then arguments, the given config, and the model's."""
     merged = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
     merged.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-    merged.update(**generate_kwargs)
+    owned = {"do_sample": guidance.temperature > 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    # Unset, so that `generate` makes no warper for it, unless it would then fill in the model's own.
+    owned["min_p"] = None if model.generation_config.min_p is None else 0.0
+    merged.update(**{**arguments, **owned})
     return merged
 
 

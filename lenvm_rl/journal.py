@@ -1,4 +1,4 @@
-"""A journal of finished batches: what a long job has done so far, safe against being killed at any moment."""
+"""Files that grow line by line: the finished batches of a long job, and the metrics of a training run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import os
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,8 @@ class Journal:
             return {}
         if json.loads(lines[0])["job"] != self.job:
             raise ValueError(
-                f"{self.path} was begun with other prompts or settings: finish that job with its own arguments, or remove "
-                "the file to start over."
+                f"{self.path} was begun with other prompts or settings: finish that job with its own arguments, or "
+                "remove the file to start over."
             )
         os.truncate(self.path, content.rfind(b"\n") + 1)
         entries = [json.loads(line) for line in lines[1:]]
@@ -63,3 +65,23 @@ class Journal:
             file.write(json.dumps(entry).encode("ascii") + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+class MetricsFile(TrainerCallback):
+    """Appends everything that a Trainer logs to `metrics.jsonl`, one JSON object with its `step` per line.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): folder of the file.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.path = Path(output_dir) / "metrics.jsonl"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by the Trainer; only the first process writes."""
+        if state.is_world_process_zero and logs:
+            # JSON has no NaN: a metric that is not defined is null.
+            row = {name: None if value != value else value for name, value in logs.items()}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **row}) + "\n")

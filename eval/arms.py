@@ -1,0 +1,174 @@
+"""Arms of a comparison: completions of one set of prompts, sampled in different ways and graded by one reward function.
+
+One definition of length holds for every arm: the tokens of a completion, end-of-sequence not counted. One candidate rule
+(top-k, top-p, min-p) holds for every arm, the base policy included.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lenvm_rl.decoding import LengthGuidance, generate_guided
+from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.sampling import generation_eos_ids, strip_completion, tokenize_prompts
+
+CORRECT_ABOVE = 0.5
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Graded completions of one way of sampling.
+
+    Args:
+        name (`str`): unique name in the comparison.
+        kind (`str`): `"base"`, `"truncation"`, `"tilt"` or `"trained"`.
+        setting (`float`): the budget in tokens of a truncation, the strength of a tilt, else NaN.
+        completions (list of lists of `int`): sampled ids, end-of-sequence kept.
+        lengths (`numpy.ndarray` of shape `(N,)`): tokens, end-of-sequence not counted.
+        finished (`numpy.ndarray` of shape `(N,)`): whether the completion ended.
+        correct (`numpy.ndarray` of shape `(N,)`): whether the reward function called it correct.
+        prompt (`numpy.ndarray` of shape `(N,)`): index of its prompt.
+    """
+
+    name: str
+    kind: str
+    setting: float
+    completions: list[list[int]]
+    lengths: np.ndarray
+    finished: np.ndarray
+    correct: np.ndarray
+    prompt: np.ndarray
+
+
+def load_object(path: str) -> Any:
+    """The object behind a dotted path, such as `reward.sandbox.sandbox_reward`."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"{path!r} is not a dotted path; write it like reward.sandbox.sandbox_reward.")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass
+class Sampler:
+    """Samples and grades arms over one fixed set of prompts.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): shared by every policy and the length value model.
+        length_value_model (`LengthValueModel`): frozen; what tilted arms lean on.
+        prompts (list): texts or lists of messages.
+        columns (`dict`): one list per column, an entry per prompt: what the reward function needs.
+        reward (callable): a TRL reward function; a completion is correct where it pays more than 0.5.
+        num_samples (`int`): completions per prompt.
+        max_new_tokens (`int`): longest completion, end-of-sequence counted.
+        batch_size (`int`): completions per `generate` call.
+        guidance ([`~lenvm_rl.decoding.LengthGuidance`]): temperature and candidate rule of every arm.
+        seed (`int`): every arm starts from it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    length_value_model: LengthValueModel
+    prompts: Sequence[str | list[dict[str, Any]]]
+    columns: Mapping[str, Sequence[Any]]
+    reward: Callable[..., Sequence[float]]
+    num_samples: int
+    max_new_tokens: int
+    batch_size: int
+    guidance: LengthGuidance
+    seed: int
+
+    def sample(self, name: str, kind: str, policy: PreTrainedModel, strength: float = 0.0) -> Arm:
+        """Sample and grade an arm: a policy, tilted by `strength` (0 leaves it as it is)."""
+        prompt_ids = tokenize_prompts(self.tokenizer, self.prompts)
+        # Prompts of similar length share a batch, so that little of it is padding.
+        order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
+        rows = [index for index in order for _ in range(self.num_samples)]
+        torch.manual_seed(self.seed)
+        completions, finished = [], []
+        with tqdm(total=len(rows), desc=name, unit="completion") as progress:
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                for completion, reason in self._generate(policy, [prompt_ids[index] for index in batch], strength):
+                    completions.append(completion)
+                    finished.append(reason == "stop")
+                progress.update(len(batch))
+        ended = np.array(finished)
+        return Arm(
+            name=name,
+            kind=kind,
+            setting=strength if kind == "tilt" else float("nan"),
+            completions=completions,
+            lengths=np.array([len(completion) for completion in completions]) - ended,
+            finished=ended,
+            correct=self.grade(completions, rows),
+            prompt=np.array(rows),
+        )
+
+    @torch.no_grad()
+    def _generate(self, policy: PreTrainedModel, prompts: list[list[int]], strength: float):
+        inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
+        generated = generate_guided(
+            policy,
+            self.length_value_model,
+            {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]},
+            replace(self.guidance, strength=strength),
+            tokenizer=self.tokenizer,
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        ends = generation_eos_ids(policy, self.tokenizer)
+        for row in generated[:, inputs["input_ids"].shape[1] :].tolist():
+            yield strip_completion(row, ends, self.max_new_tokens)
+
+    def grade(self, completions: list[list[int]], rows: Sequence[int]) -> np.ndarray:
+        """Whether each completion is correct, `(N,)`; `rows` gives the index of each completion's prompt."""
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        conversational = not isinstance(self.prompts[0], str)
+        rewards = self.reward(
+            prompts=[self.prompts[index] for index in rows],
+            completions=[[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
+            completion_ids=completions,
+            **{name: [column[index] for index in rows] for name, column in self.columns.items()},
+        )
+        return np.array([reward is not None and reward > CORRECT_ABOVE for reward in rewards])
+
+    def truncate(self, base: Arm, budget: int) -> Arm:
+        """The base arm with every completion cut off after `budget` tokens: the baseline of a hard limit.
+
+        A completion of exactly `budget` tokens still ends: lengths do not count the end-of-sequence token.
+        """
+        kept = base.lengths <= budget
+        completions = [ids if whole else ids[:budget] for ids, whole in zip(base.completions, kept, strict=True)]
+        return Arm(
+            name=f"cut at {budget}",
+            kind="truncation",
+            setting=float(budget),
+            completions=completions,
+            lengths=np.minimum(base.lengths, budget),
+            finished=base.finished & kept,
+            correct=self.grade(completions, base.prompt.tolist()),
+            prompt=base.prompt,
+        )
+
+
+@torch.no_grad()
+def value_scale(model: LengthValueModel, prompt_ids: Sequence[list[int]], completions: Sequence[list[int]]) -> float:
+    """Standard deviation of V over the states of sampled completions: one over it is the unit of tilt strengths.
+
+    Args:
+        model (`LengthValueModel`): the value model.
+        prompt_ids (sequence of lists of `int`): each completion's prompt.
+        completions (sequence of lists of `int`): sampled ids.
+    """
+    values = []
+    for prompt, completion in zip(prompt_ids, completions, strict=True):
+        ids = torch.tensor([[*prompt, *completion[:-1]]], device=model.device)
+        values.append(model(input_ids=ids).values[0, len(prompt) - 1 :])
+    return float(torch.cat(values).std())

@@ -1,0 +1,70 @@
+"""Figures of the evaluation programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from eval.style_frontier import StyleFrontier
+
+LOOKS = {
+    "truncation": {"color": "#888888", "marker": "s", "label": "hard truncation"},
+    "tilt": {"color": "#1f77b4", "marker": "o", "label": "tilted decoding"},
+    "base": {"color": "#000000", "marker": "D", "label": "base policy"},
+}
+TRAINED_COLORS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+
+
+def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, path: Path) -> None:
+    """Accuracy against mean tokens with 95 % intervals: over all completions, and against the tokens of correct ones.
+
+    Args:
+        rows (list of `dict`): the arms, as `eval.tradeoff` summarises them.
+        frontier ([`~eval.style_frontier.StyleFrontier`], *optional*): drawn in the left panel.
+        path (`pathlib.Path`): where to write the PNG.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, key, title in zip(
+        axes, ("tokens", "tokens_correct"), ("mean tokens, all completions", "mean tokens, correct completions"), strict=True
+    ):
+        for kind, look in LOOKS.items():
+            _draw([row for row in rows if row["kind"] == kind and row[key]], key, axis, line=kind != "base", **look)
+        for row, color in zip((row for row in rows if row["kind"] == "trained"), _cycle(TRAINED_COLORS), strict=False):
+            if row[key]:
+                _draw([row], key, axis, line=False, color=color, marker="*", label=f"trained: {row['name']}")
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
+        axis.set_ylim(0, 1.02)
+    if frontier is not None:
+        longest = max(row["tokens"]["high"] for row in rows)
+        tokens = np.append(frontier.tokens, max(longest, frontier.tokens[-1]))
+        axes[0].plot(tokens, frontier.accuracy(tokens), color="#bbbbbb", linestyle="--", label="style frontier", zorder=1)
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def _cycle(colors: tuple[str, ...]):
+    while True:
+        yield from colors
+
+
+def _draw(rows: list[dict[str, Any]], key: str, axis: Any, line: bool, color: str, marker: str, label: str) -> None:
+    if not rows:
+        return
+    rows = sorted(rows, key=lambda row: row[key]["estimate"])
+    x, y = ([row[name]["estimate"] for row in rows] for name in (key, "accuracy"))
+    # An interval's end may fall on the wrong side of the estimate by rounding.
+    errors = [
+        [[max(0.0, row[name]["estimate"] - row[name]["low"]) for row in rows],
+         [max(0.0, row[name]["high"] - row[name]["estimate"]) for row in rows]]
+        for name in (key, "accuracy")
+    ]
+    axis.errorbar(
+        x, y, xerr=errors[0], yerr=errors[1], color=color, marker=marker, markersize=13 if marker == "*" else 6,
+        linestyle="-" if line else "none", linewidth=1, elinewidth=0.8, label=label, zorder=3,
+    )

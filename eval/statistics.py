@@ -1,0 +1,226 @@
+"""Bootstrap confidence intervals for evaluations: means, functions of means, and paired differences.
+
+Completions of one prompt are not independent: a hard prompt is hard for all of them. So whole prompts are resampled (the
+cluster bootstrap: Davison & Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.8) wherever `groups` says
+which prompt each completion belongs to. Intervals are percentile intervals (Efron & Tibshirani, *An Introduction to the
+Bootstrap*, 1993, chapter 13). The same seed gives the same interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+# Entries of the (resamples, clusters) matrix of counts held at once.
+CHUNK_ENTRIES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval.
+
+    Args:
+        estimate (`float`): the estimate from the data itself.
+        low (`float`): lower end of the interval.
+        high (`float`): upper end of the interval.
+        confidence (`float`): nominal coverage, in (0, 1).
+    """
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean of each column of `values` `(N, K)` under `weights` `(N, K)`; NaN where the weights sum to 0."""
+    total = weights.sum(axis=0)
+    return np.divide((values * weights).sum(axis=0), total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def resampled_means(
+    values: ArrayLike,
+    groups: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Means of bootstrap resamples of the data: rows are drawn with replacement, or whole groups of rows.
+
+    Args:
+        values (array of shape `(N,)` or `(N, K)`): `K` quantities of each of `N` completions.
+        groups (array of shape `(N,)`, *optional*): equal entries (any type) belong to one prompt and are drawn together.
+        weights (array like `values`, *optional*):
+            Not negative. A weight of 0 leaves an entry out of its mean: the mean length of correct completions has the
+            lengths as values and correctness as weights.
+        num_resamples (`int`, *optional*, defaults to `2000`): number of resamples `R`.
+        seed (`int`, *optional*, defaults to `0`): seed of the draws.
+
+    Returns:
+        Array of shape `(R,)` or `(R, K)`: NaN where the weights of a resample sum to 0.
+
+    Raises:
+        ValueError: if shapes disagree, nothing is there, a value is not finite, or a weight is negative.
+    """
+    columns, weight, cluster = _checked(values, groups, weights)
+    count = int(cluster.max()) + 1
+    sums, totals = np.zeros((count, columns.shape[1])), np.zeros((count, columns.shape[1]))
+    np.add.at(sums, cluster, columns * weight)
+    np.add.at(totals, cluster, weight)
+    draws = _resampled_ratio([(sums, totals)], num_resamples, seed)[0]
+    return draws[:, 0] if np.ndim(values) == 1 else draws
+
+
+def mean_interval(
+    values: ArrayLike,
+    groups: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Confidence interval of a mean; the arguments are those of [`resampled_means`], with `values` of shape `(N,)`."""
+    if np.ndim(values) != 1:
+        raise ValueError(f"values must have shape (N,), got {np.shape(values)}; use statistic_interval for several.")
+    return statistic_interval(
+        values,
+        lambda means: means,
+        groups,
+        weights,
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+
+
+def statistic_interval(
+    values: ArrayLike,
+    statistic: Callable[[np.ndarray], ArrayLike],
+    groups: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Confidence interval of a function of one or several means, such as the distance of a point to a curve.
+
+    Args:
+        values (array of shape `(N,)` or `(N, K)`), groups, weights, num_resamples, seed: as in [`resampled_means`].
+        statistic (`Callable`):
+            Takes means of shape `(R,)` or `(R, K)` and returns the statistic of each, of shape `(R,)`. Called with
+            ``R = 1`` for the estimate.
+        confidence (`float`, *optional*, defaults to `0.95`): nominal coverage.
+
+    Returns:
+        [`Interval`]: NaN at both ends if some resample has no weight at all. Among 2000 resamples that is to be expected
+        where fewer than about ten groups carry weight: too few for an interval.
+    """
+    columns, weight, _ = _checked(values, groups, weights)
+    means = weighted_means(columns, weight)
+    estimate = np.asarray(statistic(means if np.ndim(values) == 1 else means[None]), dtype=float)
+    draws = np.asarray(statistic(resampled_means(values, groups, weights, num_resamples, seed)), dtype=float)
+    if estimate.shape != (1,) or draws.shape != (num_resamples,):
+        raise ValueError(
+            f"statistic must return one number for each row of means: it returned shapes {estimate.shape} and "
+            f"{draws.shape} for 1 and {num_resamples} rows."
+        )
+    return percentile_interval(float(estimate[0]), draws, confidence)
+
+
+def paired_difference(
+    first: ArrayLike,
+    first_groups: ArrayLike,
+    second: ArrayLike,
+    second_groups: ArrayLike,
+    first_weights: ArrayLike | None = None,
+    second_weights: ArrayLike | None = None,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Interval of ``mean(first) - mean(second)`` for two arms evaluated on the same prompts.
+
+    Prompts are drawn together for both arms, so what they share (hard prompts) cancels. The arms may hold different
+    numbers of completions of a prompt.
+
+    Args:
+        first (array of shape `(N,)`), second (array of shape `(M,)`): a quantity of each completion of either arm.
+        first_groups (array of shape `(N,)`), second_groups (array of shape `(M,)`):
+            The prompt of each completion; both arms must hold the same prompts.
+        first_weights, second_weights (*optional*), confidence, num_resamples, seed: as in [`mean_interval`].
+
+    Raises:
+        ValueError: if the arms do not hold the same prompts.
+    """
+    arms = []
+    for values, groups, weights in ((first, first_groups, first_weights), (second, second_groups, second_weights)):
+        columns, weight, cluster = _checked(values, groups, weights)
+        if columns.shape[1] != 1:
+            raise ValueError(f"each arm must have shape (N,), got {np.shape(values)}.")
+        count = int(cluster.max()) + 1
+        sums = np.bincount(cluster, columns[:, 0] * weight[:, 0], count)[:, None]
+        arms.append((sums, np.bincount(cluster, weight[:, 0], count)[:, None]))
+    if not np.array_equal(np.unique(np.asarray(first_groups)), np.unique(np.asarray(second_groups))):
+        raise ValueError("the two arms hold different prompts: evaluate both on the same ones, or compare intervals.")
+    draws = _resampled_ratio(arms, num_resamples, seed)
+    estimates = [float(_ratio(sums.sum(0), totals.sum(0))[0]) for sums, totals in arms]
+    return percentile_interval(estimates[0] - estimates[1], (draws[0] - draws[1])[:, 0], confidence)
+
+
+def percentile_interval(estimate: float, draws: np.ndarray, confidence: float = 0.95) -> Interval:
+    """The interval between the two percentiles of `draws` `(R,)` that leave `confidence` between them."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}.")
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high), confidence)
+
+
+def _ratio(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    return np.divide(sums, totals, out=np.full(np.shape(totals), np.nan), where=totals > 0)
+
+
+def _resampled_ratio(arms: list[tuple[np.ndarray, np.ndarray]], num_resamples: int, seed: int) -> list[np.ndarray]:
+    """Means of each arm in each resample, `(R, K)`, the same clusters drawn for all arms; an arm is two `(G, K)` arrays."""
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
+    clusters = arms[0][0].shape[0]
+    generator = np.random.default_rng(seed)
+    rows = max(1, CHUNK_ENTRIES // clusters)
+    parts: list[list[np.ndarray]] = [[] for _ in arms]
+    for begin in range(0, num_resamples, rows):
+        size = min(rows, num_resamples - begin)
+        counts = generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=size).astype(float)
+        for part, (sums, totals) in zip(parts, arms, strict=True):
+            part.append(_ratio(counts @ sums, counts @ totals))
+    return [np.concatenate(part) for part in parts]
+
+
+def _checked(
+    values: ArrayLike, groups: ArrayLike | None, weights: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values and weights as `(N, K)` float arrays and the cluster of each row as `(N,)` integers."""
+    columns = np.asarray(values, dtype=float)
+    if columns.ndim not in (1, 2) or columns.shape[0] == 0:
+        raise ValueError(f"values must have shape (N,) or (N, K) with N of at least 1, got {columns.shape}.")
+    weight = np.ones_like(columns) if weights is None else np.asarray(weights, dtype=float)
+    if weight.shape != columns.shape:
+        raise ValueError(f"weights must have the shape of values, {columns.shape}, got {weight.shape}.")
+    if not np.isfinite(columns).all() or not np.isfinite(weight).all() or (weight < 0).any():
+        raise ValueError("values and weights must be finite, and weights not negative.")
+    cluster = np.arange(columns.shape[0])
+    if groups is not None:
+        names = np.asarray(groups)
+        if names.shape != (columns.shape[0],):
+            raise ValueError(f"groups must have shape ({columns.shape[0]},), got {names.shape}.")
+        cluster = np.unique(names, return_inverse=True)[1]
+    return columns.reshape(columns.shape[0], -1), weight.reshape(columns.shape[0], -1), cluster

@@ -1,0 +1,106 @@
+"""The style frontier of the sandbox: the best accuracy at each mean length over mixtures of the policy's own styles.
+
+Each difficulty offers a few points (tokens without detours, accuracy of the fitted policy when it writes in that style).
+Every mixture of them per difficulty is a point of the plot; the frontier is the upper edge of all of these mixtures. It
+says what the *fitted* policy could reach by choosing well and wasting nothing. Training may move the accuracies
+themselves, so a trained policy can lie above it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# A style counts as good enough for a difficulty if its accuracy is within this of the difficulty's best style.
+FLOOR_TOLERANCE = 0.02
+
+Point = tuple[float, float]
+
+
+def upper_hull(points: Sequence[Point]) -> list[Point]:
+    """Corners of the upper concave hull, from the cheapest point to the most accurate one, both coordinates rising.
+
+    Example: (0, 0), (1, .5), (2, .6), (3, 1) give (0, 0), (1, .5), (3, 1): the third lies below the line around it.
+    """
+    hull: list[Point] = []
+    for tokens, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if hull and accuracy <= hull[-1][1]:
+            continue
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2], hull[-1]
+            if (y1 - y0) * (tokens - x1) > (accuracy - y1) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((tokens, accuracy))
+    return hull
+
+
+@dataclass(frozen=True)
+class StyleFrontier:
+    """The frontier over a set of difficulties that are equally frequent.
+
+    Args:
+        tokens (`numpy.ndarray`): mean tokens at the corners, ascending; end-of-sequence not counted.
+        accuracies (`numpy.ndarray`): accuracy at the corners, ascending.
+        floors (`dict`): per difficulty, the tokens of the cheapest style that is good enough for it.
+        points (`dict`): per difficulty and style, (tokens, accuracy).
+    """
+
+    tokens: np.ndarray
+    accuracies: np.ndarray
+    floors: dict[int, float]
+    points: dict[int, dict[str, Point]]
+
+    @classmethod
+    def from_points(cls, points: Mapping[int, Mapping[str, Point]]) -> StyleFrontier:
+        """Enumerate the frontier from (tokens, accuracy) of each style at each difficulty.
+
+        An empty completion, (0, 0), is always on offer. The steps between the corners of each difficulty's hull are
+        taken in the order of what they gain per token: the upper edge of a sum of concave functions.
+        """
+        hulls = {difficulty: upper_hull([(0.0, 0.0), *styles.values()]) for difficulty, styles in points.items()}
+        steps = [
+            (after[0] - before[0], after[1] - before[1])
+            for hull in hulls.values()
+            for before, after in zip(hull, hull[1:], strict=False)
+        ]
+        steps.sort(key=lambda step: -step[1] / step[0])
+        corners = np.cumsum([(0.0, 0.0), *steps], axis=0) / len(points)
+        floors = {}
+        for difficulty, styles in points.items():
+            best = max(accuracy for _, accuracy in styles.values())
+            floors[difficulty] = min(tokens for tokens, accuracy in styles.values() if accuracy >= best - FLOOR_TOLERANCE)
+        return cls(corners[:, 0], corners[:, 1], floors, {d: dict(styles) for d, styles in points.items()})
+
+    def accuracy(self, tokens: float | np.ndarray) -> float | np.ndarray:
+        """Best accuracy at a mean number of tokens (>= 0); flat beyond the last corner."""
+        return np.interp(tokens, self.tokens, self.accuracies)
+
+    def gap(self, tokens: float, accuracy: float) -> float:
+        """How far an arm's accuracy lies below the frontier at its own mean tokens; negative if above."""
+        return float(self.accuracy(tokens)) - accuracy
+
+
+def measure_points(
+    difficulties: Sequence[int], styles: Sequence[str], clean_tokens: Sequence[int], correct: Sequence[bool]
+) -> dict[int, dict[str, Point]]:
+    """Mean accuracy of each style at each difficulty, from completions without detours.
+
+    Args:
+        difficulties (sequence of `int`): difficulty of each completion.
+        styles (sequence of `str`): style of each completion.
+        clean_tokens (sequence of `int`): tokens of that style at that difficulty, end-of-sequence not counted.
+        correct (sequence of `bool`): whether the completion is correct.
+    """
+    outcomes: dict[tuple[int, str], list[bool]] = defaultdict(list)
+    tokens: dict[tuple[int, str], int] = {}
+    for difficulty, style, length, right in zip(difficulties, styles, clean_tokens, correct, strict=True):
+        outcomes[difficulty, style].append(bool(right))
+        tokens[difficulty, style] = length
+    points: dict[int, dict[str, Point]] = defaultdict(dict)
+    for (difficulty, style), results in sorted(outcomes.items()):
+        points[difficulty][style] = (float(tokens[difficulty, style]), float(np.mean(results)))
+    return dict(points)

@@ -1,0 +1,135 @@
+"""Where a length value model's decoder comes from: loaded from a folder or the hub, or copied from a model."""
+
+import copy
+import os
+
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .tokenization import check_pad_is_not_eos
+
+
+def load_model(loader, path, *args, **kwargs):
+    """`loader(path, …)`, with an error that says first whether the path was taken for a folder or for a hub id.
+
+    Args:
+        loader (`Callable`):
+            Some `from_pretrained`.
+        path (`str` or `os.PathLike`):
+            A folder (`~` is the home folder) or a hub id (`name` or `owner/name`).
+
+    Raises:
+        `FileNotFoundError`: nothing is there. The hub is not asked for what cannot be a hub id, nor for what would lie
+            in a folder that exists.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    if os.path.exists(path):
+        return loader(path, *args, **kwargs)
+    may_be_hub_id = path.count("/") <= 1 and not path.startswith((".", "/")) and "\\" not in path
+    if not may_be_hub_id or ("/" in path and os.path.isdir(path.split("/")[0])):
+        raise FileNotFoundError(f"There is no model at '{path}' (looked from {os.getcwd()}): check the path.")
+    try:
+        return loader(path, *args, **kwargs)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"There is no folder '{path}' (looked from {os.getcwd()}), and as a hub id it could not be loaded: {error}"
+        ) from error
+
+
+def load_decoder(path, dtype, **load_kwargs) -> PreTrainedModel:
+    """The decoder of the model at a path, without its language-model head. Only safetensors are loaded.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A folder or a hub id.
+        dtype (`str` or `torch.dtype`):
+            Dtype of the weights.
+        load_kwargs:
+            Further arguments of `AutoModel.from_pretrained`.
+
+    Raises:
+        `FileNotFoundError`: see [`load_model`].
+        `ValueError`: see [`check_decoder`].
+    """
+    settings = {"use_safetensors": True, "dtype": dtype, **load_kwargs}
+    decoder = load_model(AutoModel.from_pretrained, path, **settings)
+    check_decoder(decoder)
+    return decoder
+
+
+def copy_decoder(model, dtype) -> PreTrainedModel:
+    """A decoder with the weights of a model's: nothing shared, and none of the original's hooks, flags or freezing.
+
+    Args:
+        model (`PreTrainedModel`):
+            A causal language model or a bare decoder.
+        dtype (`str` or `torch.dtype`):
+            Dtype of the copy.
+
+    Raises:
+        `ValueError`: see [`check_decoder`]; or `AutoModel` would make another class from the decoder's config, so that
+            the copy could be saved but not loaded.
+    """
+    check_decoder(model)
+    decoder = model.base_model
+    # Every weight is written over, so drawing random ones would only cost time and the caller's random state.
+    with no_init_weights():
+        copied = AutoModel.from_config(copy.deepcopy(decoder.config), dtype=dtype)
+    if type(copied) is not type(decoder):
+        raise ValueError(
+            f"The decoder of {type(model).__name__} is a {type(decoder).__name__}, but `AutoModel` makes a "
+            f"{type(copied).__name__} from its config, so a copy could not be loaded again: give a model of a class "
+            "that `AutoModel` knows."
+        )
+    copied.load_state_dict(decoder.state_dict())
+    return copied.to(decoder.device).eval()
+
+
+def check_decoder(model) -> None:
+    """Raise unless a length value model can be built on the model.
+
+    Raises:
+        `ValueError`: the model is not a plain model of transformers (wrapped, or with adapters), is a length value
+            model already, or is an encoder-decoder.
+    """
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        raise ValueError(
+            f"A length value model is built on a plain model of transformers; this is a {type(model).__name__}, "
+            "wrapped or with adapters: unwrap it (`accelerator.unwrap_model`), merge its adapters (`merge_and_unload`)."
+        )
+    if model.config.model_type == "length_value":
+        raise ValueError("This is a length value model already: load it with `LengthValueModel.from_pretrained`.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; a length value model needs a causal decoder.")
+
+
+def check_tokenizer_fits(tokenizer, decoder) -> None:
+    """Raise unless the decoder can read what the tokenizer writes.
+
+    Raises:
+        `ValueError`: the tokenizer pads with its end-of-sequence token, or has ids that the decoder does not embed.
+    """
+    check_pad_is_not_eos(tokenizer)
+    largest = max(tokenizer.get_vocab().values())
+    embedded = decoder.get_input_embeddings().num_embeddings
+    if largest >= embedded:
+        raise ValueError(
+            f"The tokenizer has ids up to {largest}, but the model embeds {embedded} tokens (ids 0 to {embedded - 1}): "
+            "give the model's own tokenizer, or resize the model's embeddings."
+        )
+
+
+def decoder_config_from_dict(settings: dict) -> PretrainedConfig:
+    """A decoder's config from its JSON form.
+
+    Raises:
+        `ValueError`: it names no model type, or one that transformers does not know.
+    """
+    settings = dict(settings)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("`backbone_config` names no `model_type`: add the decoder's to config.json, such as 'llama'.")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise ValueError(f"This transformers makes no decoder config of type '{model_type}': {error}") from error

@@ -1,0 +1,415 @@
+"""Value pretraining: a length value model is fitted to rollouts (arXiv 2604.27039, sections 3.3 and 5).
+
+    rollouts, metadata = read_rollouts("rollouts.jsonl")
+    model, metrics = pretrain("path/to/policy", rollouts, metadata, LengthValueTrainingArguments("out"), tokenizer)
+
+Its stages are functions too: [`prepare_rollouts`] (which completions to fit on), [`fit_gamma_to_rollouts`],
+[`make_length_value_model`], and [`LengthValueTrainer`], a `transformers.Trainer` whose loss is a mean over tokens of
+the whole optimiser step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from lenvm_rl.collation import TRUNCATED_ENDINGS, LengthValueCollator, check_isolation
+from lenvm_rl.journal import MetricsFile
+from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.packing import unpack
+from lenvm_rl.returns import check_gamma, fit_gamma
+from lenvm_rl.rollouts import RolloutMetadata
+from lenvm_rl.targets import IGNORED, length_value_loss, value_targets
+from lenvm_rl.tokenization import check_same_tokenizer
+from lenvm_rl.value_metrics import length_value_metrics, sequence_statistics, summarize
+
+__all__ = [
+    "LengthValueCollator",
+    "LengthValueTrainer",
+    "LengthValueTrainingArguments",
+    "fit_gamma_to_rollouts",
+    "length_value_loss",
+    "length_value_metrics",
+    "make_length_value_model",
+    "prepare_rollouts",
+    "pretrain",
+    "value_targets",
+]
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ["prompt_ids", "completion_ids", "finish_reason", "group"]
+_PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
+
+
+@dataclass
+class LengthValueTrainingArguments(TrainingArguments):
+    """Arguments of value pretraining: those of `transformers.TrainingArguments`, and how lengths become targets.
+
+    The defaults of learning rate, schedule and epochs are the paper's (arXiv 2604.27039, section 5); tiny models want a
+    learning rate near 1e-3.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate. Default 2e-5."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule. Default cosine."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the rollouts. Default 2."})
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Discount of the length return, in (0, 1). Default: fitted to the lengths of the rollouts, so that "
+            "the gamma_quantile of the lengths has a return of minus gamma_coverage."
+        },
+    )
+    gamma_quantile: float = field(
+        default=0.99, metadata={"help": "Which quantile of the lengths gamma is fitted to. Default 0.99."}
+    )
+    gamma_coverage: float = field(
+        default=0.99, metadata={"help": "Magnitude of the return at that quantile. Default 0.99."}
+    )
+    lam: float = field(
+        default=1.0,
+        metadata={"help": "Lambda of the lambda-returns, in [0, 1]. Default 1: plain Monte Carlo returns."},
+    )
+    truncated: str = field(
+        default="bootstrap",
+        metadata={
+            "help": "What a truncated completion is taken for. bootstrap (default): cut, its value at the cut is the "
+            "model's own; drop: left out; infinite: endless, worth -1; finished: ended at the cut (biased, for "
+            "comparison only).",
+            "choices": list(TRUNCATED_ENDINGS),
+        },
+    )
+    only_correct: bool = field(
+        default=False,
+        metadata={"help": "Fit on completions only whose column `correct` is true. Default false."},
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Put several short sequences in one row instead of padding each. Default true; turn it off for a "
+            "backbone that does not keep packed sequences apart (an error says so)."
+        },
+    )
+    row_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens in a packed row. Default: twice the longest sequence of the micro-batch."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.truncated not in TRUNCATED_ENDINGS:
+            raise ValueError(f"truncated must be one of {', '.join(TRUNCATED_ENDINGS)}, got {self.truncated!r}.")
+        if not 0.0 <= self.lam <= 1.0:
+            raise ValueError(f"lam must be in [0, 1], got {self.lam}.")
+        if self.gamma is not None:
+            check_gamma(self.gamma)
+        if not self.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices must stay true: the loss is a mean over all processes.")
+        self.remove_unused_columns = False  # the collator needs columns that the model does not take
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter takes part in every value
+
+
+def prepare_rollouts(rollouts: Dataset, args: LengthValueTrainingArguments) -> Dataset:
+    """The completions that values are fitted on; says by logging what was left out, and why.
+
+    Args:
+        rollouts (`datasets.Dataset`): as `read_rollouts` gives them.
+        args (`LengthValueTrainingArguments`): `only_correct` and `truncated` decide.
+
+    Returns:
+        `datasets.Dataset`: the completions that are left.
+
+    Raises:
+        ValueError: if `only_correct` is set without a column `correct`, or no finished completion is left.
+    """
+    keep = [True] * len(rollouts)
+    finished = [reason == "stop" for reason in rollouts["finish_reason"][:]]
+    if args.only_correct:
+        if "correct" not in rollouts.column_names:
+            raise ValueError(
+                f"only_correct needs a column `correct` in the rollouts; they have {', '.join(rollouts.column_names)}."
+            )
+        keep = [correct is True for correct in rollouts["correct"][:]]
+        logger.info("only_correct: %d of %d completions are correct", sum(keep), len(keep))
+    cut = sum(kept and not ended for kept, ended in zip(keep, finished, strict=True))
+    logger.info("%d of %d completions are truncated, rule: %s", cut, sum(keep), args.truncated)
+    if args.truncated == "drop":
+        keep = [kept and ended for kept, ended in zip(keep, finished, strict=True)]
+    if not any(kept and ended for kept, ended in zip(keep, finished, strict=True)):
+        raise ValueError(
+            f"None of the {len(rollouts)} completions is both finished and selected, so no length is known: sample "
+            "with more new tokens, or look at `only_correct`."
+        )
+    return rollouts if all(keep) else rollouts.select([row for row, kept in enumerate(keep) if kept])
+
+
+def completion_lengths(rollouts: Dataset) -> torch.Tensor:
+    """Tokens of each completion, end-of-sequence counted: `(N,)` int64."""
+    return torch.tensor([len(row) for row in rollouts.select_columns("completion_ids")["completion_ids"]])
+
+
+def fit_gamma_to_rollouts(
+    rollouts: Dataset, quantile: float = 0.99, coverage: float = 0.99
+) -> tuple[float, dict[str, Any]]:
+    """Gamma for rollouts, and what it was fitted on (arXiv 2604.27039, section 5.3).
+
+    Truncated completions count with the tokens they have, which can only make gamma smaller than it should be; their
+    share is part of the record.
+
+    Args:
+        rollouts (`datasets.Dataset`): the completions to be fitted on.
+        quantile, coverage (`float`, *optional*, default to `0.99`): see `fit_gamma`.
+
+    Returns:
+        `tuple[float, dict]`: gamma, and a record for the model's config: `quantile`, `coverage`, `completions`,
+        `truncated_share`, `mean`, and `percentiles` of the lengths in tokens.
+    """
+    lengths = completion_lengths(rollouts).double()
+    gamma = fit_gamma(lengths, quantile, coverage)
+    ordered = lengths.sort().values
+    percentiles = {str(p): int(ordered[round(p / 100 * (len(ordered) - 1))]) for p in _PERCENTILES}
+    cut = sum(reason == "length" for reason in rollouts["finish_reason"][:])
+    fit = {
+        "quantile": quantile,
+        "coverage": coverage,
+        "completions": len(rollouts),
+        "truncated_share": cut / len(rollouts),
+        "mean": float(lengths.mean()),
+        "percentiles": percentiles,
+    }
+    shown = ", ".join(f"p{p} {length}" for p, length in percentiles.items())
+    logger.info("gamma %.6f fitted to %d completions (tokens: %s)", gamma, len(rollouts), shown)
+    return gamma, fit
+
+
+def make_length_value_model(
+    model_or_path: PreTrainedModel | str | os.PathLike,
+    rollouts: Dataset,
+    metadata: RolloutMetadata,
+    args: LengthValueTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> LengthValueModel:
+    """A length value model that is ready to be fitted: a backbone with a new head, gamma, and where both come from.
+
+    Args:
+        model_or_path (`PreTrainedModel` or `str`): the backbone, as `LengthValueModel.from_backbone` takes it.
+        rollouts (`datasets.Dataset`): the completions that will be fitted on.
+        metadata (`RolloutMetadata`): where they come from.
+        args (`LengthValueTrainingArguments`): `gamma`, or how to fit it.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's.
+
+    Raises:
+        ValueError: if the tokenizer is not the one that the rollouts were sampled with.
+    """
+    check_same_tokenizer(
+        tokenizer, metadata.tokenizer_fingerprint, ours_name="the backbone", theirs_name="the generator of the rollouts"
+    )
+    gamma, fit = fit_gamma_to_rollouts(rollouts, args.gamma_quantile, args.gamma_coverage)
+    if args.gamma is not None:
+        gamma, fit = args.gamma, {**fit, "quantile": None, "coverage": None}
+        logger.info("gamma %.6f is used as given", gamma)
+    return LengthValueModel.from_backbone(
+        model_or_path,
+        gamma=gamma,
+        tokenizer=tokenizer,
+        gamma_fit=fit,
+        generator=metadata.generator,
+        truncated_share=metadata.truncated_share,
+    )
+
+
+class LengthValueTrainer(Trainer):
+    """`transformers.Trainer` for a [`LengthValueModel`]: mean over tokens of the squared error of the value.
+
+    The mean runs over all states of an optimiser step: its gradient does not depend on how the step is split into
+    micro-batches and processes, nor on packing and padding. Micro-batches are drawn at random from all completions.
+
+    Args:
+        model ([`LengthValueModel`]): what to fit; its config holds gamma.
+        args ([`LengthValueTrainingArguments`]): how.
+        train_dataset, eval_dataset (`datasets.Dataset`, *optional*): rollouts, see [`prepare_rollouts`]. Metrics of the
+            evaluation are those of [`length_value_metrics`].
+        kwargs: further arguments of `transformers.Trainer`.
+
+    Raises:
+        ValueError: if the model is no length value model, a sequence does not fit its context or has ids outside its
+            vocabulary, packed sequences see each other, or several GPUs are driven by one process.
+    """
+
+    def __init__(
+        self,
+        model: LengthValueModel,
+        args: LengthValueTrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(model, LengthValueModel):
+            raise ValueError(
+                f"LengthValueTrainer fits a LengthValueModel, not a {type(model).__name__}: make one with "
+                "`LengthValueModel.from_backbone(model, gamma=...)`."
+            )
+        if args.n_gpu > 1:
+            raise ValueError("One process per GPU is needed: start with `accelerate launch` or `torchrun`.")
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None:
+                check_fits(model, dataset)
+        if args.packing:
+            check_isolation(model)
+        collator = LengthValueCollator(
+            truncated=args.truncated,
+            packing=args.packing,
+            row_length=args.row_length,
+            flatten="flash" in model.backbone.config._attn_implementation,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=None if train_dataset is None else train_dataset.select_columns(_COLUMNS),
+            eval_dataset=None if eval_dataset is None else eval_dataset.select_columns(_COLUMNS),
+            **{
+                "data_collator": collator,
+                "compute_loss_func": self._token_mean_loss,
+                "compute_metrics": self._summarize,
+                **kwargs,
+            },
+        )
+        # Otherwise the Trainer hands num_items_in_batch to the backbone as well.
+        self.model_accepts_loss_kwargs = False
+
+    def train(self, *args, **kwargs):
+        """As in `Trainer`. With several processes, `evaluate` must not come first: the model would stay unsynchronised."""
+        prepared_alone = any(model is self.model for model in self.accelerator._models)
+        if prepared_alone and self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise ValueError(
+                "evaluate() before train() leaves the processes without gradient synchronisation (transformers prepares a "
+                "model once only): set eval_on_start=True instead, or make a new trainer."
+            )
+        return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in `Trainer`, which counts the items of the optimiser step and corrects for the number of processes."""
+        self._endings = inputs["endings"]
+        inputs = {name: value for name, value in inputs.items() if name not in ("endings", "sequences")}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _token_mean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        targets = self._targets(outputs.values, labels, self._endings)
+        loss = length_value_loss(outputs.values, targets, labels != IGNORED, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(
+                f"The loss is {float(loss)} after {self.state.global_step} steps: lower the learning rate, or look for "
+                "infinite weights in the backbone."
+            )
+        return loss
+
+    def _targets(self, values: Tensor, labels: Tensor, endings: Tensor) -> Tensor:
+        return value_targets(values, labels, endings, self._gamma, self.args.lam)
+
+    @property
+    def _gamma(self) -> float:
+        return self.accelerator.unwrap_model(self.model).config.gamma
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One row of statistics per completion instead of logits, so that nothing padded crosses processes."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            if prediction_loss_only:
+                return loss, None, None
+            row_of, first, lengths, finished, groups = inputs["sequences"].unbind(1)
+            targets = self._targets(outputs.values, inputs["labels"], inputs["endings"])
+            logits, targets = (unpack(each, row_of, first, lengths) for each in (outputs.logits, targets))
+            statistics = sequence_statistics(logits, lengths, finished, self._gamma, targets)
+        return loss, statistics, torch.stack([lengths, finished, groups], dim=1)
+
+    def _summarize(self, prediction: EvalPrediction) -> dict[str, float]:
+        lengths, finished, groups = torch.from_numpy(prediction.label_ids).unbind(1)
+        return summarize(torch.from_numpy(prediction.predictions), lengths, finished, groups, self._gamma)
+
+
+def check_fits(model: LengthValueModel, rollouts: Dataset) -> None:
+    """Raises a `ValueError` if a rollout has ids that the backbone has no embedding for, or exceeds its context."""
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    batches = rollouts.select_columns(["prompt_ids", "completion_ids"]).iter(batch_size=1024)
+    pairs = (pair for batch in batches for pair in zip(batch["prompt_ids"], batch["completion_ids"], strict=True))
+    for index, (prompt, completion) in enumerate(pairs):
+        ids = prompt + completion
+        if max(ids) >= config.vocab_size:
+            raise ValueError(
+                f"Rollout {index} holds token {max(ids)}, but the backbone knows {config.vocab_size} tokens: use "
+                "the backbone whose tokenizer the rollouts were sampled with."
+            )
+        if context is not None and len(ids) > context:
+            raise ValueError(
+                f"Rollout {index} has {len(ids)} tokens, but the backbone's context is {context}: leave it out or use "
+                "another backbone. Sequences are never cut, because a cut would change every length."
+            )
+
+
+def pretrain(
+    model_or_path: PreTrainedModel | str | os.PathLike,
+    rollouts: Dataset,
+    metadata: RolloutMetadata,
+    args: LengthValueTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_rollouts: Dataset | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    resume: bool = False,
+) -> tuple[LengthValueModel, dict[str, float]]:
+    """Pretrains a length value model and saves it, with its tokenizer, in `args.output_dir`.
+
+    Args:
+        model_or_path (`PreTrainedModel` or `str`): the backbone, as `LengthValueModel.from_backbone` takes it.
+        rollouts (`datasets.Dataset`), metadata (`RolloutMetadata`): as `read_rollouts` gives them.
+        args (`LengthValueTrainingArguments`): how to train. Metrics also go to `metrics.jsonl` in `args.output_dir`.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's; must be the one of the rollouts.
+        eval_rollouts (`datasets.Dataset`, *optional*): held-out prompts (see `split_by_prompt`), evaluated at the end.
+        callbacks (`list[TrainerCallback]`, *optional*): given to the trainer.
+        resume (`bool`, *optional*, defaults to `False`): go on from the last checkpoint in `args.output_dir`, if any.
+
+    Returns:
+        `tuple[LengthValueModel, dict[str, float]]`: the model in eval mode, and the metrics of the evaluation (empty
+        without `eval_rollouts`).
+
+    Raises:
+        ValueError: if `args.output_dir` has a checkpoint and `resume` is not set; and as [`LengthValueTrainer`].
+    """
+    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if checkpoint and not resume:
+        raise ValueError(f"There is a checkpoint already, {checkpoint}: resume from it, or give another output_dir.")
+    set_seed(args.seed)  # the head's first weights are drawn before the Trainer sets the seed
+    train = prepare_rollouts(rollouts, args)
+    model = make_length_value_model(model_or_path, train, metadata, args, tokenizer)
+    trainer = LengthValueTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=None if eval_rollouts is None else prepare_rollouts(eval_rollouts, args),
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(args.output_dir), *(callbacks or [])],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate() if eval_rollouts is not None else {}
+    trainer.save_model(args.output_dir)
+    return trainer.accelerator.unwrap_model(trainer.model).eval(), metrics

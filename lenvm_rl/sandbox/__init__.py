@@ -1,0 +1,21 @@
+"""The built-in task: a verifiable chain of operations whose written steps are worth their tokens only where they are needed."""
+
+from lenvm_rl.sandbox.policy import PolicySettings, fit_policy
+from lenvm_rl.sandbox.styles import STYLES, clean_length, draw_completion, read_completion
+from lenvm_rl.sandbox.task import DIFFICULTIES, Problem, distinct_problems, is_correct, stream_problems
+from lenvm_rl.sandbox.tokenizer import sandbox_tokenizer
+
+__all__ = [
+    "DIFFICULTIES",
+    "STYLES",
+    "PolicySettings",
+    "Problem",
+    "clean_length",
+    "distinct_problems",
+    "draw_completion",
+    "fit_policy",
+    "is_correct",
+    "read_completion",
+    "sandbox_tokenizer",
+    "stream_problems",
+]

@@ -1,0 +1,252 @@
+"""What both trainers share: a frozen length value model beside the policy, the streams it gives, and what is logged."""
+
+import textwrap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import get_config_model_id
+
+from lenvm_rl.advantages import combine, length_advantage
+from lenvm_rl.completions import completion_logits
+from lenvm_rl.shaping import length_potential, value_potential
+from lenvm_rl.tokenization import check_pad_is_not_eos, check_same_tokenizer
+from lenvm_rl.trainers import checks
+from lenvm_rl.trainers.callbacks import MetricsFile
+from lenvm_rl.trainers.configs import LenVMConfig
+from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics, value_metrics
+from lenvm_rl.trainers.streams import (
+    Completions,
+    action_gae,
+    centered_gated_advantage,
+    read_completions,
+    shaping_rewards,
+)
+
+
+PAPER = {
+    "title": "Length Value Model: Scalable Value Pretraining for Token-Level Length Modeling",
+    "id": "2604.27039",
+    # docstyle-ignore
+    "citation": textwrap.dedent("""\
+        @article{zhang2026length,
+            title        = {{Length Value Model: Scalable Value Pretraining for Token-Level Length Modeling}},
+            author       = {Zhen Zhang and Changyi Yang and Zijie Xia and Zhen Yang and Chengzhi Liu and
+                            Zhaotiao Weng and Yepeng Liu and Haobo Chen and Jin Pan and Chenyang Zhao and
+                            Yuheng Bu and Alkesh Patel and Zhe Gan and Xin Eric Wang},
+            year         = 2026,
+            eprint       = {arXiv:2604.27039},
+        }"""),
+}
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What the reward functions said about this process's completions.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards, 0 where nothing was scored.
+        scored (`torch.BoolTensor` of shape `(B,)`): where at least one function returned a number.
+        correct (`torch.BoolTensor` of shape `(B,)`): where `gate_reward` is above `gate_threshold`.
+    """
+
+    rewards: Tensor
+    scored: Tensor
+    correct: Tensor
+
+
+class LenVMTrainer(GRPOTrainer):
+    """[`trl.GRPOTrainer`] with a frozen length value model: the common part of the two trainers, not for use by itself.
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, grpo_arguments:
+            As in [`trl.GRPOTrainer`]. `args` is of the trainer's own config class.
+        length_value_model ([`LengthValueModel`] or `str`, *optional*):
+            The model or its path. It is frozen for good, and placed like TRL's reference model. Needed where
+            `length_coef` or `shaping_coef` is not 0; otherwise it is only logged.
+
+    Raises:
+        `ValueError`: what [`lenvm_rl.trainers.checks`] refuses.
+        `FileNotFoundError`: a model's path does not exist.
+    """
+
+    _paper = PAPER
+    config_class = LenVMConfig
+    # Whether advantages differ from token to token even with both coefficients at 0.
+    always_dense = False
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: LenVMConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *,
+        length_value_model=None,
+        **grpo_arguments,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{name.split('/')[-1]}-{type(self).__name__.removesuffix('Trainer')}")
+        checks.check_config_class(args, self.config_class)
+        checks.check_model_path(model, "the policy")
+        checks.check_dataset(train_dataset, args)
+        if self.always_dense or args.needs_length_value_model:
+            checks.check_loss(args)
+        length_value_model = checks.load_length_value_model(length_value_model, args)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **grpo_arguments,
+        )
+        # Known from here on: the tokenizer and the reward functions, as TRL sees them.
+        self._gate_index = checks.gate_index(args.gate_reward, self.reward_func_names)
+        check_pad_is_not_eos(self._tokenizer)
+        if length_value_model is not None:
+            self._check_length_value_model(length_value_model)
+            self.length_gamma = length_value_model.config.gamma
+            length_value_model = self._place_frozen(length_value_model.freeze())
+        self.length_value_model = length_value_model
+        # TRL 1.12 knows the tokenizer's end of sequence only; later ones, every end that the model declares.
+        self._ends = self.eos_token_ids if hasattr(self, "eos_token_ids") else [self._tokenizer.eos_token_id]
+        self._raw_rewards: Tensor | None = None
+        self.add_callback(MetricsFile())
+
+    def _check_length_value_model(self, length_value_model) -> None:
+        if self._is_vlm:
+            raise ValueError(
+                "The policy's processing class is a multimodal processor, but the length value model is given token "
+                "ids only: pass the tokenizer of a text model, or train without `length_value_model`."
+            )
+        check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, self._tokenizer)
+
+    def _place_frozen(self, model):
+        """On the device, wrapped or sharded as TRL does it with its reference model."""
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _sum_over_processes(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    def _log_all(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(value)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # The one place where the rewards of single functions can be had: they are not in the batch.
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        checks.check_rewards(rewards, self.reward_func_names)
+        self._raw_rewards = rewards
+        return rewards
+
+    def _outcomes(self, rows: int) -> Outcomes:
+        first = self.accelerator.process_index * rows
+        rewards = self._raw_rewards[first : first + rows]
+        weights = self.reward_weights.to(rewards.device)
+        if self._gate_index is None:
+            correct = torch.zeros(rows, dtype=torch.bool, device=rewards.device)
+        else:
+            correct = rewards[:, self._gate_index] > self.args.gate_threshold
+        return Outcomes(
+            rewards=(rewards * weights).nansum(dim=1),
+            scored=~torch.isnan(rewards).all(dim=1),
+            correct=correct,
+        )
+
+    def _value_logits(self, model, batch: dict, what: str) -> Tensor:
+        """Logits of a value model at every state, `(B, T + 1)`, without gradient, in chunks of the per-device batch."""
+        args = self.args
+        chunk = args.per_device_train_batch_size if self._mode == "train" else args.per_device_eval_batch_size
+        with torch.no_grad():
+            logits = completion_logits(
+                model,
+                batch["prompt_ids"],
+                batch["prompt_mask"],
+                batch["completion_ids"],
+                batch["completion_mask"],
+                chunk_size=chunk,
+            )
+        checks.check_finite(logits, what, batch, self)
+        return logits
+
+    def _length_stream(self, logits: Tensor, completions: Completions, outcomes: Outcomes) -> Tensor:
+        """The length advantage `(B, T)`, gated, without `length_coef`."""
+        args, states = self.args, -torch.sigmoid(logits)
+        values, following = states[:, :-1], completions.following(states)
+        if args.length_gate_center:
+            length = centered_gated_advantage(
+                values,
+                completions,
+                self.length_gamma,
+                following,
+                outcomes.correct,
+                group_size=self.num_generations if self._mode == "train" else self.num_generations_eval,
+                gather=self.accelerator.gather,
+                first_row=self.accelerator.process_index * len(values),
+            )
+        else:
+            length = length_advantage(
+                values, completions.mask, self.length_gamma, args.length_lam, following, completions.actions
+            )
+            if args.length_gate == "correct":
+                length = torch.where(outcomes.correct.unsqueeze(1), length, 0.0)
+        return torch.where(outcomes.scored.unsqueeze(1), length, 0.0)
+
+    def _potential(self, logits: Tensor) -> Tensor:
+        """The shaping potential at every state, `shaping_coef` included: `(B, T + 1)`."""
+        if self.args.shaping_potential == "value":
+            potential = value_potential(logits)
+        else:
+            potential = length_potential(logits, self.length_gamma, self.max_completion_length)
+        return self.args.shaping_coef * potential
+
+    def _shaping_advantage(self, logits: Tensor, completions: Completions) -> Tensor:
+        """What shaping adds to a task advantage that has no critic: ``GAE(F, 0)``, `(B, T)`.
+
+        Never ``F_t`` by itself, which looks one token ahead, and never its sum, which is the same for all completions
+        of a prompt. With lambda 1 it is ``-Phi(s_t)``, a baseline. The task without a critic ends where it is cut, so
+        Phi is 0 there too.
+        """
+        args = self.args
+        shaping = shaping_rewards(self._potential(logits), completions, args.shaping_discount, terminal_cut=True)
+        zero = torch.zeros_like(shaping)
+        return action_gae(shaping, zero, completions, args.task_gamma, args.task_lam, zero[:, 0])
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        completions = read_completions(batch, self._ends, self._tokenizer.pad_token_id)
+        outcomes = self._outcomes(len(completions.mask))
+        reduce = self._sum_over_processes
+        self._log_all(completion_metrics(completions, outcomes.correct, reduce))
+        logits = length = None
+        if self.length_value_model is not None:
+            logits = self._value_logits(self.length_value_model, batch, "length value model")
+            length = self._length_stream(logits, completions, outcomes)
+            self._log_all(value_metrics(logits, completions, self.length_gamma, reduce))
+        task = self._task_stream(batch, completions, outcomes, logits)
+        self._log_all(stream_metrics(task, length, completions, reduce))
+        if self.args.length_coef != 0.0:
+            batch["advantages"] = combine(task, length, completions.mask, self.args.length_coef)
+        elif self.always_dense or self.args.needs_length_value_model:
+            batch["advantages"] = task
+        # Otherwise the batch stays as TRL made it.
+        return batch
+
+    def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
+        """The task advantage `(B, T)`, shaping included, 0 where no action is and for completions nobody scored."""
+        raise TypeError(f"{type(self).__name__} is only the common part: use LenVMGRPOTrainer or LenVMPPOTrainer.")

@@ -1,0 +1,208 @@
+"""What the trainers refuse, each with what to change: at construction, and where a step meets numbers that are none."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+
+from lenvm_rl.modeling import LengthValueModel
+
+logger = logging.getLogger(__name__)
+
+# Loss types of TRL that average over a completion's own tokens before they average over completions.
+LENGTH_NORMALISED_LOSSES = ("grpo", "sapo")
+# Optimizers that step inside the backward pass or hold one optimizer per layer: they take no further parameter group.
+CLOSED_OPTIMIZERS = ("lomo", "adalomo", "layerwise")
+
+
+def check_model_path(name_or_path, what: str) -> None:
+    """Raise a `FileNotFoundError` if `name_or_path` can only be a local folder and is none.
+
+    Args:
+        name_or_path (`str` or any): a model is let through, and so is a name that may be a hub id (`name`, `org/name`).
+        what (`str`): what the error calls it.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        return
+    path = os.path.expanduser(os.fspath(name_or_path))
+    is_path = path.startswith((".", "/", "\\")) or path.count("/") > 1 or "\\" in path
+    if is_path and not os.path.isdir(path):
+        raise FileNotFoundError(f"There is no folder '{path}' for {what} (looked from {os.getcwd()}): check the path.")
+
+
+def check_dataset(train_dataset, args) -> None:
+    """Raise a `ValueError` if the training set holds too few prompts for a single step.
+
+    Args:
+        train_dataset (`datasets.Dataset` or any): only a dataset with a length can be checked.
+        args (`trl.GRPOConfig`): says how many prompts one generation batch takes.
+    """
+    if not isinstance(train_dataset, Dataset):
+        return
+    if len(train_dataset) == 0:
+        raise ValueError("The training set is empty: give at least one row with a `prompt`.")
+    prompts = args.generation_batch_size // args.num_generations
+    if len(train_dataset) < prompts:
+        raise ValueError(
+            f"The training set has {len(train_dataset)} prompts, one generation batch takes {prompts} different ones "
+            f"(generation_batch_size={args.generation_batch_size}, num_generations={args.num_generations}), so there "
+            "would be no step at all: add prompts, lower per_device_train_batch_size, or raise num_generations."
+        )
+
+
+def check_loss(args) -> None:
+    """Raise a `ValueError` where TRL's loss gives advantages per token no meaning.
+
+    - `importance_sampling_level="sequence"`: the ratio is one number per completion, so its gradient spreads the mean
+      of the advantages over all tokens, and the credit of each token is lost.
+    - `loss_type="luspo"` is made for that ratio; with a ratio per token it is `"dr_grpo"` up to a constant.
+    - `loss_type="vespo"` picks the weight of a whole completion by the sign of *its* advantage.
+    - `off_policy_mask_threshold` drops a completion by the sign of *its* advantage; with one sign per token it would
+      drop the discouraged tokens of a completion and keep the encouraged ones.
+
+    Args:
+        args (`trl.GRPOConfig`): of a run whose advantages differ from token to token.
+    """
+    if args.importance_sampling_level == "sequence":
+        raise ValueError(
+            "importance_sampling_level='sequence' gives every token of a completion the same weight, so advantages per "
+            "token lose their meaning: set importance_sampling_level='token'."
+        )
+    if args.loss_type == "luspo":
+        raise ValueError(
+            "loss_type='luspo' weighs whole completions, and with a ratio per token it is 'dr_grpo' times "
+            "max_completion_length: set loss_type='dr_grpo'."
+        )
+    if args.loss_type == "vespo":
+        raise ValueError(
+            "loss_type='vespo' weighs a whole completion by the sign of its one advantage, which advantages per token "
+            "do not have: set loss_type='dr_grpo' (or 'dapo', 'bnpo', 'cispo')."
+        )
+    if args.off_policy_mask_threshold is not None:
+        raise ValueError(
+            "off_policy_mask_threshold drops a whole completion by the sign of its one advantage, which advantages per "
+            "token do not have: leave it unset."
+        )
+    if args.loss_type in LENGTH_NORMALISED_LOSSES:
+        logger.warning(
+            "loss_type='%s' divides by each completion's own length: a length bias beside the length stream, and with "
+            "it the length value model is no pure baseline. loss_type='dr_grpo' has neither.",
+            args.loss_type,
+        )
+
+
+def check_config_class(args, config_class) -> None:
+    """Raise a `ValueError` unless `args` is of `config_class`: a plain `GRPOConfig` lacks what the trainer reads."""
+    if not isinstance(args, config_class):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}; this trainer needs a {config_class.__name__}, which takes all "
+            "arguments of trl.GRPOConfig and adds its own."
+        )
+
+
+def load_length_value_model(model_or_path, args) -> LengthValueModel | None:
+    """The length value model of a run, loaded if it is a path, or `None` where none is needed and none is given.
+
+    Raises:
+        `ValueError`: a coefficient needs one and there is none, or what was given is another kind of model.
+        `FileNotFoundError`: the path does not exist.
+    """
+    if model_or_path is None:
+        if args.needs_length_value_model:
+            raise ValueError(
+                f"length_coef={args.length_coef} and shaping_coef={args.shaping_coef} need a length value model: pass "
+                "`length_value_model=` (a LengthValueModel or its path), or set both to 0."
+            )
+        return None
+    if isinstance(model_or_path, (str, os.PathLike)):
+        model_or_path = LengthValueModel.from_pretrained(model_or_path)
+    if not isinstance(model_or_path, LengthValueModel):
+        raise ValueError(
+            f"`length_value_model` is a {type(model_or_path).__name__}; it has to be a LengthValueModel or the path of "
+            "one. Make one with `LengthValueModel.from_backbone` and pretrain it on rollouts of the policy."
+        )
+    return model_or_path
+
+
+def gate_index(gate_reward: str | None, names: list[str]) -> int | None:
+    """Which reward function says what is correct: the one called `gate_reward`, by default the first; `None` if none.
+
+    Raises:
+        `ValueError`: no function has that name, or several have.
+    """
+    if gate_reward is None:
+        return 0 if names else None
+    if names.count(gate_reward) != 1:
+        found = "several of them are called that" if gate_reward in names else "none of them is called that"
+        raise ValueError(
+            f"gate_reward='{gate_reward}' has to name one of the reward functions ({', '.join(names)}), but {found}."
+        )
+    return names.index(gate_reward)
+
+
+def check_optimizer(args) -> None:
+    """Raise a `ValueError` if the optimizer takes no second model, as a learned critic is."""
+    name = args.optim.value
+    if any(part in name for part in CLOSED_OPTIMIZERS):
+        raise ValueError(
+            f"optim='{name}' steps layer by layer and takes no parameter group for the learned critic: use another, "
+            "such as 'adamw_torch', or critic='lenvm'."
+        )
+
+
+def check_rewards(rewards: torch.Tensor, names: list[str]) -> None:
+    """Raise a `ValueError` if no reward function scored anything, or one gave an infinite reward.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`): one column per function; NaN where a function returned `None`.
+        names (`list[str]`): of the functions.
+    """
+    if rewards.numel() and bool(torch.isnan(rewards).all()):
+        raise ValueError(
+            f"Every reward function ({', '.join(names)}) returned None for every completion of the batch, so there is "
+            "nothing to learn from: return a number for each completion that the function applies to."
+        )
+    infinite = torch.isinf(rewards).any(dim=0).tolist()
+    if any(infinite):
+        culprits = [name for name, bad in zip(names, infinite, strict=True) if bad]
+        raise ValueError(f"The reward of {', '.join(culprits)} is infinite for a completion: return finite numbers.")
+
+
+def check_finite(values: torch.Tensor, what: str, batch: dict, trainer) -> None:
+    """Stop the step on every process if any process got NaN or infinity from a value model, and keep its batch.
+
+    The batch is written to `output_dir` as safetensors: prompt and completion ids, their masks, and the values.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T + 1)`): what the model gave, anything finite where no state exists.
+        what (`str`): name of the model, for the error and the file.
+        batch (`dict`): with `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`.
+        trainer (`transformers.Trainer`): gives the processes, the step and the folder.
+
+    Raises:
+        `ValueError`: naming the file.
+    """
+    bad_rows = (~torch.isfinite(values)).any(dim=1)
+    bad_processes = trainer.accelerator.gather(bad_rows.any().reshape(1)).nonzero().flatten().tolist()
+    if not bad_processes:
+        return
+    step, rank = trainer.state.global_step, trainer.accelerator.process_index
+    stem = f"nonfinite_{what.replace(' ', '_')}_step{step}_rank"
+    if rank in bad_processes:
+        tensors = {k: batch[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
+        tensors["values"] = values
+        folder = Path(trainer.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, folder / f"{stem}{rank}.safetensors")
+    files = ", ".join(str(Path(trainer.args.output_dir) / f"{stem}{rank}.safetensors") for rank in bad_processes)
+    rows = bad_rows.nonzero().flatten().tolist()
+    where = f"rows {rows} of this process" if rows else "on another process"
+    raise ValueError(
+        f"The {what} gave NaN or infinity at step {step} ({where}). The batch is in {files}: load it with "
+        "safetensors.torch.load_file and run the model on it; check its weights, its dtype (float16 overflows) and the "
+        "learning rate."
+    )

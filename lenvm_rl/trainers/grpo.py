@@ -1,0 +1,60 @@
+"""GRPO with the length stream of a frozen length value model, and with potential-based shaping."""
+
+import torch
+from torch import Tensor
+
+from lenvm_rl.trainers.base import LenVMTrainer, Outcomes
+from lenvm_rl.trainers.configs import LenVMGRPOConfig
+from lenvm_rl.trainers.streams import Completions
+
+
+class LenVMGRPOTrainer(LenVMTrainer):
+    """[`trl.GRPOTrainer`] whose advantages have a second stream, and so differ from token to token.
+
+    ``A_t = A_task + length_coef * A_len,t + shaping_coef * A_shaping,t`` (arXiv 2604.27039, appendices C.2 and C.3):
+
+    - ``A_task``: TRL's group-relative advantage, one number per completion, as it is (`scale_rewards`,
+      `multi_objective_aggregation`, several reward functions).
+    - ``A_len``: GAE of the length return with the frozen length value model as the baseline. Completions that were cut
+      go on with ``V(s_L)``. With `length_gate="correct"` the others get 0; the gate reads the *raw* value of
+      `gate_reward`, never the weighted sum.
+    - ``A_shaping``: GAE of the shaping rewards, with Phi = 0 after the last token: this task treats a cut as an end.
+
+    Tokens that nobody chose get 0, and so do completions that no reward function scored. A group whose rewards are all
+    equal has no task advantage, but still learns from the length stream. With both coefficients at 0 this *is*
+    `GRPOTrainer`: the batch is not touched.
+
+    Refused at construction: losses that know one advantage per completion ([`lenvm_rl.trainers.checks.check_loss`]), a
+    policy with another tokenizer than the length value model's, a pad token that is the end of sequence, multimodal
+    processors with a length value model.
+
+    Args:
+        model, reward_funcs, train_dataset, eval_dataset, processing_class, grpo_arguments: as in [`trl.GRPOTrainer`].
+        args ([`LenVMGRPOConfig`], *optional*): a default one if omitted.
+        length_value_model ([`LengthValueModel`] or `str`, *optional*):
+            The model or its path; frozen for good. Needed unless `length_coef` and `shaping_coef` are 0.
+
+    Example:
+
+    ```python
+    trainer = LenVMGRPOTrainer(
+        model="my-policy",
+        reward_funcs=accuracy_reward,
+        args=LenVMGRPOConfig("out", length_coef=0.1, loss_type="dr_grpo"),
+        train_dataset=dataset,
+        length_value_model="my-length-value-model",
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "lenvm"]
+    _name = "LenVM GRPO"
+    config_class = LenVMGRPOConfig
+
+    def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
+        task = torch.where(completions.actions, batch["advantages"].unsqueeze(1), 0.0)
+        if self.args.shaping_coef == 0.0:
+            return task
+        shaping = self._shaping_advantage(logits, completions)
+        return task + torch.where(outcomes.scored.unsqueeze(1), shaping, 0.0)

@@ -1,0 +1,166 @@
+"""What the trainers log about lengths, values and streams of advantage.
+
+All numbers are over the tokens or completions of a whole generation batch, of all processes, and come from one exchange
+of sums. A number that is not defined for a batch (no finished completion, no correct one) is NaN, which TRL leaves out
+of its averages. Lengths are in tokens that the policy wrote, the end-of-sequence token not counted.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lenvm_rl.returns import discounted_return, remaining_from_logits
+from lenvm_rl.trainers.streams import Completions, action_residuals
+
+
+class Moments:
+    """First and second moments of masked arrays, added up over processes.
+
+    Args:
+        reduce (`Callable`): sums a tensor over processes, such as `accelerator.reduce(…, reduction="sum")`.
+    """
+
+    def __init__(self, reduce):
+        self._reduce = reduce
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, x: Tensor, mask: Tensor, y: Tensor | None = None) -> None:
+        """Take in `x`, and `y` beside it for a cosine, where `mask` is on (three tensors of one shape)."""
+        mask = mask.bool()
+        x = torch.where(mask, x.detach(), 0).double()
+        y = x if y is None else torch.where(mask, y.detach(), 0).double()
+        sums = [mask.sum().double(), x.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum()]
+        self._sums[name] = torch.stack(sums)
+
+    def exchange(self) -> "Moments":
+        """Add up the sums of all processes: every process calls this once, after the same calls of `add`."""
+        totals = self._reduce(torch.stack(list(self._sums.values())))
+        self._sums = dict(zip(self._sums, totals.tolist(), strict=True))
+        return self
+
+    def mean(self, name: str) -> float:
+        """Mean of `x`."""
+        count, total, *_ = self._sums[name]
+        return total / count if count else math.nan
+
+    def variance(self, name: str) -> float:
+        """Population variance of `x`."""
+        count, total, squares, *_ = self._sums[name]
+        return max(squares / count - (total / count) ** 2, 0.0) if count else math.nan
+
+    def deviation(self, name: str) -> float:
+        """Population standard deviation of `x`."""
+        return math.sqrt(self.variance(name))
+
+    def cosine(self, name: str) -> float:
+        """Cosine of the angle between `x` and `y`."""
+        _, _, xx, xy, yy = self._sums[name]
+        return xy / math.sqrt(xx * yy) if xx > 0.0 and yy > 0.0 else math.nan
+
+    def explained_variance(self, error: str, target: str) -> float:
+        """``1 - Var(error) / Var(target)``: 1 for a perfect prediction, 0 for a constant one, NaN for equal targets."""
+        variance = self.variance(target)
+        return 1.0 - self.variance(error) / variance if variance > 0.0 else math.nan
+
+
+def completion_metrics(completions: Completions, correct: Tensor, reduce) -> dict[str, float]:
+    """`length/…`, of every run.
+
+    - `length/mean`: mean length of all completions, cut ones at the length they were cut at.
+    - `length/mean_correct`: mean length of the correct completions.
+    - `length/correct`: share of correct completions, those that `gate_reward` puts above `gate_threshold`.
+    - `length/truncated`: share of completions that did not end by themselves.
+    """
+    lengths, correct = completions.lengths.float(), correct.bool()
+    everyone = torch.ones_like(correct)
+    moments = Moments(reduce)
+    moments.add("length", lengths, everyone)
+    moments.add("correct", lengths, correct)
+    moments.add("correct share", correct.float(), everyone)
+    moments.add("truncated", (~completions.finished).float(), everyone)
+    moments.exchange()
+    return {
+        "length/mean": moments.mean("length"),
+        "length/mean_correct": moments.mean("correct"),
+        "length/correct": moments.mean("correct share"),
+        "length/truncated": moments.mean("truncated"),
+    }
+
+
+def value_metrics(logits: Tensor, completions: Completions, gamma: float, reduce) -> dict[str, float]:
+    """`lenvm/…`, of every run with a length value model: does it still know this policy's lengths?
+
+    - `lenvm/value_mean`: mean of V over the states in which the policy chose a token.
+    - `lenvm/td_residual_mean`: mean of ``-(1 - gamma) + gamma V(s_{t+1}) - V(s_t)``; above 0 where completions end
+      earlier than the model expects.
+    - `lenvm/explained_variance`: of the realised length return by V, over finished completions.
+    - `lenvm/predicted_length`, `lenvm/realised_length`: means over finished completions, predicted from the prompt.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T + 1)`): of the length value model at every state.
+    """
+    actions = completions.actions
+    extended = -torch.sigmoid(logits)
+    values = extended[:, :-1]
+    residuals = action_residuals(values, completions, gamma, completions.following(extended))
+    to_come = actions.flip(1).long().cumsum(dim=1).flip(1)
+    returns = discounted_return(to_come.to(values.dtype), gamma)
+    ended = actions & completions.finished.unsqueeze(1)
+    moments = Moments(reduce)
+    moments.add("value", values, actions)
+    moments.add("residual", residuals, actions)
+    moments.add("error", returns - values, ended)
+    moments.add("return", returns, ended)
+    moments.add("predicted", remaining_from_logits(logits[:, 0], gamma) - 1.0, completions.finished)
+    moments.add("realised", completions.lengths.float(), completions.finished)
+    moments.exchange()
+    return {
+        "lenvm/value_mean": moments.mean("value"),
+        "lenvm/td_residual_mean": moments.mean("residual"),
+        "lenvm/explained_variance": moments.explained_variance("error", "return"),
+        "lenvm/predicted_length": moments.mean("predicted"),
+        "lenvm/realised_length": moments.mean("realised"),
+    }
+
+
+def stream_metrics(task: Tensor, length: Tensor | None, completions: Completions, reduce) -> dict[str, float]:
+    """`advantage/…`: the streams before they are added, without `length_coef`.
+
+    - `advantage/task_std`: standard deviation of the task stream over the policy's tokens.
+    - `advantage/length_mean`, `advantage/length_std`: of the length stream, gated as it is used.
+    - `advantage/cosine`: of the angle between the two; -1 where they want opposite things.
+
+    Args:
+        task (`torch.Tensor` of shape `(B, T)`): task stream.
+        length (`torch.Tensor` of shape `(B, T)`, *optional*): length stream of a run with a length value model.
+    """
+    moments = Moments(reduce)
+    moments.add("task", task, completions.actions, length)
+    if length is not None:
+        moments.add("length", length, completions.actions)
+    moments.exchange()
+    metrics = {"advantage/task_std": moments.deviation("task")}
+    if length is not None:
+        metrics["advantage/length_mean"] = moments.mean("length")
+        metrics["advantage/length_std"] = moments.deviation("length")
+        metrics["advantage/cosine"] = moments.cosine("task")
+    return metrics
+
+
+def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor, reduce) -> dict[str, float]:
+    """`critic/…`, at sampling time: `critic/value_mean`, `critic/return_mean`, `critic/explained_variance`.
+
+    Args:
+        values, returns, mask (`torch.Tensor` of shape `(B, T)`): of the critic, its targets, and where they count.
+    """
+    moments = Moments(reduce)
+    moments.add("value", values, mask)
+    moments.add("return", returns, mask)
+    moments.add("error", returns - values, mask)
+    moments.exchange()
+    return {
+        "critic/value_mean": moments.mean("value"),
+        "critic/return_mean": moments.mean("return"),
+        "critic/explained_variance": moments.explained_variance("error", "return"),
+    }

@@ -1,0 +1,272 @@
+"""PPO on the hooks of TRL's GRPO trainer: a learned task critic, and a frozen length value model beside it."""
+
+import contextlib
+import os
+
+import torch
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import disable_dropout_in_model
+
+from lenvm_rl.completions import completion_logits
+from lenvm_rl.trainers import checks
+from lenvm_rl.trainers.base import LenVMTrainer, Outcomes
+from lenvm_rl.trainers.callbacks import CriticGradientReset
+from lenvm_rl.trainers.configs import LenVMPPOConfig
+from lenvm_rl.trainers.critic import load_critic, make_critic
+from lenvm_rl.trainers.metrics import Moments, critic_metrics
+from lenvm_rl.trainers.streams import Completions, action_gae, final_rewards, shaping_rewards, whiten
+
+CRITIC_FOLDER = "critic"
+
+
+class LenVMPPOTrainer(LenVMTrainer):
+    """PPO (Schulman et al., arXiv 1707.06347) with two streams of advantage (arXiv 2604.27039, appendix C.2).
+
+    TRL has had no PPO trainer since 1.13. This one adds a critic to [`trl.GRPOTrainer`] and keeps everything else of
+    it: rollouts, reward functions, the clipped loss and its KL term (`beta`), PEFT policies, logging, resuming.
+
+    Task stream, with a learned critic: the weighted sum of the rewards is paid at the last token, with shaping rewards
+    ``F_t`` added to every token where `shaping_coef` is set, so that the critic learns the shaped return.
+    ``A_task = GAE(r + F, V_task; task_gamma, task_lam)``, the critic's targets are ``A_task + V_task``, and `whiten`
+    acts on ``A_task`` alone. A completion that was cut is an end, or goes on with the critic's value and the potential
+    (`truncation`). Then ``A = A_task + length_coef * A_len``, with ``A_len`` as in [`LenVMGRPOTrainer`].
+
+    The critic has its own parameter group and learning rate (weight decay as for the policy), and its gradient is
+    clipped by itself to `max_grad_norm`. Its loss is the mean over the tokens of the whole optimizer step,
+    accumulation and processes included. Dropout is off in it. It is saved in every checkpoint, in `critic/`, and
+    restored on resume.
+
+    Refused at construction, beside what [`LenVMGRPOTrainer`] refuses: a learned critic under FSDP or DeepSpeed (its
+    weights are not sharded), with an optimizer that steps layer by layer, or with
+    `multi_objective_aggregation="normalize_then_sum"`; `truncation="bootstrap"` without a critic.
+
+    Args:
+        model, reward_funcs, train_dataset, eval_dataset, processing_class, grpo_arguments: as in [`trl.GRPOTrainer`].
+        args ([`LenVMPPOConfig`], *optional*): a default one if omitted.
+        length_value_model ([`LengthValueModel`] or `str`, *optional*): as in [`LenVMGRPOTrainer`].
+        critic (`str` or `PreTrainedModel`, *optional*, defaults to `"learned"`):
+            `"learned"`: a task critic that starts from `args.critic_init`. `"lenvm"`: no task critic; the task stream
+            is the reward less a baseline (`args.task_baseline`), and the frozen length value model is the only critic
+            there is, for length. Or a model or path, see [`lenvm_rl.trainers.critic.make_critic`].
+
+    Example:
+
+    ```python
+    trainer = LenVMPPOTrainer(
+        model="my-policy",
+        reward_funcs=accuracy_reward,
+        args=LenVMPPOConfig("out", length_coef=0.1),
+        train_dataset=dataset,
+        length_value_model="my-length-value-model",
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "ppo", "lenvm"]
+    _name = "LenVM PPO"
+    config_class = LenVMPPOConfig
+    always_dense = True
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: LenVMPPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *,
+        length_value_model=None,
+        critic="learned",
+        **grpo_arguments,
+    ):
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            length_value_model=length_value_model,
+            **grpo_arguments,
+        )
+        self._check_critic(critic)
+        critic = make_critic(critic, self.args.critic_init, self.model, self.length_value_model)
+        self.critic = None if critic is None else self._place_critic(critic)
+
+    def _check_critic(self, critic) -> None:
+        args, has_critic = self.args, not (isinstance(critic, str) and critic == "lenvm")
+        if not has_critic and args.truncation == "bootstrap":
+            raise ValueError(
+                "truncation='bootstrap' goes on with the task critic's value, and critic='lenvm' has none: set "
+                "truncation='terminal', or learn a critic."
+            )
+        if not has_critic:
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                f"A learned critic is not sharded, so it does not run under "
+                f"{'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP'}: launch with DDP, or use critic='lenvm' or "
+                "LenVMGRPOTrainer."
+            )
+        checks.check_optimizer(args)
+        if args.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation='{args.multi_objective_aggregation}' normalises rewards over groups, "
+                "which PPO with a critic does not use: leave it at 'sum_then_normalize', or use critic='lenvm'."
+            )
+
+    def _place_critic(self, critic):
+        disable_dropout_in_model(critic)
+        if self.args.gradient_checkpointing:
+            # The second name is the one before transformers 5.23.
+            renamed = hasattr(critic, "activation_checkpointing_enable")
+            enable = critic.activation_checkpointing_enable if renamed else critic.gradient_checkpointing_enable
+            enable(self.args.gradient_checkpointing_kwargs)
+        critic = self.accelerator.prepare_model(critic.train())
+        self.add_callback(CriticGradientReset(critic))
+        return critic
+
+    def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
+        scored = outcomes.scored.unsqueeze(1)
+        if self.critic is None:
+            task = self._baseline_stream(batch, completions, outcomes, logits)
+        else:
+            values = self._value_logits(self.critic, batch, "task critic")
+            task = self._critic_stream(values, completions, outcomes, logits)
+            batch["critic_mask"] = completions.actions & scored
+            batch["critic_values"] = values[:, :-1]
+            batch["critic_returns"] = task + values[:, :-1]
+            self._log_all(
+                critic_metrics(
+                    batch["critic_values"], batch["critic_returns"], batch["critic_mask"], self._sum_over_processes
+                )
+            )
+        task = torch.where(scored, task, 0.0)
+        if self.args.whiten:
+            task = whiten(task, completions.actions & scored, self._sum_over_processes)
+        return task
+
+    def _critic_stream(
+        self, values: Tensor, completions: Completions, outcomes: Outcomes, logits: Tensor | None
+    ) -> Tensor:
+        """``GAE(r + F, V_task)`` from the critic's values at every state, `(B, T + 1)`: `(B, T)`."""
+        args, terminal_cut = self.args, self.args.truncation == "terminal"
+        rewards = final_rewards(outcomes.rewards, completions)
+        if args.shaping_coef != 0.0:
+            rewards += shaping_rewards(self._potential(logits), completions, args.shaping_discount, terminal_cut)
+        following = completions.following(values, terminal_cut)
+        return action_gae(rewards, values[:, :-1], completions, args.task_gamma, args.task_lam, following)
+
+    def _baseline_stream(
+        self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None
+    ) -> Tensor:
+        """The task advantage without a critic: the reward less a baseline, the same for all tokens, and shaping."""
+        if self.args.task_baseline == "group":
+            task = batch["advantages"]
+        else:
+            moments = Moments(self._sum_over_processes)
+            moments.add("reward", outcomes.rewards, outcomes.scored)
+            task = outcomes.rewards - moments.exchange().mean("reward")
+        task = torch.where(completions.actions, task.unsqueeze(1), 0.0)
+        if self.args.shaping_coef != 0.0:
+            task = task + self._shaping_advantage(logits, completions)
+        return task
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if self.critic is None:
+            return loss
+        return loss + self.args.vf_coef * self._value_loss(inputs)
+
+    def _value_loss(self, inputs: dict) -> Tensor:
+        """``1/2 (V - R)^2``, clipped, as a mean over the tokens of the optimizer step that this batch is a part of."""
+        mask, old, returns = inputs["critic_mask"], inputs["critic_values"], inputs["critic_returns"]
+        # As Trainer does for the policy: processes exchange gradients once per optimizer step.
+        defer = not self.accelerator.sync_gradients
+        with self.accelerator.no_sync(self.critic) if defer else contextlib.nullcontext():
+            extended = completion_logits(
+                self.critic,
+                inputs["prompt_ids"],
+                inputs["prompt_mask"],
+                inputs["completion_ids"],
+                inputs["completion_mask"],
+            )
+        checks.check_finite(extended, "task critic", inputs, self)
+        values = extended[:, :-1]
+        errors, clipped = (values - returns).square(), torch.zeros_like(mask)
+        if self.args.cliprange_value is not None:
+            near = old + (values - old).clamp(-self.args.cliprange_value, self.args.cliprange_value)
+            clipped_errors = (near - returns).square()
+            clipped = clipped_errors > errors
+            errors = torch.maximum(errors, clipped_errors)
+        losses = torch.where(mask, 0.5 * errors, 0.0)
+        moments = Moments(self._sum_over_processes)
+        moments.add("loss", losses, mask)
+        moments.add("clipped", clipped.float(), mask)
+        moments.exchange()
+        self._log_all({"critic/value_loss": moments.mean("loss"), "critic/clip_fraction": moments.mean("clipped")})
+        # `num_items_in_batch` spans the generation batch and all processes; DDP averages over processes.
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self._mode == "train":
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return losses.sum() / tokens
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if self.critic is None:
+            return optimizer
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        named = [(name, p) for name, p in self.critic.named_parameters() if p.requires_grad]
+        if any(id(parameter) in known for _, parameter in named):
+            return optimizer
+        decayed = set(self.get_decay_parameter_names(self.critic))
+        for weight_decay, wanted in ((self.args.weight_decay, True), (0.0, False)):
+            optimizer.add_param_group(
+                {
+                    "params": [p for name, p in named if (name in decayed) == wanted],
+                    "lr": self.args.critic_learning_rate,
+                    "weight_decay": weight_decay,
+                }
+            )
+        return optimizer
+
+    def _clip_grad_norm(self, model):
+        # First, because it also unscales the gradients of every parameter where there is a gradient scaler.
+        norm = super()._clip_grad_norm(model)
+        if self.critic is not None:
+            critic_norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+            self._log_all({"critic/grad_norm": critic_norm.item()})
+        return norm
+
+    def _save_checkpoint(self, model, trial):
+        # Before the rest: a checkpoint that has its trainer state is then complete.
+        if self.critic is not None and self.args.should_save:
+            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.save_critic(os.path.join(self._get_output_dir(trial=trial), checkpoint, CRITIC_FOLDER))
+        super()._save_checkpoint(model, trial)
+
+    def save_critic(self, folder: str) -> None:
+        """Write the learned critic to `folder`: `critic=folder` takes it up again in another run."""
+        self.accelerator.unwrap_model(self.critic).save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_critic(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_critic(self.state.best_model_checkpoint)
+
+    def _load_critic(self, checkpoint: str) -> None:
+        if self.critic is None:
+            return
+        folder = os.path.join(checkpoint, CRITIC_FOLDER)
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(
+                f"The checkpoint '{checkpoint}' has no folder '{CRITIC_FOLDER}', so it was not written by "
+                "LenVMPPOTrainer with a learned critic: resume from one that was, or start a new run from its weights."
+            )
+        self.accelerator.unwrap_model(self.critic).load_state_dict(load_critic(folder).state_dict())

@@ -1,0 +1,212 @@
+"""How the streams of advantage are made from a batch of completions: pure functions on tensors, shared by the trainers.
+
+Shapes and conventions are those of [`lenvm_rl.returns`]: arrays are `(B, T)` and aligned with the completion, entry
+``t`` of ``values`` is read before token ``t`` was chosen; value models give `(B, T + 1)`, the last entry of a row's
+states being the one after its last token. Tokens that nobody chose (tool output, environment text) exist but are no
+actions: across them the discount and lambda are 1, the reward is 0 and the value is carried from the next action, and
+their advantage is 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lenvm_rl.advantages import carry_values, gae
+from lenvm_rl.completions import bootstrap_values
+from lenvm_rl.returns import td_residual
+from lenvm_rl.shaping import potential_shaping
+
+# As in TRL's group-relative advantage: differences far below any real reward are not blown up to size 1.
+WHITEN_EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What a generation batch says about its completions.
+
+    Args:
+        mask (`torch.BoolTensor` of shape `(B, T)`): where a token exists, a prefix of ones; empty rows were left out
+            of the loss by `mask_truncated_completions`.
+        actions (`torch.BoolTensor` of shape `(B, T)`): where the policy chose the token.
+        finished (`torch.BoolTensor` of shape `(B,)`): whether the last token ends the sequence.
+        lengths (`torch.LongTensor` of shape `(B,)`): tokens that the policy wrote, the end of sequence not counted.
+    """
+
+    mask: Tensor
+    actions: Tensor
+    finished: Tensor
+    lengths: Tensor
+
+    def following(self, values: Tensor, terminal_cut: bool = False) -> Tensor:
+        """The value after each row's last token, `(B,)`, from values at every state, `(B, T + 1)`.
+
+        0 where the completion finished, and with `terminal_cut` where it was cut as well.
+        """
+        ends = torch.ones_like(self.finished) if terminal_cut else self.finished
+        return bootstrap_values(values, self.mask, ends)
+
+    def per_action(self, at_action: float, elsewhere: float, dtype=torch.float32) -> Tensor:
+        """A `(B, T)` tensor with one number at actions and another at all other slots."""
+        return torch.where(self.actions, at_action, elsewhere).to(dtype)
+
+
+def read_completions(batch: dict, eos_token_ids: list[int], pad_token_id: int) -> Completions:
+    """Read [`Completions`] off what TRL's `_generate_and_score_completions` returns.
+
+    Args:
+        batch (`dict`): with `completion_ids`, `completion_mask` `(B, T)`, and `tool_mask` where there are tools.
+        eos_token_ids (`list[int]`): tokens that end a completion.
+        pad_token_id (`int`): none of them.
+    """
+    ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    actions = mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+    kept = mask.any(dim=1)
+    last = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    ends = torch.isin(ids.gather(1, last).squeeze(1), torch.tensor(eos_token_ids, device=ids.device))
+    finished = kept & ends
+    # A row left out of the loss has no mask, but it was written all the same; it was cut, so it ends in no padding.
+    steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    written = torch.where(ids != pad_token_id, steps, 0).amax(dim=1)
+    lengths = torch.where(kept, actions.sum(dim=1), written) - finished.long()
+    return Completions(mask=mask, actions=actions, finished=finished, lengths=lengths)
+
+
+def action_gae(
+    rewards: Tensor, values: Tensor, completions: Completions, gamma: float, lam: float, following: Tensor
+) -> Tensor:
+    """[`lenvm_rl.gae`] from one action to the next.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, T)`): 0 at tokens that are no actions.
+        values (`torch.Tensor` of shape `(B, T)`): value before each token.
+        completions ([`Completions`]): which tokens exist and which are actions.
+        gamma (`float`): discount per action, in (0, 1].
+        lam (`float`): in [0, 1].
+        following (`torch.Tensor` of shape `(B,)`): value after the last token.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, 0 where no action is.
+    """
+    advantages = gae(
+        rewards,
+        carry_values(values, completions.mask, completions.actions, following),
+        completions.mask,
+        completions.per_action(gamma, 1.0, values.dtype),
+        completions.per_action(lam, 1.0, values.dtype),
+        following,
+    )
+    return torch.where(completions.actions, advantages, 0.0)
+
+
+def action_residuals(values: Tensor, completions: Completions, gamma: float, following: Tensor) -> Tensor:
+    """[`lenvm_rl.td_residual`] of the length return from one action to the next: `(B, T)`, 0 where no action is."""
+    carried = carry_values(values, completions.mask, completions.actions, following)
+    discounts = completions.per_action(gamma, 1.0, values.dtype)
+    return torch.where(completions.actions, td_residual(carried, completions.mask, discounts, following), 0.0)
+
+
+def final_rewards(rewards: Tensor, completions: Completions) -> Tensor:
+    """The reward of each completion `(B,)` at its last action, 0 elsewhere: `(B, T)`."""
+    actions = completions.actions
+    is_last = actions & (actions.long().flip(1).cumsum(dim=1).flip(1) == 1)
+    return torch.where(is_last, rewards.unsqueeze(1), 0.0)
+
+
+def shaping_rewards(potential: Tensor, completions: Completions, gamma: float, terminal_cut: bool) -> Tensor:
+    """Potential-based shaping ``F_t = gamma * Phi(s_{t+1}) - Phi(s_t)`` from one action to the next.
+
+    Args:
+        potential (`torch.Tensor` of shape `(B, T + 1)`): Phi at every state.
+        completions ([`Completions`]): which tokens exist and which are actions.
+        gamma (`float`): discount of the task return.
+        terminal_cut (`bool`): whether the task takes a cut for an end. Phi after a cut is then 0, as after an end; it
+            is Phi of the last state only where the task itself goes on from there.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, 0 where no action is.
+    """
+    following = completions.following(potential, terminal_cut)
+    carried = carry_values(potential[:, :-1], completions.mask, completions.actions, following)
+    discounts = completions.per_action(gamma, 1.0, potential.dtype)
+    shaped = potential_shaping(carried, completions.mask, discounts, following)
+    return torch.where(completions.actions, shaped, 0.0)
+
+
+def centered_gated_advantage(
+    values: Tensor,
+    completions: Completions,
+    gamma: float,
+    following: Tensor,
+    correct: Tensor,
+    group_size: int,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    first_row: int = 0,
+) -> Tensor:
+    """Length stream of the correct completions, centred over each group so that no V can bias it.
+
+    A gate that looks at the outcome makes V more than a baseline: ``E[C (G_t - V(s_t)) grad log pi]`` contains
+    ``-E[V(s_t) P(C | s_t, a_t) grad log pi]``, which raises or lowers the chance of being correct. Subtracting the mean
+    of the same quantity over the group only cancels what is constant in V.
+
+    Let ``D_t`` be the sum of the discounted TD residuals of the tokens before ``t``, a function of the state alone. Of a
+    whole completion it is ``D_L = G_0 - V(s_0)``, and ``V(s_0)`` is the same for all completions of a prompt. Then
+
+        ``A_t = C (D_L - mean of D_L over the group's other correct completions) - p D_t``
+
+    with ``p`` the share of correct ones among the others. In the first term V cancels: in expectation it is a positive
+    multiple of the gradient of ``E[G_0 | correct]``, so correct completions get shorter, and being correct is neither
+    paid nor punished. The second term is the baseline, which takes from each token what the tokens before it have
+    earned. Its expectation is 0 for any V, because nothing in it depends on the token; for the same reason it has to
+    act on the incorrect completions too. Where all are correct, ``A_t`` is ``gamma^t`` times the plain length
+    advantage, less its mean. (Baselines from the others of a group: arXiv 1602.06725, arXiv 2402.14740.)
+
+    This is exact for finished completions. At a cut, ``V(s_L)`` stands in for the rest, with its error.
+
+    Args:
+        values, completions, gamma, following: as in [`action_gae`], of the length value model.
+        correct (`torch.Tensor` of shape `(B,)`): 1 where the completion is correct.
+        group_size (`int`): completions of one prompt, neighbours in the rows of all processes put together.
+        gather (`Callable`, *optional*): puts the rows of all processes together; a single process needs none.
+        first_row (`int`, *optional*, defaults to `0`): where the rows of this process start among them.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, 0 where no action is. The only correct completion of a group has nothing to be
+        compared with: its first term is 0.
+    """
+    residuals = action_residuals(values, completions, gamma, following)
+    discounts = completions.per_action(gamma, 1.0, values.dtype)
+    weights = discounts.cumprod(dim=1) / discounts
+    earned = (weights * residuals).cumsum(dim=1)
+    before = earned - weights * residuals
+    whole = earned[:, -1]
+
+    gates = gather(correct.to(values.dtype)).view(-1, group_size)
+    totals = gather(whole * correct.to(values.dtype)).view(-1, group_size)
+    others = gates.sum(dim=1, keepdim=True) - gates
+    mean = (totals.sum(dim=1, keepdim=True) - totals) / others.clamp(min=1.0)
+    share = others / max(group_size - 1, 1)
+    rows = slice(first_row, first_row + len(whole))
+    others, mean, share = (column.reshape(-1)[rows] for column in (others, mean, share))
+    first = torch.where(correct.bool() & (others > 0), whole - mean, 0.0)
+    return torch.where(completions.actions, first.unsqueeze(1) - share.unsqueeze(1) * before, 0.0)
+
+
+def whiten(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+    """Shift and scale to mean 0 and standard deviation 1 over the tokens of all processes.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B, T)`): of one process.
+        mask (`torch.BoolTensor` of shape `(B, T)`): tokens that count.
+        reduce (`Callable`, *optional*): sums a tensor over processes; a single process needs none.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, 0 at masked slots.
+    """
+    clean = torch.where(mask, advantages, 0.0)
+    count, total = reduce(torch.stack([mask.sum().to(clean.dtype), clean.sum()]))
+    mean = total / count.clamp(min=1.0)
+    deviation = torch.where(mask, clean - mean, 0.0)
+    variance = reduce(deviation.square().sum()) / count.clamp(min=1.0)
+    return deviation / (variance.sqrt() + WHITEN_EPSILON)

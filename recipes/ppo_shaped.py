@@ -1,0 +1,48 @@
+"""PPO with a learned task critic and a frozen length value model, from rollouts to a trained policy.
+
+    accelerate launch recipes/ppo_shaped.py
+        The built-in sandbox: a tiny policy is fitted, its rollouts are sampled, gamma is fitted and a length value model
+        pretrained, and PPO trains the policy. Artefacts go to outputs/sandbox; a finished stage is reused.
+
+    accelerate launch recipes/ppo_shaped.py --model_name_or_path MODEL --dataset_name DATA --reward_funcs my.reward \
+        [--length_value_model LENVM] [--config my.yaml]
+        The same program for a model, a dataset (hub id or local file) and reward functions of your own.
+
+Then compare with tilted decoding: python -m eval.tradeoff --run_dir OUTPUT_DIR
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer
+from recipes.training import make_run, read_arguments, start_logging, train_stage
+
+
+@dataclass
+class CriticArguments:
+    """Which task critic PPO learns with."""
+
+    critic: str = field(
+        default="learned",
+        metadata={
+            "help": "'learned' (starts from critic_init), 'lenvm' (no task critic: a baseline for the task, the frozen "
+            "length value model for length), or the path of a saved critic."
+        },
+    )
+
+
+def main() -> None:
+    """Run the stages and train."""
+    args, config, model, critic = read_arguments(
+        LenVMPPOConfig, "sandbox_ppo.yaml", CriticArguments, description=__doc__.split("\n", 1)[0]
+    )
+    start_logging()
+    run = make_run(args, config, model)
+    train_stage(
+        "ppo", run, config, model, lambda **kwargs: LenVMPPOTrainer(critic=critic.critic, **kwargs), critic=critic.critic
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A decoder is copied or loaded whole, from a model that stays as it was, and what cannot be one is refused."""
+
+import os
+
+import pytest
+import torch
+from tiny import (
+    assert_same_logits,
+    assert_same_weights,
+    tiny_length_value_model,
+    tiny_llama,
+    tiny_qwen2,
+    tiny_tokenizer,
+    tokens,
+)
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from lenvm_rl.modeling import LengthValueConfig, LengthValueModel
+
+# `LlamaForCausalLM` with dropout, tied embeddings, or neither.
+LLAMAS = {"plain": {}, "dropout": {"attention_dropout": 0.5}, "tied": {"tie_word_embeddings": True}}
+LOADS = [LengthValueModel.from_pretrained, lambda path: LengthValueModel.from_backbone(path, gamma=0.9)]
+
+
+@pytest.mark.parametrize("kind", LLAMAS)
+@pytest.mark.parametrize("source", ["causal", "decoder", "path"])
+def test_a_backbone_comes_from_a_policy_a_decoder_or_a_path_and_reloads(kind, source, tmp_path):
+    policy = tiny_llama(**LLAMAS[kind])
+    policy.save_pretrained(tmp_path / "policy")
+    given = {"causal": policy, "decoder": policy.model, "path": tmp_path / "policy"}[source]
+    model = LengthValueModel.from_backbone(given, gamma=0.9)
+    assert_same_weights(model.backbone, policy.model)
+    assert not [name for name, _ in model.named_modules() if "lm_head" in name]
+    assert not model.training and all(weight.requires_grad for weight in model.parameters())
+    model.save_pretrained(tmp_path / "lenvm")
+    loaded = LengthValueModel.from_pretrained(tmp_path / "lenvm")
+    assert_same_weights(model, loaded)
+    assert_same_logits(model, loaded)
+
+
+def test_the_policy_is_left_as_it_was():
+    policy = tiny_llama().train()
+    policy.model.embed_tokens.weight.requires_grad_(False)
+    policy.enable_input_require_grads()
+    before, config = {key: weight.clone() for key, weight in policy.state_dict().items()}, policy.config.to_dict()
+    model = LengthValueModel.from_backbone(policy, gamma=0.9)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    model.config.backbone_config.hidden_act = "relu"
+    assert policy.training and policy.config.to_dict() == config
+    assert not policy.model.embed_tokens.weight.requires_grad and policy.lm_head.weight.requires_grad
+    assert all(torch.equal(before[key], weight) for key, weight in policy.state_dict().items())
+    assert model.get_input_embeddings().weight.requires_grad
+    assert not model.get_input_embeddings()._forward_hooks, "a hook of the policy would give a frozen model a gradient"
+
+
+def test_a_policy_in_bfloat16_gives_a_decoder_in_float32_with_the_same_numbers():
+    policy = tiny_qwen2().to(torch.bfloat16)
+    model = LengthValueModel.from_backbone(policy, gamma=0.9)
+    assert model.dtype == model.config.dtype == model.config.backbone_config.dtype == torch.float32
+    assert torch.equal(model.backbone.embed_tokens.weight, policy.model.embed_tokens.weight.float())
+    kept = LengthValueModel.from_backbone(policy, gamma=0.9, dtype=torch.bfloat16)
+    assert kept.dtype == torch.bfloat16 and kept.head.hidden.weight.dtype == torch.float32
+    assert policy.dtype == torch.bfloat16
+
+
+def test_a_policy_with_resized_embeddings_keeps_them(tmp_path):
+    policy = tiny_llama()
+    policy.resize_token_embeddings(70)
+    model = LengthValueModel.from_backbone(policy, gamma=0.9, tokenizer=tiny_tokenizer(vocab_size=70))
+    model.save_pretrained(tmp_path)
+    loaded = LengthValueModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_input_embeddings().weight, policy.get_input_embeddings().weight)
+
+
+def test_a_layer_that_was_replaced_in_a_given_decoder_keeps_its_weights():
+    decoder = tiny_llama().model
+    decoder.layers[0].mlp.up_proj = nn.Linear(16, 32, bias=False)
+    weight = decoder.layers[0].mlp.up_proj.weight.clone()
+    LengthValueModel(LengthValueConfig(backbone_config=decoder.config, gamma=0.9), backbone=decoder)
+    assert torch.equal(decoder.layers[0].mlp.up_proj.weight, weight)
+
+
+def test_what_is_no_plain_decoder_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=2))
+    encoder_decoder = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    lenvm = tiny_length_value_model()
+    lenvm.save_pretrained(tmp_path)
+    for given, message in (
+        (adapted, "merge its adapters"),
+        (adapted.base_model.model, "LlamaForCausalLM"),
+        (nn.DataParallel(tiny_llama()), "unwrap it"),
+        (None, "NoneType"),
+        (encoder_decoder, "encoder-decoder"),
+        (lenvm, "length value model already"),
+        (tmp_path, "length value model already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LengthValueModel.from_backbone(given, gamma=0.9)
+    with pytest.raises(ValueError, match=r"\['revision'\] say how to load"):
+        LengthValueModel.from_backbone(tiny_llama(), gamma=0.9, revision="main")
+
+
+def test_adapters_merged_into_a_policy_are_in_the_decoder():
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    merged = adapted.merge_and_unload()
+    weight = LengthValueModel.from_backbone(merged, gamma=0.9).backbone.layers[0].self_attn.q_proj.weight
+    assert torch.equal(weight, merged.model.layers[0].self_attn.q_proj.weight)
+    assert not torch.equal(weight, tiny_llama().model.layers[0].self_attn.q_proj.weight)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(ValueError, match="pad token and the end-of-sequence token are the same"):
+        LengthValueModel.from_backbone(tiny_llama(), gamma=0.9, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="ids up to 64, but the model embeds 64 tokens"):
+        LengthValueModel.from_backbone(tiny_llama(), gamma=0.9, tokenizer=tiny_tokenizer(vocab_size=65))
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_path_that_does_not_exist_is_called_that_and_never_asked_of_the_hub(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("outputs")
+    for path in (tmp_path / "none", str(tmp_path / "none"), "./none", "../none", "~/none", "a/b/c", "outputs/none"):
+        with pytest.raises(FileNotFoundError, match=r"There is no model at '.*' \(looked from .*\): check the path"):
+            load(path)
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_name_that_may_be_a_hub_id_is_said_to_be_no_folder_first(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="^There is no folder 'someone/lenvm' .* and as a hub id"):
+        load("someone/lenvm")
+
+
+def test_the_home_folder_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tiny_length_value_model()
+    model.save_pretrained(tmp_path / "lenvm")
+    assert_same_weights(model, LengthValueModel.from_pretrained("~/lenvm"))
+
+
+def test_a_decoder_of_a_type_nobody_knows_is_called_by_its_name():
+    with pytest.raises(ValueError, match="no decoder config of type 'nonsense'"):
+        LengthValueConfig(backbone_config={"model_type": "nonsense"}, gamma=0.9)
+    with pytest.raises(ValueError, match="names no `model_type`"):
+        LengthValueConfig(backbone_config={"hidden_size": 3}, gamma=0.9)
