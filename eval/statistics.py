@@ -1,9 +1,9 @@
 """Bootstrap confidence intervals for evaluations: means, functions of means, and paired differences.
 
-Completions of one prompt are not independent: a hard prompt is hard for all of them. So whole prompts are resampled (the
-cluster bootstrap: Davison & Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.8) wherever `groups` says
-which prompt each completion belongs to. Intervals are percentile intervals (Efron & Tibshirani, *An Introduction to the
-Bootstrap*, 1993, chapter 13). The same seed gives the same interval.
+Completions of one prompt are not independent: a hard prompt is hard for all of them. So whole prompts are resampled
+(the cluster bootstrap: Davison & Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.8) wherever
+`groups` says which prompt each completion belongs to. Intervals are percentile intervals (Efron & Tibshirani, *An
+Introduction to the Bootstrap*, 1993, chapter 13). The same seed gives the same interval.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def resampled_means(
 
     Args:
         values (array of shape `(N,)` or `(N, K)`): `K` quantities of each of `N` completions.
-        groups (array of shape `(N,)`, *optional*): equal entries (any type) belong to one prompt and are drawn together.
+        groups (array of shape `(N,)`, *optional*): equal entries, of any type, are one prompt and drawn together.
         weights (array like `values`, *optional*):
             Not negative. A weight of 0 leaves an entry out of its mean: the mean length of correct completions has the
             lengths as values and correctness as weights.
@@ -120,8 +120,8 @@ def statistic_interval(
         confidence (`float`, *optional*, defaults to `0.95`): nominal coverage.
 
     Returns:
-        [`Interval`]: NaN at both ends if some resample has no weight at all. Among 2000 resamples that is to be expected
-        where fewer than about ten groups carry weight: too few for an interval.
+        [`Interval`]: NaN at both ends if some resample has no weight at all. Among 2000 resamples that is to be
+        expected where fewer than about ten groups carry weight: too few for an interval.
     """
     columns, weight, _ = _checked(values, groups, weights)
     means = weighted_means(columns, weight)
@@ -190,7 +190,7 @@ def _ratio(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
 
 
 def _resampled_ratio(arms: list[tuple[np.ndarray, np.ndarray]], num_resamples: int, seed: int) -> list[np.ndarray]:
-    """Means of each arm in each resample, `(R, K)`, the same clusters drawn for all arms; an arm is two `(G, K)` arrays."""
+    """Means `(R, K)` of each arm, the same clusters drawn for all; an arm is its sums and weights, both `(G, K)`."""
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
     clusters = arms[0][0].shape[0]

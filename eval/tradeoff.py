@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from eval.arms import Arm, Sampler, load_object, value_scale
@@ -32,7 +32,8 @@ from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.sampling import load_prompts, tokenize_prompts
 from lenvm_rl.sandbox import DIFFICULTIES, clean_length, distinct_problems, read_completion
 
-logger = logging.getLogger(__name__)
+# Prompts that the style frontier is measured on, 8 completions each.
+FRONTIER_PROMPTS = 480
 
 
 @dataclass
@@ -54,6 +55,7 @@ class TradeoffArguments:
         metadata={"help": "Prompts: a hub id or a .jsonl, .json, .parquet or .csv file. Default: the sandbox's."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    chat: bool = field(default=False, metadata={"help": "Wrap text prompts as a user's message."})
     dataset_split: str = field(default="test", metadata={"help": "Split of a hub dataset."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt, text or messages."})
     reward: str = field(
@@ -100,7 +102,10 @@ def load_comparison(args: TradeoffArguments) -> Comparison:
     if args.prompt_column not in dataset.column_names:
         raise ValueError(f"{args.dataset_name} has no column {args.prompt_column!r}; it has {dataset.column_names}.")
     columns = {name: dataset[name][:] for name in dataset.column_names if name != args.prompt_column}
-    return Comparison(dataset[args.prompt_column][:], columns, None)
+    prompts = dataset[args.prompt_column][:]
+    if args.chat:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return Comparison(prompts, columns, None)
 
 
 def read_run(args: TradeoffArguments) -> tuple[str, str, dict[str, str]]:
@@ -116,8 +121,10 @@ def read_run(args: TradeoffArguments) -> tuple[str, str, dict[str, str]]:
     return args.policy or run["policy"], args.length_value_model or run["length_value_model"], trained
 
 
-def collect_arms(args: TradeoffArguments, comparison: Comparison) -> tuple[list[Arm], float]:
-    """Sample every arm. Returns them with the unit of the tilt's strengths."""
+def collect_arms(
+    args: TradeoffArguments, comparison: Comparison
+) -> tuple[list[Arm], float, StyleFrontier | None]:
+    """Sample every arm. Returns them with the unit of the tilt's strengths and, on the sandbox, the style frontier."""
     policy_path, value_path, trained = read_run(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(policy_path)
@@ -148,16 +155,25 @@ def collect_arms(args: TradeoffArguments, comparison: Comparison) -> tuple[list[
         arms.append(sampler.sample(f"tilt {strength:+g}", "tilt", policy, strength * unit))
     for name, path in trained.items():
         arms.append(sampler.sample(name, "trained", AutoModelForCausalLM.from_pretrained(path).to(device).eval()))
-    return arms, unit
+    frontier = fit_frontier(sampler, policy) if comparison.difficulties is not None else None
+    return arms, unit, frontier
 
 
-def fit_frontier(base: Arm, tokenizer: Any, difficulties: list[int]) -> StyleFrontier:
-    """The style frontier of the base arm: accuracy of its completions without detours, per style and difficulty."""
+def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier:
+    """The style frontier of the sandbox's base policy, under the same candidate rule as every arm.
+
+    From completions without detours on *validation* prompts: picking the best style on the evaluation prompts
+    themselves would flatter it.
+    """
+    problems = distinct_problems(FRONTIER_PROMPTS, sampler.seed, "validation")
+    columns = {"answer": [problem.answer for problem in problems]}
+    sampler = replace(sampler, prompts=[problem.prompt for problem in problems], columns=columns, num_samples=8)
+    found = sampler.sample("frontier", "base", policy)
     rows = []
-    for ids, right, prompt in zip(base.completions, base.correct, base.prompt, strict=True):
-        reading = read_completion(tokenizer.convert_ids_to_tokens(ids))
+    for ids, right, prompt in zip(found.completions, found.correct, found.prompt, strict=True):
+        reading = read_completion(sampler.tokenizer.convert_ids_to_tokens(ids))
         if reading.style != "mixed" and reading.detour_tokens == 0:
-            difficulty = difficulties[prompt]
+            difficulty = problems[prompt].difficulty
             rows.append((difficulty, reading.style, clean_length(difficulty, reading.style), right))
     return StyleFrontier.from_points(measure_points(*zip(*rows, strict=True)))
 
@@ -227,11 +243,7 @@ def main(args: TradeoffArguments) -> list[dict[str, Any]]:
     """Sample, grade, print and write the comparison."""
     transformers_logging.set_verbosity_error()
     comparison = load_comparison(args)
-    arms, unit = collect_arms(args, comparison)
-    frontier = None
-    if comparison.difficulties is not None:
-        tokenizer = AutoTokenizer.from_pretrained(read_run(args)[0])
-        frontier = fit_frontier(arms[0], tokenizer, comparison.difficulties)
+    arms, unit, frontier = collect_arms(args, comparison)
     rows = [summarise(arm, frontier, comparison.difficulties, args.seed) for arm in arms]
     output_dir = Path(args.output_dir or Path(args.run_dir) / "tradeoff")
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import os
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .tokenization import check_pad_is_not_eos
+from lenvm_rl.tokenization import check_pad_is_not_eos
 
 
 def load_model(loader, path, *args, **kwargs):

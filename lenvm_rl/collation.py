@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from lenvm_rl.modeling import LengthValueModel
-from lenvm_rl.packing import pack_lengths, row_offsets
+from lenvm_rl.packing import pack_lengths, padding_share, row_offsets
 from lenvm_rl.targets import CUT, ENDLESS, FINISHED, IGNORED
 
+# The columns that a collator reads.
+COLUMNS = ["prompt_ids", "completion_ids", "finish_reason", "group"]
 # What a truncated completion is taken for, by the name of the rule; "drop" leaves none to collate.
 TRUNCATED_ENDINGS = {"bootstrap": CUT, "infinite": ENDLESS, "finished": FINISHED, "drop": FINISHED}
 
@@ -28,8 +31,8 @@ class LengthValueCollator:
         pad_token_id (`int`, *optional*, defaults to `0`): fills what is left of a row; no sequence sees it.
         truncated (`str`, *optional*, defaults to `"bootstrap"`): see [`LengthValueTrainingArguments`].
         packing (`bool`, *optional*, defaults to `True`): whether to pack.
-        row_length (`int`, *optional*): most tokens in a packed row; twice the longest sequence when omitted. A longer
-            sequence gets a row of its own length.
+        row_length (`int`, *optional*): most tokens in a packed row (more where one sequence is longer). When omitted,
+            the longest sequence, or twice that if rows would be left more than a tenth empty.
         flatten (`bool`, *optional*, defaults to `False`): all sequences in one row without any padding, the form that
             flash attention packs.
         padding_side (`str`, *optional*, defaults to `"right"`): side of the padding without packing.
@@ -84,7 +87,12 @@ class LengthValueCollator:
             return [[index] for index in range(len(sizes))]
         if self.flatten:
             return [list(range(len(sizes)))]
-        return pack_lengths(sizes, max(max(sizes), self.row_length or 2 * max(sizes)))
+        longest = max(sizes)
+        if self.row_length is not None:
+            return pack_lengths(sizes, max(longest, self.row_length))
+        # Attention costs the square of a row, padding its length: short rows, unless they do not fill well.
+        rows = pack_lengths(sizes, longest)
+        return rows if padding_share(rows, sizes) < 0.1 else pack_lengths(sizes, 2 * longest)
 
     def _blank(self, height: int, width: int, rows: list[list[int]], sizes: list[int]) -> dict[str, torch.Tensor]:
         shape = (height, width)
@@ -129,3 +137,23 @@ def check_isolation(model: LengthValueModel) -> None:
             f"The backbone does not keep packed sequences apart: a logit moved by {difference:.1e} with the sequence "
             "before it. Set packing=False (--packing false), or another attention implementation."
         )
+
+
+def check_fits(model: LengthValueModel, rollouts: Dataset) -> None:
+    """Raises a `ValueError` if a rollout has ids that the backbone has no embedding for, or exceeds its context."""
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    batches = rollouts.select_columns(["prompt_ids", "completion_ids"]).iter(batch_size=1024)
+    pairs = (pair for batch in batches for pair in zip(batch["prompt_ids"], batch["completion_ids"], strict=True))
+    for index, (prompt, completion) in enumerate(pairs):
+        ids = prompt + completion
+        if max(ids) >= config.vocab_size:
+            raise ValueError(
+                f"Rollout {index} holds token {max(ids)}, but the backbone knows {config.vocab_size} tokens: use "
+                "the backbone whose tokenizer the rollouts were sampled with."
+            )
+        if context is not None and len(ids) > context:
+            raise ValueError(
+                f"Rollout {index} has {len(ids)} tokens, but the backbone's context is {context}: leave it out or use "
+                "another backbone. Sequences are never cut, because a cut would change every length."
+            )

@@ -1,9 +1,9 @@
 """Length-guided decoding: a frozen length value model leans a policy's next token towards the end, or away from it.
 
-Tilt (arXiv 2604.27039, section 3.4 and appendix G): among the candidates `x` of a state `s`,
+Tilt (arXiv 2604.27039, equation 12 and appendix G): among the candidates `x` of a state `s`,
 ``p'(x) ∝ p(x) * exp(strength * V(s + x))``. It is the distribution that maximises ``strength * E[V] - KL(p' || p)``.
 A positive strength leans towards the end: `V` is nearer 0 the nearer the end is. (The paper writes the same rule with
-``beta = -strength`` over ``u = -V``.) The end-of-sequence token as candidate leads to the end, so its value is exactly 0.
+``beta = -strength`` over ``u = -V``.) The end-of-sequence token as candidate leads to the end: its value is exactly 0.
 
 `p` is the policy after temperature and after the guidance's own top-k, top-p and min-p, at every strength: strength 0
 without truncation is the base model exactly, and with truncation it is `generate` with the same truncation.
@@ -135,8 +135,8 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
     with ``temperature=1.0, top_k=0, top_p=1.0`` (`top_k` defaults to 50 there), or use [`generate_guided`], which sets
     and checks them. A processor cannot see what `generate` does after it.
 
-    One object serves one `generate` call at a time; it starts afresh when it meets new prompts. Beam search and assisted
-    generation reorder what it remembers and are not supported.
+    One object serves one `generate` call at a time; it starts afresh when it meets new prompts. Beam search and
+    assisted generation reorder what it remembers and are not supported.
 
     Args:
         length_value_model (`LengthValueModel`): frozen, in eval mode.
@@ -214,8 +214,8 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
     def _start(self, input_ids: Tensor, vocab_size: int) -> None:
         if not self.same_tokenizer and vocab_size != self.scorer.vocab_size:
             raise ValueError(
-                f"the policy scores {vocab_size} tokens and the length value model knows {self.scorer.vocab_size}: they "
-                "must share a tokenizer. If they do, pass it to generate_guided as tokenizer=, to be compared."
+                f"the policy scores {vocab_size} tokens and the length value model knows {self.scorer.vocab_size}: "
+                "they must share a tokenizer. If they do, pass it to generate_guided as tokenizer=, to be compared."
             )
         if not self.guidance.truncates and vocab_size > MAX_UNTRUNCATED_VOCABULARY:
             raise ValueError(
@@ -281,9 +281,9 @@ def generate_guided(
     """`model.generate` under length guidance.
 
     The guidance decides on sampling: `do_sample`, `temperature`, `top_k`, `top_p` and `min_p` come from it, also where
-    the model's own generation config says otherwise; as arguments they are refused unless they say the same. Everything else (`max_new_tokens`,
-    `num_return_sequences`, `stopping_criteria`, …) is passed on. `repetition_penalty` and processors given here act
-    before the tilt and belong to the policy.
+    the model's own generation config says otherwise; as arguments they are refused unless they say the same.
+    Everything else (`max_new_tokens`, `num_return_sequences`, `stopping_criteria`, …) is passed on.
+    `repetition_penalty` and processors given here act before the tilt and belong to the policy.
 
     Args:
         model (`transformers.PreTrainedModel`): the policy.
@@ -292,27 +292,22 @@ def generate_guided(
             `attention_mask`.
         guidance ([`LengthGuidance`]): how to guide.
         tokenizer (*optional*):
-            The policy's. Compared with the fingerprint kept by the length value model, which must have one. When
-            omitted, the sizes of the vocabularies are compared.
+            The policy's; compared with the fingerprint that the length value model keeps. When omitted, the sizes of
+            the vocabularies are compared.
         scoring (`str`, *optional*, defaults to `"cached"`): see [`LengthGuidedLogitsProcessor`].
         generation_config (*optional*), logits_processor (*optional*), generate_kwargs: as for `generate`.
 
     Returns:
-        What `generate` returns: ids of shape `(B * num_return_sequences, S + T)`, or its output object.
+        What `generate` returns: ids `(B * num_return_sequences, S + T)`, or its output object.
 
     Raises:
-        ValueError: on arguments that contradict the guidance or that it cannot be combined with, and on tokenizers that
-            differ.
+        ValueError: on arguments that contradict the guidance or cannot go with it, or tokenizers that differ.
     """
     inputs = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     merged = _merged_generation_config(model, guidance, generation_config, generate_kwargs)
     _check_generation(guidance, merged, generation_config, {**generate_kwargs, **inputs})
-    same_tokenizer = tokenizer is not None
-    if same_tokenizer:
-        fingerprint = length_value_model.config.tokenizer_fingerprint
-        if not fingerprint:
-            raise ValueError("the length value model has no tokenizer fingerprint to compare with: leave out tokenizer=.")
-        check_same_tokenizer(tokenizer, fingerprint, ours_name="the policy", theirs_name="the length value model")
+    if tokenizer is not None:
+        check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
     processor = LengthGuidedLogitsProcessor(
         length_value_model,
         guidance,
@@ -320,7 +315,7 @@ def generate_guided(
         attention_mask=inputs.get("attention_mask"),
         pad_token_id=merged.pad_token_id,
         scoring=scoring,
-        same_tokenizer=same_tokenizer,
+        same_tokenizer=tokenizer is not None,
     )
     passed_on = {name: value for name, value in generate_kwargs.items() if not hasattr(merged, name)}
     if tokenizer is not None and merged.stop_strings is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ class Journal:
 class MetricsFile(TrainerCallback):
     """Appends everything that a Trainer logs to `metrics.jsonl`, one JSON object with its `step` per line.
 
+    A run starts with a line ``{"event": "train_begin", "step": ...}``: after a resumed run, lines before it with a larger
+    step belong to what was lost. NaN and infinity are null, which JSON has no other word for.
+
     Args:
         output_dir (`str` or `os.PathLike`): folder of the file.
     """
@@ -77,11 +81,23 @@ class MetricsFile(TrainerCallback):
     def __init__(self, output_dir: str | os.PathLike):
         self.path = Path(output_dir) / "metrics.jsonl"
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         """Called by the Trainer; only the first process writes."""
-        if state.is_world_process_zero and logs:
-            # JSON has no NaN: a metric that is not defined is null.
-            row = {name: None if value != value else value for name, value in logs.items()}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **row}) + "\n")
+        if state.is_world_process_zero:
+            self._append({"event": "train_begin", "step": state.global_step})
+
+    def on_log(self, args, state, control, **kwargs):
+        """Called by the Trainer; only the first process writes."""
+        if state.is_world_process_zero:
+            # Not the argument `logs`: other callbacks take entries out of it.
+            entry = state.log_history[-1].items()
+            self._append({name: None if _is_undefined(value) else value for name, value in entry})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+
+def _is_undefined(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
-from .backbones import check_tokenizer_fits, copy_decoder, decoder_config_from_dict, load_decoder, load_model
-from .completions import bootstrap_values, completion_logits, position_ids_from_mask
-from .tokenization import tokenizer_fingerprint as fingerprint_of
+from lenvm_rl.backbones import check_tokenizer_fits, copy_decoder, decoder_config_from_dict, load_decoder, load_model
+from lenvm_rl.completions import bootstrap_values, completion_logits, position_ids_from_mask
+from lenvm_rl.tokenization import tokenizer_fingerprint as fingerprint_of
 
 __all__ = [
     "LengthValueConfig",

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from accelerate import DistributedType
 from datasets import Dataset
@@ -25,16 +25,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from lenvm_rl.collation import TRUNCATED_ENDINGS, LengthValueCollator, check_isolation
+from lenvm_rl.collation import COLUMNS, LengthValueCollator, check_fits, check_isolation
 from lenvm_rl.journal import MetricsFile
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.packing import unpack
-from lenvm_rl.returns import check_gamma, fit_gamma
+from lenvm_rl.pretraining_arguments import LengthValueTrainingArguments
+from lenvm_rl.returns import fit_gamma
 from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.targets import IGNORED, length_value_loss, value_targets
 from lenvm_rl.tokenization import check_same_tokenizer
@@ -55,77 +55,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ["prompt_ids", "completion_ids", "finish_reason", "group"]
 _PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
-
-
-@dataclass
-class LengthValueTrainingArguments(TrainingArguments):
-    """Arguments of value pretraining: those of `transformers.TrainingArguments`, and how lengths become targets.
-
-    The defaults of learning rate, schedule and epochs are the paper's (arXiv 2604.27039, section 5); tiny models want a
-    learning rate near 1e-3.
-    """
-
-    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate. Default 2e-5."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule. Default cosine."})
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the rollouts. Default 2."})
-    gamma: float | None = field(
-        default=None,
-        metadata={
-            "help": "Discount of the length return, in (0, 1). Default: fitted to the lengths of the rollouts, so that "
-            "the gamma_quantile of the lengths has a return of minus gamma_coverage."
-        },
-    )
-    gamma_quantile: float = field(
-        default=0.99, metadata={"help": "Which quantile of the lengths gamma is fitted to. Default 0.99."}
-    )
-    gamma_coverage: float = field(
-        default=0.99, metadata={"help": "Magnitude of the return at that quantile. Default 0.99."}
-    )
-    lam: float = field(
-        default=1.0,
-        metadata={"help": "Lambda of the lambda-returns, in [0, 1]. Default 1: plain Monte Carlo returns."},
-    )
-    truncated: str = field(
-        default="bootstrap",
-        metadata={
-            "help": "What a truncated completion is taken for. bootstrap (default): cut, its value at the cut is the "
-            "model's own; drop: left out; infinite: endless, worth -1; finished: ended at the cut (biased, for "
-            "comparison only).",
-            "choices": list(TRUNCATED_ENDINGS),
-        },
-    )
-    only_correct: bool = field(
-        default=False,
-        metadata={"help": "Fit on completions only whose column `correct` is true. Default false."},
-    )
-    packing: bool = field(
-        default=True,
-        metadata={
-            "help": "Put several short sequences in one row instead of padding each. Default true; turn it off for a "
-            "backbone that does not keep packed sequences apart (an error says so)."
-        },
-    )
-    row_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens in a packed row. Default: twice the longest sequence of the micro-batch."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.truncated not in TRUNCATED_ENDINGS:
-            raise ValueError(f"truncated must be one of {', '.join(TRUNCATED_ENDINGS)}, got {self.truncated!r}.")
-        if not 0.0 <= self.lam <= 1.0:
-            raise ValueError(f"lam must be in [0, 1], got {self.lam}.")
-        if self.gamma is not None:
-            check_gamma(self.gamma)
-        if not self.average_tokens_across_devices:
-            raise ValueError("average_tokens_across_devices must stay true: the loss is a mean over all processes.")
-        self.remove_unused_columns = False  # the collator needs columns that the model does not take
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every parameter takes part in every value
 
 
 def prepare_rollouts(rollouts: Dataset, args: LengthValueTrainingArguments) -> Dataset:
@@ -164,7 +94,8 @@ def prepare_rollouts(rollouts: Dataset, args: LengthValueTrainingArguments) -> D
 
 def completion_lengths(rollouts: Dataset) -> torch.Tensor:
     """Tokens of each completion, end-of-sequence counted: `(N,)` int64."""
-    return torch.tensor([len(row) for row in rollouts.select_columns("completion_ids")["completion_ids"]])
+    table = rollouts.select_columns("completion_ids").with_format("arrow")[:]
+    return torch.tensor(pc.list_value_length(table["completion_ids"]).to_pylist())
 
 
 def fit_gamma_to_rollouts(
@@ -284,8 +215,8 @@ class LengthValueTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=None if train_dataset is None else train_dataset.select_columns(_COLUMNS),
-            eval_dataset=None if eval_dataset is None else eval_dataset.select_columns(_COLUMNS),
+            train_dataset=None if train_dataset is None else train_dataset.select_columns(COLUMNS),
+            eval_dataset=None if eval_dataset is None else eval_dataset.select_columns(COLUMNS),
             **{
                 "data_collator": collator,
                 "compute_loss_func": self._token_mean_loss,
@@ -297,12 +228,13 @@ class LengthValueTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def train(self, *args, **kwargs):
-        """As in `Trainer`. With several processes, `evaluate` must not come first: the model would stay unsynchronised."""
-        prepared_alone = any(model is self.model for model in self.accelerator._models)
-        if prepared_alone and self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        """As in `Trainer`; with several processes `evaluate` must not come first."""
+        replicated = self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        # The Trainer prepares a model once: after an evaluation, it would train without synchronising gradients.
+        if replicated and any(model is self.model for model in self.accelerator._models):
             raise ValueError(
-                "evaluate() before train() leaves the processes without gradient synchronisation (transformers prepares a "
-                "model once only): set eval_on_start=True instead, or make a new trainer."
+                "evaluate() before train() would leave the processes without gradient synchronisation: set "
+                "eval_on_start=True instead, or make a new trainer."
             )
         return super().train(*args, **kwargs)
 
@@ -317,7 +249,7 @@ class LengthValueTrainer(Trainer):
         loss = length_value_loss(outputs.values, targets, labels != IGNORED, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
-                f"The loss is {float(loss)} after {self.state.global_step} steps: lower the learning rate, or look for "
+                f"The loss is {loss.item()} after {self.state.global_step} steps: lower the learning rate, or look for "
                 "infinite weights in the backbone."
             )
         return loss
@@ -347,26 +279,6 @@ class LengthValueTrainer(Trainer):
         return summarize(torch.from_numpy(prediction.predictions), lengths, finished, groups, self._gamma)
 
 
-def check_fits(model: LengthValueModel, rollouts: Dataset) -> None:
-    """Raises a `ValueError` if a rollout has ids that the backbone has no embedding for, or exceeds its context."""
-    config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None)
-    batches = rollouts.select_columns(["prompt_ids", "completion_ids"]).iter(batch_size=1024)
-    pairs = (pair for batch in batches for pair in zip(batch["prompt_ids"], batch["completion_ids"], strict=True))
-    for index, (prompt, completion) in enumerate(pairs):
-        ids = prompt + completion
-        if max(ids) >= config.vocab_size:
-            raise ValueError(
-                f"Rollout {index} holds token {max(ids)}, but the backbone knows {config.vocab_size} tokens: use "
-                "the backbone whose tokenizer the rollouts were sampled with."
-            )
-        if context is not None and len(ids) > context:
-            raise ValueError(
-                f"Rollout {index} has {len(ids)} tokens, but the backbone's context is {context}: leave it out or use "
-                "another backbone. Sequences are never cut, because a cut would change every length."
-            )
-
-
 def pretrain(
     model_or_path: PreTrainedModel | str | os.PathLike,
     rollouts: Dataset,
@@ -382,7 +294,8 @@ def pretrain(
     Args:
         model_or_path (`PreTrainedModel` or `str`): the backbone, as `LengthValueModel.from_backbone` takes it.
         rollouts (`datasets.Dataset`), metadata (`RolloutMetadata`): as `read_rollouts` gives them.
-        args (`LengthValueTrainingArguments`): how to train. Metrics also go to `metrics.jsonl` in `args.output_dir`.
+        args (`LengthValueTrainingArguments`): how to train; a `resume_from_checkpoint` is obeyed. Metrics also go to
+            `metrics.jsonl` in `args.output_dir`.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's; must be the one of the rollouts.
         eval_rollouts (`datasets.Dataset`, *optional*): held-out prompts (see `split_by_prompt`), evaluated at the end.
         callbacks (`list[TrainerCallback]`, *optional*): given to the trainer.
@@ -396,7 +309,9 @@ def pretrain(
         ValueError: if `args.output_dir` has a checkpoint and `resume` is not set; and as [`LengthValueTrainer`].
     """
     checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if checkpoint and not resume:
+    if args.resume_from_checkpoint is not None:
+        checkpoint = args.resume_from_checkpoint
+    elif checkpoint and not resume:
         raise ValueError(f"There is a checkpoint already, {checkpoint}: resume from it, or give another output_dir.")
     set_seed(args.seed)  # the head's first weights are drawn before the Trainer sets the seed
     train = prepare_rollouts(rollouts, args)

@@ -223,9 +223,7 @@ def write_rollouts(
     return metadata
 
 
-def read_rollouts(
-    path: str | os.PathLike, metadata: RolloutMetadata | None = None
-) -> tuple[Dataset, RolloutMetadata]:
+def read_rollouts(path: str | os.PathLike, metadata: RolloutMetadata | None = None) -> tuple[Dataset, RolloutMetadata]:
     """Reads and checks a file of rollouts.
 
     A bad record (a missing field, no tokens, an unknown finish reason, ids outside the vocabulary, a half-written

@@ -1,9 +1,9 @@
 """Value of the state after each of many candidate tokens, ``V(s + x)``, for every row of a batch.
 
-Two scorers with one interface, `start(prompt)` then, for each generated token, `score(candidates)` and `advance(chosen)`:
+Two scorers with one interface: `start` with the prompts, then `score` and `advance` for each generated token.
 
-- [`CandidateScorer`]: one forward for each generated token. The candidates of a row are siblings: they stand at the same
-  position, see the cached prefix and themselves, and not each other. The keys and values of the chosen candidate
+- [`CandidateScorer`]: one forward for each generated token. The candidates of a row are siblings: they stand at the
+  same position, see the cached prefix and themselves, and not each other. The keys and values of the chosen candidate
   become part of the prefix, so that no second forward is needed.
 - [`FullRowScorer`]: runs each candidate as a complete row. Slow; works with any backbone, and serves as the reference.
 """
@@ -46,8 +46,8 @@ class CandidateScorer:
                 attention = module.config._attn_implementation
                 if attention is not None and attention not in MASKABLE_ATTENTION:
                     raise ValueError(
-                        f"{type(module).__name__} uses the attention {attention!r}, which takes no custom mask: load it "
-                        f"with attn_implementation='sdpa', or score with scoring='full'."
+                        f"{type(module).__name__} uses the attention {attention!r}, which takes no custom mask: load "
+                        "it with attn_implementation='sdpa', or score with scoring='full'."
                     )
         self.model = length_value_model
         self.max_tokens = max_tokens
@@ -94,7 +94,7 @@ class CandidateScorer:
 
         Args:
             candidates (`torch.Tensor` of shape `(B, k)`): token ids; distinct within a row.
-            valid (`torch.Tensor` of shape `(B, k)`): 1 where a slot holds a candidate. Rows that have finished hold none.
+            valid (`torch.Tensor` of shape `(B, k)`): 1 where a slot holds a candidate; finished rows hold none.
 
         Returns:
             `torch.Tensor` of shape `(B, k)`: float32 logits; 0 where not valid.
@@ -186,7 +186,7 @@ class FullRowScorer:
 
     Args:
         length_value_model (`LengthValueModel`):
-            Or any model whose forward takes `input_ids` and `attention_mask`, both `(B, S)`, and returns `.logits` `(B, S)`.
+            Or any model whose forward takes `input_ids` and `attention_mask` and returns `.logits`, all `(B, S)`.
         max_tokens (`int`, *optional*, defaults to `16384`): the most tokens in one forward, all rows together.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
 
 POINTS = (0, 25, 50, 75)  # percent of a completion's tokens that stand already
-_SUMS = ("value", "target", "value_squared", "target_squared", "product", "absolute_error", "squared_error", "loss")
+_COLUMNS = ("value", "target", "value_spread", "target_spread", "joint_spread", "absolute_error", "loss")
 
 
 def sequence_statistics(
@@ -35,7 +35,8 @@ def sequence_statistics(
             Carlo return of the length when omitted.
 
     Returns:
-        `torch.Tensor` of shape `(B, 12)`: the logits at 0, 25, 50 and 75 % of the way, and eight sums over states.
+        `torch.Tensor` of shape `(B, 11)`: the logits at 0, 25, 50 and 75 % of the way, and means over states of value,
+        return, their squares and product about those means, absolute error, and squared error to the targets.
     """
     steps = torch.arange(logits.shape[1], device=logits.device)
     exists = steps < lengths.unsqueeze(1)
@@ -44,19 +45,24 @@ def sequence_statistics(
     remaining = (lengths.unsqueeze(1) - steps).clamp(min=0)
     returns = torch.where(exists, discounted_return(remaining.to(logits.dtype), gamma), zero)
     fitted = returns if targets is None else torch.where(exists, targets, zero)
-    errors = values - returns
-    summands = (
-        values,
-        returns,
-        values.square(),
-        returns.square(),
-        values * returns,
-        errors.abs(),
-        errors.square(),
-        (values - fitted).square(),
+
+    def mean(column: Tensor) -> Tensor:
+        return torch.where(exists, column, zero).sum(dim=1) / lengths
+
+    # Squares about the mean of the sequence: raw squares would drown a small variance in rounding.
+    value, target = mean(values), mean(returns)
+    value_deviation, target_deviation = values - value.unsqueeze(1), returns - target.unsqueeze(1)
+    means = (
+        value,
+        target,
+        mean(value_deviation.square()),
+        mean(target_deviation.square()),
+        mean(value_deviation * target_deviation),
+        mean((values - returns).abs()),
+        mean((values - fitted).square()),
     )
     places = torch.stack([point_index(lengths, point) for point in POINTS], dim=1)
-    return torch.cat([logits.gather(1, places), torch.stack([each.sum(dim=1) for each in summands], dim=1)], dim=1)
+    return torch.cat([logits.gather(1, places), torch.stack(means, dim=1)], dim=1)
 
 
 def point_index(lengths: Tensor, percent: int) -> Tensor:
@@ -68,7 +74,7 @@ def summarize(statistics: Tensor, lengths: Tensor, finished: Tensor, groups: Ten
     """Metrics of a data set from the statistics of its completions.
 
     Args:
-        statistics (`torch.Tensor` of shape `(N, 12)`): what [`sequence_statistics`] returned.
+        statistics (`torch.Tensor` of shape `(N, 11)`): what [`sequence_statistics`] returned.
         lengths, finished, groups (`torch.Tensor` of shape `(N,)`): tokens of each completion, whether it ended, and the
             prompt that it belongs to.
         gamma (`float`): discount of the length return.
@@ -80,22 +86,13 @@ def summarize(statistics: Tensor, lengths: Tensor, finished: Tensor, groups: Ten
     ended = finished.bool()
     if not bool(ended.any()):
         raise ValueError("No completion ended, so no true length is known; sample the evaluation with more new tokens.")
-    sums = {name: statistics[:, len(POINTS) + place] for place, name in enumerate(_SUMS)}
+    loss = statistics[:, len(POINTS) + _COLUMNS.index("loss")]
     metrics = {
-        "loss": float(sums["loss"].sum() / lengths.sum()),
+        "loss": float((loss * lengths).sum() / lengths.sum()),
         "completions": float(len(lengths)),
         "truncated_share": float((~ended).double().mean()),
     }
-    count = lengths[ended].sum()
-    means = {name: float(column[ended].sum() / count) for name, column in sums.items()}
-    target_variance = means["target_squared"] - means["target"] ** 2
-    value_variance = means["value_squared"] - means["value"] ** 2
-    bias = means["value"] - means["target"]
-    covariance = means["product"] - means["value"] * means["target"]
-    metrics["value_mae"] = means["absolute_error"]
-    metrics["value_bias"] = bias
-    metrics["explained_variance"] = 1.0 - _ratio(means["squared_error"] - bias**2, target_variance)
-    metrics["calibration_slope"] = _ratio(covariance, value_variance)
+    metrics.update(_state_metrics(statistics[ended, len(POINTS) :], lengths[ended].double()))
     for place, point in enumerate(POINTS):
         remaining = lengths[ended] - point_index(lengths[ended], point)
         metrics.update(_point_metrics(statistics[ended, place], remaining.double(), gamma, point))
@@ -181,6 +178,27 @@ def _inversions(ranks: Tensor) -> int:
         total += int((before * (1 - ones)).sum())
         ranks = ranks[torch.argsort(ranks >> bit, stable=True)]
     return total
+
+
+def _state_metrics(means: Tensor, lengths: Tensor) -> dict[str, float]:
+    """Metrics over all states, from the means of each completion: total variance = within + between completions."""
+    column = {name: means[:, place] for place, name in enumerate(_COLUMNS)}
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * lengths).sum() / lengths.sum()
+
+    value, target = mean(column["value"]), mean(column["target"])
+    value_deviation, target_deviation = column["value"] - value, column["target"] - target
+    value_variance = mean(column["value_spread"] + value_deviation.square())
+    target_variance = mean(column["target_spread"] + target_deviation.square())
+    covariance = mean(column["joint_spread"] + value_deviation * target_deviation)
+    error_variance = value_variance + target_variance - 2 * covariance
+    return {
+        "value_mae": float(mean(column["absolute_error"])),
+        "value_bias": float(value - target),
+        "explained_variance": 1.0 - _ratio(float(error_variance), float(target_variance)),
+        "calibration_slope": _ratio(float(covariance), float(value_variance)),
+    }
 
 
 def _point_metrics(logits: Tensor, remaining: Tensor, gamma: float, point: int) -> dict[str, float]:

@@ -71,6 +71,13 @@ class StageArguments:
     train_prompts: int | None = field(
         default=None, metadata={"help": "Training prompts. Default: all of the dataset; 2048 of the sandbox."}
     )
+    trained_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Subfolder of output_dir for the trained policy, so that several runs can share the earlier stages. "
+            "Default: the algorithm's name."
+        },
+    )
     smoke: bool = field(default=False, metadata={"help": "Run every stage at a size that only shows that it runs."})
 
 

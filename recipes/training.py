@@ -80,18 +80,19 @@ def make_run(args: StageArguments, config: LenVMConfig, model: ModelConfig) -> R
 
 
 def train_stage(
-    name: str, run: Run, config: LenVMConfig, model: ModelConfig, make_trainer: Callable[..., Any], **settings: Any
+    algorithm: str, run: Run, config: LenVMConfig, model: ModelConfig, make_trainer: Callable[..., Any], **settings: Any
 ) -> None:
-    """Train a policy into `<output_dir>/<name>`, going on from its last checkpoint if there is one.
+    """Train a policy into `<output_dir>/<trained_name>`, going on from its last checkpoint if there is one.
 
     Args:
-        name (`str`): name of the run's subfolder and of the trained policy in run.json.
+        algorithm (`str`): name of the run's subfolder and of the trained policy in run.json, unless one is given.
         run ([`~recipes.stages.Run`]): what was made before.
         config (`LenVMGRPOConfig` or `LenVMPPOConfig`): the trainer's settings.
         model (`trl.ModelConfig`): adapter settings.
         make_trainer (callable): takes the trainer's keyword arguments, returns the trainer.
         settings: further settings that the result depends on.
     """
+    name = run.args.trained_name or algorithm
     target = run.output_dir / name
     config.output_dir = str(target)
 
@@ -109,7 +110,7 @@ def train_stage(
         trainer.save_model(str(target))
 
     depends = {key: value for key, value in config.to_dict().items() if key not in NOT_PART_OF_A_RUN}
-    stages = {key: value for key, value in vars(run.args).items() if key != "smoke"}
+    stages = {key: value for key, value in vars(run.args).items() if key not in ("smoke", "trained_name")}
     run_stage("training", target, {**depends, **stages, **settings, "policy": run.policy, "peft": vars(model)}, train)
     if PartialState().is_main_process:
         run.record(name, target)

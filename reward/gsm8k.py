@@ -14,7 +14,7 @@ FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 # A minus after a digit, a letter or a closing bracket is a subtraction or a hyphen. A digit after ^ is an exponent.
 NUMBER = re.compile(
-    r"(?:(?<![\w)\]}.])-)?(?<!\^)(?<!\^\{)(?<![\d.])(?:\d+(?:\.\d+)?|\.\d+)(?:/(?P<under>0*[1-9]\d*)(?![\d.]))?", re.ASCII
+    r"(?:(?<![\w)\]}.])-)?(?<!\^)(?<!\^\{)(?<![\d.])(?:\d+(?:\.\d+)?|\.\d+)(?:/0*[1-9]\d*(?![\d.]))?", re.ASCII
 )
 
 
@@ -65,7 +65,8 @@ def final_number(text: str) -> Fraction | None:
     """The number that a completion ends on, or `None`.
 
     It is the last one in the last ``\\boxed{}``, or else the first one after the last ``####``, or else the last one in
-    the text. Thousands commas, ``$``, ``%`` and a full stop after it do not matter; ``3/4`` and ``\\frac{3}{4}`` are 0.75.
+    the text. Thousands commas, ``$``, ``%`` and a full stop after it do not matter; ``3/4`` and ``\\frac{3}{4}`` are
+    0.75.
     """
     boxed = _last_boxed(text)
     if boxed is not None:

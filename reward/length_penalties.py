@@ -1,11 +1,11 @@
 """Sequence-level length penalties: what people use today to shorten reasoning, and so the baselines to compare with.
 
-Each is a pure function ``(lengths, correct, group, **knobs) -> rewards`` over `N` completions, and a TRL reward function
-that wraps a task reward and calls it. The task reward must be a correctness flag, 0 or 1: a shaped number in its place
-would silently change what is penalised.
+Each is a pure function ``(lengths, correct, group, **knobs) -> rewards`` over `N` completions, and a TRL reward
+function that wraps a task reward and calls it. The task reward must be a correctness flag, 0 or 1: a shaped number in
+its place would silently change what is penalised.
 
-Keep the unshaped reward in view: give TRL the task reward too (with weight 0 in `reward_weights` where the penalty already
-contains it), and filter and evaluate on that.
+Keep the unshaped reward in view: give TRL the task reward too (with weight 0 in `reward_weights` where the penalty
+already contains it), and filter and evaluate on that.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def linear_length_reward(
     Gate: only correct answers pay, so failing fast is never rewarded. No paper of its own: the simplest
     correctness-gated penalty. Contains the task reward; use it in its place.
 
-    Worked example: ``alpha = 0.5``, ``L_max = 100``: a correct answer of 40 tokens earns 1 - 0.5 * 0.4 = 0.8, one of 100
-    or more earns 0.5, a wrong one 0.
+    Worked example: ``alpha = 0.5``, ``L_max = 100``: a correct answer of 40 tokens earns 1 - 0.5 * 0.4 = 0.8, one of
+    100 or more earns 0.5, a wrong one 0.
 
     Args:
         lengths (`torch.Tensor` of shape `(N,)`): `L`, tokens of each completion.
@@ -79,8 +79,8 @@ def kimi_length_reward(lengths: Tensor, correct: Tensor, group: Tensor, *, penal
 class LengthReward:
     """A TRL reward function made of a task reward and a length penalty. Picklable; called as TRL calls any.
 
-    Completions of one prompt must stand together, as TRL has them: runs of equal prompts are the groups. A call sees the
-    completions of one process only, so choose a per-device batch that is a multiple of `num_generations` where the
+    Completions of one prompt must stand together, as TRL has them: runs of equal prompts are the groups. A call sees
+    the completions of one process only, so choose a per-device batch that is a multiple of `num_generations` where the
     penalty compares within a group. Lengths are counted in `completion_ids`, end-of-sequence included.
 
     Args:
@@ -107,7 +107,10 @@ class LengthReward:
         """Rewards of the completions, in order; `None` where the task reward is `None`."""
         flags = self.task_reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         if len(flags) != len(completion_ids):
-            raise ValueError(f"{self.task_reward.__name__} gave {len(flags)} rewards for {len(completion_ids)} completions.")
+            raise ValueError(
+                f"{self.task_reward.__name__} gave {len(flags)} rewards for {len(completion_ids)} completions: it must "
+                "return one for each."
+            )
         counted = [index for index, flag in enumerate(flags) if flag is not None]
         groups = _runs(prompts)
         rewards = type(self).penalty(
@@ -165,7 +168,7 @@ def _runs(prompts: Sequence) -> list[int]:
 
 def _check_linear_knobs(alpha: float, max_length: int) -> None:
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], so that a correct answer never earns less than a wrong one, got {alpha}.")
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}: a correct answer would earn less than a wrong one.")
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1 token, got {max_length}.")
 
@@ -174,7 +177,7 @@ def _checked(lengths: Tensor, correct: Tensor, group: Tensor | None) -> tuple[Te
     """Lengths and flags as float32 and groups as indices from 0, or a `ValueError` saying what is wrong."""
     for name, given in (("correct", correct), ("group", group)):
         if given is not None and given.shape != lengths.shape:
-            raise ValueError(f"{name} must have the shape of lengths, {tuple(lengths.shape)}, got {tuple(given.shape)}.")
+            raise ValueError(f"{name} must be shaped like lengths, {tuple(lengths.shape)}, got {tuple(given.shape)}.")
     flags = correct.float()
     if bool(((flags != 0) & (flags != 1)).any()):
         raise ValueError(

@@ -14,7 +14,7 @@ from tiny import (
     tokens,
 )
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaModel, T5Config, T5ForConditionalGeneration
 
 from lenvm_rl.modeling import LengthValueConfig, LengthValueModel
 
@@ -105,6 +105,24 @@ def test_what_is_no_plain_decoder_is_refused(tmp_path):
             LengthValueModel.from_backbone(given, gamma=0.9)
     with pytest.raises(ValueError, match=r"\['revision'\] say how to load"):
         LengthValueModel.from_backbone(tiny_llama(), gamma=0.9, revision="main")
+
+
+def test_a_decoder_that_could_not_be_loaded_again_is_refused():
+    class OtherModel(LlamaModel):
+        pass
+
+    policy = tiny_llama()
+    policy.model = OtherModel(policy.config)
+    with pytest.raises(ValueError, match="is a OtherModel, but `AutoModel` makes a LlamaModel"):
+        LengthValueModel.from_backbone(policy, gamma=0.9)
+
+
+def test_only_safetensors_of_a_policy_are_loaded(tmp_path):
+    policy = tiny_llama()
+    policy.config.save_pretrained(tmp_path)
+    torch.save(policy.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="model.safetensors"):
+        LengthValueModel.from_backbone(tmp_path, gamma=0.9)
 
 
 def test_adapters_merged_into_a_policy_are_in_the_decoder():

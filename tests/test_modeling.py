@@ -83,6 +83,7 @@ def test_a_cache_gives_the_values_of_the_whole_sequence_padding_included(model):
     rest = model(ids[:, 5:], attention_mask=mask, past_key_values=start.past_key_values, use_cache=True)
     torch.testing.assert_close(torch.cat([start.values, rest.values], dim=1)[:, 3:], whole[:, 3:], rtol=0, atol=1e-5)
     assert rest.past_key_values.get_seq_length() == 8
+    assert model(ids[:, :1], past_key_values=rest.past_key_values).past_key_values is None, "none was asked for"
 
 
 def test_packed_sequences_do_not_see_each_other(model):
@@ -158,8 +159,19 @@ def test_a_model_in_bfloat16_computes_its_head_in_float32_also_under_autocast():
     assert torch.equal(output.logits, model.head(hidden.float()))
 
 
-def test_the_head_follows_to_another_device():
-    assert {weight.device.type for weight in LengthValueHead(4).to("meta").parameters()} == {"meta"}
+def test_the_head_follows_to_another_device_but_not_to_another_dtype():
+    for target in ({"device": "meta"}, {"device": "meta", "dtype": torch.bfloat16}):
+        weights = list(LengthValueHead(4).to(**target).parameters())
+        assert {(weight.device.type, weight.dtype) for weight in weights} == {("meta", torch.float32)}
+
+
+def test_a_head_made_where_bfloat16_is_the_default_is_float32():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        head = LengthValueHead(4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {weight.dtype for weight in head.parameters()} == {torch.float32}
 
 
 # ---- saving and loading
@@ -231,6 +243,8 @@ def test_the_choice_of_attention_reaches_the_decoder_and_is_the_same_before_and_
     assert eager.backbone.config._attn_implementation == "eager"
     ids = tokens(2, 6)
     torch.testing.assert_close(eager(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    config = LengthValueConfig(backbone_config=tiny_llama().config, gamma=0.9, attn_implementation="eager")
+    assert LengthValueModel(config).backbone.config._attn_implementation == "eager"
 
 
 def test_a_model_made_from_its_config_alone_is_random_and_complete():

@@ -1,4 +1,4 @@
-"""Packing: every sequence in exactly one row, no row over its capacity, little padding, and spans come out as they went in."""
+"""Packing: every sequence in one row, no row over its capacity, little padding, and spans come out as they went in."""
 
 import random
 

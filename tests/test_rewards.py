@@ -61,7 +61,9 @@ def test_kimi_pays_a_short_wrong_answer_nothing():
     torch.testing.assert_close(rewards, torch.tensor([0.0, -0.5]))
 
 
-@pytest.mark.parametrize("penalty", [KimiLengthReward(flag_column), LinearLengthReward(flag_column, alpha=0.5, max_length=9)])
+@pytest.mark.parametrize(
+    "penalty", [KimiLengthReward(flag_column), LinearLengthReward(flag_column, alpha=0.5, max_length=9)]
+)
 def test_a_shaped_number_is_not_a_flag(penalty):
     with pytest.raises(ValueError, match="0.7"):
         penalty(prompts=["p", "p"], completions=["", ""], completion_ids=lengths_of(1, 2), right=[1.0, 0.7])
@@ -93,7 +95,9 @@ def test_wrong_number_of_flags_and_asynchronous_rewards_are_refused():
         return [1.0]
 
     with pytest.raises(ValueError, match="gave 1 rewards for 2"):
-        KimiLengthReward(flag_column)(prompts=["p"] * 2, completions=[""] * 2, completion_ids=lengths_of(1, 2), right=[1])
+        KimiLengthReward(flag_column)(
+            prompts=["p"] * 2, completions=[""] * 2, completion_ids=lengths_of(1, 2), right=[1]
+        )
     with pytest.raises(ValueError, match="asynchronous"):
         KimiLengthReward(later)
 

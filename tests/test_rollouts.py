@@ -213,7 +213,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 def test_a_column_that_changes_its_type_is_named(tmp_path):
     with pytest.raises(ValueError, match="Column 'answer' mixes types"):
-        write_rollouts(tmp_path / "r.parquet", [make_record(0, answer="x"), make_record(1, answer=[1])], make_metadata())
+        write_rollouts(
+            tmp_path / "r.parquet", [make_record(0, answer="x"), make_record(1, answer=[1])], make_metadata()
+        )
 
 
 def test_find_problem_without_a_vocabulary_still_bounds_ids():

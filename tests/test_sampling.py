@@ -1,4 +1,4 @@
-"""Sampling: tokens as the policy chose them, ends and cuts told apart, no setting but the given ones, the same every time."""
+"""Sampling: tokens as the policy chose them, ends and cuts told apart, only the given settings, the same every time."""
 
 import os
 import signal
@@ -74,7 +74,9 @@ def test_the_seed_decides_and_the_global_random_state_is_left_alone(policy):
 
 def test_settings_of_the_generation_config_do_not_leak(policy):
     expected = sample(policy)
-    leaky = GenerationConfig(repetition_penalty=9.0, top_k=1, min_p=0.5, suppress_tokens=[7], max_length=3, eos_token_id=EOS)
+    leaky = GenerationConfig(
+        repetition_penalty=9.0, top_k=1, min_p=0.5, suppress_tokens=[7], max_length=3, eos_token_id=EOS
+    )
     policy[0].generation_config = leaky
     policy[0].train()
     assert sample(policy) == expected
@@ -119,7 +121,9 @@ def test_every_end_of_sequence_id_of_the_model_ends_a_completion(policy):
     model, tokenizer = policy
     model.generation_config.eos_token_id = [9, 4]
     assert generation_eos_ids(model, tokenizer) == [EOS, 4, 9]
-    ends = {record["completion_ids"][-1] for record in sample(policy, num_samples=40) if record["finish_reason"] == "stop"}
+    ends = {
+        record["completion_ids"][-1] for record in sample(policy, num_samples=40) if record["finish_reason"] == "stop"
+    }
     assert ends == {EOS, 4, 9}
     model.generation_config.eos_token_id = [0]
     with pytest.raises(ValueError, match="pad token 0 is one of the end-of-sequence ids"):

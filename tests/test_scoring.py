@@ -37,7 +37,7 @@ def separate(model, prefix, candidate):
 
 def count_forwards(model):
     calls = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True)
     return calls
 
 
@@ -193,7 +193,8 @@ def test_sliding_windows_and_recurrent_states_are_refused_by_name():
 
 def test_full_rows_serve_a_sliding_window():
     attention = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
-    model = LengthValueModel.from_backbone(backbone(MistralConfig, MistralModel, sliding_window=4, **attention), gamma=0.9)
+    sliding = backbone(MistralConfig, MistralModel, sliding_window=4, **attention)
+    model = LengthValueModel.from_backbone(sliding, gamma=0.9)
     ids, mask = prompts()
     scorer = FullRowScorer(model.freeze(), max_tokens=20)
     scorer.start(ids, mask)

@@ -21,9 +21,10 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             self._append(args, {"event": "train_begin", "step": state.global_step})
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, **kwargs):
+        # Not `logs`: the progress bar takes entries out of it.
         if state.is_world_process_zero:
-            self._append(args, {"step": state.global_step, **{key: _plain(value) for key, value in logs.items()}})
+            self._append(args, {key: _plain(value) for key, value in state.log_history[-1].items()})
 
     @staticmethod
     def _append(args, entry) -> None:

@@ -150,8 +150,8 @@ def centered_gated_advantage(
     ``-E[V(s_t) P(C | s_t, a_t) grad log pi]``, which raises or lowers the chance of being correct. Subtracting the mean
     of the same quantity over the group only cancels what is constant in V.
 
-    Let ``D_t`` be the sum of the discounted TD residuals of the tokens before ``t``, a function of the state alone. Of a
-    whole completion it is ``D_L = G_0 - V(s_0)``, and ``V(s_0)`` is the same for all completions of a prompt. Then
+    Let ``D_t`` be the sum of the discounted TD residuals of the tokens before ``t``, a function of the state alone. Of
+    a whole completion it is ``D_L = G_0 - V(s_0)``, and ``V(s_0)`` is the same for all completions of a prompt. Then
 
         ``A_t = C (D_L - mean of D_L over the group's other correct completions) - p D_t``
 

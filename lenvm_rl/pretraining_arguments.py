@@ -1,0 +1,77 @@
+"""Settings of value pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from lenvm_rl.collation import TRUNCATED_ENDINGS
+from lenvm_rl.returns import check_gamma
+
+
+@dataclass
+class LengthValueTrainingArguments(TrainingArguments):
+    """Arguments of value pretraining: those of `transformers.TrainingArguments`, and how lengths become targets.
+
+    The defaults of learning rate, schedule and epochs are the paper's (arXiv 2604.27039, section 5); tiny models want a
+    learning rate near 1e-3.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the rollouts."})
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Discount of the length return, in (0, 1). If omitted, it is fitted to the rollouts, so that the "
+            "gamma_quantile of their lengths has a return of minus gamma_coverage."
+        },
+    )
+    gamma_quantile: float = field(default=0.99, metadata={"help": "Which quantile of the lengths gamma is fitted to."})
+    gamma_coverage: float = field(default=0.99, metadata={"help": "Magnitude of the return at that quantile."})
+    lam: float = field(
+        default=1.0,
+        metadata={"help": "Lambda of the lambda-returns, in [0, 1]; 1 is plain Monte Carlo returns."},
+    )
+    truncated: str = field(
+        default="bootstrap",
+        metadata={
+            "help": "What a truncated completion is taken for. bootstrap: cut, worth what the model says at the cut; "
+            "drop: left out; infinite: endless, worth -1; finished: ended at the cut (biased, for comparison only).",
+            "choices": list(TRUNCATED_ENDINGS),
+        },
+    )
+    only_correct: bool = field(
+        default=False,
+        metadata={"help": "Fit only on completions whose column `correct` is true."},
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Put several short sequences in one row instead of padding each. Turn it off for a backbone that "
+            "does not keep packed sequences apart (an error says so)."
+        },
+    )
+    row_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens in a packed row. If omitted: the longest sequence of the micro-batch, or twice that."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.truncated not in TRUNCATED_ENDINGS:
+            raise ValueError(f"truncated must be one of {', '.join(TRUNCATED_ENDINGS)}, got {self.truncated!r}.")
+        if not 0.0 <= self.lam <= 1.0:
+            raise ValueError(f"lam must be in [0, 1], got {self.lam}.")
+        if self.gamma is not None:
+            check_gamma(self.gamma)
+        if not self.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices must stay true: the loss is a mean over all processes.")
+        self.remove_unused_columns = False  # the collator needs columns that the model does not take
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter takes part in every value

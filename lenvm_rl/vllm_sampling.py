@@ -1,0 +1,149 @@
+"""Rollouts from vLLM in this process: the fastest engine on a machine with GPUs.
+
+vLLM is none of this library's requirements and of none of its extras, because it insists on a torch version of its
+own: install it as its documentation says, in an environment where this library's requirements still hold.
+
+Not run where this library is developed, which has no GPU: the calls below follow vLLM's documentation and are tested
+against a stand-in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lenvm_rl.rollouts import RolloutMetadata
+from lenvm_rl.sampling import Prompt, SamplingSettings, strip_completion
+from lenvm_rl.sampling_jobs import SamplingJob, run_to_file
+
+
+def sample_with_vllm(
+    path: str | os.PathLike,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings,
+    *,
+    seed: int,
+    extra_columns: dict[str, Sequence[Any]] | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    generator: str | None = None,
+    **engine_arguments: Any,
+) -> tuple[Dataset, RolloutMetadata]:
+    """Samples completions with vLLM's offline engine into a rollout file.
+
+    Killed at any moment and started again with the same arguments, it loses what was under way: `batch_size`
+    completions at most.
+
+    Args:
+        path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
+        model (`str`): folder or hub id of the policy.
+        tokenizer, prompts, extra_columns: see [`~lenvm_rl.sampling_jobs.SamplingJob`].
+        settings ([`~lenvm_rl.sampling.SamplingSettings`]): `batch_size` is the number of completions per call; some
+            thousands keep the engine busy.
+        seed (`int`): decides the seed of every completion.
+        eos_token_ids (`Sequence[int]`, *optional*, defaults to the tokenizer's): every id that ends a completion, such
+            as those of the policy's generation config.
+        generator (`str`, *optional*, defaults to `model`): what the metadata calls the policy.
+        engine_arguments: further arguments of `vllm.LLM` (`tensor_parallel_size`, `dtype`, `max_model_len`, ...).
+
+    Returns:
+        `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them.
+
+    Raises:
+        ImportError: if vLLM is not installed.
+        ValueError: see [`~lenvm_rl.sampling_jobs.SamplingJob`] and [`~lenvm_rl.sampling_jobs.run_to_file`].
+    """
+    job = VLLMJob(
+        model,
+        tokenizer,
+        prompts,
+        settings,
+        engine_arguments,
+        seed=seed,
+        extra_columns=extra_columns,
+        eos_token_ids=eos_token_ids,
+    )
+    return run_to_file(path, job, generator or model)
+
+
+def import_vllm():
+    """The module `vllm`.
+
+    Raises:
+        ImportError: if it is not installed, with what to do.
+    """
+    try:
+        return importlib.import_module("vllm")
+    except ImportError as error:
+        raise ImportError(
+            "vLLM is not installed here. Install it on a machine with a GPU as its documentation says, or sample with "
+            "transformers (`lenvm_rl.sampling`) or from a server (`lenvm_rl.server_sampling`)."
+        ) from error
+
+
+class VLLMJob(SamplingJob):
+    """A sampling job whose completions come from `vllm.LLM`, which is loaded when the first is needed.
+
+    Args:
+        model, engine_arguments: see [`sample_with_vllm`].
+        others: see [`~lenvm_rl.sampling_jobs.SamplingJob`].
+    """
+
+    engine = "vllm"
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings,
+        engine_arguments: dict[str, Any] | None = None,
+        **others: Any,
+    ):
+        super().__init__(tokenizer, prompts, settings, **others)
+        self.model, self.engine_arguments = model, dict(engine_arguments or {})
+
+    def description(self):
+        """See [`~lenvm_rl.sampling_jobs.SamplingJob.description`]."""
+        return {"model": self.model, "token_ids": "sampled", "engine_arguments": self.engine_arguments}
+
+    def sample(self, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """See [`~lenvm_rl.sampling_jobs.SamplingJob.sample`]."""
+        if not numbers:
+            return
+        vllm = import_vllm()
+        llm = vllm.LLM(model=self.model, seed=self.seed, **self.engine_arguments)
+        size = self.settings.batch_size
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            prompts = [{"prompt_token_ids": self.prompt_ids[self.prompt_of(number)]} for number in batch]
+            params = [self._params(vllm, number) for number in batch]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            for number, output in zip(batch, outputs, strict=True):
+                ids = list(output.outputs[0].token_ids)
+                yield number, self.record(number, *strip_completion(ids, self.eos_token_ids, params[0].max_tokens))
+
+    def _params(self, vllm, number: int):
+        """Every setting by name, so that nothing comes from the model's generation config."""
+        settings = self.settings
+        return vllm.SamplingParams(
+            n=1,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            # Understood as every token by old and new versions alike.
+            top_k=settings.top_k or -1,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            max_tokens=settings.max_new_tokens,
+            seed=self.seed_of(number),
+            stop_token_ids=self.eos_token_ids,
+            detokenize=False,
+        )

@@ -1,0 +1,58 @@
+"""Files that grow line by line: only whole lines count, and what is not a number is null."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from lenvm_rl.journal import Journal, MetricsFile
+
+
+def test_a_journal_gives_back_what_was_finished(tmp_path):
+    path = tmp_path / "deep" / "job.journal"
+    journal = Journal(path, "job 1")
+    assert journal.open() == {}
+    journal.append(0, [{"text": "a\u2028\n"}])
+    journal.append(2, [])
+    assert Journal(path, "job 1").open() == {0: [{"text": "a\u2028\n"}], 2: []}
+    with pytest.raises(ValueError, match="begun with other prompts or settings"):
+        Journal(path, "job 2").open()
+    journal.remove()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("lost", range(1, 30))
+def test_a_half_written_line_is_cut_off_wherever_it_breaks(tmp_path, lost):
+    path = tmp_path / "job.journal"
+    journal = Journal(path, "job")
+    journal.open()
+    journal.append(0, [{"n": 0}])
+    whole = path.read_bytes()
+    journal.append(1, [{"n": 1}])
+    path.write_bytes(path.read_bytes()[:-lost])
+    journal = Journal(path, "job")
+    assert journal.open() == {0: [{"n": 0}]}
+    assert path.read_bytes() == whole
+    journal.append(1, [{"n": 1}])
+    assert journal.open() == {0: [{"n": 0}], 1: [{"n": 1}]}
+
+
+def test_a_journal_that_broke_in_its_first_line_starts_over(tmp_path):
+    path = tmp_path / "job.journal"
+    path.write_bytes(b'{"jo')
+    assert Journal(path, "job").open() == {}
+    assert json.loads(path.read_text()) == {"job": "job"}
+
+
+def test_metrics_go_to_a_file_from_the_first_process_only(tmp_path):
+    callback = MetricsFile(tmp_path / "out")
+    entry = {"loss": 0.5, "bad": float("nan"), "worse": float("-inf"), "step": 3}
+    for first in (False, True):
+        state = SimpleNamespace(is_world_process_zero=first, global_step=2, log_history=[entry])
+        callback.on_train_begin(None, state, None)
+        callback.on_log(None, state, None, logs={})
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"event": "train_begin", "step": 2},
+        {"loss": 0.5, "bad": None, "worse": None, "step": 3},
+    ]
