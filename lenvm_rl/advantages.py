@@ -150,34 +150,6 @@ def length_advantage(
     )
 
 
-def center_gated(length: Tensor, mask: Tensor, gate: Tensor, group: Tensor) -> Tensor:
-    """Centre a gated stream over the gated-in completions of each group.
-
-    From every token of a gated-in completion, subtract the mean of the stream over all tokens of the gated-in
-    completions of the same group; other completions get 0. A gate that looks at the outcome makes the expected gradient
-    depend on the baseline V: it contains ``E[gate * (G - V)]`` times the gradient of the chance to pass the gate. The
-    centred stream has mean 0 over each group's passing completions, so a V that is off by a constant no longer pushes
-    that chance up or down. (Only a V fitted on passing completions does so state by state.)
-
-    Args:
-        length (`torch.Tensor` of shape `(B, T)`): length advantage.
-        mask (`torch.Tensor` of shape `(B, T)`): 1 where token `t` exists.
-        gate (`torch.Tensor` of shape `(B,)`): 1 for the completions that take part.
-        group (`torch.Tensor` of shape `(B,)`): integer id of each completion's prompt.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`. A group with a single gated-in completion keeps only its within-row contrast.
-    """
-    counted = (check_mask(mask) & gate.bool().unsqueeze(1)).to(length.dtype)
-    _, index = torch.unique(group, return_inverse=True)
-    groups = int(index.max()) + 1 if index.numel() else 0
-    clean = torch.where(counted.bool(), length, torch.zeros_like(length))
-    totals = length.new_zeros(groups).index_add_(0, index, clean.sum(dim=1))
-    counts = length.new_zeros(groups).index_add_(0, index, counted.sum(dim=1))
-    means = totals / counts.clamp(min=1.0)
-    return torch.where(counted.bool(), clean - means[index].unsqueeze(1), torch.zeros_like(length))
-
-
 def combine(task: Tensor, length: Tensor, mask: Tensor, coef: float, gate: Tensor | None = None) -> Tensor:
     """Two streams of advantage as one, ``A = A_task + coef * gate * A_len`` (arXiv 2604.27039, appendix C.2).
 

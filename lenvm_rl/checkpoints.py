@@ -58,8 +58,7 @@ def load_released_checkpoint(
         gamma_fit (`dict`, *optional*):
             What gamma was fitted on, see [`~lenvm_rl.modeling.LengthValueConfig`].
         truncated_share (`float`, *optional*):
-            Share of those completions that were cut before their end. The released code trained on them as if they had
-            finished, so near the cut its values are too close to 0.
+            Share of those completions that were cut. The released code trained on them as if they had finished.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
             Dtype of the decoder. The head is float32 in any case.
         load_kwargs:
@@ -79,27 +78,18 @@ def load_released_checkpoint(
             "trained with (the released training settings have 0.997 for Qwen2.5 and 0.9998 for Qwen3)."
         )
     weights = load_file(_head_file(path))
-    _check_head(weights, path)
     decoder = _load_whole_decoder(path, {"use_safetensors": True, "dtype": dtype, **load_kwargs})
-    if tokenizer is None:
-        tokenizer = _own_tokenizer(path)
-    if tokenizer is not None:
-        check_tokenizer_fits(tokenizer, decoder)
+    _check_head(weights, decoder, path)
     config = LengthValueConfig(
         backbone_config=decoder.config,
         gamma=gamma,
         gamma_fit=gamma_fit,
-        tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=_fingerprint(_own_tokenizer(path) if tokenizer is None else tokenizer, decoder),
         generator=generator,
         truncated_share=truncated_share,
         dtype=decoder.dtype,
     )
     model = LengthValueModel(config, backbone=decoder).to(decoder.device).eval()
-    if weights["v_head.summary.weight"].shape[-1] != model.head.output.in_features:
-        raise ValueError(
-            f"The value head of '{path}' reads {weights['v_head.summary.weight'].shape[-1]} numbers per token, but its "
-            f"decoder gives {model.head.output.in_features}: the two files belong to different models."
-        )
     _fill_head(model.head, weights)
     return model
 
@@ -118,11 +108,17 @@ def _head_file(path) -> str:
     return os.path.join(path, HEAD_FILE)
 
 
-def _check_head(weights, path) -> None:
+def _check_head(weights, decoder, path) -> None:
     if weights.keys() not in (FULL_HEAD, LINEAR_HEAD):
         raise ValueError(
             f"The value head of '{path}' has the weights {sorted(weights)}, but a released one has {sorted(FULL_HEAD)}, "
             f"or {sorted(LINEAR_HEAD)} alone."
+        )
+    reads, gives = weights["v_head.summary.weight"].shape[-1], decoder.config.get_text_config(decoder=True).hidden_size
+    if reads != gives:
+        raise ValueError(
+            f"The value head of '{path}' reads {reads} numbers per token, but its decoder gives {gives}: the two files "
+            "belong to different models."
         )
 
 
@@ -153,6 +149,13 @@ def _own_tokenizer(path):
         logger.warning("'%s' has no tokenizer: the model cannot be compared with a policy's", path)
         return None
     return load_model(AutoTokenizer.from_pretrained, path)
+
+
+def _fingerprint(tokenizer, decoder) -> dict | None:
+    if tokenizer is None:
+        return None
+    check_tokenizer_fits(tokenizer, decoder)
+    return tokenizer_fingerprint(tokenizer)
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ class Journal:
 class MetricsFile(TrainerCallback):
     """Appends everything that a Trainer logs to `metrics.jsonl`, one JSON object with its `step` per line.
 
-    A run starts with a line ``{"event": "train_begin", "step": ...}``: after a resumed run, lines before it with a larger
+    A run starts with ``{"event": "train_begin", "step": ...}``: after a resumed run, lines before it with a larger
     step belong to what was lost. NaN and infinity are null, which JSON has no other word for.
 
     Args:

@@ -91,9 +91,11 @@ class LengthValueConfig(PretrainedConfig):
         return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-@dataclass
-class LengthValueOutput(ModelOutput):
+class LengthValueOutput(NamedTuple):
     """What a [`LengthValueModel`] says about a batch, in float32.
+
+    A tuple, not a `ModelOutput`: that is a dictionary, and a field called `values` would hide its method, which tree
+    utilities of torch (and so DDP and FSDP) call.
 
     Args:
         logits (`torch.FloatTensor` of shape `(B, S)`):
@@ -104,8 +106,8 @@ class LengthValueOutput(ModelOutput):
             The decoder's cache, if `use_cache=True` was given.
     """
 
-    logits: torch.FloatTensor | None = None
-    values: torch.FloatTensor | None = None
+    logits: torch.FloatTensor
+    values: torch.FloatTensor
     past_key_values: object | None = None
 
 

@@ -144,6 +144,7 @@ class ServerJob(SamplingJob):
             for _ in numbers:
                 number, answer = answers.get()
                 if isinstance(answer, Exception):
+                    answer.add_note(f"This was for a completion of prompt {self.prompt_of(number)}.")
                     raise answer
                 yield number, self._record(number, answer)
         finally:

@@ -1,12 +1,12 @@
 """Potential-based shaping with a frozen Length Value Model as the potential.
 
-``F_t = gamma * Phi(s_{t+1}) - Phi(s_t)`` leaves the optimal policy of the *task* return unchanged if and only if `gamma`
-is the discount of that return (Ng, Harada and Russell, 1999); it is not the discount of the Length Value Model. What it
-can change is how early and how noisily a policy learns:
+``F_t = gamma * Phi(s_{t+1}) - Phi(s_t)`` leaves the optimal policy of the *task* return unchanged if `gamma` is the
+discount of that return (Ng, Harada and Russell, 1999); it is not the discount of the Length Value Model. What it can
+change is how early and how noisily a policy learns:
 
 - its discounted sum is ``-Phi(s_0)`` for every completion, so summed into a group-relative reward it does nothing;
-- with a critic it equals starting the critic at ``V - Phi`` (Wiewiora, 2003), and vanishes once the critic has
-  absorbed it;
+- with a critic that says ``v`` it equals no shaping with a critic that says ``v + Phi`` (Wiewiora, 2003): it is a
+  start for the critic, and vanishes once the critic has absorbed it;
 - at ``lam = 1`` it is a baseline; below that, without a critic that has absorbed it, the policy gradient changes.
 """
 

@@ -91,7 +91,8 @@ def convert(gguf, folder):
     if PAD_TOKEN not in tokenizer.get_vocab():
         raise ValueError(f"The tokenizer in {gguf.name} has no {PAD_TOKEN!r}: pad with another of its special tokens.")
     tokenizer.pad_token = PAD_TOKEN
-
+    # Some versions of transformers read another end token off the file's tokenizer than off its model.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(loaded.config.eos_token_id)
     tokenizer.model_max_length = loaded.config.max_position_embeddings
 
     settings = loaded.config.to_dict()
@@ -119,6 +120,11 @@ def check(folder):
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if tokenizer.eos_token_id != model.config.eos_token_id:
+        raise ValueError(
+            f"The tokenizer in {folder} ends with token {tokenizer.eos_token_id}, the model with "
+            f"{model.config.eos_token_id}: transformers read the file wrongly, try another version."
+        )
     for owner in (tokenizer, model.generation_config):
         if owner.pad_token_id == owner.eos_token_id:
             raise ValueError(f"The padding token saved to {folder} equals the end token: set PAD_TOKEN to another one.")

@@ -42,6 +42,8 @@ def has_name(body, names):
     node, rest = found[names[0]], names[1:]
     if not rest:
         return True
+    if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] in PACKAGES:
+        return has_dotted(".".join([node.module, *names]))
     if not isinstance(node, ast.ClassDef):
         return False
     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
@@ -96,6 +98,8 @@ def test_a_test_is_found_only_where_it_is(reference, there):
         ("lenvm_rl.returns.fit_gamma", True),
         ("lenvm_rl.gae", True),
         ("lenvm_rl.trainers.LenVMPPOTrainer", True),
+        ("lenvm_rl.LenVMPPOConfig.length_coef", True),
+        ("lenvm_rl.LenVMPPOConfig.nonsense", False),
         ("lenvm_rl.trainers.configs.LenVMPPOConfig.length_coef", True),
         ("lenvm_rl.trainers.streams.Completions.actions", True),
         ("eval.tradeoff", True),

@@ -18,11 +18,13 @@ LAYERS = (
     ("journal", "returns"),
     ("advantages", "shaping", "targets", "value_metrics"),
     ("tokenization",),
-    ("backbones", "completions"),
+    ("backbones", "completions", "retokenization"),
     ("modeling",),
     ("checkpoints", "controllers", "diagnostics", "packing", "rollouts", "scoring"),
     ("collation",),
     ("decoding", "prediction", "pretraining", "sampling"),
+    ("sampling_jobs", "servers"),
+    ("server_sampling", "sharegpt", "vllm_sampling"),
     ("sandbox", "trainers"),
     ("reward",),
     ("eval",),
@@ -189,7 +191,7 @@ def test_the_library_does_not_print():
 def our_lines():
     """`(place, line)` for every line of text in the project."""
     for folder, subfolders, names in os.walk(ROOT):
-        subfolders[:] = sorted(name for name in subfolders if name not in NOT_OURS and not name.endswith(".egg-info"))
+        subfolders[:] = sorted(name for name in subfolders if name not in NOT_OURS and not name.endswith(".egg-info") and (name == ".ci" or not name.startswith(".")))
         for path in (Path(folder, name) for name in sorted(names) if not name.endswith(NOT_TEXT)):
             for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
                 yield f"{path.relative_to(ROOT)}:{number}", line

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import EOS, tiny_llama, tiny_tokenizer
 from trainer_parts import (
-    EOS,
     GAMMA,
     VOCAB,
     batch_of,

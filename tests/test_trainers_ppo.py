@@ -1,14 +1,14 @@
 """Laws of the PPO trainer: hand-worked advantages, shaping as a critic offset, learning, clipping, resuming exactly."""
 
+import json
 import math
 import shutil
 
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import tiny_llama
+from tiny import EOS, tiny_llama
 from trainer_parts import (
-    EOS,
     VOCAB,
     batch_of,
     counts_of_w8,
@@ -265,6 +265,8 @@ def test_resuming_restores_the_critic_and_goes_on_exactly(tmp_path):
     start = weights(part.critic)
     part.train(resume_from_checkpoint=True)
     assert logged(part, "loss") == logged(whole, "loss")
+    first_line = (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(first_line) == {"event": "train_begin", "step": 2}
     assert same_weights(weights(part.critic), weights(whole.critic))
     assert same_weights(weights(part.model), weights(whole.model))
     assert not same_weights(weights(part.critic), start)

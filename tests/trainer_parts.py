@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset
-from tiny import EOS, tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
 
 from lenvm_rl.modeling import LengthValueModel, LengthValueOutput
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
@@ -115,7 +115,7 @@ def scripted(trainer_class, completions, tool_masks=None):
     """`trainer_class` with completions (lists of ids, one batch) that are written out instead of sampled."""
 
     class Scripted(trainer_class):
-        def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+        def _generate_single_turn(self, prompt_ids, *arguments, **kwargs):
             assert len(prompt_ids) == len(completions)
             return [list(ids) for ids in completions], None
 
@@ -151,5 +151,3 @@ def logged(trainer, key):
     """What was logged under `key`, step by step."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
-
-__all__ = [name for name in dir() if not name.startswith("_")] + ["EOS"]

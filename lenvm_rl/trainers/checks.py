@@ -186,7 +186,7 @@ def check_finite(values: torch.Tensor, what: str, batch: dict, trainer) -> None:
         `ValueError`: naming the file.
     """
     bad_rows = (~torch.isfinite(values)).any(dim=1)
-    bad_processes = trainer.accelerator.gather(bad_rows.any().reshape(1)).nonzero().flatten().tolist()
+    bad_processes = trainer.accelerator.gather(bad_rows.any().int().reshape(1)).nonzero().flatten().tolist()
     if not bad_processes:
         return
     step, rank = trainer.state.global_step, trainer.accelerator.process_index

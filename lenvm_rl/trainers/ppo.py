@@ -29,8 +29,9 @@ class LenVMPPOTrainer(LenVMTrainer):
     Task stream, with a learned critic: the weighted sum of the rewards is paid at the last token, with shaping rewards
     ``F_t`` added to every token where `shaping_coef` is set, so that the critic learns the shaped return.
     ``A_task = GAE(r + F, V_task; task_gamma, task_lam)``, the critic's targets are ``A_task + V_task``, and `whiten`
-    acts on ``A_task`` alone. A completion that was cut is an end, or goes on with the critic's value and the potential
-    (`truncation`). Then ``A = A_task + length_coef * A_len``, with ``A_len`` as in [`LenVMGRPOTrainer`].
+    acts on ``A_task`` alone. (`scale_rewards` and other settings of groups only matter to `critic="lenvm"`.) A completion
+    that was cut is an end, or goes on with the critic's value and the potential (`truncation`). Then
+    ``A = A_task + length_coef * A_len``, with ``A_len`` as in [`LenVMGRPOTrainer`].
 
     The critic has its own parameter group and learning rate (weight decay as for the policy), and its gradient is
     clipped by itself to `max_grad_norm`. Its loss is the mean over the tokens of the whole optimizer step,
@@ -112,6 +113,11 @@ class LenVMPPOTrainer(LenVMTrainer):
                 "LenVMGRPOTrainer."
             )
         checks.check_optimizer(args)
+        if self.lr_scheduler is not None:
+            raise ValueError(
+                "A learning rate scheduler in `optimizers=` is made for the policy's parameter groups, and a learned "
+                "critic adds its own: pass `optimizers=(optimizer, None)` and set `lr_scheduler_type`."
+            )
         if args.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 f"multi_objective_aggregation='{args.multi_objective_aggregation}' normalises rewards over groups, "
@@ -250,6 +256,8 @@ class LenVMPPOTrainer(LenVMTrainer):
 
     def save_critic(self, folder: str) -> None:
         """Write the learned critic to `folder`: `critic=folder` takes it up again in another run."""
+        if self.critic is None:
+            raise ValueError("critic='lenvm' learns no critic, so there is none to save.")
         self.accelerator.unwrap_model(self.critic).save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

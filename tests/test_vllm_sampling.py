@@ -1,0 +1,90 @@
+"""vLLM's offline engine, by a stand-in that checks how it is called: ids as sampled, settings named, batches resumed."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from scripted_server import sampled
+from tiny import EOS, tiny_tokenizer
+
+from lenvm_rl.sampling import SamplingSettings
+from lenvm_rl.vllm_sampling import VLLMJob, import_vllm, sample_with_vllm
+
+PROMPTS = ["w6 w7", "w12", "w20 w21 w22"]
+SETTINGS = SamplingSettings(num_samples=3, max_new_tokens=8, batch_size=4, temperature=0.7, top_p=0.9, top_k=5)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A module `vllm` whose engine samples as the scripted server does; gives what it was called with."""
+    calls = SimpleNamespace(engines=[], batches=[], fail_after=None)
+
+    class SamplingParams(SimpleNamespace):
+        pass
+
+    class LLM:
+        def __init__(self, **arguments):
+            calls.engines.append(arguments)
+
+        def generate(self, prompts, sampling_params, use_tqdm=True):
+            if calls.fail_after is not None and len(calls.batches) == calls.fail_after:
+                raise RuntimeError("out of memory")
+            calls.batches.append((prompts, sampling_params))
+            rows = []
+            for prompt, params in zip(prompts, sampling_params, strict=True):
+                ids = tuple(sampled(prompt["prompt_token_ids"], params.seed, params.max_tokens))
+                reason = "stop" if ids[-1] == EOS else "length"
+                rows.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=reason, text="")]))
+            return rows
+
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return calls
+
+
+def test_ids_are_as_sampled_and_every_setting_is_named(engine, tmp_path):
+    dataset, metadata = sample_with_vllm(
+        tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1, tensor_parallel_size=2
+    )
+    assert engine.engines == [{"model": "m", "seed": 1, "tensor_parallel_size": 2}]
+    assert [len(prompts) for prompts, _ in engine.batches] == [4, 4, 1]
+    params = engine.batches[0][1][0]
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.max_tokens) == (1, 0.7, 0.9, 5, 8)
+    assert (params.min_p, params.repetition_penalty, params.stop_token_ids) == (0.0, 1.0, [EOS])
+    job = VLLMJob("m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1)
+    for number, row in enumerate(dataset.to_list()):
+        assert row["completion_ids"] == sampled(row["prompt_ids"], job.seed_of(number), 8)
+        assert row["finish_reason"] == ("stop" if row["completion_ids"][-1] == EOS else "length")
+        assert row["group"] == number // 3
+    assert {row["finish_reason"] for row in dataset.to_list()} == {"stop", "length"}
+    assert metadata.sampling["backend"] == "vllm" and metadata.sampling["token_ids"] == "sampled"
+
+
+def test_a_broken_run_goes_on_where_it_was_in_batches_of_another_size(engine, tmp_path):
+    path, tokenizer = tmp_path / "r.jsonl", tiny_tokenizer()
+    whole, _ = sample_with_vllm(tmp_path / "whole.jsonl", "m", tokenizer, PROMPTS, SETTINGS, seed=1)
+    engine.batches.clear()
+    engine.fail_after = 1
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample_with_vllm(path, "m", tokenizer, PROMPTS, SETTINGS, seed=1)
+    engine.fail_after = None
+    smaller = SamplingSettings(3, 8, 2, temperature=0.7, top_p=0.9, top_k=5)
+    dataset, _ = sample_with_vllm(path, "m", tokenizer, PROMPTS, smaller, seed=1)
+    assert [len(prompts) for prompts, _ in engine.batches] == [4, 2, 2, 1]
+    assert dataset.to_list() == whole.to_list()
+    # What is complete needs no engine.
+    engines = len(engine.engines)
+    sample_with_vllm(path, "m", tokenizer, PROMPTS, SETTINGS, seed=1)
+    assert len(engine.engines) == engines
+
+
+def test_without_top_k_every_token_is_kept(engine, tmp_path):
+    sample_with_vllm(tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SamplingSettings(1, 8, 4), seed=1)
+    assert engine.batches[0][1][0].top_k == -1
+
+
+def test_without_vllm_the_error_says_what_else_there_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match="vLLM is not installed here"):
+        import_vllm()
