@@ -7,13 +7,12 @@ end of sequence counted: 0 is the end itself, -1 is infinitely far from it (arXi
 import math
 import numbers
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import ModelOutput
 
 from lenvm_rl.backbones import check_tokenizer_fits, copy_decoder, decoder_config_from_dict, load_decoder, load_model
 from lenvm_rl.completions import bootstrap_values, completion_logits, position_ids_from_mask

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lenvm_rl.advantages import carry_values, center_gated, combine, gae, length_advantage
+from lenvm_rl.advantages import carry_values, combine, gae, length_advantage
 from lenvm_rl.returns import discounted_return
 
 
@@ -70,10 +70,6 @@ def test_poison_at_masked_slots_reaches_neither_output_nor_gradient():
                 length_advantage(clean, mask, 0.9, 0.5, bootstrap, action),
             ),
             (combine(poisoned, values, mask, 0.5), combine(rewards, clean, mask, 0.5)),
-            (
-                center_gated(values, mask, torch.ones(2), torch.zeros(2)),
-                center_gated(clean, mask, torch.ones(2), torch.zeros(2)),
-            ),
         ]
         for got, expected in pairs:
             torch.testing.assert_close(got, expected)
@@ -138,14 +134,6 @@ def test_combine_adds_gated_streams():
     assert combine(torch.tensor([10.0, 20.0]), length, mask, 0.5).tolist() == [[10.5, 11.0], [21.5, 0.0]]
     gated = combine(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), length, mask, 0.5, gate=torch.tensor([0.0, 1.0]))
     assert gated.tolist() == [[1.0, 2.0], [4.5, 0.0]]
-
-
-def test_centring_by_hand():
-    length = torch.tensor([[1.0, 3.0], [8.0, 99.0], [5.0, 5.0], [7.0, 9.0]])
-    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]])
-    out = center_gated(length, mask, torch.tensor([1, 1, 0, 1]), torch.tensor([0, 0, 0, 4]))
-    # Group 0: tokens 1, 3, 8 have mean 4; group 4 holds one row with mean 8.
-    assert out.tolist() == [[-3.0, -1.0], [4.0, 0.0], [0.0, 0.0], [-1.0, 1.0]]
 
 
 @pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(2, 4)])

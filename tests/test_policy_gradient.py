@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lenvm_rl.advantages import center_gated, combine, gae, length_advantage
+from lenvm_rl.advantages import combine, gae, length_advantage
 from lenvm_rl.returns import discounted_return
 from lenvm_rl.shaping import potential_shaping
 
@@ -123,24 +123,6 @@ def test_a_baseline_fitted_on_correct_completions_leaves_no_mean_in_any_state(lo
     everyone = conditional_value(logits, torch.ones(15, dtype=torch.float64))
     before = gated_push(logits, length_advantage(everyone, MASK, GAMMA))
     assert gated_push(logits, advantages) > before
-
-
-def test_centring_removes_a_constant_error_of_the_baseline(logits):
-    # A group of all completions, each as often as it is probable, in thousandths.
-    counts = (probabilities(logits).detach() * 1000).round().long()
-    rows = torch.repeat_interleave(torch.arange(15), counts)
-    everyone = conditional_value(logits, torch.ones(15, dtype=torch.float64))
-    gate, group = CORRECT[rows], torch.zeros(len(rows))
-
-    def centred(values):
-        return center_gated(length_advantage(values, MASK, GAMMA)[rows], MASK[rows], gate, group)
-
-    torch.testing.assert_close(centred(everyone), centred(everyone - 0.3))
-    advantages = centred(everyone)
-    assert float(advantages.sum()) == pytest.approx(0.0, abs=1e-9)
-    per_completion = torch.zeros(15, STEPS, dtype=torch.float64).index_copy_(0, rows, advantages)
-    uncentred = gated_push(logits, length_advantage(everyone, MASK, GAMMA))
-    assert abs(gated_push(logits, per_completion)) < abs(uncentred)
 
 
 def best_actions(rewards, terminal):

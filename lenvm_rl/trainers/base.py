@@ -26,20 +26,16 @@ from lenvm_rl.trainers.streams import (
 )
 
 
-PAPER = {
-    "title": "Length Value Model: Scalable Value Pretraining for Token-Level Length Modeling",
-    "id": "2604.27039",
-    # docstyle-ignore
-    "citation": textwrap.dedent("""\
-        @article{zhang2026length,
-            title        = {{Length Value Model: Scalable Value Pretraining for Token-Level Length Modeling}},
-            author       = {Zhen Zhang and Changyi Yang and Zijie Xia and Zhen Yang and Chengzhi Liu and
-                            Zhaotiao Weng and Yepeng Liu and Haobo Chen and Jin Pan and Chenyang Zhao and
-                            Yuheng Bu and Alkesh Patel and Zhe Gan and Xin Eric Wang},
-            year         = 2026,
-            eprint       = {arXiv:2604.27039},
-        }"""),
-}
+# The length value model's paper, beside the one that introduced the algorithm, in the card of a trained model.
+LENVM_CITATION = textwrap.dedent("""\
+    @article{zhang2026length,
+        title        = {{Length Value Model: Scalable Value Pretraining for Token-Level Length Modeling}},
+        author       = {Zhen Zhang and Changyi Yang and Zijie Xia and Zhen Yang and Chengzhi Liu and Zhaotiao Weng and
+                        Yepeng Liu and Haobo Chen and Jin Pan and Chenyang Zhao and Yuheng Bu and Alkesh Patel and
+                        Zhe Gan and Xin Eric Wang},
+        year         = 2026,
+        eprint       = {arXiv:2604.27039},
+    }""")
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,6 @@ class LenVMTrainer(GRPOTrainer):
         `FileNotFoundError`: a model's path does not exist.
     """
 
-    _paper = PAPER
     config_class = LenVMConfig
     # Whether advantages differ from token to token even with both coefficients at 0.
     always_dense = False

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 
-from lenvm_rl.trainers.base import LenVMTrainer, Outcomes
+from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer, Outcomes
 from lenvm_rl.trainers.configs import LenVMGRPOConfig
 from lenvm_rl.trainers.streams import Completions
 
@@ -49,7 +50,8 @@ class LenVMGRPOTrainer(LenVMTrainer):
     """
 
     _tag_names = ["trl", "grpo", "lenvm"]
-    _name = "LenVM GRPO"
+    # TRL's card names the paper that introduced the algorithm, which is not the length value model's.
+    _paper = {**GRPOTrainer._paper, "citation": GRPOTrainer._paper["citation"] + "\n" + LENVM_CITATION}
     config_class = LenVMGRPOConfig
 
     def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:

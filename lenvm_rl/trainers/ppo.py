@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import textwrap
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from lenvm_rl.completions import completion_logits
 from lenvm_rl.trainers import checks
-from lenvm_rl.trainers.base import LenVMTrainer, Outcomes
+from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer, Outcomes
 from lenvm_rl.trainers.callbacks import CriticGradientReset
 from lenvm_rl.trainers.configs import LenVMPPOConfig
 from lenvm_rl.trainers.critic import load_critic, make_critic
@@ -18,6 +19,13 @@ from lenvm_rl.trainers.metrics import Moments, critic_metrics
 from lenvm_rl.trainers.streams import Completions, action_gae, final_rewards, shaping_rewards, whiten
 
 CRITIC_FOLDER = "critic"
+PPO_CITATION = textwrap.dedent("""\
+    @article{schulman2017proximal,
+        title        = {{Proximal Policy Optimization Algorithms}},
+        author       = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+        year         = 2017,
+        eprint       = {arXiv:1707.06347},
+    }""")
 
 
 class LenVMPPOTrainer(LenVMTrainer):
@@ -66,7 +74,12 @@ class LenVMPPOTrainer(LenVMTrainer):
     """
 
     _tag_names = ["trl", "ppo", "lenvm"]
-    _name = "LenVM PPO"
+    _name = "PPO"
+    _paper = {
+        "title": "Proximal Policy Optimization Algorithms",
+        "id": "1707.06347",
+        "citation": f"{PPO_CITATION}\n{LENVM_CITATION}",
+    }
     config_class = LenVMPPOConfig
     always_dense = True
 
