@@ -1,7 +1,7 @@
 """Arms of a comparison: completions of one set of prompts, sampled in different ways and graded by one reward function.
 
-One definition of length holds for every arm: the tokens of a completion, end-of-sequence not counted. One candidate rule
-(top-k, top-p, min-p) holds for every arm, the base policy included.
+One definition of length holds for every arm: the tokens of a completion, end-of-sequence not counted. One candidate
+rule (top-k, top-p, min-p) holds for every arm, the base policy included.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m eval.direct_answer
 
-Every prompt ends in the answer token, so the completion is a value and the end. If a network of this size could learn the
-chain without writing it down, this would teach it. Prints accuracy per difficulty before and after, beside chance.
+Every prompt ends in the answer token, so the completion is a value and the end. If a network of this size could learn
+the chain without writing it down, this would teach it. Prints accuracy per difficulty before and after, beside chance.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, HfArgumentParser
-
 
 from eval.statistics import mean_interval
 from lenvm_rl.rollouts import atomic_file
@@ -63,10 +62,18 @@ def accuracy(model: torch.nn.Module, args: DirectAnswerArguments) -> dict[int, d
     """Accuracy per difficulty with a 95 % interval over prompts."""
     prompts = direct_prompts(args.num_prompts, args.seed, "evaluation")
     records = sample_rollouts(
-        model, sandbox_tokenizer(), prompts["prompt"][:], num_samples=args.num_samples, max_new_tokens=2,
-        batch_size=512, seed=args.seed, extra_columns={name: prompts[name][:] for name in ("answer", "difficulty")},
+        model,
+        sandbox_tokenizer(),
+        prompts["prompt"][:],
+        num_samples=args.num_samples,
+        max_new_tokens=2,
+        batch_size=512,
+        seed=args.seed,
+        extra_columns={name: prompts[name][:] for name in ("answer", "difficulty")},
     )
-    columns = {name: [record[name] for record in records] for name in ("completion_ids", "answer", "difficulty", "group")}
+    columns = {
+        name: [record[name] for record in records] for name in ("completion_ids", "answer", "difficulty", "group")
+    }
     correct = np.array(direct_reward(columns["completion_ids"], columns["answer"]))
     level, group = np.array(columns["difficulty"]), np.array(columns["group"])
     found = {}
@@ -87,11 +94,24 @@ def main(args: DirectAnswerArguments) -> dict[str, dict[int, dict[str, float]]]:
         processing_class=sandbox_tokenizer(),
         train_dataset=direct_prompts(2048, args.seed, "train"),
         args=LenVMGRPOConfig(
-            output_dir=args.output_dir, max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-            num_generations=args.num_generations, shuffle_dataset=False, max_completion_length=2, temperature=1.0,
-            learning_rate=args.learning_rate, lr_scheduler_type="constant", beta=0.0, loss_type="dr_grpo",
-            save_strategy="no", report_to="none", logging_steps=20, seed=args.seed, bf16=False,
-            use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+            output_dir=args.output_dir,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            num_generations=args.num_generations,
+            shuffle_dataset=False,
+            max_completion_length=2,
+            temperature=1.0,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="constant",
+            beta=0.0,
+            loss_type="dr_grpo",
+            save_strategy="no",
+            report_to="none",
+            logging_steps=20,
+            seed=args.seed,
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
         ),
     )
     trainer.train()
@@ -100,7 +120,10 @@ def main(args: DirectAnswerArguments) -> dict[str, dict[int, dict[str, float]]]:
     for name in ("operations", "before", "after", "chance"):
         table.add_column(name, justify="right")
     for difficulty in DIFFICULTIES:
-        cells = [f"{r['estimate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in (report["before"][difficulty], report["after"][difficulty])]
+        cells = [
+            f"{r['estimate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+            for r in (report["before"][difficulty], report["after"][difficulty])
+        ]
         table.add_row(str(difficulty), *cells, f"{1 / MODULUS:.3f}")
     Console(width=120).print(table)
     with atomic_file(Path(args.output_dir) / "direct_answer.json") as file:

@@ -29,7 +29,10 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, key, title in zip(
-        axes, ("tokens", "tokens_correct"), ("mean tokens, all completions", "mean tokens, correct completions"), strict=True
+        axes,
+        ("tokens", "tokens_correct"),
+        ("mean tokens, all completions", "mean tokens, correct completions"),
+        strict=True,
     ):
         for kind, look in LOOKS.items():
             _draw([row for row in rows if row["kind"] == kind and row[key]], key, axis, line=kind != "base", **look)
@@ -42,7 +45,9 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
     if frontier is not None:
         longest = max(row["tokens"]["high"] for row in rows)
         tokens = np.append(frontier.tokens, max(longest, frontier.tokens[-1]))
-        axes[0].plot(tokens, frontier.accuracy(tokens), color="#bbbbbb", linestyle="--", label="style frontier", zorder=1)
+        axes[0].plot(
+            tokens, frontier.accuracy(tokens), color="#bbbbbb", linestyle="--", label="style frontier", zorder=1
+        )
     axes[0].set_ylabel("accuracy")
     axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
@@ -60,11 +65,23 @@ def _draw(rows: list[dict[str, Any]], key: str, axis: Any, line: bool, color: st
     x, y = ([row[name]["estimate"] for row in rows] for name in (key, "accuracy"))
     # An interval's end may fall on the wrong side of the estimate by rounding.
     errors = [
-        [[max(0.0, row[name]["estimate"] - row[name]["low"]) for row in rows],
-         [max(0.0, row[name]["high"] - row[name]["estimate"]) for row in rows]]
+        [
+            [max(0.0, row[name]["estimate"] - row[name]["low"]) for row in rows],
+            [max(0.0, row[name]["high"] - row[name]["estimate"]) for row in rows],
+        ]
         for name in (key, "accuracy")
     ]
     axis.errorbar(
-        x, y, xerr=errors[0], yerr=errors[1], color=color, marker=marker, markersize=13 if marker == "*" else 6,
-        linestyle="-" if line else "none", linewidth=1, elinewidth=0.8, label=label, zorder=3,
+        x,
+        y,
+        xerr=errors[0],
+        yerr=errors[1],
+        color=color,
+        marker=marker,
+        markersize=13 if marker == "*" else 6,
+        linestyle="-" if line else "none",
+        linewidth=1,
+        elinewidth=0.8,
+        label=label,
+        zorder=3,
     )

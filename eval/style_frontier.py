@@ -1,7 +1,7 @@
 """The style frontier of the sandbox: the best accuracy at each mean length over mixtures of the policy's own styles.
 
-Each difficulty offers a few points (tokens without detours, accuracy of the fitted policy when it writes in that style).
-Every mixture of them per difficulty is a point of the plot; the frontier is the upper edge of all of these mixtures. It
+Each difficulty offers a few points: tokens without detours, and accuracy of the fitted policy when it writes in that
+style. Every mixture of them per difficulty is a point of the plot; the frontier is the upper edge of all of these mixtures. It
 says what the *fitted* policy could reach by choosing well and wasting nothing. Training may move the accuracies
 themselves, so a trained policy can lie above it.
 """
@@ -72,7 +72,9 @@ class StyleFrontier:
         floors = {}
         for difficulty, styles in points.items():
             best = max(accuracy for _, accuracy in styles.values())
-            floors[difficulty] = min(tokens for tokens, accuracy in styles.values() if accuracy >= best - FLOOR_TOLERANCE)
+            floors[difficulty] = min(
+                tokens for tokens, accuracy in styles.values() if accuracy >= best - FLOOR_TOLERANCE
+            )
         return cls(corners[:, 0], corners[:, 1], floors, {d: dict(styles) for d, styles in points.items()})
 
     def accuracy(self, tokens: float | np.ndarray) -> float | np.ndarray:

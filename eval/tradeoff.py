@@ -42,7 +42,9 @@ class TradeoffArguments:
 
     run_dir: str = field(
         default="outputs/sandbox",
-        metadata={"help": "Folder of a recipe's run; its run.json names policy, length value model and trained policies."},
+        metadata={
+            "help": "Folder of a recipe's run; its run.json names policy, length value model and trained policies."
+        },
     )
     policy: str | None = field(default=None, metadata={"help": "Base policy. Default: the run's."})
     length_value_model: str | None = field(default=None, metadata={"help": "Length value model. Default: the run's."})
@@ -113,17 +115,15 @@ def read_run(args: TradeoffArguments) -> tuple[str, str, dict[str, str]]:
     path = Path(args.run_dir) / "run.json"
     if not path.exists() and not (args.policy and args.length_value_model):
         raise ValueError(
-            f"{path} does not exist: run `accelerate launch recipes/ppo_shaped.py` first, name its folder with --run_dir, "
-            "or give --policy and --length_value_model."
+            f"{path} does not exist: run `accelerate launch recipes/ppo_shaped.py` first, name its folder with "
+            "--run_dir, or give --policy and --length_value_model."
         )
     run = json.loads(path.read_text()) if path.exists() else {"trained": {}}
     trained = dict(entry.split("=", 1) for entry in args.trained) if args.trained else run["trained"]
     return args.policy or run["policy"], args.length_value_model or run["length_value_model"], trained
 
 
-def collect_arms(
-    args: TradeoffArguments, comparison: Comparison
-) -> tuple[list[Arm], float, StyleFrontier | None]:
+def collect_arms(args: TradeoffArguments, comparison: Comparison) -> tuple[list[Arm], float, StyleFrontier | None]:
     """Sample every arm. Returns them with the unit of the tilt's strengths and, on the sandbox, the style frontier."""
     policy_path, value_path, trained = read_run(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,9 +138,7 @@ def collect_arms(
         num_samples=args.num_samples,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
-        guidance=LengthGuidance(
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
-        ),
+        guidance=LengthGuidance(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p),
         seed=args.seed,
     )
     base = sampler.sample("base", "base", policy)
@@ -258,13 +256,17 @@ def main(args: TradeoffArguments) -> list[dict[str, Any]]:
     with atomic_file(output_dir / "tradeoff.json") as file:
         file.write(json.dumps(report, indent=1).encode())
     plot_tradeoff(rows, frontier, output_dir / "tradeoff.png")
-    title = f"{len(comparison.prompts)} prompts x {args.num_samples} completions, seed {args.seed}, min-p {args.min_p:g}"
+    title = (
+        f"{len(comparison.prompts)} prompts x {args.num_samples} completions, seed {args.seed}, min-p {args.min_p:g}"
+    )
     console = Console(width=150)
     print_table(rows, title, console)
     if frontier is not None:
         described = ", ".join(f"{frontier.floors[d]:.0f} at {d} operations" for d in DIFFICULTIES)
         console.print(f"Fewest tokens of a style that is good enough: {described}.")
-    console.print(f"Tilt strengths are in units of 1/std(V) = {unit:.2f}. Written to {output_dir}/tradeoff.json and .png")
+    console.print(
+        f"Tilt strengths are in units of 1/std(V) = {unit:.2f}. Written to {output_dir}/tradeoff.json and .png"
+    )
     return rows
 
 

@@ -42,11 +42,9 @@ def load_released_checkpoint(
 ) -> LengthValueModel:
     """A length value model from a checkpoint of the paper's released code.
 
-    Save it with `save_pretrained`, and it loads like any other, with its gamma.
-
     Args:
         path (`str` or `os.PathLike`):
-            The checkpoint's folder, or its hub id. Only safetensors are loaded.
+            The checkpoint's folder, or its hub id; only safetensors are loaded.
         gamma (`float`):
             The discount that the checkpoint was trained with, in (0, 1). The checkpoint does not say; the training
             settings released with it do: 0.997 for the models of Qwen2.5, 0.9998 for those of Qwen3.
@@ -65,7 +63,7 @@ def load_released_checkpoint(
             Further arguments of `AutoModel.from_pretrained`.
 
     Returns:
-        [`~lenvm_rl.modeling.LengthValueModel`]: in eval mode.
+        [`~lenvm_rl.modeling.LengthValueModel`]: in eval mode; saved by `save_pretrained`, it loads like any other.
 
     Raises:
         `FileNotFoundError`: nothing is at the path, or it has no `value_head.safetensors`.
@@ -74,8 +72,8 @@ def load_released_checkpoint(
     """
     if gamma is None:
         raise ValueError(
-            "gamma is not stored in a released checkpoint, and values mean nothing without it: give the one that it was "
-            "trained with (the released training settings have 0.997 for Qwen2.5 and 0.9998 for Qwen3)."
+            "gamma is not stored in a released checkpoint, and values mean nothing without it: give that of its "
+            "training (the released training settings have 0.997 for Qwen2.5 and 0.9998 for Qwen3)."
         )
     weights = load_file(_head_file(path))
     decoder = _load_whole_decoder(path, {"use_safetensors": True, "dtype": dtype, **load_kwargs})
@@ -111,8 +109,8 @@ def _head_file(path) -> str:
 def _check_head(weights, decoder, path) -> None:
     if weights.keys() not in (FULL_HEAD, LINEAR_HEAD):
         raise ValueError(
-            f"The value head of '{path}' has the weights {sorted(weights)}, but a released one has {sorted(FULL_HEAD)}, "
-            f"or {sorted(LINEAR_HEAD)} alone."
+            f"The value head of '{path}' has the weights {sorted(weights)}, but a released one has "
+            f"{sorted(FULL_HEAD)}, or {sorted(LINEAR_HEAD)} alone."
         )
     reads, gives = weights["v_head.summary.weight"].shape[-1], decoder.config.get_text_config(decoder=True).hidden_size
     if reads != gives:
@@ -136,8 +134,8 @@ def _load_whole_decoder(path, settings):
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
         raise ValueError(
-            f"The decoder at '{path}' lacks weights, which would be random: {', '.join(lacking[:6])}. The checkpoint is "
-            "incomplete, or holds adapters only: download it again, or merge the adapters first (`merge_and_unload`)."
+            f"The decoder at '{path}' lacks weights, which would be random: {', '.join(lacking[:6])}. The checkpoint "
+            "is incomplete, or holds adapters only: download it again, or merge the adapters (`merge_and_unload`)."
         )
     check_decoder(decoder)
     return decoder

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from lenvm_rl.tokenization import check_pad_is_not_eos, tokenizer_fingerprint
 logger = logging.getLogger(__name__)
 
 
-class SamplingJob:
+class SamplingJob(ABC):
     """Completions to sample, numbered by prompt and sample: number i is sample `i % num_samples` of its prompt.
 
     Every completion has a seed of its own, so what it is does not depend on which others are sampled beside it or
@@ -89,9 +90,9 @@ class SamplingJob:
         """Number of completions."""
         return len(self.prompts) * self.settings.num_samples
 
+    @abstractmethod
     def sample(self, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """To be defined by each engine: yields (number, record) for each of the numbers, in any order."""
-        raise TypeError(f"{type(self).__name__} does not say how completions are sampled: define `sample`.")
+        """Yields (number, record) for each of the numbers, in any order: what an engine has to say."""
 
     def description(self) -> dict[str, Any]:
         """What the engine adds to the metadata's `sampling`; part of what tells two jobs apart."""
@@ -140,7 +141,7 @@ class SamplingJob:
         """Yields (number, record) for every completion that is not in `done`, with a progress bar."""
         finished = set(done)
         todo = [number for number in range(len(self)) if number not in finished]
-        tokens = cut = 0
+        tokens = cut = count = 0
         start = time.perf_counter()
         with tqdm(total=len(self), initial=len(self) - len(todo), desc="sampling", unit="completion") as progress:
             for count, (number, record) in enumerate(self.sample(todo), start=1):
@@ -150,6 +151,8 @@ class SamplingJob:
                 progress.set_postfix_str(f"{rate:.0f} tokens/s, {cut / count:.1%} truncated", refresh=False)
                 progress.update()
                 yield number, record
+        if count:
+            logger.info("sampled %d completions, %d tokens, %.1f%% truncated", count, tokens, 100 * cut / count)
 
 
 def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tuple[Dataset, RolloutMetadata]:

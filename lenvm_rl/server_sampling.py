@@ -101,8 +101,8 @@ class ServerJob(SamplingJob):
         self.server = server
         if not server.gives_token_ids and not retokenize:
             raise ValueError(
-                f"A server of the kind {server.kind!r} gives text, not the token ids that were sampled, and labels made "
-                "from a text's tokens can be off. Use a server that gives ids (vllm, sglang, llama.cpp), or set "
+                f"A server of the kind {server.kind!r} gives text, not the token ids that were sampled, and labels "
+                "made from a text's tokens can be off. Use a server that gives ids (vllm, sglang, llama.cpp), or set "
                 "retokenize=True and look at sampling['retokenization'] in the metadata."
             )
         self.requested: list[str] | list[list[int]] = self.prompt_ids
@@ -202,14 +202,14 @@ class ServerJob(SamplingJob):
             )
         if answer.finish_reason == "length" and count <= limit:
             raise ServerError(
-                f"The server cut a completion after {count} tokens, though {limit + 1} were allowed: its context is too "
-                "small for prompt and completion. Raise it, or lower max_new_tokens."
+                f"The server cut a completion after {count} tokens, though {limit + 1} were allowed: its context is "
+                "too small for prompt and completion. Raise it, or lower max_new_tokens."
             )
         ids, changed = retokenize(self.tokenizer, answer.text)
         if count <= limit:
             ids = [*ids, self.tokenizer.eos_token_id]
             return ids, "stop", retokenization_columns(answer.text, len(ids) - count, changed)
-        # All tokens but the one too many are a cut completion; that one is not in the text if it is an end of sequence.
-        error = 0 if len(ids) == limit and answer.finish_reason == "length" else len(ids) - count
-        error += answer.finish_reason == "stop"
+        # The token one too many is in the text, unless it is the end. transformers calls an end there a cut too; that
+        # looks like a special token left out of the text and is marked as an error, rather than miss those.
+        error = len(ids) + (answer.finish_reason == "stop") - count
         return ids[:limit], "length", retokenization_columns(answer.text, error, changed)

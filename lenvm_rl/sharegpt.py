@@ -47,29 +47,27 @@ def read_sharegpt(
 ) -> tuple[Dataset, RolloutMetadata]:
     """Reads a file of the released code; `write_rollouts(new_path, *read_sharegpt(…))` makes a rollout file of it.
 
-    A record that cannot be used (no completion at the end, images, an unknown role, not valid JSON, …) is logged and
-    set aside in `<name>.rejected.jsonl` beside the file, as `read_rollouts` does.
+    A record that cannot be used (images, an unknown role, not valid JSON, …) is logged and set aside in
+    `<name>.rejected.jsonl` beside the file, as `read_rollouts` does.
 
     Args:
         path (`str` or `os.PathLike`): a `.jsonl` or `.json` file.
-        tokenizer (`PreTrainedTokenizerBase`): the generator's, with the chat template that the server applied.
-        assume (`str`): which completions ended, since the file does not say.
-            `"all_finished"`: every one; a cut completion then looks like a short one, as in the released code.
-            `"cut_at_max_tokens"`: those with fewer than `max_tokens` tokens; one that ended with its last allowed token
-            counts as cut.
+        tokenizer (`PreTrainedTokenizerBase`): the generator's, with the chat template that its server applied.
+        assume (`str`): which completions ended, since the file does not say. `"all_finished"`: every one; cut ones
+            then look short, as in the released code. `"cut_at_max_tokens"`: those with fewer than `max_tokens` tokens.
         max_tokens (`int`, *optional*): most tokens that the server allowed, where `meta_info` does not say.
         generator (`str`, *optional*, defaults to the `model_name` of `meta_info`): the policy.
         eos_token_id (`int`, *optional*, defaults to the tokenizer's): the end put after a finished completion.
 
     Returns:
         `tuple[datasets.Dataset, RolloutMetadata]`: records in file order with the further columns `completion_text`,
-        `length_error`, `text_changed`, `answer_token_length`, `lenvm_idx`, `dataset_name` and `source_fields` (JSON).
-        Completions of equal prompts are one group: a `lenvm_idx` is unique within one data set only.
+        `length_error`, `text_changed`, `answer_token_length`, `lenvm_idx` (unique within one data set only, so groups
+        are equal prompts), `dataset_name` and `source_fields` (JSON).
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: for another assumption or file type, a tokenizer without chat template, more than one generator, no
-            known generator, no known `max_tokens` where it is needed, or no usable record.
+        ValueError: for another assumption or file type, a tokenizer without chat template, an unknown generator or
+            `max_tokens` where it is needed, or no usable record.
     """
     path = Path(path)
     reader = _Reader(tokenizer, assume, max_tokens, eos_token_id)
@@ -84,25 +82,20 @@ def read_sharegpt(
     set_aside(path, rejected, len(records) + len(rejected))
     if not records:
         raise ValueError(f"{path} holds no usable completion ({len(rejected)} records read, all set aside).")
-    sampling = {
-        **_uniform(sources, SAMPLING_FIELDS),
-        "backend": "sharegpt",
-        "token_ids": "retokenized",
-        "retokenization": retokenization_report(records),
-        "finish_reason": {"assumed": assume, "max_tokens": max_tokens},
-        "set_aside": len(rejected),
-    }
     logger.warning("%s: which completions ended is not in the file; assumed: %s", path, assume.replace("_", " "))
     dataset = Dataset.from_list(records)
-    metadata = RolloutMetadata(
+    return dataset, RolloutMetadata(
         generator=generator or _generator(sources, path),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        sampling=sampling,
+        sampling={
+            **reader.sampling(sources),
+            "retokenization": retokenization_report(records),
+            "set_aside": len(rejected),
+        },
         seed=None,
         eos_token_ids=[reader.eos_token_id],
         **count_rollouts(dataset),
     )
-    return dataset, metadata
 
 
 def _read_objects(path: Path) -> Iterator[tuple[int, Any, str | None]]:
@@ -170,6 +163,15 @@ class _Reader:
         }
         problem = find_problem(record, max(self.tokenizer.get_vocab().values()) + 1, [self.eos_token_id])
         return problem, None if problem else record
+
+    def sampling(self, sources: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is known, and what was assumed, of how the completions were sampled."""
+        return {
+            **_uniform(sources, SAMPLING_FIELDS),
+            "backend": "sharegpt",
+            "token_ids": "retokenized",
+            "finish_reason": {"assumed": self.assume, "max_tokens": self.max_tokens},
+        }
 
     def _group(self, prompt: list[dict[str, str]]) -> int:
         key = json.dumps(prompt)

@@ -129,9 +129,7 @@ def check(folder):
         if owner.pad_token_id == owner.eos_token_id:
             raise ValueError(f"The padding token saved to {folder} equals the end token: set PAD_TOKEN to another one.")
     messages = [{"role": "user", "content": QUESTION}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     start = time.perf_counter()
     output = model.generate(**inputs, do_sample=False, max_new_tokens=24)
     seconds = time.perf_counter() - start

@@ -16,9 +16,7 @@ from recipes.training import make_run, read_arguments, start_logging, train_stag
 
 def main() -> None:
     """Run the stages and train."""
-    args, config, model = read_arguments(
-        LenVMGRPOConfig, "sandbox_grpo.yaml", description=__doc__.split("\n", 1)[0]
-    )
+    args, config, model = read_arguments(LenVMGRPOConfig, "sandbox_grpo.yaml", description=__doc__.split("\n", 1)[0])
     start_logging()
     run = make_run(args, config, model)
     train_stage("grpo", run, config, model, LenVMGRPOTrainer)

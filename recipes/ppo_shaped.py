@@ -1,8 +1,8 @@
 """PPO with a learned task critic and a frozen length value model, from rollouts to a trained policy.
 
     accelerate launch recipes/ppo_shaped.py
-        The built-in sandbox: a tiny policy is fitted, its rollouts are sampled, gamma is fitted and a length value model
-        pretrained, and PPO trains the policy. Artefacts go to outputs/sandbox; a finished stage is reused.
+        The built-in sandbox: a tiny policy is fitted, its rollouts are sampled, gamma is fitted and a length value
+        model pretrained, and PPO trains the policy. Artefacts go to outputs/sandbox; a finished stage is reused.
 
     accelerate launch recipes/ppo_shaped.py --model_name_or_path MODEL --dataset_name DATA --reward_funcs my.reward \
         [--length_value_model LENVM] [--config my.yaml]
@@ -40,7 +40,12 @@ def main() -> None:
     start_logging()
     run = make_run(args, config, model)
     train_stage(
-        "ppo", run, config, model, lambda **kwargs: LenVMPPOTrainer(critic=critic.critic, **kwargs), critic=critic.critic
+        "ppo",
+        run,
+        config,
+        model,
+        lambda **kwargs: LenVMPPOTrainer(critic=critic.critic, **kwargs),
+        critic=critic.critic,
     )
 
 

@@ -1,8 +1,8 @@
 """The stages before reinforcement learning, each with an artefact on disk that the next run reuses.
 
-policy (the sandbox's, or given) -> rollouts -> length value model (with gamma from the rollouts). A stage is finished when
-the record of its settings stands beside its artefact; a later run with the same settings reuses it, one with other
-settings is refused, since artefacts that other stages were made from must not change under them.
+policy (the sandbox's, or given) -> rollouts -> length value model (with gamma from the rollouts). A stage is finished
+when the record of its settings stands beside its artefact; a later run with the same settings reuses it, one with
+other settings is refused, since artefacts that other stages were made from must not change under them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.arms import load_object
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
-from lenvm_rl.rollouts import atomic_file, split_by_prompt
+from lenvm_rl.rollouts import atomic_file, read_rollouts, split_by_prompt
 from lenvm_rl.sampling import SamplingSettings, load_prompts, sample_to_file
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 
@@ -39,16 +39,21 @@ class StageArguments:
 
     length_value_model: str | None = field(
         default=None,
-        metadata={"help": "Pretrained length value model (folder or hub id). Default: sample rollouts and pretrain one."},
+        metadata={
+            "help": "Pretrained length value model (folder or hub id). Default: sample rollouts and pretrain one."
+        },
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Prompts: a hub id or a .jsonl, .json, .parquet or .csv file. Default: the built-in sandbox."},
+        metadata={
+            "help": "Prompts: a hub id or a .jsonl, .json, .parquet or .csv file. Default: the built-in sandbox."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
     prompt_column: str = field(
-        default="prompt", metadata={"help": "Column with the prompt, text or messages; other columns go to the rewards."}
+        default="prompt",
+        metadata={"help": "Column with the prompt, text or messages; other columns go to the rewards."},
     )
     chat: bool = field(
         default=False, metadata={"help": "Wrap text prompts as a user's message, for the model's chat template."}
@@ -66,7 +71,9 @@ class StageArguments:
     pretrain_batch_size: int = field(default=32, metadata={"help": "Completions per optimiser step and process."})
     pretrain_only_correct: bool = field(
         default=False,
-        metadata={"help": "Fit the length value model on correct completions only, a remedy for length_gate='correct'."},
+        metadata={
+            "help": "Fit the length value model on correct completions only, a remedy for length_gate='correct'."
+        },
     )
     train_prompts: int | None = field(
         default=None, metadata={"help": "Training prompts. Default: all of the dataset; 2048 of the sandbox."}
@@ -74,8 +81,8 @@ class StageArguments:
     trained_name: str | None = field(
         default=None,
         metadata={
-            "help": "Subfolder of output_dir for the trained policy, so that several runs can share the earlier stages. "
-            "Default: the algorithm's name."
+            "help": "Subfolder of output_dir for the trained policy, so that several runs can share the earlier "
+            "stages. Default: the algorithm's name."
         },
     )
     smoke: bool = field(default=False, metadata={"help": "Run every stage at a size that only shows that it runs."})
@@ -139,6 +146,8 @@ class Run:
         max_completion_length (`int`): longest completion, end-of-sequence counted.
         temperature (`float`): sampling temperature of rollouts and training.
         seed (`int`): seed of every stage.
+        precision (`dict`): `bf16`, `fp16` and `use_cpu` of the trainer, for the other stages too: one process has one
+            mixed precision.
     """
 
     args: StageArguments
@@ -147,6 +156,7 @@ class Run:
     max_completion_length: int
     temperature: float
     seed: int
+    precision: dict[str, bool]
 
     def __post_init__(self) -> None:
         if self.args.dataset_name is None and self.model_name_or_path is not None:
@@ -167,12 +177,17 @@ class Run:
         return self.args.length_value_model or str(self.output_dir / "length_value_model")
 
     @property
+    def device(self) -> str:
+        """Where the rollouts are sampled."""
+        return "cuda" if torch.cuda.is_available() and not self.precision["use_cpu"] else "cpu"
+
+    @property
     def rollouts(self) -> Path:
         """File of the rollouts."""
         return self.output_dir / "rollouts.jsonl"
 
     def prompts(self, count: int | None, seed: int) -> Dataset:
-        """Training prompts with the column `prompt` and what the rewards need, in random order (sandbox: stratified)."""
+        """Training prompts: column `prompt` and what the rewards need, in random order (sandbox: stratified)."""
         if self.args.dataset_name is None:
             problems = distinct_problems(count or 2048, 10 * self.seed + seed, "train")
             rows = [{"prompt": p.prompt, "answer": p.answer, "difficulty": p.difficulty} for p in problems]
@@ -195,7 +210,12 @@ class Run:
             return
         settings = PolicySettings(train_tokens=self.args.policy_tokens, seed=self.seed)
         target = self.output_dir / "policy"
-        run_stage("fitting a policy to the sandbox's teacher", target, asdict(settings), lambda: fit_policy(str(target), settings))
+        run_stage(
+            "fitting a policy to the sandbox's teacher",
+            target,
+            asdict(settings),
+            lambda: fit_policy(str(target), settings, **self.precision),
+        )
 
     def make_rollouts(self) -> None:
         """Stage 2: sample completions of the policy; an interrupted run goes on where it was."""
@@ -210,11 +230,17 @@ class Run:
         def make() -> None:
             dataset = self.prompts(args.sample_prompts, ROLLOUT_SEED)
             extra = {name: dataset[name][:] for name in dataset.column_names if name != "prompt"}
-            model = AutoModelForCausalLM.from_pretrained(self.policy).to(device()).eval()
+            model = AutoModelForCausalLM.from_pretrained(self.policy).to(self.device).eval()
             tokenizer = AutoTokenizer.from_pretrained(self.policy)
             sample_to_file(
-                self.rollouts, model, tokenizer, dataset["prompt"][:], settings,
-                seed=self.seed, extra_columns=extra, generator=self.policy,
+                self.rollouts,
+                model,
+                tokenizer,
+                dataset["prompt"][:],
+                settings,
+                seed=self.seed,
+                extra_columns=extra,
+                generator=self.policy,
             )
 
         depends = {**asdict(settings), "prompts": args.sample_prompts, **self._data_settings(), "policy": self.policy}
@@ -229,13 +255,13 @@ class Run:
         target = self.output_dir / "length_value_model"
         settings = {name: value for name, value in asdict(args).items() if name.startswith(("pretrain_", "sample_"))}
         run_stage(
-            "fitting gamma and pretraining the length value model", target,
-            {**settings, "seed": self.seed, "policy": self.policy}, lambda: self._pretrain(target),
+            "fitting gamma and pretraining the length value model",
+            target,
+            {**settings, "seed": self.seed, "policy": self.policy},
+            lambda: self._pretrain(target),
         )
 
     def _pretrain(self, target: Path) -> None:
-        from lenvm_rl.rollouts import read_rollouts
-
         args = self.args
         rollouts, metadata = read_rollouts(self.rollouts)
         if args.pretrain_only_correct:
@@ -252,18 +278,22 @@ class Run:
             save_strategy="no",
             report_to="none",
             seed=self.seed,
+            **self.precision,
         )
         tokenizer = AutoTokenizer.from_pretrained(self.policy)
         model, metrics = pretrain(self.policy, train, metadata, arguments, tokenizer, eval_rollouts=held_out)
         fit = model.config.gamma_fit
         console.print(
-            f"gamma {model.config.gamma:.5f} from {fit['completions']} completions, lengths in tokens {fit['percentiles']}"
+            f"gamma {model.config.gamma:.5f} from {fit['completions']} completions, "
+            f"percentiles of their lengths in tokens {fit['percentiles']}"
         )
         console.print({name: round(value, 4) for name, value in metrics.items() if isinstance(value, float)})
 
     def _grade(self, rollouts: Dataset) -> Dataset:
         reward = load_object(self.args.reward_funcs[0])
-        columns = {name: rollouts[name][:] for name in rollouts.column_names if name not in ("prompt", "completion_ids")}
+        columns = {
+            name: rollouts[name][:] for name in rollouts.column_names if name not in ("prompt", "completion_ids")
+        }
         tokenizer = AutoTokenizer.from_pretrained(self.policy)
         ids = rollouts["completion_ids"][:]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -278,14 +308,10 @@ class Run:
         return {"seed": self.seed, **{name: getattr(self.args, name) for name in names}}
 
     def record(self, name: str, path: Path) -> None:
-        """Write what `eval.tradeoff` needs into run.json: the policy, the length value model, and each trained policy."""
+        """Write what `eval.tradeoff` needs into run.json: policy, length value model, and each trained policy."""
         target = self.output_dir / "run.json"
         trained = json.loads(target.read_text(encoding="utf-8"))["trained"] if target.exists() else {}
-        content = {"policy": self.policy, "length_value_model": self.length_value_model, "trained": {**trained, name: str(path)}}
+        trained[name] = str(path)
+        content = {"policy": self.policy, "length_value_model": self.length_value_model, "trained": trained}
         with atomic_file(target) as file:
             file.write(json.dumps(content, indent=1).encode())
-
-
-def device() -> str:
-    """Where stages run their models."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -73,6 +73,7 @@ def make_run(args: StageArguments, config: LenVMConfig, model: ModelConfig) -> R
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
         seed=config.seed,
+        precision={"bf16": config.bf16, "fp16": config.fp16, "use_cpu": config.use_cpu},
     )
     run.make_policy()
     run.make_length_value_model()

@@ -20,8 +20,8 @@ def sandbox_reward(completion_ids: Sequence[Sequence[int]], answer: Sequence[str
         columns: everything else that TRL passes; not used.
 
     Returns:
-        list of `float`: 1.0 for a completion that closes with ``A <answer> <eos>``, else 0.0. A truncated completion has
-        no end and gets 0.0.
+        list of `float`: 1.0 for a completion that closes with ``A <answer> <eos>``, else 0.0. A truncated completion
+        has no end and gets 0.0.
     """
     return [
         float(is_correct([TOKENS[token] for token in ids[-3:]], right))

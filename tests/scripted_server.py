@@ -44,16 +44,17 @@ def text_answer(request):
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Answers a POST by `answer(request)`, once the failures of `script(number of the request)` are through.
+    """Answers a POST by `answer(request)`, unless `script(number, times)` says that it fails.
 
-    A failure is `(status, headers)`, `"hang"` (no answer), `"half"` (a body that breaks off), `"garbage"` (no JSON),
-    `"abort"` (another reason for the end) or `None`.
+    `number` counts requests, `times` how often the same one was sent before. A failure is `(status,
+    headers)`, `"hang"` (no answer), `"half"` (a body that breaks off), `"garbage"` (no JSON), `"abort"` (another reason
+    for the end) or `None`.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, answer=vllm_answer, script=lambda number: None, delay=0.0):
+    def __init__(self, answer=vllm_answer, script=lambda number, times: None, delay=0.0):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer, self.script, self.delay = answer, script, delay
         self.lock, self.requests, self.paths, self.headers = threading.Lock(), [], [], []
@@ -74,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
-            failure = server.script(len(server.requests))
+            failure = server.script(len(server.requests), server.requests.count(request))
             server.requests.append(request)
             server.paths.append(self.path)
             server.headers.append(dict(self.headers))
@@ -89,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self, request, failure):
         if failure == "hang":
-            time.sleep(1.0)
+            time.sleep(2.5)
             self.close_connection = True
             return
         if isinstance(failure, tuple):

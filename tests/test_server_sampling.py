@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -48,9 +49,9 @@ def expected_records(job, most):
     return records
 
 
-def fails_often(number):
-    """Every third request is served; the others fail in all ways that pass."""
-    return [None, (500, {}), "half", None, "garbage", (429, {"Retry-After": "0"})][number % 6]
+def fails_often(number, times):
+    """Each request fails twice before it is served, in all ways that pass."""
+    return None if times >= 2 else [(500, {}), "half", "garbage", (429, {"Retry-After": "0"})][number % 4]
 
 
 @pytest.mark.parametrize("kind", ["vllm", "openai"])
@@ -86,7 +87,7 @@ def test_requests_under_way_are_bounded_and_do_not_change_the_records(tmp_path):
 
 def test_what_a_failing_server_answered_before_is_kept(tmp_path):
     path = tmp_path / "r.jsonl"
-    with scripted_server(script=lambda number: (400, {}) if number >= 7 else None) as server:
+    with scripted_server(script=lambda number, times: (400, {}) if number >= 7 else None) as server:
         with pytest.raises(ServerError, match="status 400") as caught:
             sample(path, server, settings=SamplingSettings(4, 8, 1))
     assert caught.value.__notes__ == ["This was for a completion of prompt 1."]
@@ -116,7 +117,14 @@ def test_a_killed_run_ends_with_the_records_of_an_unbroken_one(tmp_path):
     path = tmp_path / "r.jsonl"
     journal = path.with_suffix(".journal")
     tests = Path(__file__).resolve().parent
-    with scripted_server(delay=0.15) as server:
+    gate = threading.Event()
+
+    def answers_seven_until_the_kill(request):
+        if len(server.requests) > 7:
+            gate.wait(60)
+        return vllm_answer(request)
+
+    with scripted_server(answers_seven_until_the_kill) as server:
         code = KILLED.format(tests=str(tests), path=str(path), url=server.url)
         process = subprocess.Popen([sys.executable, "-c", code], cwd=tests.parent)
         deadline = time.monotonic() + 60
@@ -125,11 +133,12 @@ def test_a_killed_run_ends_with_the_records_of_an_unbroken_one(tmp_path):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        gate.set()
         assert not path.exists()
         kept = journal.read_bytes().count(b"\n") - 1
         asked = len(server.requests)
         dataset, _ = sample(path, server)
-        assert len(server.requests) - asked == 12 - kept
+        assert 3 <= kept <= 7 and len(server.requests) - asked == 12 - kept
     assert dataset.to_list() == expected_records(job_of("vllm"), 8)
     assert read_rollouts(path)[0].to_list() == dataset.to_list()
 
@@ -193,8 +202,8 @@ def test_an_end_at_the_last_token_is_told_from_a_cut():
     assert from_text("w7 w8 w9", "stop", 4) == ([7, 8, 9, EOS], "stop", 0)
     assert from_text("w7 w8 w9", "stop", 5) == ([7, 8, 9], "length", -1)
     assert from_text("w7 w8 w9 w10", "stop", 5) == ([7, 8, 9, 10], "length", 0)
-    # transformers serve calls it a cut also where the token one too many is the end.
-    assert from_text("w7 w8 w9 w10", "length", 5) == ([7, 8, 9, 10], "length", 0)
+    # The end one too late, which transformers serve calls a cut, looks like a special token that was left out.
+    assert from_text("w7 w8 w9 w10", "length", 5) == ([7, 8, 9, 10], "length", -1)
     assert from_text("w7 w8 w9 w10 w11", "length", 5) == ([7, 8, 9, 10], "length", 0)
     assert from_text("w7 w8 w9 w10 w11 w12", "length", 5) == ([7, 8, 9, 10], "length", 1)
     assert from_text("w7 w8", "stop", 4) == ([7, 8, EOS], "stop", -1)
@@ -289,7 +298,7 @@ def test_bad_jobs_are_refused(changes, problem):
 def transformers_server(tmp_path_factory):
     """`transformers serve` with a tiny random policy on localhost: (policy, folder, address)."""
     folder = str(tmp_path_factory.mktemp("policy"))
-    policy = tiny_llama(initializer_range=0.02)
+    policy = tiny_llama(initializer_range=0.02, seed=2)
     policy.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     with socket.socket() as free:
@@ -330,11 +339,10 @@ def test_a_real_server_gives_the_tokens_of_a_local_run(transformers_server, tmp_
         ids = policy.generate(prompt, generation_config=config)[0, prompt.shape[1] :].tolist()
         wanted = (ids, "stop") if ids[-1] == EOS and len(ids) <= 12 else (ids[:12], "length")
         # Special tokens are not in the server's text: then the count does not agree, and the record says so.
-        if any(token < 6 and token != EOS for token in ids):
-            assert row["length_error"] < 0
-            wrong += 1
-        else:
-            assert (row["completion_ids"], row["finish_reason"]) == wanted and row["length_error"] == 0
+        missing = sum(token < 6 for token in (ids[:-1] if wanted[1] == "stop" else ids))
+        assert row["length_error"] == -missing and row["finish_reason"] == wanted[1]
+        assert missing or row["completion_ids"] == wanted[0]
+        wrong += missing > 0
     assert 0 < wrong < 24 and metadata.sampling["retokenization"]["wrong_length"] == wrong
 
 

@@ -12,7 +12,7 @@ from lenvm_rl.sampling import SamplingSettings
 from lenvm_rl.servers import SERVERS, ServerError, TemporaryServerError, connect
 
 SETTINGS = SamplingSettings(num_samples=1, max_new_tokens=40, batch_size=1)
-QUICK = {"first_delay": 0.01, "longest_delay": 0.05, "timeout": 0.3}
+QUICK = {"first_delay": 0.01, "longest_delay": 0.05, "timeout": 1.0}
 
 
 def ask(client, prompt=(7, 8), seed=5, settings=SETTINGS):
@@ -23,7 +23,7 @@ def ask(client, prompt=(7, 8), seed=5, settings=SETTINGS):
     "failure", [(500, {}), (503, {}), (429, {"Retry-After": "0"}), (408, {}), "hang", "half", "garbage", "abort"]
 )
 def test_a_failure_that_passes_is_outlasted(failure):
-    with scripted_server(script=lambda number: failure if number < 2 else None) as server:
+    with scripted_server(script=lambda number, times: failure if number < 2 else None) as server:
         answer = connect("vllm", server.url, "m", **QUICK).complete(ask(connect("vllm", server.url, "m")))
         assert len(server.requests) == 3
     assert answer.token_ids == sampled([7, 8], 5, 40)
@@ -39,7 +39,7 @@ def test_no_connection_is_a_failure_that_may_pass():
 
 
 def test_a_server_that_keeps_failing_is_given_up():
-    with scripted_server(script=lambda number: (500, {})) as server:
+    with scripted_server(script=lambda number, times: (500, {})) as server:
         client = connect("vllm", server.url, "m", max_retries=3, **QUICK)
         with pytest.raises(ServerError, match="failed a request 4 times, at last: .*answered 500.*scripted"):
             client.complete(ask(client))
@@ -48,7 +48,7 @@ def test_a_server_that_keeps_failing_is_given_up():
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
 def test_a_refusal_is_not_repeated(status):
-    with scripted_server(script=lambda number: (status, {})) as server:
+    with scripted_server(script=lambda number, times: (status, {})) as server:
         client = connect("vllm", server.url, "m", **QUICK)
         with pytest.raises(ServerError, match=f"refused a request with status {status}.*scripted") as caught:
             client.complete(ask(client))
@@ -65,7 +65,7 @@ def test_waits_double_up_to_a_longest_and_obey_the_server(monkeypatch):
             return False
 
     headers = [{}, {}, {}, {}, {"Retry-After": "7"}, {}]
-    with scripted_server(script=lambda number: (503, headers[number])) as server:
+    with scripted_server(script=lambda number, times: (503, headers[number])) as server:
         client = connect("vllm", server.url, "m", max_retries=5, first_delay=1.0, longest_delay=4.0)
         with pytest.raises(ServerError):
             client.complete(ask(client), Clock())
@@ -77,7 +77,7 @@ def test_waits_double_up_to_a_longest_and_obey_the_server(monkeypatch):
 def test_an_abandoned_request_is_not_repeated():
     abandoned = threading.Event()
     abandoned.set()
-    with scripted_server(script=lambda number: (500, {})) as server:
+    with scripted_server(script=lambda number, times: (500, {})) as server:
         client = connect("vllm", server.url, "m", first_delay=60.0, longest_delay=60.0)
         start = time.monotonic()
         with pytest.raises(TemporaryServerError):

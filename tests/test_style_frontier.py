@@ -28,7 +28,9 @@ def test_no_mixture_lies_above_the_frontier():
     rng = np.random.default_rng(0)
     points = {d: {s: (float(rng.uniform(1, 20)), float(rng.uniform())) for s in "abc"} for d in (1, 2, 3)}
     frontier = StyleFrontier.from_points(points)
-    pure = [np.mean(choice, axis=0) for choice in itertools.product(*(list(styles.values()) for styles in points.values()))]
+    pure = [
+        np.mean(choice, axis=0) for choice in itertools.product(*(list(styles.values()) for styles in points.values()))
+    ]
     for tokens, accuracy in pure:
         assert accuracy <= frontier.accuracy(tokens) + 1e-12
     for tokens, accuracy in (rng.dirichlet(np.ones(len(pure))) @ np.array(pure) for _ in range(200)):
@@ -36,5 +38,7 @@ def test_no_mixture_lies_above_the_frontier():
 
 
 def test_points_are_means_per_style_and_difficulty():
-    points = measure_points([1, 1, 1, 3], ["direct", "direct", "plain", "plain"], [2, 2, 4, 6], [True, False, True, True])
+    points = measure_points(
+        [1, 1, 1, 3], ["direct", "direct", "plain", "plain"], [2, 2, 4, 6], [True, False, True, True]
+    )
     assert points == {1: {"direct": (2.0, 0.5), "plain": (4.0, 1.0)}, 3: {"plain": (6.0, 1.0)}}

@@ -224,6 +224,13 @@ def test_a_learned_critic_is_not_sharded(tmp_path, engine):
     trainer._check_critic("lenvm")
 
 
+def test_a_multimodal_policy_beside_a_length_value_model(tmp_path):
+    trainer = grpo(tmp_path)
+    trainer._is_vlm = True
+    with pytest.raises(ValueError, match="multimodal processor.*train without `length_value_model`"):
+        trainer._check_length_value_model(random_lenvm())
+
+
 def test_rewards_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"Every reward function \(silent\) returned None"):
 

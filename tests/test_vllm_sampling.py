@@ -1,4 +1,4 @@
-"""vLLM's offline engine, by a stand-in that checks how it is called: ids as sampled, settings named, batches resumed."""
+"""vLLM's offline engine, by a stand-in for the module: ids as sampled, settings named, broken runs resumed."""
 
 import sys
 from types import ModuleType, SimpleNamespace

@@ -1,4 +1,4 @@
-"""The built-in task: a verifiable chain of operations whose written steps are worth their tokens only where they are needed."""
+"""The built-in task: a chain of operations whose written steps are worth their tokens only where they are needed."""
 
 from lenvm_rl.sandbox.policy import PolicySettings, fit_policy
 from lenvm_rl.sandbox.styles import STYLES, clean_length, draw_completion, read_completion

@@ -95,7 +95,8 @@ class TeacherRows(IterableDataset):
                 examples.append((problem.prompt.split(), draw_completion(rng, problem)))
             # A completion with very many detours does not fit a row, and its text is not worth a longer one.
             examples = [(p, c) for p, c in examples if len(p) + len(c) <= self.settings.row_tokens]
-            rows = pack_lengths([len(prompt) + len(completion) for prompt, completion in examples], self.settings.row_tokens)
+            lengths = [len(prompt) + len(completion) for prompt, completion in examples]
+            rows = pack_lengths(lengths, self.settings.row_tokens)
             rng.shuffle(rows)
             for row in rows:
                 yield self._lay_out([examples[index] for index in row])
@@ -125,8 +126,13 @@ class PackedTrainer(Trainer):
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
 
-def fit_policy(output_dir: str, settings: PolicySettings) -> LlamaForCausalLM:
+def fit_policy(output_dir: str, settings: PolicySettings, **training_arguments: Any) -> LlamaForCausalLM:
     """Fit a policy to the teacher and save it with its tokenizer under `output_dir`.
+
+    Args:
+        output_dir (`str`): folder to write.
+        settings ([`PolicySettings`]): sizes of the policy and of its fit.
+        training_arguments: further fields of `transformers.TrainingArguments`, such as `use_cpu`.
 
     Returns:
         `LlamaForCausalLM` in evaluation mode.
@@ -146,6 +152,7 @@ def fit_policy(output_dir: str, settings: PolicySettings) -> LlamaForCausalLM:
         save_strategy="no",
         report_to="none",
         seed=settings.seed,
+        **training_arguments,
     )
     trainer = PackedTrainer(model=model, args=arguments, train_dataset=TeacherRows(settings, tokenizer))
     trainer.train()

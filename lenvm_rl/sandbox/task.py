@@ -70,7 +70,7 @@ class Problem:
 
     @property
     def split(self) -> str:
-        """The split that this prompt belongs to, by a hash of its text: 60 % train, 20 % validation, 20 % evaluation."""
+        """The split of this prompt, by a hash of its text: 60 % train, 20 % validation, 20 % evaluation."""
         bucket = int.from_bytes(hashlib.sha256(self.prompt.encode()).digest()[:4], "big") % 5
         return SPLITS[max(0, bucket - 2)]
 
@@ -99,9 +99,7 @@ def stream_problems(seed: int, split: str, difficulties: Sequence[int] = DIFFICU
             yield draw_problem(rng, difficulty, split)
 
 
-def distinct_problems(
-    count: int, seed: int, split: str, difficulties: Sequence[int] = DIFFICULTIES
-) -> list[Problem]:
+def distinct_problems(count: int, seed: int, split: str, difficulties: Sequence[int] = DIFFICULTIES) -> list[Problem]:
     """The first `count` distinct problems of [`stream_problems`], still stratified by difficulty.
 
     Args:

@@ -37,9 +37,9 @@ class LenVMPPOTrainer(LenVMTrainer):
     Task stream, with a learned critic: the weighted sum of the rewards is paid at the last token, with shaping rewards
     ``F_t`` added to every token where `shaping_coef` is set, so that the critic learns the shaped return.
     ``A_task = GAE(r + F, V_task; task_gamma, task_lam)``, the critic's targets are ``A_task + V_task``, and `whiten`
-    acts on ``A_task`` alone. (`scale_rewards` and other settings of groups only matter to `critic="lenvm"`.) A completion
-    that was cut is an end, or goes on with the critic's value and the potential (`truncation`). Then
-    ``A = A_task + length_coef * A_len``, with ``A_len`` as in [`LenVMGRPOTrainer`].
+    acts on ``A_task`` alone. A completion that was cut is an end, or goes on with the critic's value and the potential
+    (`truncation`). Then ``A = A_task + length_coef * A_len``, with ``A_len`` as in [`LenVMGRPOTrainer`]. Settings of
+    groups, such as `scale_rewards`, only matter to `critic="lenvm"`.
 
     The critic has its own parameter group and learning rate (weight decay as for the policy), and its gradient is
     clipped by itself to `max_grad_norm`. Its loss is the mean over the tokens of the whole optimizer step,
@@ -139,6 +139,10 @@ class LenVMPPOTrainer(LenVMTrainer):
 
     def _place_critic(self, critic):
         disable_dropout_in_model(critic)
+        for module in critic.modules():
+            # Attention keeps its dropout as a number, which the function above does not see.
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
         if self.args.gradient_checkpointing:
             # The second name is the one before transformers 5.23.
             renamed = hasattr(critic, "activation_checkpointing_enable")

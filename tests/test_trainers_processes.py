@@ -1,0 +1,59 @@
+"""Both trainers on two processes (gloo): the same weights, the same numbers, and groups that span both."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TWO_PROCESSES = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+from trainer_parts import first_is_w8, grpo, ppo, random_lenvm
+
+from lenvm_rl.trainers.streams import Completions, centered_gated_advantage, whiten
+
+def check(name, trainer):
+    trainer.train()
+    parts = [trainer.model] + ([trainer.accelerator.unwrap_model(trainer.critic)] if name == "ppo" else [])
+    flat = torch.cat([p.detach().flatten() for part in parts for p in part.parameters()])
+    everyone = trainer.accelerator.gather(flat.unsqueeze(0))
+    assert everyone.shape[0] == 2 and torch.equal(everyone[0], everyone[1]), "the processes have drifted apart"
+    keys = sorted(key for key in trainer.state.log_history[-2] if "/" in key and not key.startswith("profiling"))
+    mine = torch.tensor([trainer.state.log_history[-2][k] or 0.0 for k in keys if k.startswith(("le", "adv"))])
+    everyone = trainer.accelerator.gather(mine.unsqueeze(0))
+    assert torch.equal(everyone[0], everyone[1]), "the processes logged different numbers"
+
+# Four completions a process, groups of eight: each group spans both.
+common = dict(per_device_train_batch_size=4, num_generations=8, length_coef=0.5, length_gate_center=True,
+              gradient_accumulation_steps=2, gate_threshold=-1.0, ddp_backend="gloo", max_steps=3)
+check("grpo", grpo({folder!r} + "/grpo", first_is_w8, random_lenvm(), **common))
+trainer = ppo({folder!r} + "/ppo", first_is_w8, random_lenvm(), shaping_coef=0.5, **common)
+check("ppo", trainer)
+
+# Half of the rows on each process give half of what one process makes of them all.
+torch.manual_seed(0)
+mask = torch.arange(5) < torch.randint(1, 6, (8, 1))
+values, correct, nothing = -torch.rand(8, 5), torch.rand(8) < 0.6, torch.zeros(8)
+
+def stream(rows, **processes):
+    finished = torch.ones(len(mask[rows]), dtype=torch.bool)
+    completions = Completions(mask[rows], mask[rows], finished, mask[rows].sum(1))
+    return centered_gated_advantage(values[rows], completions, 0.9, nothing[rows], correct[rows], 8, **processes)
+
+mine = slice(4 * trainer.accelerator.process_index, 4 * trainer.accelerator.process_index + 4)
+torch.testing.assert_close(
+    stream(mine, gather=trainer.accelerator.gather, first_row=mine.start), stream(slice(None))[mine]
+)
+torch.testing.assert_close(whiten(values[mine], mask[mine], trainer._sum_over_processes), whiten(values, mask)[mine])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stay_together(tmp_path):
+    script, here = tmp_path / "two.py", Path(__file__).resolve().parent
+    script.write_text(TWO_PROCESSES.format(paths=[str(here), str(here.parent)], folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
