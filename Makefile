@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(INSTALLED)
-	$(BIN)/accelerate launch recipes/ppo_shaped.py
+	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/single_process.yaml recipes/ppo_shaped.py
 	$(BIN)/python -m eval.tradeoff
 
 test: $(INSTALLED)

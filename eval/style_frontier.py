@@ -1,9 +1,9 @@
 """The style frontier of the sandbox: the best accuracy at each mean length over mixtures of the policy's own styles.
 
 Each difficulty offers a few points: tokens without detours, and accuracy of the fitted policy when it writes in that
-style. Every mixture of them per difficulty is a point of the plot; the frontier is the upper edge of all of these mixtures. It
-says what the *fitted* policy could reach by choosing well and wasting nothing. Training may move the accuracies
-themselves, so a trained policy can lie above it.
+style. Every mixture of them per difficulty is a point of the plot; the frontier is the upper edge of all of these
+mixtures. It says what the *fitted* policy could reach by choosing well and wasting nothing. Training may move the
+accuracies themselves, so a trained policy can lie above it.
 """
 
 from __future__ import annotations

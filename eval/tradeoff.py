@@ -240,6 +240,9 @@ def print_table(rows: list[dict[str, Any]], title: str, console: Console) -> Non
 def main(args: TradeoffArguments) -> list[dict[str, Any]]:
     """Sample, grade, print and write the comparison."""
     transformers_logging.set_verbosity_error()
+    if args.dataset_name is None:
+        # For models of the sandbox's size one thread is as fast as two, and the numbers do not depend on the cores.
+        torch.set_num_threads(1)
     comparison = load_comparison(args)
     arms, unit, frontier = collect_arms(args, comparison)
     rows = [summarise(arm, frontier, comparison.difficulties, args.seed) for arm in arms]

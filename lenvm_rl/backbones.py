@@ -37,7 +37,7 @@ def load_model(loader, path, *args, **kwargs):
 
 
 def load_decoder(path, dtype, **load_kwargs) -> PreTrainedModel:
-    """The decoder of the model at a path, without its language-model head. Only safetensors are loaded.
+    """The decoder of the model at a path with every weight, without its language-model head. Only safetensors are loaded.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -49,12 +49,31 @@ def load_decoder(path, dtype, **load_kwargs) -> PreTrainedModel:
 
     Raises:
         `FileNotFoundError`: see [`load_model`].
-        `ValueError`: see [`check_decoder`].
+        `ValueError`: see [`check_decoder`]; or weights are missing, which would be random without a word in the
+            result.
     """
-    settings = {"use_safetensors": True, "dtype": dtype, **load_kwargs}
-    decoder = load_model(AutoModel.from_pretrained, path, **settings)
+    settings = {"use_safetensors": True, "dtype": dtype, **load_kwargs, "output_loading_info": True}
+    decoder, info = load_model(AutoModel.from_pretrained, path, **settings)
     check_decoder(decoder)
+    missing = list(info["missing_keys"])
+    tied = decoder.config.get_text_config(decoder=True).tie_word_embeddings
+    if tied and "lm_head.weight" in info["unexpected_keys"] and missing == _embedding_names(decoder):
+        # Tied embeddings are held once; some checkpoints do so under the output's name, where a bare decoder does not
+        # look for them.
+        mapping = {**(load_kwargs.get("key_mapping") or {}), r"^lm_head\.weight$": missing[0]}
+        decoder, info = load_model(AutoModel.from_pretrained, path, **{**settings, "key_mapping": mapping})
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking:
+        raise ValueError(
+            f"The decoder at '{path}' lacks weights, which would be random: {', '.join(lacking[:6])}. The checkpoint "
+            "is incomplete, or holds adapters only: download it again, or merge the adapters (`merge_and_unload`)."
+        )
     return decoder
+
+
+def _embedding_names(decoder) -> list[str]:
+    weight = decoder.get_input_embeddings().weight
+    return [name for name, parameter in decoder.named_parameters() if parameter is weight]
 
 
 def copy_decoder(model, dtype) -> PreTrainedModel:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from .backbones import check_decoder, check_tokenizer_fits, load_model
-from .modeling import LengthValueConfig, LengthValueModel
-from .tokenization import tokenizer_fingerprint
+from lenvm_rl.backbones import check_tokenizer_fits, load_decoder, load_model
+from lenvm_rl.modeling import LengthValueConfig, LengthValueModel
+from lenvm_rl.tokenization import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def load_released_checkpoint(
             "training (the released training settings have 0.997 for Qwen2.5 and 0.9998 for Qwen3)."
         )
     weights = load_file(_head_file(path))
-    decoder = _load_whole_decoder(path, {"use_safetensors": True, "dtype": dtype, **load_kwargs})
+    decoder = load_decoder(path, dtype, **load_kwargs)
     _check_head(weights, decoder, path)
     config = LengthValueConfig(
         backbone_config=decoder.config,
@@ -118,27 +118,6 @@ def _check_head(weights, decoder, path) -> None:
             f"The value head of '{path}' reads {reads} numbers per token, but its decoder gives {gives}: the two files "
             "belong to different models."
         )
-
-
-def _load_whole_decoder(path, settings):
-    """The decoder with every weight, or an error: a missing one would be random without a word in the result."""
-    settings["output_loading_info"] = True
-    decoder, info = load_model(AutoModel.from_pretrained, path, **settings)
-    missing = sorted(info["missing_keys"])
-    if len(missing) == 1 and missing[0].endswith("embed_tokens.weight") and "lm_head.weight" in info["unexpected_keys"]:
-        # Some released checkpoints hold tied embeddings once, under the output's name, where a bare decoder does not
-        # look for them.
-        if decoder.config.get_text_config().tie_word_embeddings:
-            settings["key_mapping"] = {r"^lm_head\.weight$": missing[0]}
-            decoder, info = load_model(AutoModel.from_pretrained, path, **settings)
-    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if lacking:
-        raise ValueError(
-            f"The decoder at '{path}' lacks weights, which would be random: {', '.join(lacking[:6])}. The checkpoint "
-            "is incomplete, or holds adapters only: download it again, or merge the adapters (`merge_and_unload`)."
-        )
-    check_decoder(decoder)
-    return decoder
 
 
 def _own_tokenizer(path):

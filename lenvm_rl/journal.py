@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -69,35 +71,32 @@ class Journal:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends everything that a Trainer logs to `metrics.jsonl`, one JSON object with its `step` per line.
+    """Appends everything that a Trainer logs to `metrics.jsonl` in its `output_dir`: a line is one JSON object with `step`.
 
     A run starts with ``{"event": "train_begin", "step": ...}``: after a resumed run, lines before it with a larger
     step belong to what was lost. NaN and infinity are null, which JSON has no other word for.
-
-    Args:
-        output_dir (`str` or `os.PathLike`): folder of the file.
     """
-
-    def __init__(self, output_dir: str | os.PathLike):
-        self.path = Path(output_dir) / "metrics.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Called by the Trainer; only the first process writes."""
         if state.is_world_process_zero:
-            self._append({"event": "train_begin", "step": state.global_step})
+            self._append(args, {"event": "train_begin", "step": state.global_step})
 
     def on_log(self, args, state, control, **kwargs):
         """Called by the Trainer; only the first process writes."""
         if state.is_world_process_zero:
             # Not the argument `logs`: other callbacks take entries out of it.
-            entry = state.log_history[-1].items()
-            self._append({name: None if _is_undefined(value) else value for name, value in entry})
+            self._append(args, {name: _plain(value) for name, value in state.log_history[-1].items()})
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
+    def _append(self, args, entry: dict[str, Any]) -> None:
+        path = Path(args.output_dir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
-def _is_undefined(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _plain(value: Any) -> Any:
+    """What JSON can hold: a tensor of one number becomes that number."""
+    if isinstance(value, (torch.Tensor, np.generic)):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -363,8 +363,17 @@ class LengthValueModel(PreTrainedModel):
             **backbone_kwargs,
         )
         logits = self.head(outputs.last_hidden_state)
-        cache = outputs.past_key_values if use_cache else None
+        cache = _cache_of(outputs, self.backbone) if use_cache else None
         return LengthValueOutput(logits=logits, values=-torch.sigmoid(logits), past_key_values=cache)
+
+
+def _cache_of(outputs, backbone):
+    if "past_key_values" not in outputs:
+        raise ValueError(
+            f"{type(backbone).__name__} returns no `past_key_values` (a recurrent decoder keeps a state instead), so "
+            "use_cache=True has nothing to return: leave it out, and decode with scoring='full'."
+        )
+    return outputs.past_key_values
 
 
 _HOW_TO_ADD_GAMMA = (

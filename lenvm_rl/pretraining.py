@@ -322,7 +322,7 @@ def pretrain(
         train_dataset=train,
         eval_dataset=None if eval_rollouts is None else prepare_rollouts(eval_rollouts, args),
         processing_class=tokenizer,
-        callbacks=[MetricsFile(args.output_dir), *(callbacks or [])],
+        callbacks=[MetricsFile(), *(callbacks or [])],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_rollouts is not None else {}

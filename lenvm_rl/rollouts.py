@@ -48,7 +48,7 @@ class RolloutMetadata:
         tokenizer_fingerprint (`dict`): what `tokenizer_fingerprint` returns for the policy's tokenizer; its
             `vocab_size` bounds the token ids.
         sampling (`dict`): every setting that the completions depend on (temperature, top-p, most new tokens, ...).
-        seed (`int`): seed of the sampling.
+        seed (`int` or `None`): seed of the sampling; `None` if it is not known.
         eos_token_ids (`list[int]`, *optional*, defaults to `[]`): the ids that end a completion. When given, records
             are checked against them.
         num_prompts (`int`, *optional*, defaults to `0`): distinct groups; counted by [`write_rollouts`].
@@ -60,7 +60,7 @@ class RolloutMetadata:
     generator: str
     tokenizer_fingerprint: dict[str, Any]
     sampling: dict[str, Any]
-    seed: int
+    seed: int | None
     eos_token_ids: list[int] = field(default_factory=list)
     num_prompts: int = 0
     num_completions: int = 0
@@ -253,13 +253,32 @@ def read_rollouts(path: str | os.PathLike, metadata: RolloutMetadata | None = No
             )
         metadata = RolloutMetadata.load(metadata_path(path))
     tables, rejected, total = _read_tables(path, metadata)
-    _set_aside(path, rejected, total)
+    set_aside(path, rejected, total)
     if not tables:
         raise ValueError(f"{path} holds no valid rollout ({total} records read, {len(rejected)} rejected).")
     if metadata.num_completions and metadata.num_completions != total:
         logger.warning("%s has %d records, but its metadata says %d", path, total, metadata.num_completions)
     dataset = Dataset(_concat(tables, path))
     return dataset, RolloutMetadata(**{**asdict(metadata), **count_rollouts(dataset)})
+
+
+def set_aside(path: str | os.PathLike, rejected: list[dict[str, Any]], total: int) -> None:
+    """Writes bad records to `<name>.rejected.jsonl`, in place of what was there, and says so in the log.
+
+    Args:
+        path (`str` or `os.PathLike`): the file that the records come from, or would have gone into.
+        rejected (`list[dict]`): the records: `file`, `line` (from 1), `reason`, `record`. If empty, nothing is written.
+        total (`int`): how many records there were, the good ones counted.
+    """
+    if not rejected:
+        logger.info("%s: %d records, all valid", path, total)
+        return
+    for entry in rejected:
+        logger.warning("%s, line %d: %s", path, entry["line"], entry["reason"])
+    with atomic_file(rejected_path(path)) as file:
+        for entry in rejected:
+            file.write(json.dumps(entry).encode("ascii") + b"\n")
+    logger.warning("%s: %d of %d records set aside in %s", path, len(rejected), total, rejected_path(path).name)
 
 
 def count_rollouts(dataset: Dataset) -> dict[str, Any]:
@@ -360,18 +379,6 @@ def _read_tables(path: Path, metadata: RolloutMetadata) -> tuple[list[pa.Table],
     if good:
         tables.append(_build_table(good))
     return tables, rejected, total
-
-
-def _set_aside(path: Path, rejected: list[dict[str, Any]], total: int) -> None:
-    if not rejected:
-        logger.info("%s: %d records, all valid", path, total)
-        return
-    for entry in rejected:
-        logger.warning("%s, line %d: %s", path, entry["line"], entry["reason"])
-    with atomic_file(rejected_path(path)) as file:
-        for entry in rejected:
-            file.write(json.dumps(entry).encode("ascii") + b"\n")
-    logger.warning("%s: %d of %d records set aside in %s", path, len(rejected), total, rejected_path(path).name)
 
 
 def _build_table(records: list[dict[str, Any]]) -> pa.Table:

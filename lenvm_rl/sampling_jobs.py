@@ -22,14 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.journal import Journal
-from lenvm_rl.rollouts import (
-    RolloutMetadata,
-    atomic_file,
-    find_problem,
-    read_rollouts,
-    rejected_path,
-    write_rollouts,
-)
+from lenvm_rl.rollouts import RolloutMetadata, find_problem, read_rollouts, set_aside, write_rollouts
 from lenvm_rl.sampling import Prompt, SamplingSettings, batch_seed, tokenize_prompts
 from lenvm_rl.tokenization import check_pad_is_not_eos, tokenizer_fingerprint
 
@@ -204,21 +197,3 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
     write_rollouts(path, good, replace(metadata, sampling=sampling))
     journal.remove()
     return read_rollouts(path)
-
-
-def set_aside(path: str | os.PathLike, rejected: list[dict[str, Any]], total: int) -> None:
-    """Writes bad records to `<name>.rejected.jsonl` and says so in the log.
-
-    Args:
-        path (`str` or `os.PathLike`): the rollout file that they do not go into, or the file that they come from.
-        rejected (`list[dict]`): `file`, `line` (their number), `reason`, `record`.
-        total (`int`): how many records there were.
-    """
-    if not rejected:
-        return
-    for entry in rejected:
-        logger.warning("%s, record %d: %s", entry["file"], entry["line"], entry["reason"])
-    with atomic_file(rejected_path(path)) as file:
-        for entry in rejected:
-            file.write(json.dumps(entry).encode("ascii") + b"\n")
-    logger.warning("%s: %d of %d records set aside in %s", path, len(rejected), total, rejected_path(path).name)

@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
-from recipes.training import make_run, read_arguments, start_logging, train_stage
+from recipes.training import make_run, prepare_process, read_arguments, train_stage
 
 
 def main() -> None:
     """Run the stages and train."""
     args, config, model = read_arguments(LenVMGRPOConfig, "sandbox_grpo.yaml", description=__doc__.split("\n", 1)[0])
-    start_logging()
+    prepare_process(sandbox=model.model_name_or_path is None)
     run = make_run(args, config, model)
     train_stage("grpo", run, config, model, LenVMGRPOTrainer)
 

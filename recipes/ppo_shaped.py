@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer
-from recipes.training import make_run, read_arguments, start_logging, train_stage
+from recipes.training import make_run, prepare_process, read_arguments, train_stage
 
 
 @dataclass
@@ -37,7 +37,7 @@ def main() -> None:
     args, config, model, critic = read_arguments(
         LenVMPPOConfig, "sandbox_ppo.yaml", CriticArguments, description=__doc__.split("\n", 1)[0]
     )
-    start_logging()
+    prepare_process(sandbox=model.model_name_or_path is None)
     run = make_run(args, config, model)
     train_stage(
         "ppo",

@@ -24,23 +24,23 @@ from lenvm_rl.sandbox.styles import clean_steps
 from lenvm_rl.sandbox.tokenizer import TOKENS
 from reward.sandbox import sandbox_reward
 
-# 3 -> +5 = 8 -> *2 = 16 -> +6 = 22, modulo the sandbox's modulus.
-PROBLEM = Problem(start=3, labels=("c", "a", "f"), operations=("+5", "*2", "+6"))
-RUNNING = tuple(value % task.MODULUS for value in (8, 16, 2 * (8 % task.MODULUS) + 6))
+# 3 -> +2 = 5 -> *2 = 10, which is 3 modulo 7 -> +3 = 6.
+PROBLEM = Problem(start=3, labels=("c", "a", "f"), operations=("+2", "*2", "+3"))
+RUNNING = (5, 3, 6)
 
 
 def test_arithmetic_by_hand():
     assert PROBLEM.running == RUNNING
     assert PROBLEM.answer == str(RUNNING[-1])
-    assert PROBLEM.prompt == "3 c +5 a *2 f +6 ?"
+    assert PROBLEM.prompt == "3 c +2 a *2 f +3 ?"
     assert PROBLEM.difficulty == 3
 
 
 def test_styles_by_hand():
     values = [str(value) for value in RUNNING]
     assert clean_steps(PROBLEM, "direct") == []
-    assert clean_steps(PROBLEM, "plain") == [["c", values[0]], ["a", values[1]], ["f", values[2]]]
-    assert clean_steps(PROBLEM, "careful") == [["c", "+5", values[0]], ["a", "*2", values[1]], ["f", "+6", values[2]]]
+    assert clean_steps(PROBLEM, "plain") == [["a", values[1]], ["f", values[2]]]
+    assert clean_steps(PROBLEM, "careful") == [["c", "+2", values[0]], ["a", "*2", values[1]], ["f", "+3", values[2]]]
     with pytest.raises(ValueError, match="style must be one of"):
         clean_steps(PROBLEM, "fast")
 
@@ -53,7 +53,7 @@ def test_clean_length_counts_steps_and_answer_without_the_end(style, difficulty)
 
 
 def test_reading_a_completion_by_hand():
-    tokens = "c +5 1 wait wait redo c +5 1 a *2 2 redo a *2 2 wait A 4 <eos>".split()
+    tokens = "c +2 1 wait wait redo c +2 1 a *2 2 redo a *2 2 wait A 4 <eos>".split()
     assert read_completion(tokens).style == "careful"
     # Three waits, and two redone steps of 1 + 3 tokens.
     assert read_completion(tokens).detour_tokens == 3 + 8

@@ -11,10 +11,10 @@ from trl.trainer.utils import get_config_model_id
 
 from lenvm_rl.advantages import combine, length_advantage
 from lenvm_rl.completions import completion_logits
+from lenvm_rl.journal import MetricsFile
 from lenvm_rl.shaping import length_potential, value_potential
 from lenvm_rl.tokenization import check_pad_is_not_eos, check_same_tokenizer
 from lenvm_rl.trainers import checks
-from lenvm_rl.trainers.callbacks import MetricsFile
 from lenvm_rl.trainers.configs import LenVMConfig
 from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics, value_metrics
 from lenvm_rl.trainers.streams import (

@@ -1,0 +1,64 @@
+"""The same comparison over several seeds: one table from the tradeoff.json of several runs.
+
+    python -m eval.seeds outputs/seed_0 outputs/seed_1 outputs/seed_2
+
+Prints, for every arm that all runs have, mean tokens, accuracy, distance to the style frontier and excess tokens: the
+mean over runs and, in brackets, the lowest and the highest run. A few seeds give no better interval than their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {"tokens": 1, "accuracy": 3, "frontier_gap": 3, "excess_tokens": 1}
+
+
+def collect(folders: list[str]) -> dict[str, dict[str, list[float]]]:
+    """Per arm and column, the estimates of all runs; arms that a run lacks are left out."""
+    runs = []
+    for folder in folders:
+        path = Path(folder) / "tradeoff" / "tradeoff.json"
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: run `python -m eval.tradeoff --run_dir {folder}` first.")
+        runs.append({arm["name"]: arm for arm in json.loads(path.read_text(encoding="utf-8"))["arms"]})
+    shared = [name for name in runs[0] if all(name in run for run in runs)]
+    return {
+        name: {
+            column: [run[name][column]["estimate"] for run in runs]
+            for column in COLUMNS
+            if all(column in run[name] for run in runs)
+        }
+        for name in shared
+    }
+
+
+def cell(values: list[float] | None, digits: int) -> str:
+    """Mean and range of a few numbers, or a dash."""
+    if values is None:
+        return "–"
+    return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def print_table(arms: dict[str, dict[str, list[float]]], runs: int, console: Any) -> None:
+    """One line per arm."""
+    table = Table(title=f"mean and range over {runs} runs")
+    table.add_column("arm", no_wrap=True)
+    for column in ("tokens", "accuracy", "below frontier", "excess tokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, columns in arms.items():
+        table.add_row(name, *(cell(columns.get(column), digits) for column, digits in COLUMNS.items()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="Folders of runs, each with tradeoff/tradeoff.json.")
+    folders = parser.parse_args().runs
+    print_table(collect(folders), len(folders), Console(width=120))

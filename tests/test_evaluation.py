@@ -1,0 +1,145 @@
+"""Evaluation programs on scripted policies: lengths, truncation, grading, tables, and the run's record."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from eval.arms import Arm, Sampler, load_object, value_scale
+from eval.seeds import collect, print_table
+from eval.tradeoff import TradeoffArguments, main, read_run, summarise
+from lenvm_rl.decoding import LengthGuidance
+from lenvm_rl.sandbox import PolicySettings, sandbox_tokenizer
+from lenvm_rl.sandbox.policy import new_policy
+from lenvm_rl.modeling import LengthValueModel
+from reward.sandbox import sandbox_reward
+
+TOKENIZER = sandbox_tokenizer()
+
+
+def ids(text):
+    return TOKENIZER.convert_tokens_to_ids(text.split())
+
+
+def sampler(**changes):
+    settings = {
+        "tokenizer": TOKENIZER,
+        "length_value_model": None,
+        "prompts": ["3 a +1 ?", "2 b *2 ?"],
+        "columns": {"answer": ["4", "4"]},
+        "reward": sandbox_reward,
+        "num_samples": 2,
+        "max_new_tokens": 6,
+        "batch_size": 4,
+        "guidance": LengthGuidance(),
+        "seed": 0,
+    }
+    return Sampler(**{**settings, **changes})
+
+
+def base_arm():
+    # Lengths without end-of-sequence: 2, 4, 6 (never ended), 5; the last is wrong.
+    texts = ["A 4 <eos>", "a 4 A 4 <eos>", "wait wait wait wait wait wait", "b 4 wait A 3 <eos>"]
+    completions = [ids(text) for text in texts]
+    finished = np.array([True, True, False, True])
+    lengths = np.array([2, 4, 6, 5])
+    rows = [0, 0, 1, 1]
+    return Arm(
+        "base", "base", float("nan"), completions, lengths, finished, sampler().grade(completions, rows), np.array(rows)
+    )
+
+
+def test_grading_uses_each_completions_own_prompt():
+    assert base_arm().correct.tolist() == [True, True, False, False]
+    assert sampler(columns={"answer": ["4", "3"]}).grade(base_arm().completions, [0, 1, 1, 1]).tolist() == [
+        True, False, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "budget, lengths, finished, correct",
+    [
+        (2, [2, 2, 2, 2], [True, False, False, False], [True, False, False, False]),
+        (4, [2, 4, 4, 4], [True, True, False, False], [True, True, False, False]),
+        (6, [2, 4, 6, 5], [True, True, False, True], [True, True, False, False]),
+    ],
+)
+def test_truncation_cuts_to_the_budget_in_the_same_length(budget, lengths, finished, correct):
+    arm = sampler().truncate(base_arm(), budget)
+    assert arm.lengths.tolist() == lengths
+    assert arm.finished.tolist() == finished
+    assert arm.correct.tolist() == correct
+    assert all(len(row) - end == length for row, end, length in zip(arm.completions, finished, lengths, strict=True))
+
+
+def test_summary_by_hand():
+    row = summarise(base_arm(), None, None, seed=0)
+    assert row["tokens"]["estimate"] == pytest.approx(17 / 4)
+    assert row["accuracy"]["estimate"] == pytest.approx(0.5)
+    assert row["tokens_correct"]["estimate"] == pytest.approx(3.0)
+    assert row["unfinished"] == pytest.approx(0.25)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of an untrained policy: everything that `eval.tradeoff` reads."""
+    folder = tmp_path_factory.mktemp("run")
+    policy = new_policy(PolicySettings(hidden_size=16, num_layers=1), TOKENIZER).eval()
+    policy.save_pretrained(folder / "policy")
+    TOKENIZER.save_pretrained(folder / "policy")
+    LengthValueModel.from_backbone(policy, gamma=0.9, tokenizer=TOKENIZER).save_pretrained(folder / "lenvm")
+    paths = {"policy": str(folder / "policy"), "length_value_model": str(folder / "lenvm")}
+    (folder / "run.json").write_text(json.dumps({**paths, "trained": {"same": paths["policy"]}}))
+    return folder
+
+
+def test_sampled_arms_obey_strength_zero_and_the_limit(run_dir):
+    policy = new_policy(PolicySettings(hidden_size=16, num_layers=1), TOKENIZER).eval()
+    model = LengthValueModel.from_pretrained(run_dir / "lenvm").freeze()
+    made = sampler(length_value_model=model, num_samples=8)
+    base, again = made.sample("base", "base", policy), made.sample("again", "trained", policy)
+    assert base.completions == again.completions
+    assert len(base.completions) == 16 and sorted(set(base.prompt.tolist())) == [0, 1]
+    assert base.lengths.max() <= 6 and (base.lengths[~base.finished] == 6).all()
+    tilted = made.sample("tilt", "tilt", policy, strength=1e6)
+    # With all the weight on V, the end (value 0) is chosen at once.
+    assert tilted.lengths.tolist() == [0] * 16 and tilted.finished.all()
+
+
+def test_value_scale_is_the_standard_deviation_over_states(run_dir):
+    model = LengthValueModel.from_pretrained(run_dir / "lenvm").freeze()
+    prompt, completion = ids("3 a +1 ?"), ids("A 4 <eos>")
+    with torch.no_grad():
+        values = model(input_ids=torch.tensor([prompt + completion])).values[0]
+    states = values[len(prompt) - 1 : -1]
+    assert value_scale(model, [prompt], [completion]) == pytest.approx(float(states.std()), rel=1e-4)
+
+
+def test_tradeoff_writes_table_json_and_figure(run_dir, capsys):
+    args = TradeoffArguments(
+        run_dir=str(run_dir), num_prompts=8, num_samples=2, max_new_tokens=8, strengths=[1.0], budget_quantiles=[0.5]
+    )
+    # An untrained policy writes no clean style, so there is no frontier: a dataset of one's own has none either.
+    prompts = run_dir / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "3 a +1 ?", "answer": "4", "n": n}) + "\n" for n in range(8)))
+    args.dataset_name = str(prompts)
+    rows = main(args)
+    assert [row["kind"] for row in rows] == ["base", "truncation", "tilt", "trained"]
+    report = json.loads((run_dir / "tradeoff" / "tradeoff.json").read_text())
+    assert report["arms"][0]["tokens"] == rows[0]["tokens"] == rows[3]["tokens"]
+    assert (run_dir / "tradeoff" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    assert "tokens if correct" in capsys.readouterr().out
+    arms = collect([str(run_dir), str(run_dir)])
+    print_table(arms, 2, Console(width=120))
+    assert arms["base"]["tokens"] == [rows[0]["tokens"]["estimate"]] * 2
+
+
+def test_a_missing_run_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"run `accelerate launch recipes/ppo_shaped.py` first"):
+        read_run(TradeoffArguments(run_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="eval.tradeoff"):
+        collect([str(tmp_path)])
+    with pytest.raises(ValueError, match="not a dotted path"):
+        load_object("sandbox_reward")
