@@ -41,7 +41,7 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
                 _draw([row], key, axis, line=False, color=color, marker="*", label=f"trained: {row['name']}")
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
-        axis.set_ylim(0, 1.02)
+        axis.set_ylim(0, min(1.02, 1.25 * max(row["accuracy"]["high"] for row in rows) + 0.01))
     if frontier is not None:
         longest = max(row["tokens"]["high"] for row in rows)
         tokens = np.append(frontier.tokens, max(longest, frontier.tokens[-1]))

@@ -73,7 +73,7 @@ class TradeoffArguments:
     top_p: float = field(default=1.0, metadata={"help": "Candidate rule of every arm: top-p, 1 for none."})
     min_p: float = field(default=0.01, metadata={"help": "Candidate rule of every arm: min-p, 0 for none."})
     strengths: list[float] = field(
-        default_factory=lambda: [-1.0, 0.5, 1.0, 2.0, 4.0, 8.0],
+        default_factory=lambda: [-1.0, 0.25, 0.5, 1.0, 2.0, 4.0],
         metadata={"help": "Tilt strengths in units of 1/std(V), the spread of values over the base completions."},
     )
     budget_quantiles: list[float] = field(

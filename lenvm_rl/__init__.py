@@ -23,14 +23,39 @@ _NAMES_OF_MODULE = {
     "shaping": ("potential_shaping",),
     "tokenization": ("check_same_tokenizer", "tokenizer_fingerprint"),
     "modeling": ("LengthValueConfig", "LengthValueModel"),
-    "rollouts": ("read_rollouts", "write_rollouts"),
-    "sampling": ("sample_rollouts",),
-    "pretraining": ("LengthValueCollator", "LengthValueTrainer"),
+    "checkpoints": ("load_released_checkpoint",),
+    "rollouts": ("RolloutMetadata", "read_rollouts", "split_by_prompt", "write_rollouts"),
+    "sampling": ("SamplingSettings", "load_prompts", "sample_rollouts", "sample_to_file"),
+    "server_sampling": ("sample_from_server",),
+    "vllm_sampling": ("sample_with_vllm",),
+    "sharegpt": ("read_sharegpt",),
+    "pretraining": (
+        "LengthValueCollator",
+        "LengthValueTrainer",
+        "LengthValueTrainingArguments",
+        "length_value_metrics",
+        "pretrain",
+    ),
     "decoding": ("LengthGuidance", "LengthGuidedLogitsProcessor", "generate_guided"),
     "trainers": ("LenVMGRPOConfig", "LenVMGRPOTrainer", "LenVMPPOConfig", "LenVMPPOTrainer"),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
-_MODULES = (*_NAMES_OF_MODULE, "packing", "sandbox")
+_MODULES = (
+    *_NAMES_OF_MODULE,
+    "backbones",
+    "collation",
+    "completions",
+    "journal",
+    "packing",
+    "pretraining_arguments",
+    "retokenization",
+    "sampling_jobs",
+    "sandbox",
+    "scoring",
+    "servers",
+    "targets",
+    "value_metrics",
+)
 
 __all__ = ["__version__", *sorted(_MODULE_OF_NAME)]
 

@@ -114,7 +114,7 @@ def length_advantage(
         gamma (`float`): discount of the Length Value Model, in (0, 1).
         lam (`float` or `torch.Tensor` of shape `(B, T)`, *optional*, defaults to `1.0`): as in [`gae`].
         bootstrap (`torch.Tensor` of shape `(B,)`, *optional*):
-            value after the last token: exactly 0 for a finished row, ``V(s_L)`` for a truncated one. All 0 when omitted.
+            value after the last token: exactly 0 for a finished row, ``V(s_L)`` for a cut one. All 0 when omitted.
         action_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
             1 where the policy chose token `t`, 0 for tool output and environment text. These tokens cost nothing, do
             not discount, and get no advantage.
@@ -127,7 +127,7 @@ def length_advantage(
     actions = exists if action_mask is None else exists & action_mask.bool()
     zero = torch.zeros_like(values)
     if isinstance(lam, (int, float)) and lam == 1:
-        # Closed form, free of the rounding of a long sum: with n_t actions to come, G_t = -(1 - gamma^n) + gamma^n V_end.
+        # Closed form, free of the rounding of a long sum: with n actions to come, G_t = -(1 - gamma^n) + gamma^n V_end.
         remaining = actions.to(values.dtype).flip(1).cumsum(dim=1).flip(1)
         returns = discounted_return(remaining, gamma)
         if bootstrap is not None:

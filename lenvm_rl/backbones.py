@@ -1,4 +1,4 @@
-"""Where a length value model's decoder comes from: loaded from a folder or the hub, or copied from a model."""
+"""A length value model's decoder: loaded from a folder or the hub, or copied from a model, and checked."""
 
 import copy
 import os
@@ -37,7 +37,7 @@ def load_model(loader, path, *args, **kwargs):
 
 
 def load_decoder(path, dtype, **load_kwargs) -> PreTrainedModel:
-    """The decoder of the model at a path with every weight, without its language-model head. Only safetensors are loaded.
+    """The decoder of the model at a path, every weight of it and no language-model head. Only safetensors are loaded.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -136,6 +136,20 @@ def check_tokenizer_fits(tokenizer, decoder) -> None:
             f"The tokenizer has ids up to {largest}, but the model embeds {embedded} tokens (ids 0 to {embedded - 1}): "
             "give the model's own tokenizer, or resize the model's embeddings."
         )
+
+
+def cache_of(decoder, outputs):
+    """The cache of keys and values in what the decoder returned, `use_cache=True` being given.
+
+    Raises:
+        `ValueError`: the decoder keeps no such cache.
+    """
+    if "past_key_values" not in outputs:
+        raise ValueError(
+            f"{type(decoder).__name__} returns no `past_key_values` (a recurrent decoder keeps a state instead), so "
+            "use_cache=True has nothing to return: leave it out, and decode with scoring='full'."
+        )
+    return outputs.past_key_values
 
 
 def decoder_config_from_dict(settings: dict) -> PretrainedConfig:

@@ -71,9 +71,9 @@ class Journal:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends everything that a Trainer logs to `metrics.jsonl` in its `output_dir`: a line is one JSON object with `step`.
+    """Appends everything that a Trainer logs to `metrics.jsonl` in its `output_dir`, one JSON object a line.
 
-    A run starts with ``{"event": "train_begin", "step": ...}``: after a resumed run, lines before it with a larger
+    Every line has `step`. A run starts with ``{"event": "train_begin", "step": ...}``: after a resumed run, lines before it with a larger
     step belong to what was lost. NaN and infinity are null, which JSON has no other word for.
     """
 

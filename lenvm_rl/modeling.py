@@ -14,7 +14,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from lenvm_rl.backbones import check_tokenizer_fits, copy_decoder, decoder_config_from_dict, load_decoder, load_model
+from lenvm_rl.backbones import (
+    cache_of,
+    check_tokenizer_fits,
+    copy_decoder,
+    decoder_config_from_dict,
+    load_decoder,
+    load_model,
+)
 from lenvm_rl.completions import bootstrap_values, completion_logits, position_ids_from_mask
 from lenvm_rl.tokenization import tokenizer_fingerprint as fingerprint_of
 
@@ -363,17 +370,8 @@ class LengthValueModel(PreTrainedModel):
             **backbone_kwargs,
         )
         logits = self.head(outputs.last_hidden_state)
-        cache = _cache_of(outputs, self.backbone) if use_cache else None
+        cache = cache_of(self.backbone, outputs) if use_cache else None
         return LengthValueOutput(logits=logits, values=-torch.sigmoid(logits), past_key_values=cache)
-
-
-def _cache_of(outputs, backbone):
-    if "past_key_values" not in outputs:
-        raise ValueError(
-            f"{type(backbone).__name__} returns no `past_key_values` (a recurrent decoder keeps a state instead), so "
-            "use_cache=True has nothing to return: leave it out, and decode with scoring='full'."
-        )
-    return outputs.past_key_values
 
 
 _HOW_TO_ADD_GAMMA = (

@@ -40,8 +40,8 @@ def check_mask(mask: Tensor) -> Tensor:
     if bool((exists[:, 1:] & ~exists[:, :-1]).any()):
         rows = (exists[:, 1:] & ~exists[:, :-1]).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(
-            f"mask must be a prefix of ones in every row, but rows {rows} have a 1 after a 0. Align the arrays with the "
-            "completion (prompt and left padding removed); mark tokens that are not actions with `action_mask`."
+            f"mask must be a prefix of ones in every row, but rows {rows} have a 1 after a 0. Align the arrays with "
+            "the completion (prompt and left padding removed); mark tokens that are not actions with `action_mask`."
         )
     return exists
 

@@ -351,8 +351,7 @@ class TransformersServer(CompletionServer):
 
 
 SERVERS = {
-    server.kind: server
-    for server in (VLLMServer, SGLangServer, LlamaCppServer, TransformersServer, CompletionServer)
+    server.kind: server for server in (VLLMServer, SGLangServer, LlamaCppServer, TransformersServer, CompletionServer)
 }
 
 

@@ -62,7 +62,10 @@ def test_poison_at_masked_slots_reaches_neither_output_nor_gradient():
         poisoned = torch.where(mask.bool(), rewards, poison)
         per_step = torch.where(mask.bool(), 0.9, poison)
         pairs = [
-            (gae(poisoned, values, mask, per_step, per_step, bootstrap), gae(rewards, clean, mask, 0.9, 0.9, bootstrap)),
+            (
+                gae(poisoned, values, mask, per_step, per_step, bootstrap),
+                gae(rewards, clean, mask, 0.9, 0.9, bootstrap),
+            ),
             (length_advantage(values, mask, 0.9, 1.0, bootstrap), length_advantage(clean, mask, 0.9, 1.0, bootstrap)),
             (length_advantage(values, mask, 0.9, 0.5, bootstrap), length_advantage(clean, mask, 0.9, 0.5, bootstrap)),
             (
@@ -117,7 +120,9 @@ def test_tokens_that_are_not_actions_do_not_count(lam):
     out = length_advantage(values, torch.ones(2, 6), 0.9, lam, bootstrap, action)
     for row in range(2):
         kept = action[row].bool()
-        alone = length_advantage(values[row, kept][None], torch.ones(1, int(kept.sum())), 0.9, lam, bootstrap[row : row + 1])
+        alone = length_advantage(
+            values[row, kept][None], torch.ones(1, int(kept.sum())), 0.9, lam, bootstrap[row : row + 1]
+        )
         torch.testing.assert_close(out[row, kept], alone[0])
         assert bool((out[row, ~kept] == 0).all())
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import (
     assert_same_logits,
     assert_same_weights,
@@ -11,7 +12,6 @@ from tiny import (
     tiny_llama,
     tiny_qwen2,
     tiny_tokenizer,
-    tokens,
 )
 from torch import nn
 from transformers import LlamaModel, T5Config, T5ForConditionalGeneration
@@ -115,6 +115,44 @@ def test_a_decoder_that_could_not_be_loaded_again_is_refused():
     policy.model = OtherModel(policy.config)
     with pytest.raises(ValueError, match="is a OtherModel, but `AutoModel` makes a LlamaModel"):
         LengthValueModel.from_backbone(policy, gamma=0.9)
+
+
+def rewrite(folder, change):
+    """Changes what a saved model's file holds."""
+    stored = load_file(folder / "model.safetensors")
+    change(stored)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_tied_embeddings_that_are_stored_as_the_output_are_found(tmp_path):
+    policy = tiny_llama(tie_word_embeddings=True)
+    policy.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda stored: stored.update({"lm_head.weight": stored.pop("model.embed_tokens.weight")}))
+    model = LengthValueModel.from_backbone(tmp_path, gamma=0.9)
+    assert_same_weights(model.backbone, policy.model)
+
+
+@pytest.mark.parametrize(
+    ("tied", "lost"),
+    [
+        (False, "embed_tokens.weight"),
+        (True, "embed_tokens.weight"),
+        (False, "norm.weight"),
+        (True, "layers.1.mlp.up_proj.weight"),
+    ],
+)
+def test_a_decoder_that_lacks_weights_is_refused_not_filled_at_random(tmp_path, tied, lost):
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda stored: stored.pop(f"model.{lost}"))
+    with pytest.raises(ValueError, match=f"lacks weights, which would be random: {lost}[.] The checkpoint"):
+        LengthValueModel.from_backbone(tmp_path, gamma=0.9)
+
+
+def test_a_checkpoint_of_adapters_or_of_another_model_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda stored: [stored.update({f"other.{name}": stored.pop(name)}) for name in list(stored)])
+    with pytest.raises(ValueError, match="lacks weights, which would be random: embed_tokens.weight, layers.0"):
+        LengthValueModel.from_backbone(tmp_path, gamma=0.9)
 
 
 def test_only_safetensors_of_a_policy_are_loaded(tmp_path):

@@ -139,9 +139,7 @@ class TestGenerate:
         )
         for _ in range(2):
             torch.manual_seed(2)
-            alone = policy.generate(
-                **repeated, logits_processor=[processor], do_sample=True, top_k=0, max_new_tokens=8
-            )
+            alone = policy.generate(**repeated, logits_processor=[processor], do_sample=True, top_k=0, max_new_tokens=8)
             assert torch.equal(alone, grouped)
 
     def test_new_prompts_one_token_longer_are_not_taken_for_a_continuation(self):

@@ -20,9 +20,10 @@ LAYERS = (
     ("tokenization",),
     ("backbones", "completions", "retokenization"),
     ("modeling",),
-    ("checkpoints", "controllers", "diagnostics", "packing", "rollouts", "scoring"),
+    ("checkpoints", "packing", "rollouts", "scoring"),
     ("collation",),
-    ("decoding", "prediction", "pretraining", "sampling"),
+    ("decoding", "pretraining_arguments", "sampling"),
+    ("pretraining",),
     ("sampling_jobs", "servers"),
     ("server_sampling", "sharegpt", "vllm_sampling"),
     ("sandbox", "trainers"),
@@ -31,7 +32,7 @@ LAYERS = (
     ("recipes",),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-PURE = ("returns", "advantages", "shaping")
+PURE = ("returns", "advantages", "shaping", "targets", "value_metrics")
 FOLDERS = ("lenvm_rl", "reward", "eval", "recipes")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 # What is installed, downloaded, produced or kept by tools (in a linked work tree, .git is a file).
@@ -164,8 +165,11 @@ def test_every_public_name_is_there():
     for name in lenvm_rl.__all__:
         assert getattr(lenvm_rl, name) is not None
     assert set(lenvm_rl.__all__) <= set(dir(lenvm_rl))
+    modules = {path.stem for path in LIBRARY.glob("*.py")} | {path.parent.name for path in LIBRARY.glob("*/*.py")}
+    assert set(lenvm_rl._MODULES) == modules - {"__init__"}
+    assert all(getattr(lenvm_rl, name).__name__ == f"lenvm_rl.{name}" for name in modules - {"__init__"})
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        lenvm_rl.nonsense
+        getattr(lenvm_rl, "non" + "sense")
 
 
 def test_files_and_functions_stay_small():
@@ -188,10 +192,16 @@ def test_the_library_does_not_print():
         assert lines == [], path.relative_to(ROOT)
 
 
+def is_ours(folder):
+    """Whether a folder of this name holds text of the project."""
+    hidden = folder.startswith(".") and folder != ".ci"
+    return not hidden and folder not in NOT_OURS and not folder.endswith(".egg-info")
+
+
 def our_lines():
     """`(place, line)` for every line of text in the project."""
     for folder, subfolders, names in os.walk(ROOT):
-        subfolders[:] = sorted(name for name in subfolders if name not in NOT_OURS and not name.endswith(".egg-info") and (name == ".ci" or not name.startswith(".")))
+        subfolders[:] = sorted(name for name in subfolders if is_ours(name))
         for path in (Path(folder, name) for name in sorted(names) if not name.endswith(NOT_TEXT)):
             for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
                 yield f"{path.relative_to(ROOT)}:{number}", line

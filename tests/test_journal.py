@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lenvm_rl.journal import Journal, MetricsFile
 
@@ -45,14 +46,14 @@ def test_a_journal_that_broke_in_its_first_line_starts_over(tmp_path):
 
 
 def test_metrics_go_to_a_file_from_the_first_process_only(tmp_path):
-    callback = MetricsFile(tmp_path / "out")
-    entry = {"loss": 0.5, "bad": float("nan"), "worse": float("-inf"), "step": 3}
+    callback, args = MetricsFile(), SimpleNamespace(output_dir=str(tmp_path / "out"))
+    entry = {"loss": 0.5, "bad": float("nan"), "worse": float("-inf"), "norm": torch.tensor(0.25), "step": 3}
     for first in (False, True):
         state = SimpleNamespace(is_world_process_zero=first, global_step=2, log_history=[entry])
-        callback.on_train_begin(None, state, None)
-        callback.on_log(None, state, None, logs={})
+        callback.on_train_begin(args, state, None)
+        callback.on_log(args, state, None, logs={})
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"event": "train_begin", "step": 2},
-        {"loss": 0.5, "bad": None, "worse": None, "step": 3},
+        {"loss": 0.5, "bad": None, "worse": None, "norm": 0.25, "step": 3},
     ]

@@ -18,7 +18,7 @@ from tiny import (
     tokens,
 )
 from torch import nn
-from transformers import AutoConfig, AutoModel, LlamaConfig
+from transformers import AutoConfig, AutoModel, LlamaConfig, MambaConfig, MambaModel
 
 from lenvm_rl.modeling import LengthValueConfig, LengthValueHead, LengthValueModel
 from lenvm_rl.tokenization import check_same_tokenizer, tokenizer_fingerprint
@@ -32,6 +32,26 @@ def model(request):
 
 
 # ---- what it computes
+
+
+@pytest.fixture
+def recurrent():
+    """On a decoder without attention, which keeps a state and no `past_key_values`."""
+    config = MambaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.2, pad_token_id=0
+    )
+    return tiny_length_value_model(MambaModel(config).eval())
+
+
+def test_a_recurrent_decoder_has_values_but_no_cache(recurrent, tmp_path):
+    ids, mask = tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    output = recurrent(ids, attention_mask=mask)
+    assert output.past_key_values is None and output.logits.std() > 0.1
+    torch.testing.assert_close(output.logits[0, 2:], recurrent(ids[:1, 2:]).logits[0], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="MambaModel returns no `past_key_values`.*scoring='full'"):
+        recurrent(ids, use_cache=True)
+    recurrent.save_pretrained(tmp_path)
+    assert_same_logits(recurrent, LengthValueModel.from_pretrained(tmp_path))
 
 
 def test_the_value_is_minus_the_sigmoid_of_the_head_on_the_last_hidden_state(model):

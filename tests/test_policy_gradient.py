@@ -79,7 +79,9 @@ def test_probabilities_sum_to_one(logits):
 def test_ungated_gradient_is_the_same_for_any_baseline(logits):
     without = expected_gradient(logits, length_advantage(torch.zeros(15, 4, dtype=torch.float64), MASK, GAMMA))
     for seed in range(3):
-        torch.testing.assert_close(expected_gradient(logits, length_advantage(random_values(seed), MASK, GAMMA)), without)
+        torch.testing.assert_close(
+            expected_gradient(logits, length_advantage(random_values(seed), MASK, GAMMA)), without
+        )
     # With lambda below 1 an arbitrary V does enter: the identity above can fail.
     biased = expected_gradient(logits, length_advantage(random_values(0), MASK, GAMMA, 0.5))
     assert float((biased - without).abs().max()) > 1e-3

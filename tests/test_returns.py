@@ -119,7 +119,9 @@ def test_perfect_values_have_no_td_residual():
     remaining = (lengths.unsqueeze(1) - torch.arange(5)).clamp(min=0)
     mask = remaining > 0
     values = discounted_return(remaining.double(), 0.97)
-    torch.testing.assert_close(td_residual(values, mask, 0.97), torch.zeros(3, 5, dtype=torch.float64), atol=1e-15, rtol=0)
+    torch.testing.assert_close(
+        td_residual(values, mask, 0.97), torch.zeros(3, 5, dtype=torch.float64), atol=1e-15, rtol=0
+    )
 
 
 def test_poison_at_masked_slots_reaches_neither_output_nor_gradient():

@@ -121,9 +121,7 @@ def test_a_token_that_was_no_candidate_is_appended_all_the_same():
         either.score(candidates, valid)
         either.advance(torch.tensor([6, 7, 50] + [6] * (ROWS - 3)), torch.ones(ROWS))
     assert (ROWS, 1) in calls
-    torch.testing.assert_close(
-        scorer.score(candidates, valid), reference.score(candidates, valid), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(scorer.score(candidates, valid), reference.score(candidates, valid), rtol=0, atol=1e-5)
 
 
 def test_chunks_of_candidates_change_nothing():

@@ -90,6 +90,4 @@ def test_no_gradient_passes_and_poison_does_not_matter():
     out = potential_shaping(poisoned, MASK, 0.9, end)
     assert not out.requires_grad
     torch.testing.assert_close(out, potential_shaping(potential, MASK, 0.9))
-    torch.testing.assert_close(
-        potential_shaping(potential, MASK, torch.where(MASK, 0.9, torch.nan).double()), out
-    )
+    torch.testing.assert_close(potential_shaping(potential, MASK, torch.where(MASK, 0.9, torch.nan).double()), out)

@@ -96,9 +96,7 @@ def test_losses_without_a_meaning_for_advantages_per_token(tmp_path, changes, me
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "bnpo", "cispo", "grpo", "sapo"])
 def test_losses_that_take_advantages_per_token(tmp_path, loss_type, caplog):
-    trainer = grpo(
-        tmp_path, lenvm=random_lenvm(), length_coef=0.1, length_gate="all", loss_type=loss_type, max_steps=1
-    )
+    trainer = grpo(tmp_path, lenvm=random_lenvm(), length_coef=0.1, length_gate="all", loss_type=loss_type, max_steps=1)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
     # Those that divide by each length are let through with a warning.

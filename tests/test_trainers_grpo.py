@@ -359,5 +359,5 @@ def test_weights_and_biases_runs_offline(tmp_path, monkeypatch):
 
     trainer = grpo(tmp_path, lenvm=random_lenvm(), length_coef=0.1, max_steps=2, report_to="wandb", run_name="tiny")
     trainer.train()
-    assert wandb.run.settings.mode == "offline" and "train/lenvm/value_mean" in wandb.run.summary.keys()
+    assert wandb.run.settings.mode == "offline" and wandb.run.summary.get("train/lenvm/value_mean") < 0
     wandb.finish()

@@ -27,6 +27,7 @@ from trainer_parts import (
 
 from lenvm_rl.trainers import LenVMGRPOTrainer, LenVMPPOTrainer, TaskCritic
 from lenvm_rl.trainers.critic import TaskCriticOutput
+from lenvm_rl.trainers.metrics import critic_metrics
 from lenvm_rl.trainers.streams import whiten
 
 COMPLETIONS = [[8, 9, EOS], [8, EOS], [9, 9, 9], [10, EOS]]
@@ -385,3 +386,15 @@ def test_evaluation_and_kl_run(tmp_path):
     trainer.train()
     assert math.isfinite(trainer.evaluate(prompts(4))["eval_loss"]) and len(logged(trainer, "kl")) == 3
     assert "eval_critic/explained_variance" in trainer.state.log_history[-1]
+
+
+def test_explained_variance_of_equal_targets_is_not_a_number_but_rounding():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    values = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
+    # All returns are 0, up to the rounding of (0 - V) + V.
+    returns = torch.tensor([[3e-9, 0.0, -3e-9], [0.0, 3e-9, 0.0]])
+    metrics = critic_metrics(values, returns, mask, lambda sums: sums)
+    assert math.isnan(metrics["critic/explained_variance"])
+    # Var(error) = Var(target) / 4 for a critic that gets half of it.
+    metrics = critic_metrics(values, 2 * values, mask, lambda sums: sums)
+    assert metrics["critic/explained_variance"] == pytest.approx(0.75)

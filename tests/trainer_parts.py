@@ -150,4 +150,3 @@ def same_weights(ours, theirs):
 def logged(trainer, key):
     """What was logged under `key`, step by step."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-

@@ -25,7 +25,6 @@ from lenvm_rl.trainers.streams import (
     shaping_rewards,
 )
 
-
 # The length value model's paper, beside the one that introduced the algorithm, in the card of a trained model.
 LENVM_CITATION = textwrap.dedent("""\
     @article{zhang2026length,

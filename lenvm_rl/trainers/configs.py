@@ -43,7 +43,8 @@ class LenVMConfig(GRPOConfig):
             Lambda of the task stream's GAE, in [0, 1]. The task pays once, at the end: below 1 the reward that reaches
             a token fades by lambda for every token after it (0.95 leaves 0.6 % of it after 100 tokens, and the rest is
             the critic's guess), so the unbiased 1 is the default, as for long chains of thought elsewhere
-            (arXiv 2503.24290; arXiv 2503.01491).
+            (arXiv 2503.24290). It serves the policy and the critic's targets alike; arXiv 2503.01491 takes 0.95 for
+            the one and 1 for the other, which is not offered.
 
     Raises:
         `ValueError`: a value is out of its bounds, or two values exclude each other.

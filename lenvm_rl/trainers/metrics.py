@@ -13,6 +13,9 @@ from torch import Tensor
 from lenvm_rl.returns import discounted_return, remaining_from_logits
 from lenvm_rl.trainers.streams import Completions, action_residuals
 
+# Relative variance of numbers that only float32 rounding tells apart.
+ROUNDING_VARIANCE = 1e-10
+
 
 class Moments:
     """First and second moments of masked arrays, added up over processes.
@@ -59,9 +62,14 @@ class Moments:
         return xy / math.sqrt(xx * yy) if xx > 0.0 and yy > 0.0 else math.nan
 
     def explained_variance(self, error: str, target: str) -> float:
-        """``1 - Var(error) / Var(target)``: 1 for a perfect prediction, 0 for a constant one, NaN for equal targets."""
+        """``1 - Var(error) / Var(target)``: 1 for a perfect prediction, 0 for a constant one, NaN for equal targets.
+
+        Targets that float32 rounding alone tells apart count as equal.
+        """
         variance = self.variance(target)
-        return 1.0 - self.variance(error) / variance if variance > 0.0 else math.nan
+        if variance <= ROUNDING_VARIANCE * (1.0 + self.mean(target) ** 2):
+            return math.nan
+        return 1.0 - self.variance(error) / variance
 
 
 def completion_metrics(completions: Completions, correct: Tensor, reduce) -> dict[str, float]:
