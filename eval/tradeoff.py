@@ -157,11 +157,11 @@ def collect_arms(args: TradeoffArguments, comparison: Comparison) -> tuple[list[
     return arms, unit, frontier
 
 
-def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier:
+def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier | None:
     """The style frontier of the sandbox's base policy, under the same candidate rule as every arm.
 
     From completions without detours on *validation* prompts: picking the best style on the evaluation prompts
-    themselves would flatter it.
+    themselves would flatter it. `None` if the policy writes no readable style at some difficulty (a smoke run's).
     """
     problems = distinct_problems(FRONTIER_PROMPTS, sampler.seed, "validation")
     columns = {"answer": [problem.answer for problem in problems]}
@@ -173,6 +173,10 @@ def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier:
         if reading.style != "mixed" and reading.detour_tokens == 0:
             difficulty = problems[prompt].difficulty
             rows.append((difficulty, reading.style, clean_length(difficulty, reading.style), right))
+    missing = {problem.difficulty for problem in problems} - {row[0] for row in rows}
+    if missing:
+        logger.warning("no style frontier: the policy writes no style without detours at difficulty %s", sorted(missing))
+        return None
     return StyleFrontier.from_points(measure_points(*zip(*rows, strict=True)))
 
 

@@ -45,6 +45,7 @@ _MODULES = (
     "backbones",
     "collation",
     "completions",
+    "heads",
     "journal",
     "packing",
     "pretraining_arguments",

@@ -73,8 +73,8 @@ class Journal:
 class MetricsFile(TrainerCallback):
     """Appends everything that a Trainer logs to `metrics.jsonl` in its `output_dir`, one JSON object a line.
 
-    Every line has `step`. A run starts with ``{"event": "train_begin", "step": ...}``: after a resumed run, lines before it with a larger
-    step belong to what was lost. NaN and infinity are null, which JSON has no other word for.
+    Every line has `step`. A run starts with ``{"event": "train_begin", "step": ...}``: after a resumed run, lines
+    before it with a larger step belong to what was lost. NaN and infinity are null, JSON has no other word for them.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):

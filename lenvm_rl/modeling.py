@@ -4,13 +4,11 @@ The value at a token is `V = -sigmoid(z)`, an estimate of the return `G = -(1 - 
 end of sequence counted: 0 is the end itself, -1 is infinitely far from it (arXiv 2604.27039, §3.1).
 """
 
-import math
 import numbers
 import os
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -23,6 +21,7 @@ from lenvm_rl.backbones import (
     load_model,
 )
 from lenvm_rl.completions import bootstrap_values, completion_logits, position_ids_from_mask
+from lenvm_rl.heads import LengthValueHead
 from lenvm_rl.tokenization import tokenizer_fingerprint as fingerprint_of
 
 __all__ = [
@@ -115,52 +114,6 @@ class LengthValueOutput(NamedTuple):
     logits: torch.FloatTensor
     values: torch.FloatTensor
     past_key_values: object | None = None
-
-
-class LengthValueHead(nn.Module):
-    """`z = W2 SiLU(W1 h + b1) + b2` on the decoder's last hidden state h (arXiv 2604.27039, §3.1).
-
-    Weights and arithmetic are float32 whatever the dtype of the decoder or of autocast, and stay so when the whole
-    model is cast: with gamma near 1, one token more changes the logit by less than bfloat16 resolves.
-
-    A new head says `z ≈ 0`, hence `V ≈ -1/2`, at every state. That is the middle of the range of the return and the
-    steepest point of the sigmoid, so an error either way is corrected at the same speed. In tokens it is
-    `ln 2 / -ln(gamma)`: 15 % of the length that gamma covers to 99 %. The last layer starts small (z spreads by about
-    0.06 for hidden states of unit size) but not at zero, so that the decoder learns from the first step on.
-
-    Args:
-        hidden_size (`int`):
-            Size of h and of the layer between.
-    """
-
-    OUTPUT_SCALE = 0.1
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.hidden = nn.Linear(hidden_size, hidden_size, dtype=torch.float32)
-        self.output = nn.Linear(hidden_size, 1, dtype=torch.float32)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw starting weights as described above."""
-        std = 1 / math.sqrt(self.hidden.in_features)
-        nn.init.normal_(self.hidden.weight, std=std)
-        nn.init.zeros_(self.hidden.bias)
-        nn.init.normal_(self.output.weight, std=self.OUTPUT_SCALE * std)
-        nn.init.zeros_(self.output.bias)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.FloatTensor:
-        """Hidden states `(…, H)` of any floating dtype to logits `(…)` in float32."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.output(nn.functional.silu(self.hidden(hidden_states.float()))).squeeze(-1)
-
-    def _apply(self, fn, recurse=True):
-        # `.to()`, `.half()`, `.bfloat16()` of any parent come through here: follow to the device, not to the dtype.
-        def to_device_only(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(to_device_only, recurse)
 
 
 class LengthValueModel(PreTrainedModel):

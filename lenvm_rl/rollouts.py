@@ -21,7 +21,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -213,12 +213,8 @@ def write_rollouts(
         total = sum(reasons.values())
         if not total:
             raise ValueError(f"There is no record to write to {path}.")
-        counts = {
-            "num_prompts": len(groups),
-            "num_completions": total,
-            "truncated_share": reasons["length"] / total,
-        }
-        metadata = RolloutMetadata(**{**asdict(metadata), **counts})
+        cut = reasons["length"] / total
+        metadata = replace(metadata, num_prompts=len(groups), num_completions=total, truncated_share=cut)
         metadata.save(metadata_path(path))
     return metadata
 
@@ -259,7 +255,7 @@ def read_rollouts(path: str | os.PathLike, metadata: RolloutMetadata | None = No
     if metadata.num_completions and metadata.num_completions != total:
         logger.warning("%s has %d records, but its metadata says %d", path, total, metadata.num_completions)
     dataset = Dataset(_concat(tables, path))
-    return dataset, RolloutMetadata(**{**asdict(metadata), **count_rollouts(dataset)})
+    return dataset, replace(metadata, **count_rollouts(dataset))
 
 
 def set_aside(path: str | os.PathLike, rejected: list[dict[str, Any]], total: int) -> None:
@@ -267,7 +263,7 @@ def set_aside(path: str | os.PathLike, rejected: list[dict[str, Any]], total: in
 
     Args:
         path (`str` or `os.PathLike`): the file that the records come from, or would have gone into.
-        rejected (`list[dict]`): the records: `file`, `line` (from 1), `reason`, `record`. If empty, nothing is written.
+        rejected (`list[dict]`): the records: `file`, `line` (from 1), `reason`, `record`. None, and nothing is written.
         total (`int`): how many records there were, the good ones counted.
     """
     if not rejected:

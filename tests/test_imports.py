@@ -18,7 +18,7 @@ LAYERS = (
     ("journal", "returns"),
     ("advantages", "shaping", "targets", "value_metrics"),
     ("tokenization",),
-    ("backbones", "completions", "retokenization"),
+    ("backbones", "completions", "heads", "retokenization"),
     ("modeling",),
     ("checkpoints", "packing", "rollouts", "scoring"),
     ("collation",),
