@@ -7,6 +7,8 @@ rule (top-k, top-p, min-p) holds for every arm, the base policy included.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lenvm_rl.decoding import LengthGuidance, generate_guided
 from lenvm_rl.modeling import LengthValueModel
@@ -48,12 +50,54 @@ class Arm:
     prompt: np.ndarray
 
 
-def load_object(path: str) -> Any:
-    """The object behind a dotted path, such as `reward.sandbox.sandbox_reward`."""
+def load_reward(path: str) -> Callable[..., Sequence[float]]:
+    """The reward function behind a dotted path, such as `reward.sandbox.sandbox_reward`.
+
+    Modules are looked for where Python looks, and in the current folder.
+
+    Raises:
+        ValueError: there is no such module or name, or it is no function.
+    """
     module, _, name = path.rpartition(".")
     if not module:
         raise ValueError(f"{path!r} is not a dotted path; write it like reward.sandbox.sandbox_reward.")
-    return getattr(importlib.import_module(module), name)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"There is no reward function {path!r} ({error}): check module and name.") from error
+    if not callable(found):
+        raise ValueError(f"{path!r} is a {type(found).__name__}, not a function: name a function inside it.")
+    return found
+
+
+def call_reward(
+    reward: Callable[..., Sequence[float]],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    completion_ids: Sequence[list[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float | None]:
+    """What a TRL reward function pays, called as TRL calls it.
+
+    Args:
+        reward (callable): the function.
+        tokenizer (`PreTrainedTokenizerBase`): decodes the completions.
+        prompts (sequence): one per completion, texts or lists of messages.
+        completion_ids (sequence of lists of `int`): sampled ids.
+        columns (mapping): one list per column of the dataset, an entry per completion.
+    """
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    conversational = bool(prompts) and not isinstance(prompts[0], str)
+    paid = reward(
+        prompts=list(prompts),
+        completions=chats if conversational else texts,
+        completion_ids=list(completion_ids),
+        **columns,
+    )
+    return list(paid)
 
 
 @dataclass
@@ -114,6 +158,10 @@ class Sampler:
     @torch.no_grad()
     def _generate(self, policy: PreTrainedModel, prompts: list[list[int]], strength: float):
         inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
+        ends = generation_eos_ids(policy, self.tokenizer)
+        # Nothing but the guidance acts: a repetition penalty of the model's own would set its arm apart from training.
+        bare = GenerationConfig(eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id)
+        policy.generation_config = bare
         generated = generate_guided(
             policy,
             self.length_value_model,
@@ -121,25 +169,22 @@ class Sampler:
             replace(self.guidance, strength=strength),
             tokenizer=self.tokenizer,
             max_new_tokens=self.max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
         )
-        ends = generation_eos_ids(policy, self.tokenizer)
         for row in generated[:, inputs["input_ids"].shape[1] :].tolist():
             yield strip_completion(row, ends, self.max_new_tokens)
 
     def grade(self, completions: list[list[int]], rows: Sequence[int]) -> np.ndarray:
         """Whether each completion is correct, `(N,)`; `rows` gives the index of each completion's prompt."""
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        conversational = not isinstance(self.prompts[0], str)
-        rewards = self.reward(
-            prompts=[self.prompts[index] for index in rows],
-            completions=[[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
-            completion_ids=completions,
-            **{name: [column[index] for index in rows] for name, column in self.columns.items()},
+        paid = call_reward(
+            self.reward,
+            self.tokenizer,
+            [self.prompts[index] for index in rows],
+            completions,
+            {name: [column[index] for index in rows] for name, column in self.columns.items()},
         )
-        return np.array([reward is not None and reward > CORRECT_ABOVE for reward in rewards])
+        return np.array([value is not None and value > CORRECT_ABOVE for value in paid])
 
-    def truncate(self, base: Arm, budget: int) -> Arm:
+    def truncate(self, base: Arm, name: str, budget: int) -> Arm:
         """The base arm with every completion cut off after `budget` tokens: the baseline of a hard limit.
 
         A completion of exactly `budget` tokens still ends: lengths do not count the end-of-sequence token.
@@ -147,7 +192,7 @@ class Sampler:
         kept = base.lengths <= budget
         completions = [ids if whole else ids[:budget] for ids, whole in zip(base.completions, kept, strict=True)]
         return Arm(
-            name=f"cut at {budget}",
+            name=name,
             kind="truncation",
             setting=float(budget),
             completions=completions,

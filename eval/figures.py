@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
     ):
         for kind, look in LOOKS.items():
             _draw([row for row in rows if row["kind"] == kind and row[key]], key, axis, line=kind != "base", **look)
-        for row, color in zip((row for row in rows if row["kind"] == "trained"), _cycle(TRAINED_COLORS), strict=False):
+        trained = [row for row in rows if row["kind"] == "trained"]
+        for row, color in zip(trained, cycle(TRAINED_COLORS), strict=False):
+            tilted = [other for other in rows if other["kind"] == f"tilt of {row['name']}" and other[key]]
+            _draw(tilted, key, axis, line=True, color=color, marker="o", label=f"{row['name']}, tilted")
             if row[key]:
                 _draw([row], key, axis, line=False, color=color, marker="*", label=f"trained: {row['name']}")
         axis.set_xlabel(title)
@@ -53,24 +57,12 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
     figure.savefig(path, dpi=150)
 
 
-def _cycle(colors: tuple[str, ...]):
-    while True:
-        yield from colors
-
-
 def _draw(rows: list[dict[str, Any]], key: str, axis: Any, line: bool, color: str, marker: str, label: str) -> None:
     if not rows:
         return
     rows = sorted(rows, key=lambda row: row[key]["estimate"])
     x, y = ([row[name]["estimate"] for row in rows] for name in (key, "accuracy"))
-    # An interval's end may fall on the wrong side of the estimate by rounding.
-    errors = [
-        [
-            [max(0.0, row[name]["estimate"] - row[name]["low"]) for row in rows],
-            [max(0.0, row[name]["high"] - row[name]["estimate"]) for row in rows],
-        ]
-        for name in (key, "accuracy")
-    ]
+    errors = [_half_widths([row[name] for row in rows]) for name in (key, "accuracy")]
     axis.errorbar(
         x,
         y,
@@ -85,3 +77,12 @@ def _draw(rows: list[dict[str, Any]], key: str, axis: Any, line: bool, color: st
         label=label,
         zorder=3,
     )
+
+
+def _half_widths(entries: list[dict[str, float | None]]) -> list[list[float]]:
+    """Distances of intervals' ends from their estimates; 0 where there is no interval, or by rounding none."""
+    sides = []
+    for name, sign in (("low", 1.0), ("high", -1.0)):
+        ends = [entry["estimate"] if entry[name] is None else entry[name] for entry in entries]
+        sides.append([max(0.0, sign * (entry["estimate"] - end)) for entry, end in zip(entries, ends, strict=True)])
+    return sides

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,33 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+logger = logging.getLogger(__name__)
+
+# Arguments of a comparison that differ from run to run.
+OF_ONE_RUN = ("run_dir", "policy", "length_value_model", "trained", "output_dir", "seed")
 COLUMNS = {"tokens": 1, "accuracy": 3, "frontier_gap": 3, "excess_tokens": 1}
 
 
 def collect(folders: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Per arm and column, the estimates of all runs; arms that a run lacks are left out."""
-    runs = []
+    """Per arm and column, the estimates of all runs; arms that a run lacks are named in the log and left out.
+
+    Raises:
+        ValueError: a run was not compared yet, or with other arguments.
+    """
+    runs, arguments = [], []
     for folder in folders:
         path = Path(folder) / "tradeoff" / "tradeoff.json"
         if not path.exists():
             raise ValueError(f"{path} does not exist: run `python -m eval.tradeoff --run_dir {folder}` first.")
-        runs.append({arm["name"]: arm for arm in json.loads(path.read_text(encoding="utf-8"))["arms"]})
-    shared = [name for name in runs[0] if all(name in run for run in runs)]
+        report = json.loads(path.read_text(encoding="utf-8"))
+        runs.append({arm["name"]: arm for arm in report["arms"]})
+        arguments.append({name: value for name, value in report["arguments"].items() if name not in OF_ONE_RUN})
+        if arguments[-1] != arguments[0]:
+            raise ValueError(f"{folder} was compared with other arguments than {folders[0]}: run eval.tradeoff again.")
+    names = list(dict.fromkeys(name for run in runs for name in run))
+    shared = [name for name in names if all(name in run for run in runs)]
+    if len(shared) < len(names):
+        logger.warning("not in every run, left out: %s", ", ".join(name for name in names if name not in shared))
     return {
         name: {
             column: [run[name][column]["estimate"] for run in runs]

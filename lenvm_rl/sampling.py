@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lenvm_rl.journal import Journal
-from lenvm_rl.rollouts import RolloutMetadata, read_rollouts, write_rollouts
+from lenvm_rl.rollouts import REQUIRED_COLUMNS, RolloutMetadata, read_rollouts, write_rollouts
 from lenvm_rl.tokenization import check_pad_is_not_eos, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,9 @@ def load_prompts(
     if suffix in builders:
         if not Path(name_or_path).is_file():
             raise FileNotFoundError(f"There is no data file {name_or_path}.")
+        with open(name_or_path, "rb") as file:
+            if not file.read(4096).strip():
+                raise ValueError(f"{name_or_path} is empty: it needs a row per prompt.")
         dataset = load_dataset(builders[suffix], data_files=str(name_or_path), split="train")
     else:
         dataset = load_dataset(name_or_path, config, split=split)
@@ -233,16 +236,15 @@ class RolloutSampler:
         self.model, self.tokenizer, self.settings, self.seed = model, tokenizer, settings, seed
         self.prompts = list(prompts)
         self.extra_columns = {name: list(column) for name, column in (extra_columns or {}).items()}
+        reserved = sorted(set(self.extra_columns) & set(REQUIRED_COLUMNS))
+        if reserved:
+            raise ValueError(f"Columns {reserved} have the names of a rollout's own fields: rename or remove them.")
         for name, column in self.extra_columns.items():
             if len(column) != len(self.prompts):
                 raise ValueError(f"Column {name!r} has {len(column)} entries for {len(self.prompts)} prompts.")
         self.prompt_ids = tokenize_prompts(tokenizer, self.prompts)
+        # A pad token among the model's further end ids is harmless: a completion is over at the first end id.
         self.eos_token_ids = generation_eos_ids(model, tokenizer)
-        if tokenizer.pad_token_id in self.eos_token_ids:
-            raise ValueError(
-                f"pad token {tokenizer.pad_token_id} is one of the end-of-sequence ids {self.eos_token_ids}: give the "
-                "tokenizer another pad token, or padding cannot be told from an end."
-            )
         self._check_room()
 
     def _check_room(self) -> None:

@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
-from recipes.training import make_run, prepare_process, read_arguments, train_stage
+from recipes.arguments import read_arguments
+from recipes.training import make_run, prepare_process, train_stage
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     args, config, model = read_arguments(LenVMGRPOConfig, "sandbox_grpo.yaml", description=__doc__.split("\n", 1)[0])
     prepare_process(sandbox=model.model_name_or_path is None)
     run = make_run(args, config, model)
-    train_stage("grpo", run, config, model, LenVMGRPOTrainer)
+    train_stage("grpo", run, LenVMGRPOTrainer)
 
 
 if __name__ == "__main__":

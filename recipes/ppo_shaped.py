@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer
-from recipes.training import make_run, prepare_process, read_arguments, train_stage
+from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer, checks
+from recipes.arguments import read_arguments
+from recipes.training import make_run, prepare_process, train_stage
 
 
 @dataclass
@@ -34,19 +35,15 @@ class CriticArguments:
 
 def main() -> None:
     """Run the stages and train."""
-    args, config, model, critic = read_arguments(
+    args, config, model, choice = read_arguments(
         LenVMPPOConfig, "sandbox_ppo.yaml", CriticArguments, description=__doc__.split("\n", 1)[0]
     )
+    critic = choice.critic
+    if critic != "lenvm" and critic != "learned":
+        checks.check_model_path(critic, "the critic")
     prepare_process(sandbox=model.model_name_or_path is None)
-    run = make_run(args, config, model)
-    train_stage(
-        "ppo",
-        run,
-        config,
-        model,
-        lambda **kwargs: LenVMPPOTrainer(critic=critic.critic, **kwargs),
-        critic=critic.critic,
-    )
+    run = make_run(args, config, model, dense=True)
+    train_stage("ppo", run, lambda **kwargs: LenVMPPOTrainer(critic=critic, **kwargs), critic=critic)
 
 
 if __name__ == "__main__":

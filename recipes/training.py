@@ -1,11 +1,10 @@
-"""What the training recipes share: reading the command line, the stages before training, training, and its record."""
+"""What the training recipes share: checks before the first stage, the stages, training, and its record."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,35 +12,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
-from eval.arms import load_object
+from eval.arms import load_reward
+from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.configs import LenVMConfig
-from recipes.stages import TRAIN_SEED, Run, StageArguments, console, run_stage
+from recipes.arguments import StageArguments
+from recipes.stages import TRAIN_SEED, Run, console, run_stage
 
-CONFIGS = Path(__file__).parent / "configs"
 # Settings that say where a run writes and reports, not what it computes.
 NOT_PART_OF_A_RUN = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint")
-
-
-def read_arguments(config_class: type, sandbox_config: str, *more: type, description: str) -> tuple[Any, ...]:
-    """Arguments from the command line and from `--config`.
-
-    Without a model and a config of one's own, the sandbox's config stands in; on a machine without a GPU, `use_cpu` is
-    on and `bf16` off unless they are given.
-
-    Returns:
-        `tuple`: [`~recipes.stages.StageArguments`], the trainer's config, `trl.ModelConfig`, and those of `more`.
-    """
-    given = sys.argv[1:]
-    names = {argument.split("=", 1)[0] for argument in given}
-    if not names & {"--config", "--model_name_or_path", "--help", "-h"}:
-        given = ["--config", str(CONFIGS / sandbox_config), *given]
-    if not torch.cuda.is_available() and "--use_cpu" not in names:
-        given += ["--use_cpu", "true"]
-        given += [] if "--bf16" in names else ["--bf16", "false"]
-    parser = TrlParser((StageArguments, config_class, ModelConfig, *more), description=description)
-    return parser.parse_args_and_config(given)
 
 
 def prepare_process(sandbox: bool) -> None:
@@ -65,66 +45,91 @@ def smoke_sizes(config: LenVMConfig) -> None:
     config.num_generations = min(config.num_generations, 4)
 
 
-def make_run(args: StageArguments, config: LenVMConfig, model: ModelConfig) -> Run:
+def check_before(args: StageArguments, config: LenVMConfig, model: ModelConfig, dense: bool) -> None:
+    """What training would refuse, refused before the first stage spends time.
+
+    Args:
+        args ([`~recipes.arguments.StageArguments`]), config, model: as parsed.
+        dense (`bool`): whether advantages differ from token to token even with both coefficients at 0.
+    """
+    rewards = [load_reward(path) for path in args.reward_funcs]
+    checks.gate_index(config.gate_reward, [reward.__name__ for reward in rewards])
+    checks.check_model_path(model.model_name_or_path, "the policy")
+    checks.check_model_path(args.length_value_model, "the length value model")
+    if dense or config.needs_length_value_model:
+        checks.check_loss(config)
+    if config.eval_strategy != "no":
+        raise ValueError(
+            "The recipes train only: leave eval_strategy at 'no', and compare with `python -m eval.tradeoff`."
+        )
+
+
+def make_run(args: StageArguments, config: LenVMConfig, model: ModelConfig, dense: bool = False) -> Run:
     """The run that the arguments describe, with every stage before training done."""
+    check_before(args, config, model, dense)
     if args.smoke:
         smoke_sizes(config)
-    run = Run(
-        args=args,
-        output_dir=Path(config.output_dir),
-        model_name_or_path=model.model_name_or_path,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        seed=config.seed,
-        precision={"bf16": config.bf16, "fp16": config.fp16, "use_cpu": config.use_cpu},
-    )
+    run = Run(args, config, model)
     run.make_policy()
     run.make_length_value_model()
     return run
 
 
-def train_stage(
-    algorithm: str, run: Run, config: LenVMConfig, model: ModelConfig, make_trainer: Callable[..., Any], **settings: Any
-) -> None:
+def train_stage(algorithm: str, run: Run, make_trainer: Callable[..., Any], **settings: Any) -> None:
     """Train a policy into `<output_dir>/<trained_name>`, going on from its last checkpoint if there is one.
 
     Args:
         algorithm (`str`): name of the run's subfolder and of the trained policy in run.json, unless one is given.
         run ([`~recipes.stages.Run`]): what was made before.
-        config (`LenVMGRPOConfig` or `LenVMPPOConfig`): the trainer's settings.
-        model (`trl.ModelConfig`): adapter settings.
         make_trainer (callable): takes the trainer's keyword arguments, returns the trainer.
         settings: further settings that the result depends on.
     """
+    config = run.config
     name = run.args.trained_name or algorithm
     target = run.output_dir / name
     config.output_dir = str(target)
+    config.model_init_kwargs = {**(config.model_init_kwargs or {}), **run.load_kwargs} or None
 
     def train() -> None:
         trainer = make_trainer(
             model=run.policy,
             args=config,
-            reward_funcs=[load_object(path) for path in run.args.reward_funcs],
+            reward_funcs=[load_reward(path) for path in run.args.reward_funcs],
             train_dataset=run.prompts(run.args.train_prompts, TRAIN_SEED),
+            processing_class=run.tokenizer,
             length_value_model=run.length_value_model,
-            peft_config=get_peft_config(model),
+            peft_config=get_peft_config(run.model),
         )
-        checkpoint = get_last_checkpoint(str(target)) if target.is_dir() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        found = get_last_checkpoint(str(target)) if target.is_dir() else None
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or found)
         trainer.save_model(str(target))
+        if getattr(trainer, "critic", None) is not None and PartialState().is_main_process:
+            trainer.save_critic(str(target / "critic"))
 
     depends = {key: value for key, value in config.to_dict().items() if key not in NOT_PART_OF_A_RUN}
-    stages = {key: value for key, value in vars(run.args).items() if key not in ("smoke", "trained_name")}
-    run_stage("training", target, {**depends, **stages, **settings, "policy": run.policy, "peft": vars(model)}, train)
+    stages = {"reward_funcs": run.args.reward_funcs, "train_prompts": run.args.train_prompts}
+    made_from = {"policy": run.policy_settings(), "length_value_model": run.value_settings(), "peft": vars(run.model)}
+    run_stage("training", target, {**depends, **stages, **settings, **made_from}, train)
     if PartialState().is_main_process:
         run.record(name, target)
         show_progress(target / "metrics.jsonl")
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that belong to the run as it ended: those of lost steps are left out."""
+    kept: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry.get("event") == "train_begin":
+            kept = [before for before in kept if before["step"] <= entry["step"]]
+        elif "step" in entry:
+            kept.append(entry)
+    return kept
+
+
 def show_progress(path: Path) -> None:
     """Print reward and length of the first and the last fifth of the training log."""
-    logs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    logs = [entry for entry in logs if "reward" in entry]
+    logs = [entry for entry in read_log(path) if "reward" in entry]
     part = max(1, len(logs) // 5)
     for title, entries in (("first", logs[:part]), ("last", logs[-part:])):
         shown = {

@@ -3,14 +3,11 @@
 import pytest
 import torch
 from ragged import EOS, make_rollout, random_rollouts
-from tiny import tiny_llama, tiny_qwen2
+from tiny import tiny_length_value_model, tiny_llama, tiny_qwen2
 
 from lenvm_rl.collation import LengthValueCollator, check_isolation
-from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.packing import unpack
 from lenvm_rl.targets import CUT, IGNORED
-
-GAMMA = 0.9
 
 
 def test_a_batch_by_hand():
@@ -40,7 +37,7 @@ def test_a_batch_by_hand():
     "layout", [{}, {"row_length": 300}, {"flatten": True}, {"packing": False, "padding_side": "left"}]
 )
 def test_values_in_a_row_are_those_of_the_sequence_alone(backbone, attention, layout):
-    model = LengthValueModel.from_backbone(backbone(attn_implementation=attention), gamma=GAMMA)
+    model = tiny_length_value_model(backbone(attn_implementation=attention))
     assert model.backbone.config._attn_implementation == attention
     check_isolation(model)
     rollouts = random_rollouts(12)
@@ -53,5 +50,5 @@ def test_values_in_a_row_are_those_of_the_sequence_alone(backbone, attention, la
             ids = torch.tensor([rollout["prompt_ids"] + rollout["completion_ids"]])
             alone = model(ids).values[0, len(rollout["prompt_ids"]) - 1 : -1]
             torch.testing.assert_close(packed[index, : lengths[index]], alone, atol=1e-5, rtol=0)
-            # A backbone whose values hardly vary would hide a leak.
-            assert len(alone) < 3 or alone.std() > 1e-3
+            # Values that hardly vary would hide a leak.
+            assert len(alone) < 3 or alone.std() > 0.01

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig, LogitsProcessorList
 
 from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided, tilt
-from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.sandbox.scripted import (
     EOS,
     PAD,
@@ -28,14 +27,8 @@ def scripted(chain):
 
 
 def transformer(seed=1, vocab_size=64):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LengthValueModel.from_backbone(
-            tiny_llama(vocab_size=vocab_size, seed=seed), gamma=GAMMA, tokenizer=tiny_tokenizer(vocab_size)
-        )
-        # A new head is nearly constant: it would hide mistakes.
-        torch.nn.init.normal_(model.head.output.weight, std=1.0)
-    return model.freeze()
+    policy, tokenizer = tiny_llama(vocab_size=vocab_size, seed=seed), tiny_tokenizer(vocab_size)
+    return tiny_length_value_model(policy, GAMMA, seed, tokenizer).freeze()
 
 
 def prompts(rows=6):
@@ -150,6 +143,19 @@ class TestGenerate:
         other = torch.randint(6, 64, (2, 5))
         fresh = LengthGuidedLogitsProcessor(value, guidance, eos_token_id=EOS)
         torch.testing.assert_close(used(other, scores), fresh(other, scores))
+
+    def test_padding_is_told_by_the_mask_or_by_the_pad_token_and_matters(self):
+        value, guidance, inputs = transformer(), LengthGuidance(strength=5.0), prompts()
+        scores = torch.randn(6, 64)
+
+        def guided(**padding):
+            processor = LengthGuidedLogitsProcessor(value, guidance, eos_token_id=EOS, **padding)
+            return processor(inputs["input_ids"], scores)
+
+        by_mask = guided(attention_mask=inputs["attention_mask"])
+        assert torch.equal(guided(pad_token_id=PAD), by_mask)
+        changed = (guided() - by_mask).abs().amax(dim=1)
+        assert changed[::2].min() > 0.1 and changed[1::2].max() < 1e-4
 
     def test_one_forward_for_each_token_though_rows_finish(self):
         policy, value, inputs = tiny_llama(), transformer(), prompts(40)

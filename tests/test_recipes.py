@@ -7,27 +7,23 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import GRPOConfig
+from trl import GRPOConfig, ModelConfig
 
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
 from recipes import grpo_shaped, ppo_shaped
-from recipes.stages import Run, StageArguments, run_stage
+from recipes.arguments import StageArguments, check_setup
+from recipes.stages import Run, run_stage
+from recipes.training import read_log
 
-CPU = {"use_cpu": True, "bf16": False, "fp16": False}
 CONFIGS = Path(ppo_shaped.__file__).parent / "configs"
 
 
-def make_run(tmp_path, model=None, **arguments):
-    return Run(
-        args=StageArguments(**arguments),
-        output_dir=tmp_path,
-        model_name_or_path=model,
-        max_completion_length=16,
-        temperature=1.0,
-        seed=0,
-        precision=CPU,
+def make_run(tmp_path, model=None, settings=None, **arguments):
+    config = LenVMGRPOConfig(
+        output_dir=str(tmp_path), max_completion_length=16, use_cpu=True, bf16=False, **(settings or {})
     )
+    return Run(StageArguments(**arguments), config, ModelConfig(model_name_or_path=model))
 
 
 def test_a_stage_is_made_once_and_refused_with_other_settings(tmp_path):
@@ -52,11 +48,72 @@ def test_an_interrupted_stage_is_made_again(tmp_path):
     assert made == [1]
 
 
-def test_half_a_setup_is_refused(tmp_path):
+def test_an_interrupted_stage_does_not_go_on_with_other_settings(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("training", tmp_path / "ppo", {"length_coef": 6}, interrupted)
+    with pytest.raises(ValueError, match="length_coef differ"):
+        run_stage("training", tmp_path / "ppo", {"length_coef": 0}, lambda: None)
+
+
+def test_a_stage_depends_on_the_settings_of_those_before_it(tmp_path):
+    plain, cooler = make_run(tmp_path), make_run(tmp_path, settings={"temperature": 0.5})
+    fewer = make_run(tmp_path, policy_tokens=1000)
+    assert plain.value_settings() != cooler.value_settings()
+    assert plain.rollout_settings() != fewer.rollout_settings() and plain.value_settings() != fewer.value_settings()
+    assert plain.value_settings() == make_run(tmp_path).value_settings()
+
+
+def test_half_a_setup_is_refused():
     with pytest.raises(ValueError, match="needs prompts"):
-        make_run(tmp_path, model="mine")
+        check_setup(StageArguments(), ModelConfig(model_name_or_path="mine"))
     with pytest.raises(ValueError, match="needs a policy"):
-        make_run(tmp_path, dataset_name="mine.jsonl")
+        check_setup(StageArguments(dataset_name="mine.jsonl"), ModelConfig())
+
+
+def test_rollouts_are_sampled_as_the_trainer_samples(tmp_path):
+    sampling = make_run(tmp_path, settings={"top_k": 3, "top_p": 0.5, "temperature": 0.7}).sampling()
+    assert (sampling.top_k, sampling.top_p, sampling.temperature) == (3, 0.5, 0.7)
+    with pytest.raises(ValueError, match="another distribution"):
+        make_run(tmp_path, settings={"repetition_penalty": 1.1}).sampling()
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (("--reward_funcs", "reward.sandbox.nothing"), "There is no reward function"),
+        (("--gate_reward", "nothing"), "gate_reward"),
+        (("--loss_type", "vespo"), "loss_type='vespo'"),
+        (("--length_value_model", "./nowhere"), "no folder './nowhere' for the length value model"),
+        (("--model_name_or_path", "./nowhere", "--dataset_name", "x.jsonl"), "no folder './nowhere' for the policy"),
+        (("--eval_strategy", "steps"), "eval_strategy"),
+        (("--length_lam", "2"), "length_lam"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_any_stage(arguments, problem, tmp_path, monkeypatch):
+    with pytest.raises((ValueError, FileNotFoundError), match=problem):
+        run_recipe(ppo_shaped, monkeypatch, "--output_dir", str(tmp_path / "run"), *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_dataset_and_null_prompts_are_refused(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        make_run(tmp_path, model="mine", dataset_name=str(data)).prompts(None, 0)
+    data.write_text('{"prompt": "q"}\n{"prompt": null}\n')
+    with pytest.raises(ValueError, match="1 prompts of .* are neither text nor messages"):
+        make_run(tmp_path, model="mine", dataset_name=str(data)).prompts(None, 0)
+
+
+def test_the_log_of_an_interrupted_run_leaves_out_lost_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = [{"event": "train_begin", "step": 0}, *({"reward": 0, "step": n} for n in (1, 2, 3))]
+    again = [{"event": "train_begin", "step": 1}, *({"reward": 1, "step": n} for n in (2, 3, 4))]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in steps + again))
+    assert [(entry["step"], entry["reward"]) for entry in read_log(path)] == [(1, 0), (2, 1), (3, 1), (4, 1)]
 
 
 def test_a_dataset_of_ones_own_keeps_its_columns(tmp_path):
@@ -92,7 +149,8 @@ def test_smoke_run_leaves_every_artefact_and_is_reused(tmp_path, monkeypatch, ca
     gamma = LengthValueModel.from_pretrained(run / "length_value_model").config.gamma
     assert 0 < gamma < 1
     record = json.loads((run / "run.json").read_text())
-    assert record["trained"] == {"ppo": str(run / "ppo")}
+    assert record["trained"] == {"ppo": "ppo"} and record["policy"] == "policy"
+    assert (run / "ppo" / "critic" / "model.safetensors").exists()
     assert (run / "ppo" / "model.safetensors").exists() and (run / "ppo" / "metrics.jsonl").exists()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     before = (run / "rollouts.jsonl").read_bytes()

@@ -125,9 +125,17 @@ def test_every_end_of_sequence_id_of_the_model_ends_a_completion(policy):
         record["completion_ids"][-1] for record in sample(policy, num_samples=40) if record["finish_reason"] == "stop"
     }
     assert ends == {EOS, 4, 9}
-    model.generation_config.eos_token_id = [0]
-    with pytest.raises(ValueError, match="pad token 0 is one of the end-of-sequence ids"):
-        sample(policy)
+    # As Qwen's instruct models have it: the pad token is one of the model's further ends, not the tokenizer's.
+    model.generation_config.eos_token_id = [EOS, tokenizer.pad_token_id]
+    for record in sample(policy, num_samples=40):
+        stop = [token in (EOS, tokenizer.pad_token_id) for token in record["completion_ids"]]
+        assert not any(stop[:-1]) and stop[-1] == (record["finish_reason"] == "stop")
+
+
+@pytest.mark.parametrize("name", ["group", "completion_ids", "finish_reason"])
+def test_columns_that_would_overwrite_a_rollout_are_refused(policy, name):
+    with pytest.raises(ValueError, match=f"'{name}'.*rename or remove"):
+        sample(policy, extra_columns={name: [1, 2]})
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_qwen2
+from tiny import tiny_length_value_model, tiny_llama, tiny_qwen2
 from transformers import Lfm2Config, Lfm2Model, MistralConfig, MistralModel
 
 from lenvm_rl.modeling import LengthValueModel
@@ -13,11 +13,7 @@ VOCAB, PAD, ROWS = 64, 0, 12
 
 
 def length_value_model(make=tiny_llama, **config):
-    torch.manual_seed(1)
-    model = LengthValueModel.from_backbone(make(vocab_size=VOCAB, **config), gamma=0.9).freeze()
-    # A new head is nearly constant: it would hide mistakes.
-    torch.nn.init.normal_(model.head.output.weight, std=1.0)
-    return model
+    return tiny_length_value_model(make(vocab_size=VOCAB, **config), seed=1).freeze()
 
 
 def prompts():
@@ -192,7 +188,7 @@ def test_sliding_windows_and_recurrent_states_are_refused_by_name():
 def test_full_rows_serve_a_sliding_window():
     attention = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
     sliding = backbone(MistralConfig, MistralModel, sliding_window=4, **attention)
-    model = LengthValueModel.from_backbone(sliding, gamma=0.9)
+    model = tiny_length_value_model(sliding)
     ids, mask = prompts()
     scorer = FullRowScorer(model.freeze(), max_tokens=20)
     scorer.start(ids, mask)

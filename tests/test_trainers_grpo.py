@@ -88,6 +88,15 @@ def test_hand_worked_advantages(tmp_path):
     torch.testing.assert_close(batch_of(trainer)["advantages"], (TASK + 2.0 * LENGTH) * MASK)
 
 
+def test_hand_worked_advantages_at_lambda_one_half(tmp_path):
+    # Residuals: -.15 -.375 .25 | -.15 0 | -.275 -.125 -.125 | -.025 -.25, plus a quarter of the advantage after each.
+    expected = torch.tensor(
+        [[-0.228125, -0.3125, 0.25], [-0.15, 0, 0], [-0.3140625, -0.15625, -0.125], [-0.0875, -0.25, 0]]
+    )
+    trainer = scripted_grpo(tmp_path, length_coef=2.0, length_gate="all", length_lam=0.5)
+    torch.testing.assert_close(batch_of(trainer)["advantages"], (TASK + 2.0 * expected) * MASK)
+
+
 def test_the_gate_opens_for_correct_completions_only(tmp_path):
     trainer = scripted_grpo(tmp_path, length_coef=2.0, length_gate="correct")
     expected = TASK + 2.0 * LENGTH * torch.tensor(REWARDS).unsqueeze(1)

@@ -165,6 +165,14 @@ def test_rows_left_out_or_unscored_teach_nobody(tmp_path):
     assert bool((batch["advantages"][1:3] == 0).all()) and bool(torch.isfinite(batch["advantages"]).all())
 
 
+def test_whitening_counts_scored_tokens_only(tmp_path):
+    advantages = batch_of(scripted_ppo(tmp_path, rewards=[1.0, None, 1.0, 0.5], whiten=True))["advantages"]
+    counted = advantages[[0, 2, 3]][MASK[[0, 2, 3]].bool()]
+    assert float(counted.mean()) == pytest.approx(0.0, abs=1e-6)
+    assert float(counted.std(unbiased=False)) == pytest.approx(1.0, abs=1e-3)
+    assert bool((advantages[1] == 0).all())
+
+
 def test_without_a_task_critic_the_group_is_the_baseline(tmp_path):
     ours = scripted_ppo(tmp_path, critic="lenvm", length_coef=1.0, shaping_coef=0.5)
 

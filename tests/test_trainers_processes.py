@@ -12,7 +12,16 @@ sys.path[:0] = {paths!r}
 import torch
 from trainer_parts import first_is_w8, grpo, ppo, random_lenvm
 
+from lenvm_rl.trainers import base
 from lenvm_rl.trainers.streams import Completions, centered_gated_advantage, whiten
+
+starts = []
+
+def spy(*arguments, first_row, **options):
+    starts.append(first_row)
+    return centered_gated_advantage(*arguments, first_row=first_row, **options)
+
+base.centered_gated_advantage = spy
 
 def check(name, trainer):
     trainer.train()
@@ -31,6 +40,16 @@ common = dict(per_device_train_batch_size=4, num_generations=8, length_coef=0.5,
 check("grpo", grpo({folder!r} + "/grpo", first_is_w8, random_lenvm(), **common))
 trainer = ppo({folder!r} + "/ppo", first_is_w8, random_lenvm(), shaping_coef=0.5, **common)
 check("ppo", trainer)
+
+# A process reads its own rows of what all completions were paid and centred with.
+process = trainer.accelerator.process_index
+assert set(starts) == {{4 * process}}
+trainer.model.train()
+batch = trainer._generate_and_score_completions([dict(trainer.train_dataset[0]) for _ in range(4)])
+ids = batch["completion_ids"]
+rewards = torch.tensor(first_is_w8([row.tolist() for row in ids]))
+assert trainer._outcomes(4).rewards.tolist() == rewards.tolist()
+assert len(set(trainer.accelerator.gather(rewards).view(2, 4)[:, torch.arange(4)].sum(1).tolist())) == 2
 
 # Half of the rows on each process give half of what one process makes of them all.
 torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 
 from lenvm_rl.modeling import LengthValueModel, LengthValueOutput
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
@@ -35,11 +35,7 @@ def scripted_lenvm(value_of_token, gamma=GAMMA, default=-0.5):
 
 def random_lenvm(gamma=0.9, seed=3):
     """A length value model with random weights and a value that varies from token to token."""
-    torch.manual_seed(seed)
-    model = LengthValueModel.from_backbone(tiny_llama(VOCAB, seed=seed), gamma=gamma, tokenizer=tiny_tokenizer(VOCAB))
-    with torch.no_grad():
-        model.head.output.weight.mul_(20)
-    return model
+    return tiny_length_value_model(tiny_llama(VOCAB, seed=seed), gamma, seed, tiny_tokenizer(VOCAB))
 
 
 def prompts(count=8):

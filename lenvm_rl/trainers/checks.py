@@ -44,6 +44,8 @@ def check_dataset(train_dataset, args) -> None:
         return
     if len(train_dataset) == 0:
         raise ValueError("The training set is empty: give at least one row with a `prompt`.")
+    if "prompt" not in train_dataset.column_names:
+        raise ValueError(f"The training set has no column `prompt`, only {train_dataset.column_names}: rename one.")
     prompts = args.generation_batch_size // args.num_generations
     if len(train_dataset) < prompts:
         raise ValueError(

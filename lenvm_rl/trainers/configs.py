@@ -187,8 +187,8 @@ class LenVMPPOConfig(LenVMConfig):
         whiten (`bool`, *optional*, defaults to `True`):
             Whether the task advantages (shaping included) are shifted and scaled to mean 0 and standard deviation 1
             over all tokens of a generation batch, *before* the length stream is added. So `length_coef` counts in
-            standard deviations of the task, and the length stream keeps its sign and size: whitening the sum would
-            subtract the very mean by which completions are too long.
+            standard deviations of the task: whitening the sum would make the weight of either stream depend on the
+            spread of the other.
         truncation (`str`, *optional*, defaults to `"terminal"`):
             What the task makes of a completion that was cut: `"terminal"` (nothing follows; the cut is a failure like
             any other) or `"bootstrap"` (the critic's value follows, and with shaping the potential).

@@ -1,0 +1,134 @@
+"""Arguments of the training recipes: what comes before training, and how the command line and `--config` are read."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import ModelConfig, TrlParser
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class StageArguments:
+    """What comes before training: data, rewards, rollouts of the policy, and its length value model."""
+
+    length_value_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pretrained length value model (folder or hub id). Default: sample rollouts and pretrain one."
+        },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts: a hub id or a .jsonl, .json, .parquet or .csv file. Default: the built-in sandbox."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column with the prompt, text or messages; other columns go to the rewards."},
+    )
+    chat: bool = field(
+        default=False, metadata={"help": "Wrap text prompts as a user's message, for the model's chat template."}
+    )
+    pad_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pad token, for a tokenizer that has none or pads with its end-of-sequence token: a token that the "
+            "model never writes."
+        },
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["reward.sandbox.sandbox_reward"],
+        metadata={"help": "Dotted paths of reward functions. The first says what is correct, unless gate_reward does."},
+    )
+    policy_tokens: int = field(default=5_000_000, metadata={"help": "Sandbox: tokens the policy is fitted on."})
+    sample_prompts: int = field(default=480, metadata={"help": "Prompts to sample rollouts for."})
+    sample_num_samples: int = field(default=16, metadata={"help": "Completions per prompt."})
+    sample_batch_size: int = field(default=256, metadata={"help": "Completions per generate call."})
+    pretrain_epochs: float = field(default=3.0, metadata={"help": "Passes over the rollouts."})
+    pretrain_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the length value model."})
+    pretrain_batch_size: int = field(default=32, metadata={"help": "Completions per optimiser step and process."})
+    pretrain_only_correct: bool = field(
+        default=False,
+        metadata={
+            "help": "Fit the length value model on correct completions only, a remedy for length_gate='correct'."
+        },
+    )
+    train_prompts: int | None = field(
+        default=None, metadata={"help": "Training prompts. Default: all of the dataset; 2048 of the sandbox."}
+    )
+    trained_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Subfolder of output_dir for the trained policy, so that several runs can share the earlier "
+            "stages. Default: the algorithm's name."
+        },
+    )
+    smoke: bool = field(default=False, metadata={"help": "Run every stage at a size that only shows that it runs."})
+
+    def __post_init__(self) -> None:
+        if self.smoke:
+            self.policy_tokens, self.sample_prompts, self.sample_num_samples = 40_000, 16, 4
+            self.pretrain_epochs, self.train_prompts = 1.0, 32
+
+
+def read_arguments(config_class: type, sandbox_config: str, *more: type, description: str) -> tuple[Any, ...]:
+    """Arguments from the command line and from `--config`.
+
+    Without a model and a config of one's own, the sandbox's config stands in; on a machine without a GPU, `use_cpu` is
+    on and `bf16` off unless they are given.
+
+    Returns:
+        `tuple`: [`StageArguments`], the trainer's config, `trl.ModelConfig`, and those of `more`.
+
+    Raises:
+        ValueError: the sandbox is asked for with settings that are not made for it.
+    """
+    given = sys.argv[1:]
+    names = {argument.split("=", 1)[0] for argument in given}
+    if not names & {"--config", "--model_name_or_path", "--help", "-h"}:
+        given = ["--config", str(CONFIGS / sandbox_config), *given]
+    if not torch.cuda.is_available() and "--use_cpu" not in names:
+        given += ["--use_cpu", "true"]
+        given += [] if "--bf16" in names else ["--bf16", "false"]
+    parser = TrlParser((StageArguments, config_class, ModelConfig, *more), description=description)
+    parsed = parser.parse_args_and_config(given)
+    args, config, model = parsed[:3]
+    if model.model_name_or_path is None and args.dataset_name is None and config.shuffle_dataset:
+        raise ValueError(
+            "Without --model_name_or_path this is the sandbox, whose batches are stratified by difficulty: set "
+            f"shuffle_dataset: false, or start your config from recipes/configs/{sandbox_config}."
+        )
+    check_setup(args, model)
+    return parsed
+
+
+def check_setup(args: StageArguments, model: ModelConfig) -> None:
+    """Raise a `ValueError` on half a setup, or on a model option that the recipes do not carry out."""
+    if args.dataset_name is None and model.model_name_or_path is not None:
+        raise ValueError("A model of your own needs prompts: give --dataset_name (a hub id or a local file).")
+    if args.dataset_name is not None and model.model_name_or_path is None:
+        raise ValueError("A dataset of your own needs a policy: give --model_name_or_path.")
+    if model.load_in_4bit or model.load_in_8bit:
+        raise ValueError(
+            "Quantised policies are not supported by the recipes: leave out load_in_4bit and load_in_8bit."
+        )
+
+
+def model_kwargs(model: ModelConfig) -> dict[str, Any]:
+    """How the policy is loaded, in every stage: the arguments of `from_pretrained` that are set."""
+    dtype = model.dtype if model.dtype in ("auto", None) else getattr(torch, model.dtype)
+    settings = {
+        "dtype": dtype,
+        "attn_implementation": model.attn_implementation,
+        "revision": model.model_revision,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
