@@ -99,7 +99,8 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
-# Ready for `reward_funcs`, as `reward.gsm8k.gsm8k_linear`: correct answers earn 1 down to 0.5 at 512 tokens.
-gsm8k_linear = LinearLengthReward(gsm8k_reward, alpha=0.5, max_length=512)
+# Ready for `reward_funcs`, as `reward.gsm8k.gsm8k_linear`: correct answers earn 1 down to 0.6 at 512 tokens, so that
+# the default gate_threshold of 0.5 still tells them from wrong ones, which earn 0.
+gsm8k_linear = LinearLengthReward(gsm8k_reward, alpha=0.4, max_length=512)
 # Kimi's length term alone: give it beside `reward.gsm8k.gsm8k_reward`, weighted by `reward_weights`.
 gsm8k_kimi = KimiLengthReward(gsm8k_reward)

@@ -122,7 +122,7 @@ def test_the_ready_made_linear_reward_by_hand():
         completion_ids=lengths_of(128, 1000, 3),
         answer=["5"] * 3,
     )
-    assert rewards == [0.875, 0.5, 0.0]
+    assert rewards == pytest.approx([0.9, 0.6, 0.0])
 
 
 @pytest.mark.parametrize(
