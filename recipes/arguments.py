@@ -53,8 +53,8 @@ class StageArguments:
     sample_prompts: int = field(default=480, metadata={"help": "Prompts to sample rollouts for."})
     sample_num_samples: int = field(default=16, metadata={"help": "Completions per prompt."})
     sample_batch_size: int = field(default=256, metadata={"help": "Completions per generate call."})
-    pretrain_epochs: float = field(default=3.0, metadata={"help": "Passes over the rollouts."})
-    pretrain_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the length value model."})
+    pretrain_epochs: float = field(default=2.0, metadata={"help": "Passes over the rollouts."})
+    pretrain_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the length value model."})
     pretrain_batch_size: int = field(default=32, metadata={"help": "Completions per optimiser step and process."})
     pretrain_only_correct: bool = field(
         default=False,

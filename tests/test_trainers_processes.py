@@ -37,8 +37,8 @@ def check(name, trainer):
     everyone = trainer.accelerator.gather(mine.unsqueeze(0))
     assert torch.equal(everyone[0], everyone[1]), "the processes logged different numbers"
 
-# Four completions a process, groups of eight: each group spans both.
-common = dict(per_device_train_batch_size=4, num_generations=8, length_coef=0.5, length_gate_center=True,
+# A process generates eight completions at once (four for each of two steps), and groups are of sixteen: they span both.
+common = dict(per_device_train_batch_size=4, num_generations=16, length_coef=0.5, length_gate_center=True,
               gradient_accumulation_steps=2, gate_threshold=-1.0, ddp_backend="gloo", max_steps=3)
 check("grpo", grpo({folder!r} + "/grpo", first_is_w8, random_lenvm(), **common))
 trainer = ppo({folder!r} + "/ppo", sum_of_ids, random_lenvm(), shaping_coef=0.5, **common)
@@ -46,12 +46,12 @@ check("ppo", trainer)
 
 # A process reads its own rows of what all completions were paid and centred with.
 process = trainer.accelerator.process_index
-assert set(starts) == {{4 * process}}
+assert set(starts) == {{8 * process}}
 trainer.model.train()
-batch = trainer._generate_and_score_completions([dict(trainer.train_dataset[0]) for _ in range(4)])
-mine = trainer._outcomes(4).rewards
+batch = trainer._generate_and_score_completions([dict(trainer.train_dataset[0]) for _ in range(8)])
+mine = trainer._outcomes(8).rewards
 torch.testing.assert_close(mine, (batch["completion_ids"] * batch["completion_mask"]).sum(1) / 100)
-first, second = trainer.accelerator.gather(mine).view(2, 4)
+first, second = trainer.accelerator.gather(mine).view(2, 8)
 assert not torch.equal(first, second)
 
 # Half of the rows on each process give half of what one process makes of them all.
