@@ -29,8 +29,11 @@ from eval.style_frontier import StyleFrontier, measure_points
 from lenvm_rl.decoding import LengthGuidance
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.sampling import load_prompts, tokenize_prompts
+from lenvm_rl.sampling import load_prompts
+from lenvm_rl.sampling_jobs import tokenize_prompts
 from lenvm_rl.sandbox import DIFFICULTIES, clean_length, distinct_problems, read_completion
+
+logger = logging.getLogger(__name__)
 
 # Prompts that the style frontier is measured on, 8 completions each.
 FRONTIER_PROMPTS = 480
@@ -175,7 +178,7 @@ def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier | N
             rows.append((difficulty, reading.style, clean_length(difficulty, reading.style), right))
     missing = {problem.difficulty for problem in problems} - {row[0] for row in rows}
     if missing:
-        logger.warning("no style frontier: the policy writes no style without detours at difficulty %s", sorted(missing))
+        logger.warning("no style frontier: no style is written without detours at difficulty %s", sorted(missing))
         return None
     return StyleFrontier.from_points(measure_points(*zip(*rows, strict=True)))
 

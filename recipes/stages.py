@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval.arms import load_object
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
 from lenvm_rl.rollouts import atomic_file, read_rollouts, split_by_prompt
-from lenvm_rl.sampling import SamplingSettings, load_prompts, sample_to_file
+from lenvm_rl.sampling import load_prompts, sample_to_file
+from lenvm_rl.sampling_jobs import SamplingSettings
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 
 logger = logging.getLogger(__name__)
