@@ -20,7 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lenvm_rl.decoding import LengthGuidance, generate_guided
 from lenvm_rl.modeling import LengthValueModel
-from lenvm_rl.sampling import generation_eos_ids, strip_completion, tokenize_prompts
+from lenvm_rl.sampling import generation_eos_ids
+from lenvm_rl.sampling_jobs import strip_completion, tokenize_prompts
 
 CORRECT_ABOVE = 0.5
 

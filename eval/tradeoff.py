@@ -29,7 +29,8 @@ from eval.style_frontier import StyleFrontier, measure_points
 from lenvm_rl.decoding import LengthGuidance
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.sampling import load_prompts, tokenize_prompts
+from lenvm_rl.sampling import load_prompts
+from lenvm_rl.sampling_jobs import tokenize_prompts
 from lenvm_rl.sandbox import DIFFICULTIES, clean_length, distinct_problems, read_completion
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 import copy
 import os
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -104,14 +105,21 @@ def copy_decoder(model, dtype) -> PreTrainedModel:
     return copied.to(decoder.device).eval()
 
 
-def check_decoder(model) -> None:
+def check_decoder(model, adapters=False) -> None:
     """Raise unless a length value model can be built on the model.
+
+    Args:
+        model (`Any`):
+            What is hoped to be a model of transformers.
+        adapters (`bool`, *optional*, defaults to `False`):
+            Whether its layers may carry adapters.
 
     Raises:
         `ValueError`: the model is not a plain model of transformers (wrapped, or with adapters), is a length value
             model already, or is an encoder-decoder.
     """
-    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+    plain = isinstance(model, PreTrainedModel)
+    if not plain or (not adapters and any(isinstance(module, BaseTunerLayer) for module in model.modules())):
         raise ValueError(
             f"A length value model is built on a plain model of transformers; this is a {type(model).__name__}, "
             "wrapped or with adapters: unwrap it (`accelerator.unwrap_model`), merge its adapters (`merge_and_unload`)."

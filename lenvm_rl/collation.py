@@ -39,8 +39,8 @@ class LengthValueCollator:
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `position_ids` or `attention_mask`, `labels` (tokens to come, or
-        `IGNORED`) and `endings`, all `(R, C)`; and `sequences` `(B, 5)`: row, first state's column, states, finished,
-        group of each rollout.
+        `IGNORED`) and `endings`, all `(R, C)`; and `sequences` `(B, 6)`: row, first state's column, states, finished,
+        group and tokens of the prompt of each rollout.
     """
 
     pad_token_id: int = 0
@@ -76,7 +76,8 @@ class LengthValueCollator:
             batch["labels"][row, state : state + length] = torch.arange(length, 0, -1)
             ending = FINISHED if finished[index] else TRUNCATED_ENDINGS[self.truncated]
             batch["endings"][row, state : state + length] = ending
-            batch["sequences"][index] = torch.tensor([row, state, length, finished[index], rollouts[index]["group"]])
+            entry = [row, state, length, finished[index], rollouts[index]["group"], len(rollouts[index]["prompt_ids"])]
+            batch["sequences"][index] = torch.tensor(entry)
         return batch
 
     def _reads_cut(self, finished: bool) -> bool:
@@ -100,7 +101,7 @@ class LengthValueCollator:
             "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, IGNORED),
             "endings": torch.full(shape, FINISHED),
-            "sequences": torch.zeros(len(sizes), 5, dtype=torch.long),
+            "sequences": torch.zeros(len(sizes), 6, dtype=torch.long),
         }
         if not self.packing:
             batch["attention_mask"] = torch.zeros(shape, dtype=torch.long)

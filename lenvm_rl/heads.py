@@ -6,7 +6,23 @@ import torch
 from torch import nn
 
 
-class LengthValueHead(nn.Module):
+class Float32Module(nn.Module):
+    """A module whose weights stay float32 when it, or a parent, is cast; to another device they follow."""
+
+    def to_float32(self):
+        """Cast whatever is of another dtype; weights without data (on the device "meta") are left."""
+        return super()._apply(lambda weight: weight if weight.is_meta else weight.float())
+
+    def _apply(self, fn, recurse=True):
+        # `.to()`, `.half()`, `.bfloat16()` of any parent come through here: follow to the device, not to the dtype.
+        def to_device_only(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(to_device_only, recurse)
+
+
+class LengthValueHead(Float32Module):
     """`z = W2 SiLU(W1 h + b1) + b2` on the decoder's last hidden state h (arXiv 2604.27039, §3.1).
 
     Weights and arithmetic are float32 whatever the dtype of the decoder or of autocast, and stay so when the whole
@@ -42,11 +58,3 @@ class LengthValueHead(nn.Module):
         """Hidden states `(…, H)` of any floating dtype to logits `(…)` in float32."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.output(nn.functional.silu(self.hidden(hidden_states.float()))).squeeze(-1)
-
-    def _apply(self, fn, recurse=True):
-        # `.to()`, `.half()`, `.bfloat16()` of any parent come through here: follow to the device, not to the dtype.
-        def to_device_only(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(to_device_only, recurse)

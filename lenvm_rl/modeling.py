@@ -4,27 +4,35 @@ The value at a token is `V = -sigmoid(z)`, an estimate of the return `G = -(1 - 
 end of sequence counted: 0 is the end itself, -1 is infinitely far from it (arXiv 2604.27039, §3.1).
 """
 
-import numbers
-import os
-from typing import NamedTuple
+import copy
+from contextlib import nullcontext
 
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from lenvm_rl.backbones import (
-    cache_of,
-    check_tokenizer_fits,
-    copy_decoder,
-    decoder_config_from_dict,
-    load_decoder,
-    load_model,
-)
+from lenvm_rl.backbones import cache_of, check_tokenizer_fits, load_model
+from lenvm_rl.cards import write_model_card
 from lenvm_rl.completions import bootstrap_values, completion_logits, position_ids_from_mask
+from lenvm_rl.configuration import HOW_TO_ADD_GAMMA, LengthValueConfig, check_complete, checked_gamma
+from lenvm_rl.forms import (
+    ADAPTER,
+    FULL,
+    HEAD,
+    SharedDecoder,
+    check_same_architecture,
+    decoder_for,
+    lora_settings,
+    shared_decoder,
+)
 from lenvm_rl.heads import LengthValueHead
+from lenvm_rl.outputs import LengthOutput, LengthValueOutput
+from lenvm_rl.positions import decoder_positions, grid_offsets
+from lenvm_rl.target_spaces import RETURN, check_return_target
 from lenvm_rl.tokenization import tokenizer_fingerprint as fingerprint_of
 
 __all__ = [
+    "LengthOutput",
     "LengthValueConfig",
     "LengthValueHead",
     "LengthValueModel",
@@ -33,87 +41,6 @@ __all__ = [
     "completion_logits",
     "position_ids_from_mask",
 ]
-
-
-class LengthValueConfig(PretrainedConfig):
-    """Configuration of a [`LengthValueModel`]: its decoder, and what its values mean.
-
-    Args:
-        backbone_config (`PretrainedConfig` or `dict`, *optional*):
-            Configuration of the decoder. No model can be made without it.
-        gamma (`float`, *optional*):
-            Discount of the length return, in (0, 1). It belongs to the weights: a value says nothing without it, so no
-            model can be made or loaded without it.
-        gamma_fit (`dict`, *optional*):
-            What gamma was fitted on (quantile, coverage, number of lengths …): free form, JSON.
-        tokenizer_fingerprint (`dict`, *optional*):
-            See [`~lenvm_rl.tokenization.tokenizer_fingerprint`]. Without it, no policy can be compared with it.
-        generator (`str`, *optional*):
-            The policy whose completions the model was fitted on.
-        truncated_share (`float`, *optional*):
-            Share of those completions that were cut before their end, in [0, 1].
-
-    Raises:
-        `ValueError`: gamma is not a number strictly between 0 and 1, or transformers does not know the decoder's type.
-    """
-
-    model_type = "length_value"
-    sub_configs = {"backbone_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
-
-    def __init__(
-        self,
-        backbone_config=None,
-        gamma=None,
-        gamma_fit=None,
-        tokenizer_fingerprint=None,
-        generator=None,
-        truncated_share=None,
-        **kwargs,
-    ):
-        self.backbone_config = None
-        super().__init__(**kwargs)
-        # Set only now: the inherited method hands its own settings to every sub-configuration, so the decoder's choice
-        # of attention would be lost, and a model would compute otherwise before saving than after loading.
-        if isinstance(backbone_config, dict):
-            backbone_config = decoder_config_from_dict(backbone_config)
-        self.backbone_config = backbone_config
-        if "attn_implementation" in kwargs:
-            self._attn_implementation = kwargs["attn_implementation"]
-        self.gamma = None if gamma is None else _checked_gamma(gamma)
-        self.gamma_fit = gamma_fit
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.generator = generator
-        self.truncated_share = truncated_share
-
-    def get_text_config(self, decoder=None, encoder=None):
-        """The decoder's text configuration, where generic code looks for the hidden size, the vocabulary and the like.
-
-        (The inherited method would take the field `generator` for a sub-configuration.)
-        """
-        if self.backbone_config is None:
-            return self
-        return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
-
-
-class LengthValueOutput(NamedTuple):
-    """What a [`LengthValueModel`] says about a batch, in float32.
-
-    A tuple, not a `ModelOutput`: that is a dictionary, and a field called `values` would hide its method, which tree
-    utilities of torch (and so DDP and FSDP) call.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(B, S)`):
-            The head's output z. Remaining length is read off it, never off the value: `n = -softplus(z) / ln(gamma)`.
-        values (`torch.FloatTensor` of shape `(B, S)`):
-            `-sigmoid(z)`, in (-1, 0): the value of the state that ends in the token at this position.
-        past_key_values (`Cache`, *optional*):
-            The decoder's cache, if `use_cache=True` was given.
-    """
-
-    logits: torch.FloatTensor
-    values: torch.FloatTensor
-    past_key_values: object | None = None
 
 
 class LengthValueModel(PreTrainedModel):
@@ -127,9 +54,12 @@ class LengthValueModel(PreTrainedModel):
             With `backbone_config` and `gamma`.
         backbone (`PreTrainedModel`, *optional*):
             The decoder to use, as it is. Without it, one with random weights is made from `config.backbone_config`.
+        base (`PreTrainedModel`, *optional*):
+            For the forms `"adapter"` and `"head"`: the decoder to share. It is `.backbone`, but none of its weights are
+            among the model's parameters, and nothing but a change of device reaches it.
 
     Raises:
-        `ValueError`: the config has no decoder or no gamma.
+        `ValueError`: the config has no decoder or no gamma, or its form needs a base and there is none.
     """
 
     config_class = LengthValueConfig
@@ -146,11 +76,16 @@ class LengthValueModel(PreTrainedModel):
     _supports_attention_backend = True
 
     _frozen = False
+    _shared = None
 
-    def __init__(self, config: LengthValueConfig, backbone: PreTrainedModel | None = None):
-        _check_complete(config)
+    def __init__(self, config: LengthValueConfig, backbone: PreTrainedModel | None = None, base=None):
+        check_complete(config)
         super().__init__(config)
-        self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        if config.form != FULL or base is not None:
+            self._share(base)
+            backbone = base
+        else:
+            self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         self.head = LengthValueHead(config.get_text_config(decoder=True).hidden_size)
         if backbone is None:
             self.post_init()
@@ -159,6 +94,32 @@ class LengthValueModel(PreTrainedModel):
             # would be drawn anew.
             with no_init_weights():
                 self.post_init()
+
+    def _share(self, base) -> None:
+        form = self.config.form
+        if base is None or form == FULL:
+            raise ValueError(
+                "A model of form='full' has a decoder of its own and takes no `base`: leave it out."
+                if form == FULL
+                else f"A length value model of form={form!r} holds no decoder: give the one that it was fitted on, "
+                "`LengthValueModel.from_pretrained(path, base=model_or_path)`."
+            )
+        check_same_architecture(self.config, base)
+        self._shared = SharedDecoder(base, self.config.lora)
+        self.config.lora = self._shared.lora
+        if form == ADAPTER:
+            self.adapter = self._shared.adapter
+        # Not registered: the base is not saved, trained, frozen or cast with this model.
+        object.__setattr__(self, "backbone", base)
+        # Recomputed in the backward pass, a layer would have the adapters of that moment.
+        self.supports_gradient_checkpointing = False
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        device = self.head.output.weight.device
+        if self._shared is not None and device.type != "meta" and device != self.backbone.device:
+            self.backbone.to(device)
+        return self
 
     def _init_weights(self, module):
         # Asked about its layers: outside of transformers, modules without weights of their own are never passed here.
@@ -176,28 +137,30 @@ class LengthValueModel(PreTrainedModel):
         gamma_fit=None,
         generator=None,
         truncated_share=None,
-        dtype="float32",
+        dtype=None,
+        sampling=None,
+        form=FULL,
+        lora=None,
         **load_kwargs,
     ) -> "LengthValueModel":
         """A length value model to be trained: the decoder of an existing model under a new head.
 
         Args:
             model_or_path (`PreTrainedModel` or `str` or `os.PathLike`):
-                A causal language model or bare decoder, whose weights are copied and which is left as it was; or a
-                folder or hub id to load the decoder from (only safetensors). A language-model head is left behind.
+                A causal language model or bare decoder; or a folder or hub id to load the decoder from (only
+                safetensors). A language-model head is left behind. For form="full", the weights of a model are copied,
+                and it is left as it was; in the other forms its decoder is shared, and may have adapters.
             gamma (`float`):
                 Discount of the length return, in (0, 1): fit it to the rollouts with `lenvm_rl.returns.fit_gamma`.
             tokenizer (`PreTrainedTokenizerBase`, *optional*):
-                The tokenizer of the rollouts, whose fingerprint the config keeps. Without it, no policy can be checked
-                against the model.
-            gamma_fit (`dict`, *optional*):
-                What gamma was fitted on, see [`LengthValueConfig`].
-            generator (`str`, *optional*):
-                The policy whose completions the model will be fitted on.
-            truncated_share (`float`, *optional*):
-                Share of those completions that were cut before their end.
+                That of the rollouts. The config keeps its fingerprint, without which no policy can be checked.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-                Dtype of the decoder: float32, because training comes next. The head is float32 in any case.
+                Dtype of a decoder that is copied or loaded, float32 because training comes next. Head and adapter are
+                float32 in any case.
+            gamma_fit, generator, truncated_share, sampling, form:
+                For the config, see [`LengthValueConfig`].
+            lora (`peft.LoraConfig` or `dict`, *optional*):
+                The adapter, for form="adapter"; see [`~lenvm_rl.forms.lora_settings`].
             load_kwargs:
                 Further arguments of `AutoModel.from_pretrained`, for a path.
 
@@ -206,38 +169,37 @@ class LengthValueModel(PreTrainedModel):
 
         Raises:
             `FileNotFoundError`: the path does not exist.
-            `ValueError`: gamma is not in (0, 1); the tokenizer's pad and end tokens are one, or it has ids that the
-                decoder lacks; the model is a length value model, has adapters, or is no plain decoder.
+            `ValueError`: gamma is not in (0, 1), the tokenizer pads with its end or has ids that the decoder lacks, or
+                the model is a length value model, has adapters (form="full"), or is no plain decoder.
         """
-        gamma = _checked_gamma(gamma)
-        if isinstance(model_or_path, (str, os.PathLike)):
-            backbone = load_decoder(model_or_path, dtype, **load_kwargs)
-        elif load_kwargs:
-            raise ValueError(f"{sorted(load_kwargs)} say how to load a model, but a model was given: leave them out.")
-        else:
-            backbone = copy_decoder(model_or_path, dtype)
-        if tokenizer is not None:
-            check_tokenizer_fits(tokenizer, backbone)
+        gamma = checked_gamma(gamma)
+        backbone = decoder_for(form, model_or_path, dtype, **load_kwargs)
         config = cls.config_class(
-            backbone_config=backbone.config,
+            backbone_config=backbone.config if form == FULL else copy.deepcopy(backbone.config),
             gamma=gamma,
             gamma_fit=gamma_fit,
-            tokenizer_fingerprint=None if tokenizer is None else fingerprint_of(tokenizer),
+            tokenizer_fingerprint=_fingerprint(tokenizer, backbone),
             generator=generator,
             truncated_share=truncated_share,
-            dtype=backbone.dtype,
+            sampling=sampling,
+            form=form,
+            lora=lora_settings(lora) if form == ADAPTER or lora is not None else None,
+            dtype=backbone.dtype if form == FULL else torch.float32,
         )
-        return cls(config, backbone=backbone).to(backbone.device).eval()
+        return cls(config, **{"backbone" if form == FULL else "base": backbone}).to(backbone.device).eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, base=None, **kwargs):
         """Load a length value model: `PreTrainedModel.from_pretrained` without guessing, and only from safetensors.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
                 A folder written by `save_pretrained`, or a hub id.
+            base (`PreTrainedModel`, `peft.PeftModel`, `str` or `os.PathLike`, *optional*):
+                For the forms `"adapter"` and `"head"`: the model that they were fitted on, whose decoder is shared and
+                not copied, with its adapters if it has any; or where to load it from.
             kwargs:
-                As for any model of transformers. `dtype` is the decoder's; the head is float32 in any case.
+                As for any model of transformers. `dtype` is the decoder's; head and adapter are float32 in any case.
 
         Returns:
             [`LengthValueModel`]: in eval mode.
@@ -248,9 +210,12 @@ class LengthValueModel(PreTrainedModel):
                 random; or gamma is given here, though it belongs to the weights.
         """
         if "gamma" in kwargs:
-            raise ValueError(f"gamma belongs to the weights and is read from the model's config. {_HOW_TO_ADD_GAMMA}")
+            raise ValueError(f"gamma belongs to the weights and is read from the model's config. {HOW_TO_ADD_GAMMA}")
         if kwargs.get("use_safetensors") is False:
             raise ValueError("Only safetensors are loaded (other files can run code): drop `use_safetensors=False`.")
+        if base is not None:
+            settings = {name: kwargs.pop(name) for name in ("dtype", "attn_implementation") if name in kwargs}
+            kwargs["base"] = shared_decoder(base, **settings)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.update(use_safetensors=True, output_loading_info=True)
         model, info = load_model(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
@@ -261,7 +226,20 @@ class LengthValueModel(PreTrainedModel):
                 f"{', '.join(lacking[:6])}. Save it again with `save_pretrained`, or put a new head on a decoder with "
                 "`LengthValueModel.from_backbone(path, gamma=…)`."
             )
+        if base is not None:
+            model.to(model.backbone.device)
         return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """As for any model of transformers, with a model card; a base that is shared is not saved."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_model_card(save_directory, self.config)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # The way of everything to the hub; what transformers has put there by now is a card that says nothing.
+        write_model_card(working_dir, self.config, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @property
     def frozen(self) -> bool:
@@ -269,7 +247,12 @@ class LengthValueModel(PreTrainedModel):
         return self._frozen
 
     def freeze(self) -> "LengthValueModel":
-        """For good: no parameter takes a gradient, and `train()`, even of a parent, leaves the model in eval mode."""
+        """For good: no parameter takes a gradient, and `train()`, even of a parent, leaves the model in eval mode.
+
+        Raises:
+            `ValueError`: the model was fitted to another target than the return, so it is no critic.
+        """
+        check_return_target(self.config.target, "a frozen critic")
         self._frozen = True
         return self.requires_grad_(False).eval()
 
@@ -297,7 +280,8 @@ class LengthValueModel(PreTrainedModel):
                 other shape needs `position_ids`.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
                 By default counted from the first unmasked token, so that padding on either side gives the values of
-                the sequence alone. For packed sequences, give them and no mask.
+                the sequence alone, or made by a decoder that sees pictures. For packed sequences, give them and no
+                mask.
             past_key_values (`Cache`, *optional*):
                 The decoder's cache of the tokens before.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, H)`, *optional*):
@@ -305,55 +289,68 @@ class LengthValueModel(PreTrainedModel):
             use_cache (`bool`, *optional*, defaults to `False`):
                 Whether to return the cache, with these tokens added.
             backbone_kwargs:
-                Further arguments of the decoder.
+                Further arguments of the decoder: for pictures, all else that the processor returns.
 
         Returns:
-            [`LengthValueOutput`]: what stands at masked positions means nothing.
+            [`LengthValueOutput`]: what stands at masked positions means nothing. A [`LengthOutput`], which has no
+            values, if the model was fitted to another target than the return.
         """
-        if position_ids is None and attention_mask is not None:
-            inputs = input_ids if inputs_embeds is None else inputs_embeds
-            position_ids = position_ids_from_mask(attention_mask)[:, -inputs.shape[1] :]
-        outputs = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **backbone_kwargs,
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        position_ids = decoder_positions(
+            self.backbone, inputs, attention_mask, position_ids, past_key_values, backbone_kwargs
         )
-        logits = self.head(outputs.last_hidden_state)
-        cache = cache_of(self.backbone, outputs) if use_cache else None
-        return LengthValueOutput(logits=logits, values=-torch.sigmoid(logits), past_key_values=cache)
+        shared = self._shared
+        # The owner may have made the embeddings ask for gradients by a hook.
+        detached = self.config.form == HEAD or (shared is not None and self.frozen)
+        with (
+            nullcontext() if shared is None else shared.seen_alone(),
+            torch.no_grad() if detached else nullcontext(),
+        ):
+            outputs = self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **backbone_kwargs,
+            )
+            deltas = grid_offsets(self.backbone) if position_ids is None else None
+        return self._output(outputs.last_hidden_state, cache_of(self.backbone, outputs) if use_cache else None, deltas)
+
+    def from_hidden_states(self, hidden_states: torch.FloatTensor) -> LengthValueOutput:
+        """What a head alone says about hidden states that another forward has computed, such as a reference's.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(B, S, H)`):
+                The base's last hidden state, after its final norm and with no adapter active
+                (`output_hidden_states=True` gives it as `hidden_states[-1]`). No gradient goes back through it.
+
+        Returns:
+            As [`~LengthValueModel.forward`].
+
+        Raises:
+            `ValueError`: the model has another form, so that the hidden states of another forward are not its own.
+        """
+        if self.config.form != HEAD:
+            raise ValueError(
+                f"Only a head alone reads hidden states of others; this model is of form={self.config.form!r}, whose "
+                "hidden states are its own: call it with `input_ids`."
+            )
+        return self._output(hidden_states.detach())
+
+    def _output(self, hidden_states, cache=None, rope_deltas=None):
+        logits = self.head(hidden_states)
+        if self.config.target != RETURN:
+            return LengthOutput(logits, self.config.target, cache, rope_deltas)
+        return LengthValueOutput(logits, -torch.sigmoid(logits), cache, rope_deltas)
 
 
-_HOW_TO_ADD_GAMMA = (
-    "If a model's config lacks it and you know it: `LengthValueModel.from_pretrained(path, "
-    "config=LengthValueConfig.from_pretrained(path, gamma=…))`, then `save_pretrained`."
-)
-
-
-def _checked_gamma(gamma) -> float:
-    if isinstance(gamma, numbers.Real) and not isinstance(gamma, bool) and 0 < float(gamma) < 1:
-        return float(gamma)
-    raise ValueError(
-        f"gamma is {gamma!r}, but the discount of the length return is a number strictly between 0 and 1: fit it to "
-        "the lengths of the rollouts with `lenvm_rl.returns.fit_gamma`."
-    )
-
-
-def _check_complete(config) -> None:
-    if config.backbone_config is None:
-        raise ValueError(
-            "The config has no `backbone_config`, so this is not a length value model. To make one from a decoder, use "
-            "`LengthValueModel.from_backbone(model_or_path, gamma=…)`."
-        )
-    if config.gamma is None:
-        raise ValueError(
-            "The config has no gamma, and values mean nothing without the discount that they were fitted with. "
-            + _HOW_TO_ADD_GAMMA
-        )
-    _checked_gamma(config.gamma)
+def _fingerprint(tokenizer, decoder) -> dict | None:
+    if tokenizer is None:
+        return None
+    check_tokenizer_fits(tokenizer, decoder)
+    return fingerprint_of(tokenizer)
 
 
 AutoConfig.register(LengthValueConfig.model_type, LengthValueConfig, exist_ok=True)

@@ -19,6 +19,7 @@ import torch
 from accelerate import DistributedType
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -36,9 +37,13 @@ from lenvm_rl.packing import unpack
 from lenvm_rl.pretraining_arguments import LengthValueTrainingArguments
 from lenvm_rl.returns import fit_gamma
 from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.targets import IGNORED, length_value_loss, value_targets
+from lenvm_rl.shared_prompts import SharedPromptCollator, check_sharing, model_inputs
+from lenvm_rl.step_sampling import SortedSampler, StepSampler
+from lenvm_rl.target_spaces import TargetSpace
+from lenvm_rl.targets import IGNORED, length_value_loss, predictions_and_targets, value_targets
 from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.value_metrics import length_value_metrics, sequence_statistics, summarize
+from lenvm_rl.value_references import reference_metrics
 
 __all__ = [
     "LengthValueCollator",
@@ -92,10 +97,15 @@ def prepare_rollouts(rollouts: Dataset, args: LengthValueTrainingArguments) -> D
     return rollouts if all(keep) else rollouts.select([row for row, kept in enumerate(keep) if kept])
 
 
-def completion_lengths(rollouts: Dataset) -> torch.Tensor:
-    """Tokens of each completion, end-of-sequence counted: `(N,)` int64."""
-    table = rollouts.select_columns("completion_ids").with_format("arrow")[:]
-    return torch.tensor(pc.list_value_length(table["completion_ids"]).to_pylist())
+def completion_lengths(rollouts: Dataset, column: str = "completion_ids") -> torch.Tensor:
+    """Tokens of each completion, end-of-sequence counted, or of another column of ids: `(N,)` int64."""
+    table = rollouts.select_columns(column).with_format("arrow")[:]
+    return torch.tensor(pc.list_value_length(table[column]).to_pylist())
+
+
+def sequence_lengths(rollouts: Dataset) -> list[int]:
+    """Tokens of each completion with its prompt."""
+    return (completion_lengths(rollouts) + completion_lengths(rollouts, "prompt_ids")).tolist()
 
 
 def fit_gamma_to_rollouts(
@@ -158,21 +168,26 @@ def make_length_value_model(
     if args.gamma is not None:
         gamma, fit = args.gamma, {**fit, "quantile": None, "coverage": None}
         logger.info("gamma %.6f is used as given", gamma)
-    return LengthValueModel.from_backbone(
+    model = LengthValueModel.from_backbone(
         model_or_path,
         gamma=gamma,
         tokenizer=tokenizer,
         gamma_fit=fit,
         generator=metadata.generator,
+        sampling=metadata.sampling,
         truncated_share=metadata.truncated_share,
     )
+    model.config.target = args.target
+    model.config.target_scale = fit["percentiles"]["100"] if args.target == "normalized_length" else None
+    return model
 
 
 class LengthValueTrainer(Trainer):
     """`transformers.Trainer` for a [`LengthValueModel`]: mean over tokens of the squared error of the value.
 
     The mean runs over all states of an optimiser step: its gradient does not depend on how the step is split into
-    micro-batches and processes, nor on packing and padding. Micro-batches are drawn at random from all completions.
+    micro-batches and processes, nor on packing and padding. Steps are drawn at random from all completions (with
+    `share_prompts`, from all prompts); where sequences are padded, those of a step are sorted into micro-batches.
 
     Args:
         model ([`LengthValueModel`]): what to fit; its config holds gamma.
@@ -204,21 +219,13 @@ class LengthValueTrainer(Trainer):
         for dataset in (train_dataset, eval_dataset):
             if dataset is not None:
                 check_fits(model, dataset)
-        if args.packing:
-            check_isolation(model)
-        collator = LengthValueCollator(
-            truncated=args.truncated,
-            packing=args.packing,
-            row_length=args.row_length,
-            flatten="flash" in model.backbone.config._attn_implementation,
-        )
         super().__init__(
             model=model,
             args=args,
             train_dataset=None if train_dataset is None else train_dataset.select_columns(COLUMNS),
             eval_dataset=None if eval_dataset is None else eval_dataset.select_columns(COLUMNS),
             **{
-                "data_collator": collator,
+                "data_collator": _make_collator(model, args),
                 "compute_loss_func": self._token_mean_loss,
                 "compute_metrics": self._summarize,
                 **kwargs,
@@ -241,12 +248,12 @@ class LengthValueTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`, which counts the items of the optimiser step and corrects for the number of processes."""
         self._endings = inputs["endings"]
-        inputs = {name: value for name, value in inputs.items() if name not in ("endings", "sequences")}
+        inputs = {**model_inputs(inputs, self._unwrapped), "labels": inputs["labels"]}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _token_mean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-        targets = self._targets(outputs.values, labels, self._endings)
-        loss = length_value_loss(outputs.values, targets, labels != IGNORED, num_items_in_batch)
+        pair = predictions_and_targets(outputs.logits, labels, self._endings, self._space, self.args.lam)
+        loss = length_value_loss(*pair, labels != IGNORED, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"The loss is {loss.item()} after {self.state.global_step} steps: lower the learning rate, or look for "
@@ -254,12 +261,34 @@ class LengthValueTrainer(Trainer):
             )
         return loss
 
-    def _targets(self, values: Tensor, labels: Tensor, endings: Tensor) -> Tensor:
-        return value_targets(values, labels, endings, self._gamma, self.args.lam)
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or (self.args.packing and not self.args.share_prompts):
+            return super()._get_train_sampler(train_dataset)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return StepSampler(
+            sequence_lengths(dataset),
+            step,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),
+            groups=dataset["group"][:] if self.args.share_prompts else None,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        return (
+            super()._get_eval_sampler(eval_dataset)
+            if self.args.packing
+            else SortedSampler(sequence_lengths(eval_dataset))
+        )
 
     @property
-    def _gamma(self) -> float:
-        return self.accelerator.unwrap_model(self.model).config.gamma
+    def _unwrapped(self) -> LengthValueModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _space(self) -> TargetSpace:
+        config = self._unwrapped.config
+        return TargetSpace(config.target, config.gamma, config.target_scale)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One row of statistics per completion instead of logits, so that nothing padded crosses processes."""
@@ -268,15 +297,36 @@ class LengthValueTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             if prediction_loss_only:
                 return loss, None, None
-            row_of, first, lengths, finished, groups = inputs["sequences"].unbind(1)
-            targets = self._targets(outputs.values, inputs["labels"], inputs["endings"])
-            logits, targets = (unpack(each, row_of, first, lengths) for each in (outputs.logits, targets))
-            statistics = sequence_statistics(logits, lengths, finished, self._gamma, targets)
-        return loss, statistics, torch.stack([lengths, finished, groups], dim=1)
+            row_of, first, lengths, finished, groups, prompts = inputs["sequences"].unbind(1)
+            # Whatever was fitted, the metrics are those of a return model that says the same lengths.
+            gamma, logits = self._space.gamma, self._space.return_logits(outputs.logits)
+            lam = self.args.lam
+            targets = value_targets(-torch.sigmoid(logits), inputs["labels"], inputs["endings"], gamma, lam)
+            logits, targets = (unpack(each, row_of, first, lengths) for each in (logits, targets))
+            statistics = sequence_statistics(logits, lengths, finished, gamma, targets)
+        return loss, statistics, torch.stack([lengths, finished, groups, prompts], dim=1)
 
     def _summarize(self, prediction: EvalPrediction) -> dict[str, float]:
-        lengths, finished, groups = torch.from_numpy(prediction.label_ids).unbind(1)
-        return summarize(torch.from_numpy(prediction.predictions), lengths, finished, groups, self._gamma)
+        lengths, finished, groups, prompts = torch.from_numpy(prediction.label_ids).unbind(1)
+        metrics = summarize(torch.from_numpy(prediction.predictions), lengths, finished, groups, self._space.gamma)
+        return {**metrics, **reference_metrics(lengths, prompts, finished, groups, self._space.gamma)}
+
+
+def _make_collator(
+    model: LengthValueModel, args: LengthValueTrainingArguments
+) -> LengthValueCollator | SharedPromptCollator:
+    """The collator that the arguments ask for, once the backbone is known to bear it."""
+    if args.share_prompts:
+        check_sharing(model)
+        return SharedPromptCollator(truncated=args.truncated, row_length=args.row_length)
+    if args.packing:
+        check_isolation(model)
+    return LengthValueCollator(
+        truncated=args.truncated,
+        packing=args.packing,
+        row_length=args.row_length,
+        flatten="flash" in model.backbone.config._attn_implementation,
+    )
 
 
 def pretrain(
@@ -326,5 +376,8 @@ def pretrain(
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_rollouts is not None else {}
+    if metrics:
+        kept = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        trainer.accelerator.unwrap_model(trainer.model).config.metrics = {"held-out prompts": kept}
     trainer.save_model(args.output_dir)
     return trainer.accelerator.unwrap_model(trainer.model).eval(), metrics

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from lenvm_rl.collation import TRUNCATED_ENDINGS
 from lenvm_rl.returns import check_gamma
+from lenvm_rl.target_spaces import RETURN, TARGETS
 
 
 @dataclass
@@ -31,6 +32,15 @@ class LengthValueTrainingArguments(TrainingArguments):
     )
     gamma_quantile: float = field(default=0.99, metadata={"help": "Which quantile of the lengths gamma is fitted to."})
     gamma_coverage: float = field(default=0.99, metadata={"help": "Magnitude of the return at that quantile."})
+    target: str = field(
+        default=RETURN,
+        metadata={
+            "help": "What is fitted: the length return; or, for ablation only, the number of tokens to come (length), "
+            "over the longest of the rollouts (normalized_length), or its logarithm (log_length). A model of those "
+            "predicts lengths, and has no values for reinforcement learning or decoding.",
+            "choices": list(TARGETS),
+        },
+    )
     lam: float = field(
         default=1.0,
         metadata={"help": "Lambda of the lambda-returns, in [0, 1]; 1 is plain Monte Carlo returns."},
@@ -51,18 +61,38 @@ class LengthValueTrainingArguments(TrainingArguments):
         default=True,
         metadata={
             "help": "Put several short sequences in one row instead of padding each. Turn it off for a backbone that "
-            "does not keep packed sequences apart (an error says so)."
+            "does not keep packed sequences apart (an error says so): sequences of an optimiser step are then sorted "
+            "into micro-batches by their length."
         },
     )
     row_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens in a packed row. If omitted: the longest sequence of the micro-batch, or twice that."
+            "help": "Most tokens in a packed row. If omitted: the longest sequence of the micro-batch, or twice that "
+            "(twice that with share_prompts)."
+        },
+    )
+
+    share_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute a prompt once for several of its completions, for prompts that are long beside their "
+            "completions (`python -m eval.speed pretraining --help` measures it). Optimiser steps are then made of "
+            "whole prompts drawn at random, not of completions: give a batch size that holds all of a prompt's. "
+            "Llama, Qwen2 and Qwen3, with the attention sdpa or eager."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}.")
+        if self.target != RETURN and (self.lam != 1.0 or self.truncated == "infinite"):
+            raise ValueError(
+                f"lam < 1 and truncated='infinite' exist for target='return' only, not for {self.target!r}."
+            )
+        if self.share_prompts and not self.packing:
+            raise ValueError("share_prompts=True puts completions in one row, so it needs packing=True.")
         if self.truncated not in TRUNCATED_ENDINGS:
             raise ValueError(f"truncated must be one of {', '.join(TRUNCATED_ENDINGS)}, got {self.truncated!r}.")
         if not 0.0 <= self.lam <= 1.0:

@@ -215,6 +215,9 @@ def write_rollouts(
             raise ValueError(f"There is no record to write to {path}.")
         cut = reasons["length"] / total
         metadata = replace(metadata, num_prompts=len(groups), num_completions=total, truncated_share=cut)
+        # On the disk, not only in a buffer: the old metadata must stay if the disk fills here.
+        file.flush()
+        os.fsync(file.fileno())
         metadata.save(metadata_path(path))
     return metadata
 

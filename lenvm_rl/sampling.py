@@ -1,4 +1,6 @@
-"""Where rollouts come from: a policy samples completions of prompts, and the token ids are kept exactly as sampled.
+"""Rollouts from a policy in this process, and the prompts for them; the token ids are kept exactly as sampled.
+
+From a server: `lenvm_rl.server_sampling`; with vLLM: `lenvm_rl.vllm_sampling`.
 
 The work is cut into batches by a plan that depends on the prompts and the settings only, and every batch has a seed of
 its own. So a run gives the same records every time, and [`sample_to_file`], killed at any moment and started again,
@@ -7,62 +9,26 @@ ends with the records of an unbroken run.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lenvm_rl.journal import Journal
-from lenvm_rl.rollouts import REQUIRED_COLUMNS, RolloutMetadata, read_rollouts, write_rollouts
-from lenvm_rl.tokenization import check_pad_is_not_eos, tokenizer_fingerprint
-
-logger = logging.getLogger(__name__)
-
-Prompt = str | list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """Everything that a completion depends on beside the policy, the prompt and the seed.
-
-    Args:
-        num_samples (`int`): completions per prompt.
-        max_new_tokens (`int`): most tokens per completion, the end-of-sequence token counted.
-        batch_size (`int`): completions per `generate` call.
-        temperature (`float`, *optional*, defaults to `1.0`): 0 is greedy decoding.
-        top_p (`float`, *optional*, defaults to `1.0`): nucleus; 1 keeps every token.
-        top_k (`int`, *optional*, defaults to `0`): most probable tokens kept; 0 keeps every token.
-    """
-
-    num_samples: int
-    max_new_tokens: int
-    batch_size: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(
-                "temperature and top_k must not be negative and top_p must be in (0, 1], got "
-                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}."
-            )
-        if self.temperature == 0 and self.num_samples > 1:
-            raise ValueError("temperature 0 gives num_samples equal completions; set num_samples to 1.")
+from lenvm_rl.rollouts import RolloutMetadata
+from lenvm_rl.sampling_jobs import (
+    Prompt,
+    SamplingJob,
+    SamplingSettings,
+    batch_seed,
+    in_order,
+    run_to_file,
+    strip_completion,
+)
 
 
 def sample_rollouts(
@@ -90,7 +56,8 @@ def sample_rollouts(
         tokenizer (`PreTrainedTokenizerBase`): with a pad token that is not an end-of-sequence token.
         prompts (`Sequence[str | list[dict]]`): texts (tokenised as they are) or lists of messages (the chat template
             is applied, with the generation prompt).
-        num_samples, max_new_tokens, temperature, top_p, top_k, batch_size: see [`SamplingSettings`].
+        num_samples, max_new_tokens, temperature, top_p, top_k, batch_size: see
+            [`~lenvm_rl.sampling_jobs.SamplingSettings`].
         seed (`int`): the same seed, prompts, settings, model and hardware give the same records.
         extra_columns (`dict[str, Sequence]`, *optional*): further columns, one entry per prompt.
 
@@ -104,8 +71,7 @@ def sample_rollouts(
     """
     settings = SamplingSettings(num_samples, max_new_tokens, batch_size, temperature, top_p, top_k)
     sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, extra_columns)
-    records = [record for _, batch in sampler.run() for record in batch]
-    return sampler.in_order(records)
+    return in_order(dict(sampler.run()))
 
 
 def sample_to_file(
@@ -121,14 +87,13 @@ def sample_to_file(
 ) -> tuple[Dataset, RolloutMetadata]:
     """[`sample_rollouts`] into a file, in steps that survive being killed.
 
-    Every finished batch is appended to `<name>.journal` as one line. Started again with the same arguments, the batches
-    found there are not sampled again; a half-written last line is. When all are there, the rollouts and their metadata
-    are written under `path` and the journal is removed. If the finished file exists already, it is read, not sampled.
+    Killed at any moment and started again with the same arguments, it goes on where it was, see
+    [`~lenvm_rl.sampling_jobs.run_to_file`]. If the finished file exists already, it is read, not sampled.
 
     Args:
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
         model, tokenizer, prompts, seed, extra_columns: as in [`sample_rollouts`].
-        settings (`SamplingSettings`): how to sample.
+        settings ([`~lenvm_rl.sampling_jobs.SamplingSettings`]): how to sample.
         generator (`str`, *optional*, defaults to the model's `name_or_path`): what the metadata calls the policy.
 
     Returns:
@@ -138,27 +103,8 @@ def sample_to_file(
         ValueError: as [`sample_rollouts`]; also if a finished file or a journal under this name was begun with other
             arguments.
     """
-    path = Path(path)
     sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, extra_columns)
-    metadata = sampler.metadata(generator)
-    if path.exists():
-        dataset, found = read_rollouts(path)
-        if found.sampling != metadata.sampling or found.seed != seed:
-            raise ValueError(
-                f"{path} exists and was sampled with other arguments (then {found.sampling}, seed {found.seed}; now "
-                f"{metadata.sampling}, seed {seed}). Give another path, or remove it to sample again."
-            )
-        logger.info("%s is complete: %d completions, nothing to sample", path, len(dataset))
-        return dataset, found
-    journal = Journal(path.with_suffix(".journal"), metadata.sampling["plan"])
-    done = journal.open()
-    for index, batch in sampler.run(done):
-        journal.append(index, batch)
-        done[index] = batch
-    records = sampler.in_order([record for index in sorted(done) for record in done[index]])
-    write_rollouts(path, records, metadata)
-    journal.remove()
-    return read_rollouts(path)
+    return run_to_file(path, sampler, generator or model.config.name_or_path or f"{type(model).__name__} in memory")
 
 
 def load_prompts(
@@ -194,32 +140,26 @@ def load_prompts(
     return dataset
 
 
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: text as it is, messages through the chat template with the generation prompt."""
-    ids = []
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            row = tokenizer(prompt)["input_ids"]
-        else:
-            row = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        if not row:
-            raise ValueError(f"Prompt {index} has no tokens ({prompt!r}): the first value is read at its last token.")
-        ids.append(list(row))
-    return ids
-
-
 def generation_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the tokenizer's and those of the model's generation config, ascending."""
-    configured = model.generation_config.eos_token_id
+    return end_ids(model.generation_config, tokenizer)
+
+
+def end_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the tokenizer's and those of a generation config, ascending."""
+    configured = config.eos_token_id
     ids = set(configured) if isinstance(configured, list) else {configured}
     return sorted((ids | {tokenizer.eos_token_id}) - {None})
 
 
-class RolloutSampler:
-    """A sampling job: the plan of its batches, and their sampling with transformers' `generate`.
+class RolloutSampler(SamplingJob):
+    """A sampling job with transformers' `generate`; a step is a batch, whose completions share a random stream.
 
     Arguments as in [`sample_rollouts`].
     """
+
+    engine = "transformers"
+    depends_on_batch_size = True
 
     def __init__(
         self,
@@ -230,21 +170,9 @@ class RolloutSampler:
         seed: int,
         extra_columns: dict[str, Sequence[Any]] | None = None,
     ):
-        check_pad_is_not_eos(tokenizer)
-        if not len(prompts):
-            raise ValueError("There is no prompt to sample from.")
-        self.model, self.tokenizer, self.settings, self.seed = model, tokenizer, settings, seed
-        self.prompts = list(prompts)
-        self.extra_columns = {name: list(column) for name, column in (extra_columns or {}).items()}
-        reserved = sorted(set(self.extra_columns) & set(REQUIRED_COLUMNS))
-        if reserved:
-            raise ValueError(f"Columns {reserved} have the names of a rollout's own fields: rename or remove them.")
-        for name, column in self.extra_columns.items():
-            if len(column) != len(self.prompts):
-                raise ValueError(f"Column {name!r} has {len(column)} entries for {len(self.prompts)} prompts.")
-        self.prompt_ids = tokenize_prompts(tokenizer, self.prompts)
-        # A pad token among the model's further end ids is harmless: a completion is over at the first end id.
-        self.eos_token_ids = generation_eos_ids(model, tokenizer)
+        ends = generation_eos_ids(model, tokenizer)
+        super().__init__(tokenizer, prompts, settings, seed=seed, extra_columns=extra_columns, eos_token_ids=ends)
+        self.model = model
         self._check_room()
 
     def _check_room(self) -> None:
@@ -265,61 +193,22 @@ class RolloutSampler:
         size = self.settings.batch_size
         return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
-    def metadata(self, generator: str | None = None) -> RolloutMetadata:
-        """What a file of these rollouts says about itself. `sampling["plan"]` tells two different jobs apart."""
-        settings = asdict(self.settings)
-        generator = generator or self.model.config.name_or_path or f"{type(self.model).__name__} in memory"
-        job = [generator, settings, self.seed, self.eos_token_ids, self.prompt_ids, self.prompts, self.extra_columns]
-        plan = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
-        return RolloutMetadata(
-            generator=generator,
-            tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
-            sampling={**settings, "backend": "transformers", "plan": plan},
-            seed=self.seed,
-            eos_token_ids=self.eos_token_ids,
-        )
+    def step_sizes(self):
+        """See [`~lenvm_rl.sampling_jobs.SamplingJob.step_sizes`]."""
+        return [len(batch) for batch in self.plan()]
 
-    def run(self, done: dict[int, Any] | None = None) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Yields (index of the batch, its records) for every batch of the plan that is not in `done`."""
+    def sample(self, steps: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """See [`~lenvm_rl.sampling_jobs.SamplingJob.sample`]."""
         plan = self.plan()
-        todo = [index for index in range(len(plan)) if index not in (done or {})]
-        tokens = cut = completions = 0
-        start = time.perf_counter()
-        with tqdm(total=sum(len(plan[index]) for index in todo), desc="sampling", unit="completion") as progress:
-            for index in todo:
-                records = self._sample_batch(index, plan[index])
-                tokens += sum(len(record["completion_ids"]) for record in records)
-                cut += sum(record["finish_reason"] == "length" for record in records)
-                completions += len(records)
-                rate = tokens / (time.perf_counter() - start)
-                progress.set_postfix_str(f"{rate:.0f} tokens/s, {cut / completions:.1%} truncated", refresh=False)
-                progress.update(len(records))
-                yield index, records
-        if completions:
-            share = 100 * cut / completions
-            logger.info("sampled %d completions, %d tokens, %.1f%% truncated", completions, tokens, share)
-
-    def in_order(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Records by prompt; samples of one prompt stay in the order of the plan."""
-        return sorted(records, key=lambda record: record["group"])
+        for index in steps:
+            yield index, self._sample_batch(index, plan[index])
 
     def _sample_batch(self, index: int, pairs: list[tuple[int, int]]) -> list[dict[str, Any]]:
         rows = self._generate([self.prompt_ids[prompt] for prompt, _ in pairs], index)
-        records = []
-        for (prompt, _), row in zip(pairs, rows, strict=True):
-            completion, finish_reason = strip_completion(row, self.eos_token_ids, self.settings.max_new_tokens)
-            extra = {name: column[prompt] for name, column in self.extra_columns.items()}
-            records.append(
-                {
-                    "prompt": self.prompts[prompt],
-                    "prompt_ids": self.prompt_ids[prompt],
-                    "completion_ids": completion,
-                    "finish_reason": finish_reason,
-                    "group": prompt,
-                    **extra,
-                }
-            )
-        return records
+        return [
+            self.record_of(prompt, *strip_completion(row, self.eos_token_ids, self.settings.max_new_tokens))
+            for (prompt, _), row in zip(pairs, rows, strict=True)
+        ]
 
     @torch.no_grad()
     def _generate(self, prompt_ids: list[list[int]], index: int) -> list[list[int]]:
@@ -345,37 +234,6 @@ class RolloutSampler:
         return GenerationConfig(
             do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, **common
         )
-
-
-def strip_completion(row: Sequence[int], eos_token_ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], str]:
-    """A generated row without the padding after its end, and its finish reason.
-
-    Args:
-        row (`Sequence[int]`): generated ids, padded to the width of the batch.
-        eos_token_ids (`Sequence[int]`): ids that end a completion; the first of them is kept.
-        max_new_tokens (`int`): width of a row that was cut.
-
-    Returns:
-        `tuple[list[int], str]`: the ids as sampled, and `"stop"` or `"length"`.
-
-    Raises:
-        ValueError: if a row without an end is shorter than `max_new_tokens`: something else stopped it.
-    """
-    ends = set(eos_token_ids)
-    for place, token in enumerate(row):
-        if token in ends:
-            return list(row[: place + 1]), "stop"
-    if len(row) != max_new_tokens:
-        raise ValueError(
-            f"A completion stopped after {len(row)} of {max_new_tokens} tokens without any of the end-of-sequence ids "
-            f"{sorted(ends)}; remove the stopping criterion that did it, or add its token to the ids."
-        )
-    return list(row), "length"
-
-
-def batch_seed(seed: int, index: int) -> int:
-    """A seed for batch `index`; hashed, so that neighbouring seeds and batches share no random stream."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1
 
 
 @contextmanager

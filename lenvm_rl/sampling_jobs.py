@@ -1,7 +1,7 @@
 """A sampling job in steps that survive being killed, wherever its completions come from.
 
-[`SamplingJob`] is the part that every engine shares: which completions there are to sample, what the metadata says
-about them, and the progress bar. [`run_to_file`] runs one into a rollout file.
+[`SamplingJob`] is the part that every engine shares: which completions there are to sample, in which steps, what the
+metadata says about them, and the progress bar. [`run_to_file`] runs one into a rollout file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,69 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.journal import Journal
-from lenvm_rl.rollouts import RolloutMetadata, find_problem, read_rollouts, set_aside, write_rollouts
-from lenvm_rl.sampling import Prompt, SamplingSettings, batch_seed, tokenize_prompts
+from lenvm_rl.rollouts import (
+    REQUIRED_COLUMNS,
+    RolloutMetadata,
+    find_problem,
+    read_rollouts,
+    set_aside,
+    write_rollouts,
+)
 from lenvm_rl.tokenization import check_pad_is_not_eos, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
 
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Everything that a completion depends on beside the policy, the prompt and the seed.
+
+    Args:
+        num_samples (`int`): completions per prompt.
+        max_new_tokens (`int`): most tokens per completion, the end-of-sequence token counted.
+        batch_size (`int`): completions that are under way at once: those of a `generate` call, or of a server.
+        temperature (`float`, *optional*, defaults to `1.0`): 0 is greedy decoding.
+        top_p (`float`, *optional*, defaults to `1.0`): nucleus; 1 keeps every token.
+        top_k (`int`, *optional*, defaults to `0`): most probable tokens kept; 0 keeps every token.
+    """
+
+    num_samples: int
+    max_new_tokens: int
+    batch_size: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                "temperature and top_k must not be negative and top_p must be in (0, 1], got "
+                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}."
+            )
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError("temperature 0 gives num_samples equal completions; set num_samples to 1.")
+
+
 class SamplingJob(ABC):
     """Completions to sample, numbered by prompt and sample: number i is sample `i % num_samples` of its prompt.
 
-    Every completion has a seed of its own, so what it is does not depend on which others are sampled beside it or
-    before it, as far as the engine keeps to seeds.
+    A job is done in steps, numbered from 0. A step is one completion, with a seed of its own, so that what it is does
+    not depend on which others are sampled beside it or before it, as far as the engine keeps to seeds; an engine whose
+    completions do depend on their batch has batches for steps.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         prompts (`Sequence[str | list[dict]]`): texts (tokenised as they are) or lists of messages (the chat template
             is applied, with the generation prompt).
-        settings ([`~lenvm_rl.sampling.SamplingSettings`]): `batch_size` is how many completions are under way at once;
-            the result does not depend on it.
-        seed (`int`): decides the seed of every completion.
+        settings ([`SamplingSettings`]): `batch_size` is how many completions are under way at once; the result does
+            not depend on it unless `depends_on_batch_size`.
+        seed (`int`): decides the seed of every step.
         extra_columns (`dict[str, Sequence]`, *optional*): further columns of the records, one entry per prompt.
         eos_token_ids (`Sequence[int]`, *optional*, defaults to the tokenizer's): every id that ends a completion.
 
@@ -51,6 +94,7 @@ class SamplingJob(ABC):
     """
 
     engine = ""
+    depends_on_batch_size = False
 
     def __init__(
         self,
@@ -68,15 +112,14 @@ class SamplingJob(ABC):
         self.tokenizer, self.settings, self.seed = tokenizer, settings, seed
         self.prompts = list(prompts)
         self.extra_columns = {name: list(column) for name, column in (extra_columns or {}).items()}
+        reserved = sorted(set(self.extra_columns) & set(REQUIRED_COLUMNS))
+        if reserved:
+            raise ValueError(f"Columns {reserved} have the names of a rollout's own fields: rename or remove them.")
         for name, column in self.extra_columns.items():
             if len(column) != len(self.prompts):
                 raise ValueError(f"Column {name!r} has {len(column)} entries for {len(self.prompts)} prompts.")
         self.eos_token_ids = sorted({tokenizer.eos_token_id} if eos_token_ids is None else set(eos_token_ids))
-        if tokenizer.pad_token_id in self.eos_token_ids:
-            raise ValueError(
-                f"pad token {tokenizer.pad_token_id} is one of the end-of-sequence ids {self.eos_token_ids}: give the "
-                "tokenizer another pad token, or padding cannot be told from an end."
-            )
+        # A pad token among the model's further end ids is harmless: a completion is over at the first end id.
         self.prompt_ids = tokenize_prompts(tokenizer, self.prompts)
 
     def __len__(self) -> int:
@@ -84,8 +127,12 @@ class SamplingJob(ABC):
         return len(self.prompts) * self.settings.num_samples
 
     @abstractmethod
-    def sample(self, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields (number, record) for each of the numbers, in any order: what an engine has to say."""
+    def sample(self, steps: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Yields (step, its records) for each of the steps, in any order: what an engine has to say."""
+
+    def step_sizes(self) -> list[int]:
+        """Number of completions in each step."""
+        return [1] * len(self)
 
     def description(self) -> dict[str, Any]:
         """What the engine adds to the metadata's `sampling`; part of what tells two jobs apart."""
@@ -104,8 +151,11 @@ class SamplingJob(ABC):
         return batch_seed(self.seed, number) % 2**31
 
     def record(self, number: int, completion_ids: list[int], finish_reason: str, **columns: Any) -> dict[str, Any]:
-        """The rollout record of a completion."""
-        prompt = self.prompt_of(number)
+        """The rollout record of a completion, by its number."""
+        return self.record_of(self.prompt_of(number), completion_ids, finish_reason, **columns)
+
+    def record_of(self, prompt: int, completion_ids: list[int], finish_reason: str, **columns: Any) -> dict[str, Any]:
+        """The rollout record of a completion, by the index of its prompt."""
         return {
             "prompt": self.prompts[prompt],
             "prompt_ids": self.prompt_ids[prompt],
@@ -118,7 +168,9 @@ class SamplingJob(ABC):
 
     def metadata(self, generator: str) -> RolloutMetadata:
         """What a file of these rollouts says about itself. `sampling["plan"]` tells two different jobs apart."""
-        settings = {name: value for name, value in asdict(self.settings).items() if name != "batch_size"}
+        settings = asdict(self.settings)
+        if not self.depends_on_batch_size:
+            del settings["batch_size"]
         sampling = {**settings, "backend": self.engine, **self.description()}
         job = [generator, sampling, self.seed, self.eos_token_ids, self.prompt_ids, self.prompts, self.extra_columns]
         plan = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
@@ -130,29 +182,39 @@ class SamplingJob(ABC):
             eos_token_ids=self.eos_token_ids,
         )
 
-    def run(self, done: Sequence[int] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields (number, record) for every completion that is not in `done`, with a progress bar."""
-        finished = set(done)
-        todo = [number for number in range(len(self)) if number not in finished]
-        tokens = cut = count = 0
+    def run(self, done: Collection[int] = ()) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Yields (step, its records) for every step that is not in `done`, with a progress bar."""
+        sizes = self.step_sizes()
+        todo = [step for step in range(len(sizes)) if step not in done]
+        tokens = cut = completions = 0
+        before = len(self) - sum(sizes[step] for step in todo)
         start = time.perf_counter()
-        with tqdm(total=len(self), initial=len(self) - len(todo), desc="sampling", unit="completion") as progress:
-            for count, (number, record) in enumerate(self.sample(todo), start=1):
-                tokens += len(record["completion_ids"])
-                cut += record["finish_reason"] == "length"
+        with tqdm(total=len(self), initial=before, desc="sampling", unit="completion") as progress:
+            for step, records in self.sample(todo):
+                tokens += sum(len(record["completion_ids"]) for record in records)
+                cut += sum(record["finish_reason"] == "length" for record in records)
+                completions += len(records)
                 rate = tokens / (time.perf_counter() - start)
-                progress.set_postfix_str(f"{rate:.0f} tokens/s, {cut / count:.1%} truncated", refresh=False)
-                progress.update()
-                yield number, record
-        if count:
-            logger.info("sampled %d completions, %d tokens, %.1f%% truncated", count, tokens, 100 * cut / count)
+                progress.set_postfix_str(f"{rate:.0f} tokens/s, {cut / completions:.1%} truncated", refresh=False)
+                progress.update(len(records))
+                yield step, records
+        if completions:
+            share = 100 * cut / completions
+            logger.info("sampled %d completions, %d tokens, %.1f%% truncated", completions, tokens, share)
+
+
+def in_order(steps: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The records of all steps by prompt; those of one prompt in the order of the steps."""
+    records = [record for step in sorted(steps) for record in steps[step]]
+    return sorted(records, key=lambda record: record["group"])
 
 
 def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tuple[Dataset, RolloutMetadata]:
     """Runs a job into a rollout file; killed at any moment and started again, it goes on where it was.
 
-    Every finished completion is appended to `<name>.journal` as one line. When all are there, the rollouts and their
-    metadata are written under `path` and the journal is removed. If the finished file exists already, it is read.
+    Every finished step is appended to `<name>.journal` as one line; a half-written last line is done again. When all
+    are there, the rollouts and their metadata are written under `path` and the journal is removed. If the finished file
+    exists already, it is read.
 
     Args:
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
@@ -175,18 +237,18 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
         dataset, found = read_rollouts(path)
         if found.sampling.get("plan") != plan:
             raise ValueError(
-                f"{path} exists and was sampled with other prompts or settings (then {found.sampling}; now "
-                f"{metadata.sampling}). Give another path, or remove it to sample again."
+                f"{path} exists and was sampled with other arguments (then {found.sampling}, seed {found.seed}; now "
+                f"{metadata.sampling}, seed {metadata.seed}). Give another path, or remove it to sample again."
             )
         # A kill between the last two steps leaves it behind.
         journal.path.unlink(missing_ok=True)
         logger.info("%s is complete: %d completions, nothing to sample", path, len(dataset))
         return dataset, found
     done = journal.open()
-    for number, record in job.run(list(done)):
-        journal.append(number, [record])
-        done[number] = [record]
-    records = [record for number in sorted(done) for record in done[number]]
+    for step, batch in job.run(set(done)):
+        journal.append(step, batch)
+        done[step] = batch
+    records = in_order(done)
     good, rejected = [], []
     for number, record in enumerate(records, start=1):
         reason = find_problem(record, metadata.vocab_size, metadata.eos_token_ids)
@@ -197,3 +259,48 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
     write_rollouts(path, good, replace(metadata, sampling=sampling))
     journal.remove()
     return read_rollouts(path)
+
+
+def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt: text as it is, messages through the chat template with the generation prompt."""
+    ids = []
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            row = tokenizer(prompt)["input_ids"]
+        else:
+            row = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if not row:
+            raise ValueError(f"Prompt {index} has no tokens ({prompt!r}): the first value is read at its last token.")
+        ids.append(list(row))
+    return ids
+
+
+def strip_completion(row: Sequence[int], eos_token_ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], str]:
+    """A generated row without the padding after its end, and its finish reason.
+
+    Args:
+        row (`Sequence[int]`): generated ids, padded to the width of the batch.
+        eos_token_ids (`Sequence[int]`): ids that end a completion; the first of them is kept.
+        max_new_tokens (`int`): width of a row that was cut.
+
+    Returns:
+        `tuple[list[int], str]`: the ids as sampled, and `"stop"` or `"length"`.
+
+    Raises:
+        ValueError: if a row without an end is shorter than `max_new_tokens`: something else stopped it.
+    """
+    ends = set(eos_token_ids)
+    for place, token in enumerate(row):
+        if token in ends:
+            return list(row[: place + 1]), "stop"
+    if len(row) != max_new_tokens:
+        raise ValueError(
+            f"A completion stopped after {len(row)} of {max_new_tokens} tokens without any of the end-of-sequence ids "
+            f"{sorted(ends)}; remove the stopping criterion that did it, or add its token to the ids."
+        )
+    return list(row), "length"
+
+
+def batch_seed(seed: int, index: int) -> int:
+    """A seed for step `index`; hashed, so that neighbouring seeds and steps share no random stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1

@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.retokenization import retokenization_columns, retokenization_report, retokenize
 from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.sampling import Prompt, SamplingSettings, strip_completion
-from lenvm_rl.sampling_jobs import SamplingJob, run_to_file
+from lenvm_rl.sampling_jobs import Prompt, SamplingJob, SamplingSettings, run_to_file, strip_completion
 from lenvm_rl.servers import CompletionServer, ServerAnswer, ServerError
 
 
@@ -45,7 +44,8 @@ def sample_from_server(
         server ([`~lenvm_rl.servers.CompletionServer`]): as `lenvm_rl.servers.connect` makes it.
         tokenizer (`PreTrainedTokenizerBase`): that of the server's model.
         prompts, extra_columns: see [`~lenvm_rl.sampling_jobs.SamplingJob`].
-        settings ([`~lenvm_rl.sampling.SamplingSettings`]): `batch_size` is the number of requests under way at once.
+        settings ([`~lenvm_rl.sampling_jobs.SamplingSettings`]): `batch_size` is the number of requests under way at
+            once.
         seed (`int`): decides the seed of every request. The same completions come back only from a server that keeps
             to seeds, and few do whatever else they are computing at the time.
         eos_token_ids (`Sequence[int]`, *optional*, defaults to the tokenizer's): every id that ends a completion.
@@ -118,12 +118,12 @@ class ServerJob(SamplingJob):
         """See [`~lenvm_rl.sampling_jobs.SamplingJob.report`]."""
         return {} if self.server.gives_token_ids else {"retokenization": retokenization_report(records)}
 
-    def sample(self, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def sample(self, steps: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """See [`~lenvm_rl.sampling_jobs.SamplingJob.sample`]; the records come in the order of the answers."""
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         answers: queue.SimpleQueue[tuple[int, ServerAnswer | Exception]] = queue.SimpleQueue()
         abandoned = threading.Event()
-        for number in numbers:
+        for number in steps:
             waiting.put(number)
 
         def work() -> None:
@@ -138,15 +138,15 @@ class ServerJob(SamplingJob):
                     answers.put((number, error))
 
         # Daemons, so that nobody who stops the program waits for requests that are under way.
-        for _ in range(min(self.settings.batch_size, len(numbers))):
+        for _ in range(min(self.settings.batch_size, len(steps))):
             threading.Thread(target=work, daemon=True).start()
         try:
-            for _ in numbers:
+            for _ in steps:
                 number, answer = answers.get()
                 if isinstance(answer, Exception):
                     answer.add_note(f"This was for a completion of prompt {self.prompt_of(number)}.")
                     raise answer
-                yield number, self._record(number, answer)
+                yield number, [self._record(number, answer)]
         finally:
             abandoned.set()
 

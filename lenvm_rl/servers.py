@@ -31,7 +31,7 @@ from typing import Any
 
 import requests
 
-from lenvm_rl.sampling import SamplingSettings
+from lenvm_rl.sampling_jobs import SamplingSettings
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.retokenization import retokenization_columns, retokenization_report, retokenize
 from lenvm_rl.rollouts import RolloutMetadata, count_rollouts, find_problem, set_aside
-from lenvm_rl.sampling import tokenize_prompts
+from lenvm_rl.sampling_jobs import tokenize_prompts
 from lenvm_rl.tokenization import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)

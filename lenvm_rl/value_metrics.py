@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
+from lenvm_rl.value_references import half_errors, mean_by_group
 
 POINTS = (0, 25, 50, 75)  # percent of a completion's tokens that stand already
 _COLUMNS = ("value", "target", "value_spread", "target_spread", "joint_spread", "absolute_error", "loss")
@@ -131,7 +132,10 @@ def length_value_metrics(
           exact in value has a negative bias in tokens.
         - at the prompt, `consistent_mae`, `consistent_mre`: against the return-consistent length
           ``ln(1 - mean_i(1 - gamma^L_i)) / ln(gamma)`` of each prompt, mean over the `consistent_prompts` prompts that
-          have no cut completion; `kendall_tau`: rank agreement (tau-b) of predicted and realised lengths.
+          have no cut completion; `prompt_explained_variance`: of the mean return between those prompts, by V;
+          `half_mre`: as `consistent_mre`, against halves of a prompt's completions (see
+          [`lenvm_rl.value_references.reference_metrics`], whose `reference_half_mre` an exact model has about 0.7 of);
+          `kendall_tau`: rank agreement (tau-b) of predicted and realised lengths.
 
         NaN where nothing is defined: a quotient by a variance of 0, no prompt without a cut completion.
     """
@@ -219,22 +223,28 @@ def _point_metrics(logits: Tensor, remaining: Tensor, gamma: float, point: int) 
 def _boundary_metrics(logits: Tensor, lengths: Tensor, ended: Tensor, groups: Tensor, gamma: float) -> dict[str, float]:
     _, group = torch.unique(groups, return_inverse=True)
 
-    def sum_by_group(column: Tensor) -> Tensor:
-        return torch.zeros(int(group.max()) + 1, dtype=torch.double).index_add_(0, group, column.double())
-
-    count = sum_by_group(torch.ones_like(lengths))
     # A prompt has one prediction: the mean evens out rounding, which would pass for an order in kendall_tau.
-    predicted = sum_by_group(remaining_from_logits(logits, gamma)) / count
-    whole = sum_by_group(~ended) == 0
-    mean_return = sum_by_group(discounted_return(lengths, gamma)) / count
+    predicted = mean_by_group(remaining_from_logits(logits, gamma), group)
+    value = mean_by_group(-torch.sigmoid(logits), group)
+    whole = mean_by_group(ended, group) == 1.0
+    mean_return = mean_by_group(discounted_return(lengths, gamma), group)
     consistent = remaining_from_value(mean_return, gamma)[whole]
     errors = (predicted[whole] - consistent).abs()
+    value_errors, mean_return = (value - mean_return)[whole], mean_return[whole]
+    unexplained = _ratio(_variance(value_errors), _variance(mean_return))
     return {
         "consistent_prompts": float(whole.sum()),
         "consistent_mae": float(errors.mean()),
         "consistent_mre": float((errors / consistent).mean()),
+        "half_mre": half_errors(predicted, lengths, ended, group, gamma),
+        "prompt_explained_variance": 1.0 - unexplained,
         "kendall_tau": kendall_tau(predicted[group][ended], lengths[ended]),
     }
+
+
+def _variance(column: Tensor) -> float:
+    """Of the population; NaN of nothing."""
+    return float(column.var(correction=0)) if len(column) else math.nan
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -18,8 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.sampling import Prompt, SamplingSettings, strip_completion
-from lenvm_rl.sampling_jobs import SamplingJob, run_to_file
+from lenvm_rl.sampling_jobs import Prompt, SamplingJob, SamplingSettings, run_to_file, strip_completion
 
 
 def sample_with_vllm(
@@ -44,8 +43,8 @@ def sample_with_vllm(
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
         model (`str`): folder or hub id of the policy.
         tokenizer, prompts, extra_columns: see [`~lenvm_rl.sampling_jobs.SamplingJob`].
-        settings ([`~lenvm_rl.sampling.SamplingSettings`]): `batch_size` is the number of completions per call; some
-            thousands keep the engine busy.
+        settings ([`~lenvm_rl.sampling_jobs.SamplingSettings`]): `batch_size` is the number of completions per call;
+            some thousands keep the engine busy.
         seed (`int`): decides the seed of every completion.
         eos_token_ids (`Sequence[int]`, *optional*, defaults to the tokenizer's): every id that ends a completion, such
             as those of the policy's generation config.
@@ -113,21 +112,22 @@ class VLLMJob(SamplingJob):
         """See [`~lenvm_rl.sampling_jobs.SamplingJob.description`]."""
         return {"model": self.model, "token_ids": "sampled", "engine_arguments": self.engine_arguments}
 
-    def sample(self, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def sample(self, steps: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """See [`~lenvm_rl.sampling_jobs.SamplingJob.sample`]."""
-        if not numbers:
+        if not steps:
             return
         vllm = import_vllm()
         llm = vllm.LLM(model=self.model, seed=self.seed, **self.engine_arguments)
         size = self.settings.batch_size
-        for start in range(0, len(numbers), size):
-            batch = numbers[start : start + size]
+        for start in range(0, len(steps), size):
+            batch = steps[start : start + size]
             prompts = [{"prompt_token_ids": self.prompt_ids[self.prompt_of(number)]} for number in batch]
             params = [self._params(vllm, number) for number in batch]
             outputs = llm.generate(prompts, params, use_tqdm=False)
             for number, output in zip(batch, outputs, strict=True):
                 ids = list(output.outputs[0].token_ids)
-                yield number, self.record(number, *strip_completion(ids, self.eos_token_ids, params[0].max_tokens))
+                ended = strip_completion(ids, self.eos_token_ids, self.settings.max_new_tokens)
+                yield number, [self.record(number, *ended)]
 
     def _params(self, vllm, number: int):
         """Every setting by name, so that nothing comes from the model's generation config."""

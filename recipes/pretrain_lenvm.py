@@ -4,16 +4,27 @@
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 16 --gradient_accumulation_steps 8
 
 The rollouts come from recipes/sample_rollouts.py. The model, in output_dir, is loaded with
-`LengthValueModel.from_pretrained`; gamma is fitted to the rollouts unless it is given, and stored with the model. Every
-option of transformers' TrainingArguments is available.
+`LengthValueModel.from_pretrained`; gamma is fitted to the rollouts unless it is given, and stored with the model. The
+metrics of the held-out prompts are printed beside references on the same rollouts. Every option of transformers'
+TrainingArguments is available: `--report_to wandb` or `--report_to trackio` logs there, given the package of that name.
+
+Several GPUs take one of recipes/accelerate_configs, before the recipe on the command line:
+
+    --config_file recipes/accelerate_configs/ddp.yaml              one copy of the model per GPU
+    --config_file recipes/accelerate_configs/fsdp2.yaml            sharded, for a backbone that does not fit on one GPU
+    --config_file recipes/accelerate_configs/deepspeed_zero2.yaml  sharded optimiser state and gradients (DeepSpeed)
+    --config_file recipes/accelerate_configs/single_process.yaml   one process, on the GPU if there is one
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoTokenizer
 from trl import TrlParser
 
@@ -21,6 +32,21 @@ from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
 from lenvm_rl.rollouts import read_rollouts, split_by_prompt
 
 logger = logging.getLogger(__name__)
+
+# Rows of the table, and for each of its columns the metric (without `eval_`) that stands there.
+COLUMNS = ("MAE, tokens", "MRE", "MRE, return-consistent", "MRE, half of the samples")
+ROWS = {
+    "this model": ("length_mae_at_0", "length_mre_at_0", "consistent_mre", "half_mre"),
+    "mean of all": ("reference_mean_length_mae", "reference_mean_length_mre", "reference_mean_consistent_mre", None),
+    "line on the prompt's tokens": (
+        "reference_regression_length_mae",
+        "reference_regression_length_mre",
+        "reference_regression_consistent_mre",
+        None,
+    ),
+    "median of the prompt's own": ("reference_median_length_mae", None, None, None),
+    "the other half of the samples": (None, None, None, "reference_half_mre"),
+}
 
 
 @dataclass
@@ -70,10 +96,40 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
         eval_rollouts=eval_rollouts,
         resume=args.resume,
     )
-    if metrics:
+    if metrics and training_args.process_index == 0:
         logger.info("metrics on held-out prompts:\n%s", json.dumps(metrics, indent=2))
+        print_comparison(metrics, Console(width=120))
     logger.info("saved in %s", training_args.output_dir)
     return metrics
+
+
+def print_comparison(metrics: dict[str, float], console: Console) -> None:
+    """Prints the errors at the prompt beside the references, and what they say.
+
+    Args:
+        metrics (`dict[str, float]`): what `pretrain` returned, see docs/metrics.md.
+        console (`rich.console.Console`): where to.
+    """
+    table = Table(title="length predicted at the prompt, held-out prompts")
+    table.add_column("predictor")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for name, entries in ROWS.items():
+        values = [math.nan if entry is None else metrics[f"eval_{entry}"] for entry in entries]
+        table.add_row(name, *("–" if math.isnan(value) else f"{value:.3f}" for value in values))
+    console.print(table)
+    halves, samples = int(metrics["eval_reference_half_prompts"]), metrics["eval_reference_half_samples"]
+    if not halves:
+        console.print("No prompt has two or more completions and none cut: how far lengths are known is not known.")
+        return
+    noise = metrics["eval_reference_half_mre"]
+    ratio = metrics["eval_half_mre"] / noise if noise else math.nan
+    console.print(
+        f"MRE at the prompt over the noise between halves: {ratio:.2f} ({halves} prompts, halves of {samples:.1f} "
+        "completions; an exact model has about 0.7)."
+    )
+    explained = metrics["eval_prompt_explained_variance"]
+    console.print(f"Between-prompt variance of the return explained at the prompt: {explained:.3f}.")
 
 
 def make_parser() -> TrlParser:

@@ -3,19 +3,32 @@
     python recipes/sample_rollouts.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --output rollouts.jsonl \
         --dataset_name openai/gsm8k --dataset_config main --prompt_column question --keep_columns answer --chat
 
+The policy runs in this process with transformers, or with vLLM (`--backend vllm`), or behind a server (`--backend
+server --server_url http://localhost:8000/v1 --server_kind vllm`; vLLM, SGLang, llama.cpp, `transformers serve`, or any
+other with the OpenAI completions endpoint).
+
 Killed and started again with the same arguments, it goes on where it was and ends with the records of an unbroken run.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from lenvm_rl.sampling import SamplingSettings, load_prompts, sample_to_file
+from lenvm_rl.rollouts import RolloutMetadata
+from lenvm_rl.sampling import end_ids, load_prompts, sample_to_file
+from lenvm_rl.sampling_jobs import SamplingSettings
+from lenvm_rl.server_sampling import sample_from_server
+from lenvm_rl.servers import SERVERS, connect
+from lenvm_rl.vllm_sampling import sample_with_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +37,12 @@ logger = logging.getLogger(__name__)
 class SampleArguments:
     """What to sample, from whom, and where to."""
 
-    model_name_or_path: str = field(metadata={"help": "The policy: a folder or a hub id of a causal language model."})
+    model_name_or_path: str = field(
+        metadata={
+            "help": "The policy: a folder or a hub id of a causal language model. A server's is loaded there; here its "
+            "tokenizer and its generation config are read."
+        }
+    )
     dataset_name: str = field(
         metadata={"help": "The prompts: a local .jsonl, .json, .parquet or .csv file, or the hub id of a data set."}
     )
@@ -51,15 +69,74 @@ class SampleArguments:
     top_k: int = field(
         default=0, metadata={"help": "Keep only so many of the most probable tokens; 0 keeps every one."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
-    seed: int = field(default=0, metadata={"help": "Seed; the same arguments give the same rollouts."})
+    batch_size: int = field(
+        default=64,
+        metadata={
+            "help": "Completions under way at once: those of one generate call, or requests to a server. Thousands "
+            "keep vLLM busy."
+        },
+    )
+    seed: int = field(
+        default=0,
+        metadata={
+            "help": "Seed. The same arguments give the same rollouts, as far as a server or vLLM keeps to seeds."
+        },
+    )
     pad_token: str | None = field(
         default=None,
         metadata={"help": "Pad token, for a tokenizer that has none or pads with its end-of-sequence token."},
     )
-    dtype: str = field(default="float32", metadata={"help": "Dtype of the policy's weights, e.g. bfloat16 on a GPU."})
+    backend: str = field(
+        default="transformers",
+        metadata={
+            "help": "Where the policy runs. transformers: in this process, with generate; vllm: in this process, with "
+            "vLLM's engine (to be installed by itself); server: behind an HTTP server, see server_url.",
+            "choices": ["transformers", "server", "vllm"],
+        },
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "transformers: dtype of the policy's weights, e.g. bfloat16 on a GPU."},
+    )
     device: str | None = field(
-        default=None, metadata={"help": "Device, e.g. cuda:1. If omitted, a GPU if there is one."}
+        default=None, metadata={"help": "transformers: device, e.g. cuda:1. If omitted, a GPU if there is one."}
+    )
+    server_url: str | None = field(
+        default=None, metadata={"help": "server: base address with the API's version, e.g. http://localhost:8000/v1."}
+    )
+    server_kind: str = field(
+        default="openai",
+        metadata={
+            "help": "server: what it is. vllm, sglang, llama.cpp give the sampled token ids; transformers and openai "
+            "(any other with the OpenAI completions endpoint) give text, see retokenize.",
+            "choices": list(SERVERS),
+        },
+    )
+    server_model: str | None = field(
+        default=None, metadata={"help": "server: the model's name there. Default: model_name_or_path."}
+    )
+    server_key_variable: str | None = field(
+        default=None, metadata={"help": "server: environment variable that holds the API key, if it wants one."}
+    )
+    server_timeout: float = field(default=600.0, metadata={"help": "server: seconds to wait for an answer."})
+    server_retries: int = field(default=8, metadata={"help": "server: times that a failed request is repeated."})
+    retokenize: bool = field(
+        default=False,
+        metadata={
+            "help": "server: make token ids from the text where a server gives none. They can differ from what was "
+            "sampled: the records say where, and the metadata how often."
+        },
+    )
+    engine_arguments: str | None = field(
+        default=None,
+        metadata={"help": "vllm: further arguments of vllm.LLM as JSON, e.g. '{\"tensor_parallel_size\": 2}'."},
+    )
+    eos_token_ids: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "server, vllm: ids that end a completion. Default: the tokenizer's and those of the policy's "
+            "generation config. (transformers always takes these.)"
+        },
     )
 
 
@@ -75,17 +152,76 @@ def make_prompts(column: list, chat: bool, system_prompt: str | None) -> list:
     return [[*system, {"role": "user", "content": prompt}] for prompt in column]
 
 
+def find_eos_ids(args: SampleArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a completion, for a policy that is not loaded here."""
+    if args.eos_token_ids is not None:
+        return args.eos_token_ids
+    try:
+        config = GenerationConfig.from_pretrained(args.model_name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"{args.model_name_or_path} has no generation_config.json, so it is not known which tokens end a "
+            f"completion: give --eos_token_ids (the tokenizer's is {tokenizer.eos_token_id})."
+        ) from error
+    return end_ids(config, tokenizer)
+
+
+def sample_with_transformers(
+    args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *job: Any, **options: Any
+) -> tuple[Dataset, RolloutMetadata]:
+    """Loads the policy and samples in this process."""
+    device = args.device or torch.accelerator.current_accelerator() or "cpu"
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(device)
+    return sample_to_file(args.output, model, tokenizer, *job, **options)
+
+
+def sample_with_server(
+    args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *job: Any, **options: Any
+) -> tuple[Dataset, RolloutMetadata]:
+    """Samples from a server."""
+    if args.server_url is None:
+        raise ValueError("--backend server needs --server_url, e.g. http://localhost:8000/v1.")
+    name = args.server_key_variable
+    if name is not None and name not in os.environ:
+        raise ValueError(f"The environment variable {name}, which should hold the server's API key, is not set.")
+    server = connect(
+        args.server_kind,
+        args.server_url,
+        args.server_model or args.model_name_or_path,
+        api_key=None if name is None else os.environ[name],
+        timeout=args.server_timeout,
+        max_retries=args.server_retries,
+    )
+    options.update(eos_token_ids=find_eos_ids(args, tokenizer), retokenize=args.retokenize)
+    return sample_from_server(args.output, server, tokenizer, *job, **options)
+
+
+def sample_with_engine(
+    args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *job: Any, **options: Any
+) -> tuple[Dataset, RolloutMetadata]:
+    """Samples with vLLM in this process."""
+    try:
+        engine = json.loads(args.engine_arguments or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--engine_arguments must be a JSON object ({error}): {args.engine_arguments}") from error
+    if not isinstance(engine, dict):
+        raise ValueError(f"--engine_arguments must be a JSON object, got {args.engine_arguments}.")
+    options["eos_token_ids"] = find_eos_ids(args, tokenizer)
+    return sample_with_vllm(args.output, args.model_name_or_path, tokenizer, *job, **options, **engine)
+
+
+BACKENDS = {"transformers": sample_with_transformers, "server": sample_with_server, "vllm": sample_with_engine}
+
+
 def main(args: SampleArguments) -> None:
-    """Loads prompts and policy, and samples."""
+    """Loads the prompts, and samples."""
     dataset = load_prompts(args.dataset_name, args.dataset_config, args.dataset_split, args.limit)
     missing = {args.prompt_column, *args.keep_columns} - set(dataset.column_names)
     if missing:
         raise ValueError(f"{args.dataset_name} has no column {sorted(missing)}; it has {dataset.column_names}.")
-    device = args.device or torch.accelerator.current_accelerator() or "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     if args.pad_token is not None:
         tokenizer.pad_token = args.pad_token
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(device)
     settings = SamplingSettings(
         num_samples=args.num_samples,
         max_new_tokens=args.max_new_tokens,
@@ -94,9 +230,8 @@ def main(args: SampleArguments) -> None:
         top_p=args.top_p,
         top_k=args.top_k,
     )
-    rollouts, metadata = sample_to_file(
-        args.output,
-        model,
+    rollouts, metadata = BACKENDS[args.backend](
+        args,
         tokenizer,
         make_prompts(dataset[args.prompt_column][:], args.chat, args.system_prompt),
         settings,

@@ -27,7 +27,8 @@ from trl import ModelConfig
 from eval.arms import call_reward, load_reward
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
 from lenvm_rl.rollouts import atomic_file, read_rollouts, split_by_prompt
-from lenvm_rl.sampling import SamplingSettings, load_prompts, sample_to_file
+from lenvm_rl.sampling import load_prompts, sample_to_file
+from lenvm_rl.sampling_jobs import SamplingSettings
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 from lenvm_rl.trainers.configs import LenVMConfig
 from recipes.arguments import StageArguments, model_kwargs

@@ -20,7 +20,7 @@ def test_a_batch_by_hand():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert batch["labels"].tolist() == [[IGNORED, 3, 2, 1, 2, 1, IGNORED]]
     assert batch["endings"][0, 4:6].tolist() == [CUT, CUT]
-    assert batch["sequences"].tolist() == [[0, 1, 3, 1, 4], [0, 4, 2, 0, 5]]
+    assert batch["sequences"].tolist() == [[0, 1, 3, 1, 4, 2], [0, 4, 2, 0, 5, 1]]
     assert "attention_mask" not in batch
     # Nothing is read after the last state unless the cut is bootstrapped.
     assert LengthValueCollator(truncated="finished")(rollouts)["input_ids"].tolist() == [[10, 11, 12, 13, 20, 21]]
@@ -28,7 +28,7 @@ def test_a_batch_by_hand():
     assert left["input_ids"].tolist() == [[10, 11, 12, 13], [0, 20, 21, 22]]
     assert left["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
     assert left["labels"].tolist() == [[IGNORED, 3, 2, 1], [IGNORED, 2, 1, IGNORED]]
-    assert left["sequences"].tolist() == [[0, 1, 3, 1, 4], [1, 1, 2, 0, 5]]
+    assert left["sequences"].tolist() == [[0, 1, 3, 1, 4, 2], [1, 1, 2, 0, 5, 1]]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -42,7 +42,7 @@ def test_values_in_a_row_are_those_of_the_sequence_alone(backbone, attention, la
     check_isolation(model)
     rollouts = random_rollouts(12)
     batch = LengthValueCollator(**layout)(rollouts)
-    row_of, first, lengths, _, _ = batch["sequences"].unbind(1)
+    row_of, first, lengths, _, _, _ = batch["sequences"].unbind(1)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
     with torch.no_grad():
         packed = unpack(model(**inputs).values, row_of, first, lengths)

@@ -16,23 +16,23 @@ LIBRARY = ROOT / "lenvm_rl"
 # sandbox) counts as one module here; a new module needs a place in this list.
 LAYERS = (
     ("journal", "returns"),
-    ("advantages", "shaping", "targets", "value_metrics"),
-    ("tokenization",),
-    ("backbones", "completions", "heads", "retokenization"),
+    ("advantages", "shaping", "target_spaces", "value_references"),
+    ("targets", "tokenization", "value_metrics"),
+    ("backbones", "cards", "completions", "heads", "outputs", "retokenization"),
+    ("forms", "positions"),
+    ("configuration",),
     ("modeling",),
     ("checkpoints", "packing", "rollouts", "scoring"),
-    ("collation",),
-    ("decoding", "pretraining_arguments", "sampling"),
-    ("pretraining",),
-    ("sampling_jobs", "servers"),
-    ("server_sampling", "sharegpt", "vllm_sampling"),
+    ("collation", "sampling_jobs", "step_sampling"),
+    ("decoding", "pretraining_arguments", "sampling", "servers", "sharegpt", "shared_prompts"),
+    ("pretraining", "server_sampling", "vllm_sampling"),
     ("sandbox", "trainers"),
     ("reward",),
     ("eval",),
     ("recipes",),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-PURE = ("returns", "advantages", "shaping", "targets", "value_metrics")
+PURE = ("returns", "advantages", "shaping", "target_spaces", "targets", "value_metrics", "value_references")
 FOLDERS = ("lenvm_rl", "reward", "eval", "recipes")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 # What is installed, downloaded, produced or kept by tools (in a linked work tree, .git is a file).

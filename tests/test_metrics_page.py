@@ -17,6 +17,7 @@ from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.tokenization import tokenizer_fingerprint
 from lenvm_rl.trainers import LenVMPPOTrainer
 from lenvm_rl.value_metrics import POINTS, length_value_metrics
+from lenvm_rl.value_references import reference_metrics
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
 OURS = ["Completions", "Length value model", "Streams of advantage", "Task critic"]
@@ -183,9 +184,9 @@ def test_a_batch_without_tokens_leaves_the_nulls_that_the_page_names(tmp_path):
 
 def test_nulls_of_pretraining_are_those_on_the_page():
     # Two prompts with two completions of one token each, one of them cut, and the same value everywhere.
-    metrics = length_value_metrics(
-        torch.zeros(4, 1), torch.ones(4, dtype=torch.long), torch.tensor([1, 0, 1, 0]), torch.tensor([0, 0, 1, 1]), 0.5
-    )
+    ones, finished, groups = torch.ones(4, dtype=torch.long), torch.tensor([1, 0, 1, 0]), torch.tensor([0, 0, 1, 1])
+    metrics = length_value_metrics(torch.zeros(4, 1), ones, finished, groups, 0.5)
+    metrics |= reference_metrics(ones, ones, finished, groups, 0.5)
     undefined = {f"eval_{name}" for name, value in metrics.items() if value != value}
     assert undefined == {row.name for row in rows("Value pretraining") if row.nullable}
 

@@ -200,7 +200,7 @@ def test_a_head_made_where_bfloat16_is_the_default_is_float32():
 @pytest.mark.parametrize("loader", [LengthValueModel, AutoModel])
 def test_a_saved_model_comes_back_bit_for_bit(model, loader, tmp_path):
     model.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
     loaded = loader.from_pretrained(tmp_path)
     assert type(loaded) is LengthValueModel and not loaded.training
     assert_same_weights(model, loaded)

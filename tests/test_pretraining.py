@@ -28,6 +28,7 @@ from lenvm_rl.pretraining import (
 from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.targets import IGNORED
 from lenvm_rl.tokenization import tokenizer_fingerprint
+from lenvm_rl.value_references import reference_metrics
 
 GAMMA = 0.9
 
@@ -81,6 +82,7 @@ SPLITS = {
     "accumulated": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
     "one by one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12},
     "padded": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "packing": False},
+    "padded, uneven": {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3, "packing": False},
 }
 
 
@@ -116,20 +118,22 @@ from datasets import Dataset
 from test_pretraining import GAMMA, LengthValueModel, LengthValueTrainer, LengthValueTrainingArguments, random_rollouts
 from tiny import tiny_llama
 from transformers import set_seed
-args = LengthValueTrainingArguments(
-    {folder!r}, report_to="none", save_strategy="no", disable_tqdm=True, optim="sgd", learning_rate=1.0, use_cpu=True,
-    lr_scheduler_type="constant", max_grad_norm=0, max_steps=1, per_device_train_batch_size=3,
-    gradient_accumulation_steps=2, per_device_eval_batch_size=3,
-)
 rollouts = Dataset.from_list(random_rollouts(12))
 held_out = Dataset.from_list(random_rollouts(7, seed=1))
-set_seed(0)
-model = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA)
-trainer = LengthValueTrainer(model, args, train_dataset=rollouts, eval_dataset=held_out)
-assert args.world_size == 2
-loss = torch.tensor(trainer.train().training_loss)  # of this process: the mean over processes is the step's
-loss = trainer.accelerator.reduce(loss, "mean").item()
-metrics = trainer.evaluate()
+results = []
+for packing in (True, False):
+    args = LengthValueTrainingArguments(
+        {folder!r}, report_to="none", save_strategy="no", disable_tqdm=True, optim="sgd", learning_rate=1.0,
+        lr_scheduler_type="constant", max_grad_norm=0, max_steps=1, per_device_train_batch_size=3,
+        gradient_accumulation_steps=2, per_device_eval_batch_size=3, packing=packing, use_cpu=True,
+    )
+    set_seed(0)
+    model = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA)
+    trainer = LengthValueTrainer(model, args, train_dataset=rollouts, eval_dataset=held_out)
+    assert args.world_size == 2
+    loss = torch.tensor(trainer.train().training_loss)  # of this process: the mean over processes is the step's
+    loss = trainer.accelerator.reduce(loss, "mean").item()
+    results.append({{"loss": loss, "metrics": trainer.evaluate(), "weights": model.state_dict()}})
 evaluated = LengthValueTrainer(LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA), args, rollouts, held_out)
 evaluated.evaluate()
 try:
@@ -139,7 +143,7 @@ except ValueError as error:
 else:
     raise AssertionError("a model that was prepared for evaluation only went into training")
 if args.process_index == 0:
-    torch.save({{"loss": loss, "metrics": metrics, "weights": model.state_dict()}}, {path!r})
+    torch.save(results, {path!r})
 """
 
 
@@ -151,18 +155,21 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = torch.load(path)
 
-    model = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA)
-    loss, gradient = naive_gradient(model, random_rollouts(12))
-    assert result["loss"] == pytest.approx(loss, rel=1e-5)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.detach() - result["weights"][name], gradient[name], atol=2e-6, rtol=1e-4)
-    model.load_state_dict(result["weights"])
-    trainer = LengthValueTrainer(model, make_args(tmp_path), eval_dataset=Dataset.from_list(random_rollouts(7, seed=1)))
-    for name, value in trainer.evaluate().items():
-        if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
-            assert result["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
+    original = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA).state_dict()
+    held_out = Dataset.from_list(random_rollouts(7, seed=1))
+    for result in torch.load(path):
+        model = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA)
+        model.load_state_dict(original)
+        loss, gradient = naive_gradient(model, random_rollouts(12))
+        assert result["loss"] == pytest.approx(loss, rel=1e-5)
+        for name, parameter in model.named_parameters():
+            step = parameter.detach() - result["weights"][name]
+            torch.testing.assert_close(step, gradient[name], atol=2e-6, rtol=1e-4)
+        model.load_state_dict(result["weights"])
+        for name, value in LengthValueTrainer(model, make_args(tmp_path), eval_dataset=held_out).evaluate().items():
+            if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
+                assert result["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
 
 
 # What is learned
@@ -259,6 +266,10 @@ def test_the_selection_of_completions(tmp_path):
         ({"lam": 1.5}, "lam must be in"),
         ({"gamma": 1.0}, "gamma must lie strictly"),
         ({"average_tokens_across_devices": False}, "must stay true"),
+        ({"target": "lenght"}, "target must be one of return, length"),
+        ({"target": "length", "lam": 0.9}, "lam < 1 .* exist for target='return' only"),
+        ({"target": "log_length", "truncated": "infinite"}, "truncated='infinite' exist for target='return' only"),
+        ({"share_prompts": True, "packing": False}, "needs packing=True"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, change, problem):
@@ -289,7 +300,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         trainer.train()
 
 
-def test_a_run_is_saved_measured_and_resumed_exactly(tmp_path):
+@pytest.mark.parametrize("layout", [{}, {"packing": False}, {"share_prompts": True}])
+def test_a_run_is_saved_measured_and_resumed_exactly(tmp_path, layout):
     tokenizer = tiny_tokenizer()
     rollouts, held_out = Dataset.from_list(random_rollouts(24)), Dataset.from_list(random_rollouts(6, seed=1))
     metadata = make_metadata(tokenizer, truncated_share=0.25)
@@ -299,6 +311,7 @@ def test_a_run_is_saved_measured_and_resumed_exactly(tmp_path):
         "num_train_epochs": 2,
         "logging_strategy": "steps",
         "logging_steps": 1,
+        **layout,
     }
 
     def run(folder, resume=False, **changes):
@@ -323,13 +336,13 @@ def test_a_run_is_saved_measured_and_resumed_exactly(tmp_path):
 
     original = LengthValueTrainer.training_step
 
-    def dies_at_step_7(self, *args, **kwargs):
-        if self.state.global_step == 7:
+    def dies_at_step_11(self, *args, **kwargs):
+        if self.state.global_step == 11:
             raise Killed
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LengthValueTrainer, "training_step", dies_at_step_7)
+        patch.setattr(LengthValueTrainer, "training_step", dies_at_step_11)
         with pytest.raises(Killed):
             run("broken")
     with pytest.raises(ValueError, match="There is a checkpoint already"):
@@ -339,22 +352,24 @@ def test_a_run_is_saved_measured_and_resumed_exactly(tmp_path):
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
-def test_metrics_of_a_run_are_those_of_its_completions(tmp_path):
-    """Seven ragged completions in batches of three, packed: no padding, no partial batch shows in the numbers."""
+@pytest.mark.parametrize("layout", [{}, {"packing": False}, {"share_prompts": True}])
+def test_metrics_of_a_run_are_those_of_its_completions(tmp_path, layout):
+    """Seven ragged completions in batches of three: no padding, no partial batch shows in the numbers."""
     rollouts = random_rollouts(7, seed=3)
     model = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA)
     trainer = LengthValueTrainer(
-        model, make_args(tmp_path, per_device_eval_batch_size=3), eval_dataset=Dataset.from_list(rollouts)
+        model, make_args(tmp_path, per_device_eval_batch_size=3, **layout), eval_dataset=Dataset.from_list(rollouts)
     )
     metrics = trainer.evaluate()
     loss, _ = naive_gradient(model, rollouts)
     assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
     batch = LengthValueCollator(packing=False)(rollouts)
-    row_of, first, lengths, finished, groups = batch["sequences"].unbind(1)
+    row_of, first, lengths, finished, groups, prompts = batch["sequences"].unbind(1)
     with torch.no_grad():
         logits = unpack(model(batch["input_ids"], batch["attention_mask"]).logits, row_of, first, lengths)
     expected = length_value_metrics(logits, lengths, finished, groups, GAMMA)
+    expected |= reference_metrics(lengths, prompts, finished, groups, GAMMA)
     for name, value in expected.items():
         if name != "loss":
             assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name

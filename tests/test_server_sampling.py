@@ -102,7 +102,7 @@ def test_what_a_failing_server_answered_before_is_kept(tmp_path):
         assert len(server.requests) == 5
         assert sample(path, server)[0].to_list() == dataset.to_list()
         assert len(server.requests) == 5
-        with pytest.raises(ValueError, match="sampled with other prompts or settings"):
+        with pytest.raises(ValueError, match="sampled with other arguments"):
             sample(path, server, seed=2)
     assert dataset.to_list() == expected_records(job_of("vllm"), 8)
 

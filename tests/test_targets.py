@@ -34,7 +34,7 @@ def test_lambda_returns_equal_a_loop(lam, truncated):
     batch = LengthValueCollator(truncated=truncated)(rollouts)
     values = -torch.rand(batch["labels"].shape, dtype=torch.double)
     targets = value_targets(values, batch["labels"], batch["endings"], GAMMA, lam)
-    for rollout, (row, first, length, finished, _) in zip(rollouts, batch["sequences"].tolist(), strict=True):
+    for rollout, (row, first, length, finished, _, _) in zip(rollouts, batch["sequences"].tolist(), strict=True):
         cut_value = {
             "bootstrap": values[row, min(first + length, values.shape[1] - 1)],
             "infinite": -1.0,
@@ -59,7 +59,7 @@ def test_poison_where_there_is_no_state_changes_nothing(lam):
     states = batch["labels"] != IGNORED
     # The value at a cut is read, though it is not fitted.
     read = states.clone()
-    for row, first, length, finished, _ in batch["sequences"].tolist():
+    for row, first, length, finished, _, _ in batch["sequences"].tolist():
         if not finished:
             read[row, first + length] = True
     clean = -torch.rand(states.shape)

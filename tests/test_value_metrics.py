@@ -54,11 +54,13 @@ def test_metrics_by_hand():
 
 
 def test_a_perfect_model_scores_perfectly():
-    lengths = torch.tensor([1, 5, 9, 3])
+    groups = torch.arange(4).repeat_interleave(2)
+    lengths = torch.tensor([1, 5, 9, 3])[groups]
     remaining = (lengths.unsqueeze(1) - torch.arange(9)).clamp(min=1)
     logits = logits_from_remaining(remaining.float(), 0.9)
-    metrics = length_value_metrics(logits, lengths, torch.ones(4), torch.arange(4), 0.9)
+    metrics = length_value_metrics(logits, lengths, torch.ones(8), groups, 0.9)
     expected = {"explained_variance": 1, "calibration_slope": 1, "kendall_tau": 1, "consistent_mre": 0, "loss": 0}
+    expected["prompt_explained_variance"] = 1
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-4), name
     for name in metrics:
