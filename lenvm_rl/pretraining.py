@@ -11,6 +11,7 @@ the whole optimiser step.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -377,7 +378,7 @@ def pretrain(
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_rollouts is not None else {}
     if metrics:
-        kept = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        kept = {name: value for name, value in metrics.items() if isinstance(value, float) and math.isfinite(value)}
         trainer.accelerator.unwrap_model(trainer.model).config.metrics = {"held-out prompts": kept}
     trainer.save_model(args.output_dir)
     return trainer.accelerator.unwrap_model(trainer.model).eval(), metrics

@@ -17,8 +17,8 @@ from lenvm_rl.sandbox import (
     read_completion,
     sandbox_tokenizer,
     stream_problems,
+    task,
 )
-from lenvm_rl.sandbox import task
 from lenvm_rl.sandbox.policy import TeacherRows
 from lenvm_rl.sandbox.styles import clean_steps
 from lenvm_rl.sandbox.tokenizer import TOKENS

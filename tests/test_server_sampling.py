@@ -287,7 +287,7 @@ def test_a_server_of_text_is_not_made_to_begin_twice():
         ({"prompts": []}, "no prompt"),
         ({"prompts": ["w6", ""]}, "Prompt 1 has no tokens"),
         ({"extra_columns": {"a": [1]}}, "'a' has 1 entries for 3 prompts"),
-        ({"eos_token_ids": [EOS, 0]}, "pad token 0 is one of the end-of-sequence ids"),
+        ({"extra_columns": {"group": [1, 2, 3]}}, "'group'.*rename or remove"),
     ],
 )
 def test_bad_jobs_are_refused(changes, problem):

@@ -25,7 +25,7 @@ from trl import GRPOConfig
 
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
-from lenvm_rl.trainers.checks import check_rewards
+from lenvm_rl.trainers.checks import check_rewards, load_length_value_model
 from lenvm_rl.trainers.configs import LenVMConfig
 
 
@@ -296,3 +296,11 @@ def test_the_common_part_is_no_trainer(tmp_path):
     )
     with pytest.raises(TypeError, match="use LenVMGRPOTrainer or LenVMPPOTrainer"):
         trainer.train()
+
+
+@pytest.mark.parametrize(("field", "value"), [("form", "head"), ("target", "log_length")])
+def test_value_models_that_the_trainers_cannot_read_are_refused(tmp_path, field, value):
+    model = random_lenvm()
+    setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=f"{value}"):
+        load_length_value_model(model, LenVMGRPOConfig(str(tmp_path), use_cpu=True, bf16=False))

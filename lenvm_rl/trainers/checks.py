@@ -128,8 +128,8 @@ def load_length_value_model(model_or_path, args) -> LengthValueModel | None:
         )
     if model_or_path.config.form != "full":
         raise ValueError(
-            f"`length_value_model` has the form '{model_or_path.config.form}' on a base that it shares, which the trainers "
-            "do not place yet: give one with form='full'."
+            f"`length_value_model` has the form '{model_or_path.config.form}' on a base that it shares, which the "
+            "trainers do not support: give one with form='full'."
         )
     if model_or_path.config.target != "return":
         raise ValueError(
