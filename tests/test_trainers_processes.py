@@ -51,6 +51,10 @@ trainer.model.train()
 batch = trainer._generate_and_score_completions([dict(trainer.train_dataset[0]) for _ in range(8)])
 mine = trainer._outcomes(8).rewards
 torch.testing.assert_close(mine, (batch["completion_ids"] * batch["completion_mask"]).sum(1) / 100)
+# DDP averages what each process makes of the value loss into the mean over the tokens of all.
+trainer.current_gradient_accumulation_steps = 2
+loss = trainer.accelerator.reduce(trainer._value_loss(batch).detach(), "mean")
+assert abs(float(loss) - trainer._metrics["train"]["critic/value_loss"][-1]) < 1e-6 < float(loss)
 first, second = trainer.accelerator.gather(mine).view(2, 8)
 assert not torch.equal(first, second)
 

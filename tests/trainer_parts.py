@@ -94,13 +94,14 @@ def grpo(folder, rewards=counts_of_w8, lenvm=None, trainer=LenVMGRPOTrainer, pol
 
 
 def ppo(folder, rewards=counts_of_w8, lenvm=None, trainer=LenVMPPOTrainer, policy=None, critic="learned", data=None,
-        **changes):  # fmt: skip
+        eval_data=None, **changes):  # fmt: skip
     """A [`LenVMPPOTrainer`] on a tiny policy."""
     return trainer(
         policy or tiny_llama(VOCAB, seed=1),
         rewards,
         LenVMPPOConfig(**settings(folder, **changes)),
         train_dataset=data or prompts(),
+        eval_dataset=eval_data,
         processing_class=tiny_tokenizer(VOCAB),
         length_value_model=lenvm,
         critic=critic,
