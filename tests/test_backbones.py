@@ -124,10 +124,13 @@ def rewrite(folder, change):
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_tied_embeddings_that_are_stored_as_the_output_are_found(tmp_path):
+@pytest.mark.parametrize("both", [False, True])
+def test_tied_embeddings_that_are_stored_as_the_output_are_found(tmp_path, both):
     policy = tiny_llama(tie_word_embeddings=True)
     policy.save_pretrained(tmp_path)
-    rewrite(tmp_path, lambda stored: stored.update({"lm_head.weight": stored.pop("model.embed_tokens.weight")}))
+    rewrite(tmp_path, lambda stored: stored.update({"lm_head.weight": stored["model.embed_tokens.weight"].clone()}))
+    if not both:
+        rewrite(tmp_path, lambda stored: stored.pop("model.embed_tokens.weight"))
     model = LengthValueModel.from_backbone(tmp_path, gamma=0.9)
     assert_same_weights(model.backbone, policy.model)
 

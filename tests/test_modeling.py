@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import (
     assert_same_logits,
     assert_same_weights,
+    tiny_gpt2,
     tiny_length_value_model,
     tiny_llama,
     tiny_qwen2,
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, MambaConfig, MambaM
 from lenvm_rl.modeling import LengthValueConfig, LengthValueHead, LengthValueModel
 from lenvm_rl.tokenization import check_same_tokenizer, tokenizer_fingerprint
 
-BACKBONES = {"llama": tiny_llama, "qwen2": tiny_qwen2, "qwen3": tiny_qwen3}
+BACKBONES = {"llama": tiny_llama, "qwen2": tiny_qwen2, "qwen3": tiny_qwen3, "gpt2": tiny_gpt2}
 
 
 @pytest.fixture(params=BACKBONES)

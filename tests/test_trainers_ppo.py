@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import EOS, tiny_llama
+from tiny import EOS, tiny_gpt2, tiny_llama
 from trainer_parts import (
     VOCAB,
     batch_of,
@@ -22,7 +22,6 @@ from trainer_parts import (
     scripted_lenvm,
     weights,
 )
-from transformers import GPT2Config, GPT2Model
 
 from lenvm_rl.trainers import LenVMGRPOTrainer, LenVMPPOTrainer, TaskCritic
 from lenvm_rl.trainers.critic import TaskCriticOutput
@@ -85,9 +84,7 @@ def test_a_new_critic_says_zero_and_computes_in_float32():
 
 
 def test_padding_moves_no_position_of_the_critic():
-    # Positions are absolute in this decoder; in one with rotary embeddings a shift of all of them goes unnoticed.
-    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
-    critic = TaskCritic.from_backbone(GPT2Model(GPT2Config(**sizes, initializer_range=0.2))).eval()
+    critic = TaskCritic.from_backbone(tiny_gpt2(VOCAB)).eval()
     torch.nn.init.normal_(critic.head.output.weight)
     ids, mask = torch.randint(3, VOCAB, (1, 5)), torch.tensor([[0, 0, 1, 1, 1]])
     torch.testing.assert_close(critic(ids, attention_mask=mask).logits[:, 2:], critic(ids[:, 2:]).logits)

@@ -5,6 +5,8 @@ import copy
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -57,6 +59,25 @@ def tiny_qwen3(vocab_size=64, hidden=16, layers=2, seed=0, **config):
     """A random `Qwen3ForCausalLM` (2 heads, 1 key-value head), in eval mode."""
     config = {"head_dim": hidden // 2, **config}
     return _seeded(Qwen3ForCausalLM, Qwen3Config, vocab_size, hidden, layers, seed, config)
+
+
+def tiny_gpt2(vocab_size=64, hidden=16, layers=2, seed=0):
+    """A random `GPT2LMHeadModel` in eval mode. It adds an embedding of the absolute position: in the others, which
+    rotate, a shift of all positions of a sequence goes unnoticed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocab_size,
+                n_embd=hidden,
+                n_layer=layers,
+                n_head=2,
+                n_positions=128,
+                initializer_range=0.2,
+                bos_token_id=None,
+                eos_token_id=EOS,
+            )
+        ).eval()
 
 
 def _seeded(model_class, config_class, vocab_size, hidden, layers, seed, config):

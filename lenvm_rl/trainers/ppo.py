@@ -238,6 +238,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         return losses.sum() / tokens
 
     def create_optimizer(self, model=None):
+        """As `Trainer.create_optimizer`, with parameter groups of the critic's own learning rate."""
         optimizer = super().create_optimizer(model)
         if self.critic is None:
             return optimizer
