@@ -75,6 +75,8 @@ def plot_scaling(rows: Rows) -> Figure:
         for position, loss in zip(x, losses, strict=True):
             place.scatter([position] * len(loss), loss, color="#888888", s=14, zorder=2)
         place.set_xscale("log")
+        place.set_xticks(list(x), [f"{position:,}" for position in x], rotation=30)
+        place.minorticks_off()
         place.set_xlabel(title)
         place.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss, (V - G)²")
