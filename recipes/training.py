@@ -130,6 +130,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def show_progress(path: Path) -> None:
     """Print reward and length of the first and the last fifth of the training log."""
     logs = [entry for entry in read_log(path) if "reward" in entry]
+    if not logs:
+        console.print(f"no step was logged (logging_steps is above the number of steps): see {path}")
+        return
     part = max(1, len(logs) // 5)
     for title, entries in (("first", logs[:part]), ("last", logs[-part:])):
         shown = {

@@ -14,7 +14,7 @@ from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
 from recipes import grpo_shaped, ppo_shaped
 from recipes.arguments import StageArguments, check_setup
 from recipes.stages import Run, run_stage
-from recipes.training import read_log
+from recipes.training import read_log, show_progress
 
 CONFIGS = Path(ppo_shaped.__file__).parent / "configs"
 
@@ -133,6 +133,13 @@ def test_sandbox_batches_are_stratified(tmp_path):
         config = yaml.safe_load((CONFIGS / name).read_text())
         prompts = config["per_device_train_batch_size"] // config["num_generations"]
         assert prompts % 4 == 0 and config["shuffle_dataset"] is False
+
+
+def test_a_run_that_logged_no_step_is_no_error(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "train_begin", "step": 0}\n{"train_runtime": 1.0, "step": 2}\n')
+    show_progress(path)
+    assert "no step was logged" in capsys.readouterr().out
 
 
 def run_recipe(recipe, monkeypatch, *arguments):
