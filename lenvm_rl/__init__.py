@@ -37,7 +37,7 @@ _NAMES_OF_MODULE = {
         "length_value_metrics",
         "pretrain",
     ),
-    "decoding": ("LengthGuidance", "LengthGuidedLogitsProcessor", "generate_guided"),
+    "decoding": ("GuidanceReport", "LengthGuidance", "LengthGuidedLogitsProcessor", "generate_guided"),
     "trainers": ("LenVMGRPOConfig", "LenVMGRPOTrainer", "LenVMPPOConfig", "LenVMPPOTrainer"),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
@@ -49,8 +49,10 @@ _MODULES = (
     "completions",
     "configuration",
     "forms",
+    "guidance",
     "heads",
     "journal",
+    "logits_processor",
     "outputs",
     "packing",
     "positions",

@@ -4,7 +4,8 @@ Two scorers with one interface: `start` with the prompts, then `score` and `adva
 
 - [`CandidateScorer`]: one forward for each generated token. The candidates of a row are siblings: they stand at the
   same position, see the cached prefix and themselves, and not each other. The keys and values of the chosen candidate
-  become part of the prefix, so that no second forward is needed.
+  become part of the prefix, so that no second forward is needed. Tokens that were chosen without being scored wait, and
+  join the prefix in the forward of the next candidates.
 - [`FullRowScorer`]: runs each candidate as a complete row. Slow; works with any backbone, and serves as the reference.
 """
 
@@ -87,6 +88,9 @@ class CandidateScorer:
         self._rows = torch.arange(input_ids.shape[0], device=device)
         self._next_position = self._exists.sum(dim=1)
         self._siblings: list[tuple[Tensor, Tensor]] | None = None
+        # Chosen tokens that are not in the cache yet: ids `(R, m)`, and which of them exist.
+        self._waiting = torch.zeros(input_ids.shape[0], 0, dtype=torch.long, device=device)
+        self._waiting_exists = self._waiting.bool()
         # Padding may be any id, even one that this model lacks.
         ids = input_ids.to(device).masked_fill(~self._exists, 0)
         _check_ids(ids, self.vocab_size)
@@ -124,66 +128,78 @@ class CandidateScorer:
         """Appends the chosen tokens to the prefixes.
 
         Args:
-            chosen (`torch.Tensor` of shape `(B,)`): token ids, in general among the candidates scored last. If one is
-                not (another processor forced it), the chosen tokens take a forward of their own.
+            chosen (`torch.Tensor` of shape `(B,)`): token ids. One that is not among the candidates scored last
+                (another processor forced it, or there was nothing to choose) waits for the next forward.
             live (`torch.Tensor` of shape `(B,)`): 0 for rows that have finished; they stay finished.
         """
         chosen, live = chosen.to(self._device)[self._rows], live.to(self._device)[self._rows].bool()
         if not bool(live.any()):
             self._rows = self._rows[:0]
             return
-        self._append(chosen, live)
+        scored = self._append_scored(chosen, live)
+        if not bool(scored[live].all()):
+            # A finished row may hold any padding id, even one that this model lacks.
+            waits = live & ~scored
+            ids = chosen.masked_fill(~waits, 0)
+            _check_ids(ids, self.vocab_size)
+            self._waiting = torch.cat([self._waiting, ids.unsqueeze(1)], dim=1)
+            self._waiting_exists = torch.cat([self._waiting_exists, waits.unsqueeze(1)], dim=1)
         self._siblings = None
-        self._exists = torch.cat([self._exists, live.unsqueeze(1)], dim=1)
-        self._next_position = self._next_position + live
         # Finished rows cost as much as live ones; dropping them costs a copy of the cache, as each forward does anyway.
         if 8 * int(live.sum()) <= 7 * live.shape[0]:
             self._keep(live.nonzero().squeeze(1))
 
-    def _append(self, chosen: Tensor, live: Tensor) -> None:
-        if self._siblings is not None:
-            match = self._sibling_ids == chosen.unsqueeze(1)
-            if not bool((live & ~match.any(dim=1)).any()):
-                place = match.int().argmax(dim=1)
-                rows = torch.arange(place.shape[0], device=self._device)
-                for index, (keys, values) in enumerate(self._siblings):
-                    self._cache.update(keys[rows, :, place].unsqueeze(2), values[rows, :, place].unsqueeze(2), index)
-                return
-        # A finished row may hold any padding id, even one that this model lacks.
-        ids = chosen.masked_fill(~live, 0).unsqueeze(1)
-        _check_ids(ids, self.vocab_size)
-        _, forwarded = self._forward_siblings(ids)
-        for index, (keys, values) in enumerate(forwarded):
-            self._cache.update(keys, values, index)
+    def _append_scored(self, chosen: Tensor, live: Tensor) -> Tensor:
+        """Puts chosen candidates into the cache; says for which rows, `(R,)`."""
+        if self._siblings is None:
+            return torch.zeros_like(live)
+        match = self._sibling_ids == chosen.unsqueeze(1)
+        found = match.any(dim=1) & live
+        if bool(found.any()):
+            place = match.int().argmax(dim=1)
+            rows = torch.arange(place.shape[0], device=self._device)
+            for index, (keys, values) in enumerate(self._siblings):
+                self._cache.update(keys[rows, :, place].unsqueeze(2), values[rows, :, place].unsqueeze(2), index)
+            self._exists = torch.cat([self._exists, found.unsqueeze(1)], dim=1)
+            self._next_position = self._next_position + found
+        return found
 
     def _forward_siblings(self, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Logits `(R, k)` of `ids` `(R, k)`, and their keys and values in each layer; the cache is left as it was."""
-        width = ids.shape[1]
+        """Logits `(R, k)` of `ids` `(R, k)`, and their keys and values in each layer.
+
+        Tokens that wait come first in the same forward, each seeing those before it, and stay in the cache.
+        """
+        width, waiting = ids.shape[1], self._waiting.shape[1]
+        rows = ids.shape[0]
+        order = torch.ones(waiting, waiting, dtype=torch.bool, device=self._device).tril()
+        among = torch.zeros(rows, waiting + width, waiting + width, dtype=torch.bool, device=self._device)
+        among[:, :waiting, :waiting] = order & self._waiting_exists.unsqueeze(1)
+        among[:, waiting:, :waiting] = self._waiting_exists.unsqueeze(1)
+        among[:, waiting:, waiting:] = torch.eye(width, dtype=torch.bool, device=self._device)
+        seen = torch.cat([self._exists.unsqueeze(1).expand(-1, waiting + width, -1), among], dim=2)
         dtype = self.model.get_input_embeddings().weight.dtype
-        seen = torch.cat(
-            [
-                self._exists.unsqueeze(1).expand(-1, width, -1),
-                torch.eye(width, dtype=torch.bool, device=self._device).expand(ids.shape[0], -1, -1),
-            ],
-            dim=2,
-        )
         mask = torch.zeros(seen.shape, dtype=dtype, device=self._device).masked_fill(~seen, torch.finfo(dtype).min)
+        before = self._next_position.unsqueeze(1) + self._waiting_exists.cumsum(dim=1) - self._waiting_exists.long()
+        self._next_position = self._next_position + self._waiting_exists.sum(dim=1)
         output = self.model(
-            input_ids=ids,
+            input_ids=torch.cat([self._waiting, ids], dim=1),
             attention_mask=mask.unsqueeze(1),
-            position_ids=self._next_position.unsqueeze(1).expand(-1, width),
+            position_ids=torch.cat([before, self._next_position.unsqueeze(1).expand(-1, width)], dim=1),
             past_key_values=self._cache,
             use_cache=True,
         )
         added = [(layer.keys[:, :, -width:], layer.values[:, :, -width:]) for layer in self._cache.layers]
         self._cache.crop(-width)
-        return output.logits.float(), added
+        self._exists = torch.cat([self._exists, self._waiting_exists], dim=1)
+        self._waiting, self._waiting_exists = self._waiting[:, :0], self._waiting_exists[:, :0]
+        return output.logits[:, -width:].float(), added
 
     def _keep(self, kept: Tensor) -> None:
         """Drops all rows but `kept`, indices into the rows still held."""
         self._cache.batch_select_indices(kept)
         self._rows, self._exists = self._rows[kept], self._exists[kept]
         self._next_position = self._next_position[kept]
+        self._waiting, self._waiting_exists = self._waiting[kept], self._waiting_exists[kept]
 
 
 class FullRowScorer:

@@ -212,7 +212,17 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"mode": "equal_to"}, "not available"),
+            ({"mode": "beta"}, "mode must be one of tilt, equal_to, at_most, at_least"),
+            ({"mode": "equal_to"}, "needs target_length"),
+            ({"mode": "equal_to", "target_length": 3.5}, "whole number"),
+            ({"mode": "equal_to", "target_length": -1}, "whole number"),
+            ({"mode": "at_most", "target_length": 3, "strength": 1.0}, "strength means nothing"),
+            ({"mode": "at_most", "target_length": 3, "rule": "best"}, "paper, feasible"),
+            ({"mode": "at_most", "target_length": 3, "tolerance": 0.1}, "tolerance belongs to"),
+            ({"mode": "equal_to", "target_length": 3, "rule": "paper", "tolerance": 0.1}, "tolerance belongs to"),
+            ({"mode": "equal_to", "target_length": 3, "tolerance": 1.0}, "in .0, 1."),
+            ({"mode": "equal_to", "target_length": 3, "enforce": "yes"}, "enforce must be"),
+            ({"rule": "paper"}, "rule means nothing"),
             ({"target_length": 30}, "target_length"),
             ({"enforce": False}, "enforce"),
             ({"strength": math.nan}, "strength"),

@@ -1,5 +1,7 @@
 """Candidate scoring: one cached forward gives the values of separate full forwards, whatever stands beside."""
 
+import copy
+
 import pytest
 import torch
 from tiny import tiny_length_value_model, tiny_llama, tiny_qwen2
@@ -106,18 +108,55 @@ def test_one_forward_for_each_token_and_the_chosen_cache_is_that_of_the_full_row
         torch.testing.assert_close(ours.values * where, theirs.values * where, rtol=0, atol=1e-5)
 
 
+def test_tokens_that_were_not_scored_wait_for_the_next_forward():
+    """Whatever rows wait, and however long: values are those of separate forwards, with a forward for each scoring."""
+    model = length_value_model()
+    ids, mask = prompts()
+    scorer, calls = CandidateScorer(model), count_forwards(model)
+    scorer.start(ids, mask)
+    prefixes = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
+    live = torch.ones(ROWS, dtype=torch.bool)
+    forwards = len(calls)
+    for step in range(8):
+        scored = torch.zeros(ROWS, 3)
+        candidates = torch.stack([torch.randperm(58)[:3] + 6 for _ in range(ROWS)])
+        if step not in (1, 2, 5):
+            scored = scorer.score(candidates, live.unsqueeze(1).expand(-1, 3))
+            forwards += 1
+            reference = count_free(model)
+            for row in live.nonzero().flatten().tolist():
+                for slot in range(3):
+                    expected = separate(reference, prefixes[row], candidates[row, slot])
+                    torch.testing.assert_close(scored[row, slot], expected, rtol=0, atol=1e-5)
+        assert len(calls) == forwards
+        # Rows take a candidate or a token that was not scored, as it comes; some finish.
+        chosen = torch.where(torch.rand(ROWS) < 0.5, candidates[:, 1], torch.randint(6, VOCAB, (ROWS,)))
+        live = live & (torch.arange(ROWS) != [0, 3, ROWS, 7, 5, 1, ROWS, ROWS][step])
+        scorer.advance(chosen, live)
+        for row in live.nonzero().flatten().tolist():
+            prefixes[row] = torch.cat([prefixes[row], chosen[row].view(1)])
+
+
+def count_free(model):
+    """The same model for reference forwards that are not to be counted."""
+    twin = copy.deepcopy(model)
+    twin._forward_pre_hooks.clear()
+    return twin
+
+
 def test_a_token_that_was_no_candidate_is_appended_all_the_same():
     model = length_value_model()
     ids, mask = prompts()
-    scorer, reference = CandidateScorer(model), FullRowScorer(model)
+    scorer, reference = CandidateScorer(model), FullRowScorer(count_free(model))
     calls = count_forwards(model)
     candidates, valid = torch.tensor([[6, 7]] * ROWS), torch.ones(ROWS, 2)
     for either in (scorer, reference):
         either.start(ids, mask)
         either.score(candidates, valid)
         either.advance(torch.tensor([6, 7, 50] + [6] * (ROWS - 3)), torch.ones(ROWS))
-    assert (ROWS, 1) in calls
     torch.testing.assert_close(scorer.score(candidates, valid), reference.score(candidates, valid), rtol=0, atol=1e-5)
+    # The row whose token waits lends its place to the others: one forward of three tokens.
+    assert calls == [(ROWS, 7), (ROWS, 2), (ROWS, 3)]
 
 
 def test_chunks_of_candidates_change_nothing():

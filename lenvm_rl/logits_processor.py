@@ -1,0 +1,288 @@
+"""The logits processor of length-guided decoding: at each step, it scores the candidates and applies the guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+from lenvm_rl.guidance import TILT, LengthGuidance
+from lenvm_rl.returns import remaining_from_logits
+from lenvm_rl.scoring import CandidateScorer, FullRowScorer
+
+SCORERS = {"cached": CandidateScorer, "full": FullRowScorer}
+# Above this many tokens, scoring the whole vocabulary at every step is surely a mistake.
+MAX_UNTRUNCATED_VOCABULARY = 4096
+
+
+@dataclass
+class GuidanceReport:
+    """What guidance with `enforce` did to each row.
+
+    Args:
+        forced (`torch.Tensor` of shape `(B,)`, int64): steps at which more than half of the guided probability was
+            overruled, because the end was barred or put.
+        overruled (`torch.Tensor` of shape `(B,)`): the overruled probability, summed over steps: the expected number
+            of choices that enforcement changed.
+    """
+
+    forced: Tensor
+    overruled: Tensor
+
+
+class LengthGuidedLogitsProcessor(LogitsProcessor):
+    """Guides the policy's scores inside any `model.generate(..., logits_processor=[...])`.
+
+    transformers runs this processor *before* its own temperature, top-k and top-p. Guidance has its own, so generate
+    with ``temperature=1.0, top_k=0, top_p=1.0`` (`top_k` defaults to 50 there), or use [`generate_guided`], which sets
+    and checks them. A processor cannot see what `generate` does after it.
+
+    One object serves one `generate` call at a time; it starts afresh when it meets new prompts. Beam search and
+    assisted generation reorder what it remembers and are not supported.
+
+    Args:
+        length_value_model (`LengthValueModel`): frozen, in eval mode.
+        guidance ([`LengthGuidance`] or sequence of them): how to guide; one for all rows, or one for each prompt.
+        eos_token_id (`int` or sequence of `int`): the tokens that end a sequence: as candidates, their value is 0.
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
+            The prompts' mask (left padding). When omitted, leading `pad_token_id` tokens are taken as padding.
+        pad_token_id (`int`, *optional*): needed if prompts are padded and no `attention_mask` is given.
+        generation_temperature (`float`, *optional*, defaults to `1.0`):
+            The temperature that `generate` applies afterwards; the scores are multiplied by it beforehand, so that the
+            result is the guidance's distribution.
+        scoring (`str`, *optional*, defaults to `"cached"`):
+            `"cached"` for one forward for each token ([`CandidateScorer`]), `"full"` to run every candidate as a
+            complete row ([`FullRowScorer`]): slow, for backbones whose cache cannot be shared.
+        same_tokenizer (`bool`, *optional*, defaults to `False`):
+            Set when the tokenizers of both models were compared: their embedding tables may then differ in padding.
+
+    Attributes:
+        report ([`GuidanceReport`] or `None`): of the rows of the current, or last, call of `generate`.
+
+    Raises:
+        ValueError: at construction, on an unknown `scoring` or a model that it cannot use; at the first call, on
+            vocabularies that differ, right padding, a number of guidances that does not fit the rows, or a vocabulary
+            too large to be scored without truncation.
+        FloatingPointError: if the length value model gives NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        length_value_model: nn.Module,
+        guidance: LengthGuidance | Sequence[LengthGuidance],
+        *,
+        eos_token_id: int | Sequence[int],
+        attention_mask: Tensor | None = None,
+        pad_token_id: int | None = None,
+        generation_temperature: float = 1.0,
+        scoring: str = "cached",
+        same_tokenizer: bool = False,
+    ):
+        if scoring not in SCORERS:
+            raise ValueError(f"scoring must be one of {sorted(SCORERS)}, got {scoring!r}.")
+        if generation_temperature <= 0:
+            raise ValueError(f"generation_temperature must be positive, got {generation_temperature}.")
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError("prompts are padded on the right: generation needs padding_side='left'.")
+        self.guidance = as_list(guidance)
+        self.scorer = SCORERS[scoring](length_value_model)
+        self.gamma = length_value_model.config.gamma
+        self.eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        self.attention_mask = attention_mask
+        self.pad_token_id = pad_token_id
+        self.generation_temperature = generation_temperature
+        self.same_tokenizer = same_tokenizer
+        self.report: GuidanceReport | None = None
+        self._warpers = {each: each.warpers() for each in set(self.guidance)}
+        self._needs_values = any(each.needs_values for each in self.guidance)
+        # Greedy rows beside sampled ones: `generate` samples them all, so their distribution is put on one token.
+        self._mixed = len({each.temperature > 0 for each in self.guidance}) > 1
+        self._seen: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Guided scores `(B, V)`, ``-inf`` where a token is no candidate, of the prefixes `input_ids` `(B, S)`."""
+        if self._continues(input_ids):
+            self._advance(input_ids)
+        else:
+            self._start(input_ids, scores)
+        self._seen = input_ids
+        written = input_ids.shape[1] - self._prompt_width
+        policy = torch.cat([self._candidates(each, rows, input_ids, scores, written) for each, rows in self._groups])
+        policy = policy[self._back]
+        if self._needs_values:
+            logits, remaining = self._score(policy)
+            guided = [
+                self._guide(each, rows, policy[rows], logits[rows], remaining[rows], written)
+                for each, rows in self._groups
+            ]
+            policy = torch.cat(guided)[self._back]
+        elif self._untouched:
+            return scores
+        if self._mixed:
+            policy = self._decide_greedy_rows(policy)
+        return policy * self.generation_temperature
+
+    def _continues(self, input_ids: Tensor) -> bool:
+        """Whether `input_ids` are the prefixes of the last call with one more token."""
+        seen = self._seen
+        if seen is None or input_ids.shape != (seen.shape[0], seen.shape[1] + 1):
+            return False
+        return torch.equal(input_ids[:, :-1], seen)
+
+    def _start(self, input_ids: Tensor, scores: Tensor) -> None:
+        vocab_size, rows = scores.shape[1], input_ids.shape[0]
+        if self._needs_values:
+            self._check_vocabulary(vocab_size)
+        if rows % len(self.guidance):
+            raise ValueError(
+                f"{len(self.guidance)} guidances do not fit {rows} rows: give one, or one for each prompt."
+            )
+        # `num_return_sequences` repeats each prompt in place.
+        per_row = [each for each in self.guidance for _ in range(rows // len(self.guidance))]
+        device = scores.device
+        self._groups = [
+            (each, torch.tensor([row for row, own in enumerate(per_row) if own == each], device=device))
+            for each in dict.fromkeys(per_row)
+        ]
+        self._back = torch.cat([members for _, members in self._groups]).argsort()
+        self._untouched = (
+            all(not each.truncates and self.generation_temperature == (each.temperature or 1.0) for each in per_row)
+            and not self._mixed
+        )
+        self._greedy = torch.tensor([each.temperature == 0 for each in per_row], device=device)
+        self._finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._eos = torch.tensor(self.eos_token_ids, device=device)
+        self._prompt_width = input_ids.shape[1]
+        self.report = GuidanceReport(
+            torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.float64, device=device)
+        )
+        if self._needs_values:
+            mask = self._prompt_mask(input_ids)
+            if not bool(mask[:, -1].all()):
+                raise ValueError("prompts are empty or padded on the right: generation needs padding_side='left'.")
+            self.scorer.start(input_ids, mask)
+
+    def _check_vocabulary(self, vocab_size: int) -> None:
+        if not self.same_tokenizer and vocab_size != self.scorer.vocab_size:
+            raise ValueError(
+                f"the policy scores {vocab_size} tokens and the length value model knows {self.scorer.vocab_size}: "
+                "they must share a tokenizer. If they do, pass it to generate_guided as tokenizer=, to be compared."
+            )
+        untruncated = any(each.needs_values and not each.truncates for each in self.guidance)
+        if untruncated and vocab_size > MAX_UNTRUNCATED_VOCABULARY:
+            raise ValueError(
+                f"without truncation, all {vocab_size} tokens are scored at every step: set top_k (e.g. 64), top_p or "
+                "min_p in the guidance."
+            )
+
+    def _prompt_mask(self, input_ids: Tensor) -> Tensor:
+        mask = self.attention_mask
+        if mask is None:
+            if self.pad_token_id is None:
+                return torch.ones_like(input_ids)
+            return (input_ids != self.pad_token_id).int().cummax(dim=1).values
+        rows, width = input_ids.shape
+        if mask.shape[1] != width or rows % mask.shape[0]:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)} but the prompts {tuple(input_ids.shape)}: make one "
+                "processor for each batch of prompts."
+            )
+        return mask.to(input_ids.device).repeat_interleave(rows // mask.shape[0], dim=0)
+
+    def _advance(self, input_ids: Tensor) -> None:
+        chosen = input_ids[:, -1]
+        self._finished = self._finished | torch.isin(chosen, self._eos)
+        if self._needs_values:
+            self.scorer.advance(chosen, ~self._finished)
+
+    def _candidates(
+        self, guidance: LengthGuidance, rows: Tensor, input_ids: Tensor, scores: Tensor, written: int
+    ) -> Tensor:
+        """The policy after temperature and candidate rule; where the end is barred, among the other tokens."""
+        warpers, ids = self._warpers[guidance], input_ids[rows]
+        own = scores[rows] / (guidance.temperature or 1.0)
+        policy = warpers(ids, own)
+        if not guidance.bars_end(written):
+            return policy
+        # The end keeps the score that it had, for [`_guide`] to see what barring it overrules.
+        policy_without = warpers(ids, own.index_fill(1, self._eos, -torch.inf))
+        policy_without[:, self._eos] = policy[:, self._eos]
+        return policy_without
+
+    def _score(self, policy: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the states after each candidate and tokens still to come there, `(B, V)` float32.
+
+        At end-of-sequence they are -inf and 0. Where there is no candidate, and in rows that have nothing to choose,
+        what stands there does not matter.
+        """
+        candidate = torch.isfinite(policy) & ~self._finished.unsqueeze(1)
+        # The only candidate of a row is chosen whatever its value; its forward waits until one is needed.
+        decided = candidate.sum(dim=1) <= 1
+        logits = torch.zeros(policy.shape, dtype=torch.float32, device=policy.device)
+        if not bool(decided.all()):
+            valid = candidate.clone()
+            valid[:, self._eos] = False
+            width = int(valid.sum(dim=1).max())
+            candidates = valid.int().topk(width, dim=1).indices
+            valid = valid.gather(1, candidates)
+            scored = self.scorer.score(candidates, valid)
+            if not bool(torch.isfinite(scored).all()):
+                raise FloatingPointError(
+                    "the length value model gave NaN or infinity: check its weights and its dtype."
+                )
+            logits.scatter_(1, candidates, scored)
+        logits[:, self._eos] = -torch.inf
+        if self._needs_lengths:
+            # Any token but the end has at least the end still to come.
+            remaining = remaining_from_logits(logits, self.gamma).clamp(min=1.0)
+            remaining[:, self._eos] = 0.0
+        else:
+            remaining = logits
+        return logits, remaining
+
+    @property
+    def _needs_lengths(self) -> bool:
+        return any(each.mode != TILT for each in self.guidance)
+
+    def _guide(
+        self,
+        guidance: LengthGuidance,
+        rows: Tensor,
+        policy: Tensor,
+        logits: Tensor,
+        remaining: Tensor,
+        written: int,
+    ) -> Tensor:
+        """The guided scores of rows with one guidance, with the hard bound on top."""
+        guided = guidance.guide(policy, logits, remaining, written)
+        if not (guidance.bars_end(written) or guidance.puts_end(written)):
+            return guided
+        ends = guided.softmax(dim=1)[:, self._eos].sum(dim=1)
+        if guidance.bars_end(written):
+            overruled = ends
+            without = policy.index_fill(1, self._eos, -torch.inf)
+            guided = guidance.guide(without, logits, remaining, written)
+        else:
+            overruled = 1.0 - ends
+            guided = torch.full_like(guided, -torch.inf)
+            guided[:, self._eos[0]] = 0.0
+        overruled = overruled.masked_fill(self._finished[rows], 0.0)
+        self.report.forced[rows] += (overruled > 0.5).long()
+        self.report.overruled[rows] += overruled.double()
+        return guided
+
+    def _decide_greedy_rows(self, policy: Tensor) -> Tensor:
+        chosen = policy.argmax(dim=1, keepdim=True)
+        alone = torch.full_like(policy, -torch.inf).scatter_(1, chosen, 0.0)
+        return torch.where(self._greedy.unsqueeze(1), alone, policy)
+
+
+def as_list(guidance: LengthGuidance | Sequence[LengthGuidance]) -> list[LengthGuidance]:
+    """One guidance as a list, and several as they are; a `ValueError` if there is none."""
+    several = [guidance] if isinstance(guidance, LengthGuidance) else list(guidance)
+    if not several:
+        raise ValueError("no guidance is given: give one, or one for each prompt.")
+    return several

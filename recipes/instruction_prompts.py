@@ -1,0 +1,82 @@
+"""Draws instruction prompts from several public sets into one file, the input of recipes/sample_rollouts.py.
+
+    python recipes/instruction_prompts.py --data_dir path/to/data --output outputs/instructions/prompts.jsonl
+
+The data folder holds the published files: ifeval/input_data.jsonl, mt_bench/question.jsonl (the first turn) and
+self_instruct/user_oriented_instructions.jsonl (the instruction with its input). Each prompt keeps the name of its set in
+the column `domain`, by which recipes/pretrain_lenvm.py reports its metrics too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+logger = logging.getLogger(__name__)
+
+
+def _with_input(row: dict) -> str:
+    given = row["instances"][0]["input"]
+    return f"{row['instruction']}\n\n{given}" if given else row["instruction"]
+
+
+# For each domain, its file and where the prompt stands in a row.
+SOURCES: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "ifeval": ("ifeval/input_data.jsonl", lambda row: row["prompt"]),
+    "mt_bench": ("mt_bench/question.jsonl", lambda row: row["turns"][0]),
+    "self_instruct": ("self_instruct/user_oriented_instructions.jsonl", _with_input),
+}
+
+
+@dataclass
+class PromptArguments:
+    """Which prompts, and where to."""
+
+    data_dir: str = field(metadata={"help": "Folder with the published files."})
+    output: str = field(metadata={"help": "The file to write, one JSON object a line."})
+    per_domain: int = field(default=60, metadata={"help": "Prompts of each set, or all that it has if these are fewer."})
+    max_characters: int = field(default=1500, metadata={"help": "Longer prompts are left out, and counted."})
+    seed: int = field(default=0, metadata={"help": "Which prompts are drawn, and in which order they stand."})
+
+
+def read_prompts(data_dir: Path, domain: str) -> list[str]:
+    """All prompts of a domain, in the order of its file."""
+    name, prompt_of = SOURCES[domain]
+    path = data_dir / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: --data_dir needs the published files {sorted(SOURCES)} under it.")
+    # By newline only: U+2028 occurs inside strings.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [prompt_of(json.loads(line)) for line in lines if line.strip()]
+
+
+def draw_prompts(args: PromptArguments) -> list[dict[str, str]]:
+    """`{"prompt", "domain"}` of the drawn prompts, in random order."""
+    drawn = []
+    for domain in SOURCES:
+        prompts = read_prompts(Path(args.data_dir), domain)
+        short = [prompt for prompt in prompts if len(prompt) <= args.max_characters]
+        chosen = random.Random(args.seed).sample(short, min(args.per_domain, len(short)))
+        logger.info("%s: %d of %d prompts, %d too long", domain, len(chosen), len(prompts), len(prompts) - len(short))
+        drawn += [{"prompt": prompt, "domain": domain} for prompt in chosen]
+    random.Random(args.seed).shuffle(drawn)
+    return drawn
+
+
+def main(args: PromptArguments) -> None:
+    """Draws and writes."""
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in draw_prompts(args))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(*HfArgumentParser(PromptArguments).parse_args_into_dataclasses())
