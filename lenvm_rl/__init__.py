@@ -38,6 +38,7 @@ _NAMES_OF_MODULE = {
         "pretrain",
     ),
     "decoding": ("GuidanceReport", "LengthGuidance", "LengthGuidedLogitsProcessor", "generate_guided"),
+    "controllers": ("TargetController", "calibrate_strength"),
     "trainers": ("LenVMGRPOConfig", "LenVMGRPOTrainer", "LenVMPPOConfig", "LenVMPPOTrainer"),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}

@@ -10,10 +10,10 @@ leads to the end itself: its value and its ``n`` are exactly 0; any other token 
   (The paper writes the same rule with ``beta = -strength`` over ``u = -V``.)
 - `"equal_to"`, `"at_most"`, `"at_least"` a `target_length` T, with ``r = T - t`` tokens left, by one of two rules:
 
-  - `rule="paper"`, the hard decoding of the paper and its code: one candidate, by its ``n`` alone, so that the candidate
-    rule is all that keeps the text sensible. `"equal_to"`: the one whose ``n`` is
-    nearest to ``r``; `"at_most"`: the smallest ``n``, always; `"at_least"`: the largest ``n`` while ``r > 0``, then the
-    smallest. Of equal candidates the most probable.
+  - `rule="paper"`, the hard decoding of the paper and its code: one candidate, by its ``n`` alone, so that only the
+    candidate rule keeps the text sensible. `"equal_to"`: the one whose ``n`` is nearest to ``r``; `"at_most"`: the
+    smallest ``n``, always; `"at_least"`: the largest ``n`` while ``r > 0``, then the smallest. Of equal candidates the
+    most probable.
   - `rule="feasible"`: the base distribution over the candidates that satisfy the constraint by prediction
     (``|n - r| <= tolerance * r``; ``n <= r``; ``n >= r``), and the paper's rule only where none does.
 
@@ -208,10 +208,8 @@ def select_nearest(scores: Tensor, remaining: Tensor, mode: str, left: int) -> T
     Returns:
         `torch.Tensor` of shape `(B, V)`: the score of the chosen token, ``-inf`` elsewhere.
     """
-    if mode == EQUAL_TO:
-        cost = (remaining - left).abs()
-    else:
-        cost = -remaining if mode == AT_LEAST and left > 0 else remaining
+    sign = -1.0 if mode == AT_LEAST and left > 0 else 1.0
+    cost = (remaining - left).abs() if mode == EQUAL_TO else sign * remaining
     cost = cost.masked_fill(scores == -math.inf, math.inf)
     best = cost.amin(dim=-1, keepdim=True)
     tied = cost <= best + TIE * (1.0 + abs(left) + best.abs())

@@ -1,0 +1,169 @@
+"""What steers a tilt strength toward a length: for a whole workload at once, or step by step while it runs.
+
+A tilt strength acts on every token of every completion, so the strength that brings the mean length of a workload to a
+budget is not known beforehand. [`calibrate_strength`] finds it on a sample, [`TargetController`] while the workload
+runs. Both need only that a larger setting gives a smaller measurement, as a larger strength gives shorter completions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What [`calibrate_strength`] found.
+
+    Args:
+        strength (`float`): the measured strength whose mean length came nearest to the target.
+        mean_length (`float`): the mean length that was measured there.
+        met (`bool`): whether it is within the tolerance.
+        trials (`list[tuple[float, float]]`): every strength that was tried and its mean length, in order.
+    """
+
+    strength: float
+    mean_length: float
+    met: bool
+    trials: list[tuple[float, float]]
+
+
+def calibrate_strength(
+    measure: Callable[[float], float],
+    target_length: float,
+    *,
+    unit: float = 1.0,
+    tolerance: float = 0.02,
+    max_trials: int = 12,
+    max_strength: float = 1e4,
+) -> Calibration:
+    """The tilt strength at which the mean length of a sample meets a target, by bisection.
+
+    From strength 0 the sign of the difference says which way to go; the strength is doubled until the target lies
+    between two measurements, and then halved in. Measure with the same prompts and the same seed every time, so that
+    the noise of sampling is much the same in all trials.
+
+    Args:
+        measure (callable): the mean length in tokens at a strength; it falls as the strength grows, but for noise.
+        target_length (`float`): the mean length to meet, counted as `measure` counts it.
+        unit (`float`, *optional*, defaults to `1.0`): the first step, e.g. one over the standard deviation of V.
+        tolerance (`float`, *optional*, defaults to `0.02`): share of the target by which the mean may miss it.
+        max_trials (`int`, *optional*, defaults to `12`): most measurements.
+        max_strength (`float`, *optional*, defaults to `1e4`): largest strength, either way, in multiples of `unit`.
+
+    Returns:
+        [`Calibration`]: `met` is `False`, and a warning logged, if the target is out of reach or trials ran out.
+
+    Raises:
+        ValueError: on a target, unit, tolerance or number of trials that is not positive, or a length that is no
+            number.
+    """
+    for name, value in (("target_length", target_length), ("unit", unit), ("tolerance", tolerance)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, got {value}.")
+    if max_trials < 1:
+        raise ValueError(f"max_trials must be at least 1, got {max_trials}.")
+    trials: list[tuple[float, float]] = []
+
+    def is_too_long(strength: float) -> bool:
+        length = float(measure(strength))
+        if not math.isfinite(length):
+            raise ValueError(f"measure({strength}) gave a mean length of {length}: it must be a number of tokens.")
+        trials.append((strength, length))
+        return length > target_length
+
+    def met() -> bool:
+        return abs(trials[-1][1] - target_length) <= tolerance * target_length
+
+    too_long = is_too_long(0.0)
+    # Where it is too long, and where too short: strengths that enclose the one that is looked for.
+    ends: dict[bool, float] = {too_long: 0.0}
+    step = unit if too_long else -unit
+    while not met() and len(trials) < max_trials:
+        if len(ends) == 2:
+            strength = 0.5 * (ends[True] + ends[False])
+        elif abs(step) > max_strength * unit:
+            break
+        else:
+            strength, step = step, 2.0 * step
+        ends[is_too_long(strength)] = strength
+    strength, length = min(trials, key=lambda trial: abs(trial[1] - target_length))
+    found = Calibration(strength, length, abs(length - target_length) <= tolerance * target_length, trials)
+    if not found.met:
+        logger.warning(
+            "no strength met a mean length of %g within %.1f%%: the nearest of %d trials is %g with %.1f tokens",
+            target_length,
+            100 * tolerance,
+            len(trials),
+            strength,
+            length,
+        )
+    return found
+
+
+class TargetController:
+    """Steers a setting so that what it lowers settles at a target: an integral controller (dual ascent), bounded.
+
+    ``setting <- clip(setting + rate * (measured / target - 1), minimum, maximum)`` after each measurement: as long as
+    completions are too long the strength grows, whatever it is that the strength has to overcome. It is the ascent on
+    the multiplier of the constraint ``E[length] <= target`` (for `minimum=0`, one-sided), as in Leash (arXiv
+    2512.21540).
+
+    Args:
+        target (`float`): what the measurement is to be, positive.
+        rate (`float`): change of the setting for a measurement of twice the target.
+        initial (`float`, *optional*, defaults to `0.0`): setting at the start.
+        minimum, maximum (`float`, *optional*): bounds of the setting; none when omitted.
+
+    Attributes:
+        setting (`float`): the current setting.
+        updates (`int`): measurements so far.
+
+    Raises:
+        ValueError: on a target or rate that is not positive, or bounds that do not enclose the initial setting.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        rate: float,
+        initial: float = 0.0,
+        minimum: float = -math.inf,
+        maximum: float = math.inf,
+    ):
+        for name, value in (("target", target), ("rate", rate)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, got {value}.")
+        if not minimum <= initial <= maximum:
+            raise ValueError(
+                f"the initial setting {initial} must lie in [{minimum}, {maximum}]: change it or the bounds."
+            )
+        self.target, self.rate, self.minimum, self.maximum = target, rate, minimum, maximum
+        self.setting = float(initial)
+        self.updates = 0
+
+    def update(self, measured: float) -> float:
+        """Takes a measurement, such as the mean length of the last batch, and returns the new setting.
+
+        Raises:
+            ValueError: the measurement is not a finite number; the setting stays as it is.
+        """
+        if not math.isfinite(measured):
+            raise ValueError(f"the measurement is {measured}: measure the mean over at least one completion.")
+        moved = self.setting + self.rate * (measured / self.target - 1.0)
+        self.setting = min(max(moved, self.minimum), self.maximum)
+        self.updates += 1
+        return self.setting
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint has to keep."""
+        return {"setting": self.setting, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from what [`TargetController.state_dict`] returned; bounds and rate stay this controller's own."""
+        self.setting = min(max(float(state["setting"]), self.minimum), self.maximum)
+        self.updates = int(state["updates"])
