@@ -49,6 +49,7 @@ _MODULES = (
     "collation",
     "completions",
     "configuration",
+    "domains",
     "forms",
     "guidance",
     "heads",

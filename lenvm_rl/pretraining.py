@@ -11,7 +11,6 @@ the whole optimiser step.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from typing import Any
 
@@ -32,6 +31,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from lenvm_rl.collation import COLUMNS, LengthValueCollator, check_fits, check_isolation
+from lenvm_rl.domains import domain_metrics, domains_of_prompts, metrics_for_card
 from lenvm_rl.journal import MetricsFile
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.packing import unpack
@@ -220,6 +220,9 @@ class LengthValueTrainer(Trainer):
         for dataset in (train_dataset, eval_dataset):
             if dataset is not None:
                 check_fits(model, dataset)
+        self._domain_of = {}
+        if args.domain_column is not None and eval_dataset is not None:
+            self._domain_of = domains_of_prompts(eval_dataset, args.domain_column)
         super().__init__(
             model=model,
             args=args,
@@ -308,8 +311,15 @@ class LengthValueTrainer(Trainer):
         return loss, statistics, torch.stack([lengths, finished, groups, prompts], dim=1)
 
     def _summarize(self, prediction: EvalPrediction) -> dict[str, float]:
-        lengths, finished, groups, prompts = torch.from_numpy(prediction.label_ids).unbind(1)
-        metrics = summarize(torch.from_numpy(prediction.predictions), lengths, finished, groups, self._space.gamma)
+        labels, statistics = torch.from_numpy(prediction.label_ids), torch.from_numpy(prediction.predictions)
+        return {
+            **self._metrics_of(statistics, labels),
+            **domain_metrics(self._metrics_of, statistics, labels, self._domain_of),
+        }
+
+    def _metrics_of(self, statistics: Tensor, labels: Tensor) -> dict[str, float]:
+        lengths, finished, groups, prompts = labels.unbind(1)
+        metrics = summarize(statistics, lengths, finished, groups, self._space.gamma)
         return {**metrics, **reference_metrics(lengths, prompts, finished, groups, self._space.gamma)}
 
 
@@ -378,7 +388,6 @@ def pretrain(
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_rollouts is not None else {}
     if metrics:
-        kept = {name: value for name, value in metrics.items() if isinstance(value, float) and math.isfinite(value)}
-        trainer.accelerator.unwrap_model(trainer.model).config.metrics = {"held-out prompts": kept}
+        trainer.accelerator.unwrap_model(trainer.model).config.metrics = metrics_for_card(metrics)
     trainer.save_model(args.output_dir)
     return trainer.accelerator.unwrap_model(trainer.model).eval(), metrics

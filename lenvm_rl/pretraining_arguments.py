@@ -57,6 +57,13 @@ class LengthValueTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Fit only on completions whose column `correct` is true."},
     )
+    domain_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the rollouts that names each prompt's domain: the metrics of the evaluation are then "
+            "given for each domain, too, and stand in the model card."
+        },
+    )
     packing: bool = field(
         default=True,
         metadata={
