@@ -60,7 +60,7 @@ def generate_guided(
             the vocabularies are compared.
         scoring (`str`, *optional*, defaults to `"cached"`): see [`LengthGuidedLogitsProcessor`].
         generation_config (*optional*), logits_processor (*optional*), generate_kwargs: as for `generate`.
-        return_report (`bool`, *optional*, defaults to `False`): also return what `enforce` did.
+        return_report (`bool`, *optional*, defaults to `False`): also return what guidance did to each row.
 
     Returns:
         What `generate` returns: ids `(B * num_return_sequences, S + T)`, or its output object; with `return_report`, a
@@ -89,6 +89,7 @@ def generate_guided(
         pad_token_id=merged.pad_token_id,
         scoring=scoring,
         same_tokenizer=tokenizer is not None,
+        record=return_report,
     )
     passed_on = {name: value for name, value in generate_kwargs.items() if not hasattr(merged, name)}
     if tokenizer is not None and merged.stop_strings is not None:
@@ -99,7 +100,9 @@ def generate_guided(
         generation_config=merged,
         logits_processor=LogitsProcessorList([*logits_processor, processor]),
     )
-    return (output, processor.report) if return_report else output
+    if not return_report:
+        return output
+    return output, processor.finish(output if isinstance(output, Tensor) else output.sequences)
 
 
 def _merged_generation_config(

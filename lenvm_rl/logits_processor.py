@@ -20,17 +20,23 @@ MAX_UNTRUNCATED_VOCABULARY = 4096
 
 @dataclass
 class GuidanceReport:
-    """What guidance with `enforce` did to each row.
+    """What guidance did to each row.
 
     Args:
         forced (`torch.Tensor` of shape `(B,)`, int64): steps at which more than half of the guided probability was
             overruled, because the end was barred or put.
         overruled (`torch.Tensor` of shape `(B,)`): the overruled probability, summed over steps: the expected number
             of choices that enforcement changed.
+        log_probs (`torch.Tensor` of shape `(B, T)`): log-probability of each token under the guided distribution that
+            it was drawn from; 0 after the end. (Greedy choices are certain; theirs is that of the distribution.)
+        policy_log_probs (`torch.Tensor` of shape `(B, T)`): the same under the policy at the guidance's temperature,
+            without guidance and candidate rule. The importance ratio of a token is ``exp(policy - guided)``.
     """
 
     forced: Tensor
     overruled: Tensor
+    log_probs: Tensor
+    policy_log_probs: Tensor
 
 
 class LengthGuidedLogitsProcessor(LogitsProcessor):
@@ -58,6 +64,9 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
             complete row ([`FullRowScorer`]): slow, for backbones whose cache cannot be shared.
         same_tokenizer (`bool`, *optional*, defaults to `False`):
             Set when the tokenizers of both models were compared: their embedding tables may then differ in padding.
+        record (`bool`, *optional*, defaults to `False`):
+            Whether to keep the log-probabilities of the chosen tokens; [`LengthGuidedLogitsProcessor.finish`] then
+            completes the report.
 
     Attributes:
         report ([`GuidanceReport`] or `None`): of the rows of the current, or last, call of `generate`.
@@ -80,6 +89,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         generation_temperature: float = 1.0,
         scoring: str = "cached",
         same_tokenizer: bool = False,
+        record: bool = False,
     ):
         if scoring not in SCORERS:
             raise ValueError(f"scoring must be one of {sorted(SCORERS)}, got {scoring!r}.")
@@ -95,6 +105,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         self.pad_token_id = pad_token_id
         self.generation_temperature = generation_temperature
         self.same_tokenizer = same_tokenizer
+        self.record = record
         self.report: GuidanceReport | None = None
         self._warpers = {each: each.warpers() for each in set(self.guidance)}
         self._needs_values = any(each.needs_values for each in self.guidance)
@@ -109,6 +120,37 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         else:
             self._start(input_ids, scores)
         self._seen = input_ids
+        guided = self._guided_scores(input_ids, scores)
+        self._last = (scores, guided)
+        return guided
+
+    def finish(self, sequences: Tensor) -> GuidanceReport:
+        """The report, once the last token stands.
+
+        Args:
+            sequences (`torch.Tensor` of shape `(B, S)`): what `generate` returned.
+
+        Raises:
+            ValueError: the sequences are not those of the last call.
+        """
+        if not self._continues(sequences):
+            raise ValueError("these are not the sequences that were guided last: pass what `generate` returned.")
+        if self.record:
+            self._record(sequences[:, -1])
+        self._seen = None
+        return self.report
+
+    def _record(self, chosen: Tensor) -> None:
+        """Adds the log-probabilities of the tokens that were drawn from the last scores."""
+        scores, guided = self._last
+        chosen = chosen.to(guided.device).unsqueeze(1)
+        guided = (guided / self.generation_temperature).log_softmax(dim=1).gather(1, chosen)
+        policy = (scores / self._temperatures).log_softmax(dim=1).gather(1, chosen)
+        for name, column in (("log_probs", guided), ("policy_log_probs", policy)):
+            column = column.masked_fill(self._finished.unsqueeze(1), 0.0)
+            setattr(self.report, name, torch.cat([getattr(self.report, name), column], dim=1))
+
+    def _guided_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         written = input_ids.shape[1] - self._prompt_width
         policy = torch.cat([self._candidates(each, rows, input_ids, scores, written) for each, rows in self._groups])
         policy = policy[self._back]
@@ -156,8 +198,12 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         self._finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self._eos = torch.tensor(self.eos_token_ids, device=device)
         self._prompt_width = input_ids.shape[1]
+        self._temperatures = torch.tensor([[each.temperature or 1.0] for each in per_row], device=device)
         self.report = GuidanceReport(
-            torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.float64, device=device)
+            forced=torch.zeros(rows, dtype=torch.int64, device=device),
+            overruled=torch.zeros(rows, dtype=torch.float64, device=device),
+            log_probs=scores.new_zeros(rows, 0),
+            policy_log_probs=scores.new_zeros(rows, 0),
         )
         if self._needs_values:
             mask = self._prompt_mask(input_ids)
@@ -194,6 +240,8 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
 
     def _advance(self, input_ids: Tensor) -> None:
         chosen = input_ids[:, -1]
+        if self.record:
+            self._record(chosen)
         self._finished = self._finished | torch.isin(chosen, self._eos)
         if self._needs_values:
             self.scorer.advance(chosen, ~self._finished)

@@ -149,6 +149,11 @@ class CandidateScorer:
         if 8 * int(live.sum()) <= 7 * live.shape[0]:
             self._keep(live.nonzero().squeeze(1))
 
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that are kept: those of the prefixes, whatever was scored."""
+        kept = [each for layer in self._cache.layers for each in (layer.keys, layer.values)]
+        return sum(each.numel() * each.element_size() for each in kept)
+
     def _append_scored(self, chosen: Tensor, live: Tensor) -> Tensor:
         """Puts chosen candidates into the cache; says for which rows, `(R,)`."""
         if self._siblings is None:

@@ -16,6 +16,7 @@ from lenvm_rl.shaping import length_potential, value_potential
 from lenvm_rl.tokenization import check_pad_is_not_eos, check_same_tokenizer
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.configs import LenVMConfig
+from lenvm_rl.trainers.guided_rollouts import check_guided_rollouts, guided_generation, importance_ratio, read_guidance
 from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics, value_metrics
 from lenvm_rl.trainers.streams import (
     Completions,
@@ -112,6 +113,10 @@ class LenVMTrainer(GRPOTrainer):
         # TRL 1.12 knows the tokenizer's end of sequence only; later ones, every end that the model declares.
         self._ends = self.eos_token_ids if hasattr(self, "eos_token_ids") else [self._tokenizer.eos_token_id]
         self._raw_rewards: Tensor | None = None
+        self._guidance = read_guidance(args)
+        self._guidance_report = None
+        if self._guidance is not None:
+            check_guided_rollouts(self)
         self.add_callback(MetricsFile())
 
     def _check_length_value_model(self, length_value_model) -> None:
@@ -140,6 +145,24 @@ class LenVMTrainer(GRPOTrainer):
     def _log_all(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        if self._guidance is None or self._mode != "train":
+            return super()._generate_single_turn(*args, **kwargs)
+        model, values = (self.accelerator.unwrap_model(each) for each in (self.model_wrapped, self.length_value_model))
+        with guided_generation(model, values, self._guidance) as reports:
+            completions = super()._generate_single_turn(*args, **kwargs)
+        (self._guidance_report,) = reports
+        return completions
+
+    def _weigh_guided(self, advantages: Tensor, completions: Completions) -> Tensor:
+        """The advantages of guided completions `(B, T)`, each token weighed by its importance ratio."""
+        ratio, sums = importance_ratio(self._guidance_report, completions.mask, self.args.rollout_ratio_max)
+        self._guidance_report = None
+        totals = self._sum_over_processes(torch.stack([sums[name] for name in ("tokens", "ratio", "truncated")]))
+        tokens, total, truncated = totals.tolist()
+        self._log_all({"guidance/ratio": total / max(tokens, 1), "guidance/truncated": truncated / max(tokens, 1)})
+        return ratio * (advantages if advantages.dim() == 2 else advantages.unsqueeze(1))
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # The one place where the rewards of single functions can be had: they are not in the batch.
@@ -239,6 +262,8 @@ class LenVMTrainer(GRPOTrainer):
         elif self.always_dense or self.args.needs_length_value_model:
             batch["advantages"] = task
         # Otherwise the batch stays as TRL made it.
+        if self._guidance_report is not None:
+            batch["advantages"] = self._weigh_guided(batch["advantages"], completions)
         return batch
 
     def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:

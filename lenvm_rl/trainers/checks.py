@@ -115,8 +115,9 @@ def load_length_value_model(model_or_path, args) -> LengthValueModel | None:
     if model_or_path is None:
         if args.needs_length_value_model:
             raise ValueError(
-                f"length_coef={args.length_coef} and shaping_coef={args.shaping_coef} need a length value model: pass "
-                "`length_value_model=` (a LengthValueModel or its path), or set both to 0."
+                f"length_coef={args.length_coef}, shaping_coef={args.shaping_coef} and rollout_guidance="
+                f"{args.rollout_guidance} need a length value model: pass `length_value_model=` (a LengthValueModel or "
+                "its path), or set the coefficients to 0 and leave the guidance out."
             )
         return None
     if isinstance(model_or_path, (str, os.PathLike)):

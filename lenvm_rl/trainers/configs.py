@@ -46,9 +46,19 @@ class LenVMConfig(GRPOConfig):
             (arXiv 2503.24290). It serves the policy and the critic's targets alike; arXiv 2503.01491 takes 0.95 for
             the one and 1 for the other, which is not offered.
 
+        rollout_guidance (`dict`, *optional*):
+            Guide the rollouts of training (not those of evaluation) in length: the fields of
+            [`~lenvm_rl.decoding.LengthGuidance`] but temperature, top_k, top_p and min_p, which are the trainer's. Such
+            completions are off-policy, see `lenvm_rl.trainers.guided_rollouts`.
+        rollout_ratio_max (`float`, *optional*, defaults to `3.0`):
+            Truncation of the importance ratio that each token of a guided rollout is weighed by, above 0.
+
     Raises:
         `ValueError`: a value is out of its bounds, or two values exclude each other.
     """
+
+    # What may come from the command line as JSON.
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "rollout_guidance"]
 
     length_coef: float = field(
         default=0.0,
@@ -89,6 +99,16 @@ class LenVMConfig(GRPOConfig):
             "help": "Centre the gated length stream over the correct completions of each group, so that no length "
             "value model can push the chance to be correct. Needs length_gate='correct' and length_lam=1."
         },
+    )
+    rollout_guidance: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Guide the rollouts of training in length: fields of LengthGuidance as JSON, such as "
+            "'{\"strength\": 2.0}'. They are off-policy then, and each token is weighed by its importance ratio."
+        },
+    )
+    rollout_ratio_max: float = field(
+        default=3.0, metadata={"help": "Truncation of the importance ratio of the tokens of guided rollouts."}
     )
     shaping_coef: float = field(
         default=0.0,
@@ -136,6 +156,10 @@ class LenVMConfig(GRPOConfig):
         if self.shaping_gamma is not None and not 0.0 < self.shaping_gamma <= 1.0:
             raise ValueError(f"shaping_gamma={self.shaping_gamma} is not in (0, 1]; leave it unset to use task_gamma.")
         check_shaping_gamma(self.shaping_gamma, self.task_gamma, self.allow_gamma_mismatch)
+        if isinstance(self.rollout_guidance, str):
+            raise ValueError(f"rollout_guidance={self.rollout_guidance!r} is no JSON object: write it as '{{...}}'.")
+        if not (math.isfinite(self.rollout_ratio_max) and self.rollout_ratio_max > 0):
+            raise ValueError(f"rollout_ratio_max={self.rollout_ratio_max} must be positive; 3.0 is the default.")
         if self.length_gate_center and self.length_gate != "correct":
             raise ValueError(
                 f"length_gate_center=True centres the stream of the correct completions, but length_gate="
@@ -154,8 +178,8 @@ class LenVMConfig(GRPOConfig):
 
     @property
     def needs_length_value_model(self) -> bool:
-        """Whether a coefficient is set that only a length value model can serve."""
-        return self.length_coef != 0.0 or self.shaping_coef != 0.0
+        """Whether something is set that only a length value model can serve."""
+        return self.length_coef != 0.0 or self.shaping_coef != 0.0 or self.rollout_guidance is not None
 
 
 @dataclass
