@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from eval.statistics import Interval, statistic_interval
 from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.prediction import boundary_logits
 from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
-from lenvm_rl.rollouts import atomic_file, read_rollouts
+from lenvm_rl.rollouts import RolloutMetadata, atomic_file, read_rollouts
 from lenvm_rl.sampling import sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings
 from lenvm_rl.sandbox import distinct_problems
@@ -59,19 +60,6 @@ class BoundaryArguments:
     output_dir: str = field(
         default="outputs/prompt_boundary", metadata={"help": "Where rollouts and boundary.json are written."}
     )
-
-
-@torch.no_grad()
-def boundary_logits(model: LengthValueModel, prompt_ids: list[list[int]], batch_size: int = 256) -> torch.Tensor:
-    """The logit at the last token of each prompt: `(P,)` float32."""
-    parts = []
-    for start in range(0, len(prompt_ids), batch_size):
-        rows = prompt_ids[start : start + batch_size]
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        parts.append(model(input_ids=ids, attention_mask=mask).logits[:, -1].cpu())
-    return torch.cat(parts)
 
 
 def prompt_lengths(rollouts: Dataset) -> tuple[list[list[int]], torch.Tensor]:
@@ -143,17 +131,17 @@ def measure_boundary(logits: torch.Tensor, lengths: torch.Tensor, gamma: float, 
     statistics = {
         "model_mre": lambda means: means[:, 0],
         "halves_mre": lambda means: means[:, 1],
-        "ratio": lambda means: _quotient(means[:, 0], means[:, 1]),
-        "explained": lambda means: 1 - _quotient(_left(means), _between(means)),
-        "explained_at_most": lambda means: 1 - _quotient(means[:, 6], _between(means)),
+        "ratio": lambda means: quotient(means[:, 0], means[:, 1]),
+        "explained": lambda means: 1 - quotient(_left(means), _between(means)),
+        "explained_at_most": lambda means: 1 - quotient(means[:, 6], _between(means)),
         "explained_without_noise": lambda means: (
-            1 - _quotient(_left(means) - means[:, 6], _between(means) - means[:, 6])
+            1 - quotient(_left(means) - means[:, 6], _between(means) - means[:, 6])
         ),
     }
     return {name: statistic_interval(table, statistic, seed=seed) for name, statistic in statistics.items()}
 
 
-def _quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """NaN where there is nothing to divide by, as in a resample of one prompt only."""
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
 
@@ -166,14 +154,16 @@ def _between(means: np.ndarray) -> np.ndarray:
     return means[:, 5] - means[:, 4] ** 2
 
 
-def sample_sandbox(args: BoundaryArguments) -> Dataset:
-    """Completions of the sandbox's evaluation prompts."""
+def find_rollouts(args: BoundaryArguments) -> tuple[Dataset, RolloutMetadata]:
+    """The rollouts that the arguments name, or completions of the sandbox's evaluation prompts."""
+    if args.rollouts is not None:
+        return read_rollouts(args.rollouts)
     if args.policy is None:
         raise ValueError("Give --policy to sample completions of, or --rollouts that are there already.")
     problems = distinct_problems(args.num_prompts, args.seed, "evaluation")
     settings = SamplingSettings(args.num_samples, args.max_new_tokens, args.batch_size, args.temperature)
     device = torch.accelerator.current_accelerator() or "cpu"
-    rollouts, _ = sample_to_file(
+    return sample_to_file(
         Path(args.output_dir) / "rollouts.jsonl",
         AutoModelForCausalLM.from_pretrained(args.policy).to(device),
         AutoTokenizer.from_pretrained(args.policy),
@@ -183,12 +173,11 @@ def sample_sandbox(args: BoundaryArguments) -> Dataset:
         extra_columns={"difficulty": [problem.difficulty for problem in problems]},
         generator=args.policy,
     )
-    return rollouts
 
 
 def main(args: BoundaryArguments) -> dict[str, Interval]:
     """Samples or reads, measures, prints, and writes `boundary.json`."""
-    rollouts = sample_sandbox(args) if args.rollouts is None else read_rollouts(args.rollouts)[0]
+    rollouts, _ = find_rollouts(args)
     prompts, lengths = prompt_lengths(rollouts)
     model = LengthValueModel.from_pretrained(args.length_value_model).freeze()
     found = measure_boundary(boundary_logits(model, prompts), lengths, model.config.gamma, args.seed)

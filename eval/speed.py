@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from eval import speed_pretraining
+from eval import speed_batching, speed_pretraining
 
-PROGRAMS: dict[str, ModuleType] = {"pretraining": speed_pretraining}
+PROGRAMS: dict[str, ModuleType] = {"pretraining": speed_pretraining, "batching": speed_batching}
 
 
 def make_parser() -> argparse.ArgumentParser:

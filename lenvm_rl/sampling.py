@@ -4,7 +4,8 @@ From a server: `lenvm_rl.server_sampling`; with vLLM: `lenvm_rl.vllm_sampling`.
 
 The work is cut into batches by a plan that depends on the prompts and the settings only, and every batch has a seed of
 its own. So a run gives the same records every time, and [`sample_to_file`], killed at any moment and started again,
-ends with the records of an unbroken run.
+ends with the records of an unbroken run. That holds too where a length value model groups the prompts: its weights
+belong to the settings, and its predictions are kept in the journal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.prediction import (
+    boundary_logits,
+    check_predictor,
+    length_aware_batches,
+    lengths_from_logits,
+    weights_fingerprint,
+)
 from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.sampling_jobs import (
     Prompt,
@@ -29,6 +38,7 @@ from lenvm_rl.sampling_jobs import (
     run_to_file,
     strip_completion,
 )
+from lenvm_rl.tokenization import check_same_tokenizer
 
 
 def sample_rollouts(
@@ -44,6 +54,7 @@ def sample_rollouts(
     batch_size: int,
     seed: int,
     extra_columns: dict[str, Sequence[Any]] | None = None,
+    length_value_model: LengthValueModel | None = None,
 ) -> list[dict[str, Any]]:
     """Samples completions with transformers' `generate`.
 
@@ -60,6 +71,9 @@ def sample_rollouts(
             [`~lenvm_rl.sampling_jobs.SamplingSettings`].
         seed (`int`): the same seed, prompts, settings, model and hardware give the same records.
         extra_columns (`dict[str, Sequence]`, *optional*): further columns, one entry per prompt.
+        length_value_model (`LengthValueModel`, *optional*): groups prompts into batches by the length that it predicts,
+            longest first, instead of by the length of the prompt. Other batches, other random streams: completions
+            differ, their distribution does not.
 
     Returns:
         `list[dict]`: rollout records (see `lenvm_rl.rollouts`), `num_samples` for each prompt, in the order of the
@@ -67,10 +81,11 @@ def sample_rollouts(
 
     Raises:
         ValueError: if pad is an end-of-sequence token, a prompt has no tokens or leaves no room for `max_new_tokens`
-            in the model's context, there is no prompt, or an extra column has another length.
+            in the model's context, there is no prompt, an extra column has another length, or the length value model
+            cannot predict for this tokenizer (see [`~lenvm_rl.prediction.predict_length`]).
     """
     settings = SamplingSettings(num_samples, max_new_tokens, batch_size, temperature, top_p, top_k)
-    sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, extra_columns)
+    sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, extra_columns, length_value_model)
     return in_order(dict(sampler.run()))
 
 
@@ -84,6 +99,7 @@ def sample_to_file(
     seed: int,
     extra_columns: dict[str, Sequence[Any]] | None = None,
     generator: str | None = None,
+    length_value_model: LengthValueModel | None = None,
 ) -> tuple[Dataset, RolloutMetadata]:
     """[`sample_rollouts`] into a file, in steps that survive being killed.
 
@@ -92,7 +108,7 @@ def sample_to_file(
 
     Args:
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
-        model, tokenizer, prompts, seed, extra_columns: as in [`sample_rollouts`].
+        model, tokenizer, prompts, seed, extra_columns, length_value_model: as in [`sample_rollouts`].
         settings ([`~lenvm_rl.sampling_jobs.SamplingSettings`]): how to sample.
         generator (`str`, *optional*, defaults to the model's `name_or_path`): what the metadata calls the policy.
 
@@ -103,7 +119,7 @@ def sample_to_file(
         ValueError: as [`sample_rollouts`]; also if a finished file or a journal under this name was begun with other
             arguments.
     """
-    sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, extra_columns)
+    sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, extra_columns, length_value_model)
     return run_to_file(path, sampler, generator or model.config.name_or_path or f"{type(model).__name__} in memory")
 
 
@@ -169,11 +185,36 @@ class RolloutSampler(SamplingJob):
         settings: SamplingSettings,
         seed: int,
         extra_columns: dict[str, Sequence[Any]] | None = None,
+        length_value_model: LengthValueModel | None = None,
     ):
         ends = generation_eos_ids(model, tokenizer)
         super().__init__(tokenizer, prompts, settings, seed=seed, extra_columns=extra_columns, eos_token_ids=ends)
-        self.model = model
+        self.model, self.length_value_model = model, length_value_model
+        self._predicted: list[float] | None = None
         self._check_room()
+        if length_value_model is not None:
+            check_predictor(length_value_model)
+            check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
+
+    def description(self):
+        """See [`~lenvm_rl.sampling_jobs.SamplingJob.description`]."""
+        if self.length_value_model is None:
+            return {}
+        return {"batches_by": "predicted length", "length_value_model": weights_fingerprint(self.length_value_model)}
+
+    def prepare(self, kept=None):
+        """The prompts' predicted lengths, if batches are made by them.
+
+        Two forwards of one model agree but for the last bits, which is enough to swap two prompts.
+        """
+        if self.length_value_model is None:
+            return []
+        if kept is None:
+            logits = boundary_logits(self.length_value_model, self.prompt_ids)
+            predicted = lengths_from_logits(logits, self.length_value_model.config.gamma).tolist()
+            kept = [{"predicted_length": length} for length in predicted]
+        self._predicted = [entry["predicted_length"] for entry in kept]
+        return kept
 
     def _check_room(self) -> None:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -187,10 +228,18 @@ class RolloutSampler(SamplingJob):
             )
 
     def plan(self) -> list[list[tuple[int, int]]]:
-        """The (prompt, sample) pairs of each batch: prompts of similar length together, in an order that is fixed."""
+        """The (prompt, sample) pairs of each batch: prompts of similar length together, in an order that is fixed.
+
+        With a length value model it is the completions that are of similar length, as far as it can tell.
+        """
+        size, samples = self.settings.batch_size, self.settings.num_samples
+        if self.length_value_model is not None:
+            if self._predicted is None:
+                self.prepare()
+            lengths = [self._predicted[self.prompt_of(number)] for number in range(len(self))]
+            return [[divmod(number, samples) for number in batch] for batch in length_aware_batches(lengths, size)]
         order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompt_ids[index]))
-        pairs = [(prompt, sample) for prompt in order for sample in range(self.settings.num_samples)]
-        size = self.settings.batch_size
+        pairs = [(prompt, sample) for prompt in order for sample in range(samples)]
         return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
     def step_sizes(self):

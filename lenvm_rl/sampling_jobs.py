@@ -34,6 +34,8 @@ from lenvm_rl.tokenization import check_pad_is_not_eos, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
+# Under which number a journal keeps what was prepared for the steps; steps are numbered from 0.
+PREPARATION = -1
 
 Prompt = str | list[dict[str, Any]]
 
@@ -138,6 +140,17 @@ class SamplingJob(ABC):
         """What the engine adds to the metadata's `sampling`; part of what tells two jobs apart."""
         return {}
 
+    def prepare(self, kept: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+        """What the steps are planned by and [`SamplingJob.description`] cannot pin down to the last bit.
+
+        Args:
+            kept (`list[dict]`, *optional*): what this method returned when the job was begun; to be used again.
+
+        Returns:
+            `list[dict]`: for the journal; empty if there is nothing of the kind.
+        """
+        return []
+
     def report(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """What the engine adds to the metadata's `sampling` once the completions are there."""
         return {}
@@ -212,7 +225,8 @@ def in_order(steps: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tuple[Dataset, RolloutMetadata]:
     """Runs a job into a rollout file; killed at any moment and started again, it goes on where it was.
 
-    Every finished step is appended to `<name>.journal` as one line; a half-written last line is done again. When all
+    Every finished step is appended to `<name>.journal` as one line; a half-written last line is done again. What the
+    steps were planned by (predicted lengths) is the first line there, so that the plan stays what it was. When all
     are there, the rollouts and their metadata are written under `path` and the journal is removed. If the finished file
     exists already, it is read.
 
@@ -245,6 +259,10 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
         logger.info("%s is complete: %d completions, nothing to sample", path, len(dataset))
         return dataset, found
     done = journal.open()
+    kept = done.pop(PREPARATION, None)
+    prepared = job.prepare(kept)
+    if prepared and kept is None:
+        journal.append(PREPARATION, prepared)
     for step, batch in job.run(set(done)):
         journal.append(step, batch)
         done[step] = batch

@@ -6,9 +6,10 @@ from dataclasses import fields
 
 import pytest
 from scripted_server import openai_answer, sampled, scripted_server, text_answer, vllm_answer
-from tiny import EOS, tiny_llama, tiny_tokenizer
+from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
 
 from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.prediction import weights_fingerprint
 from lenvm_rl.pretraining import LengthValueTrainingArguments
 from lenvm_rl.rollouts import read_rollouts
 from recipes import import_sharegpt, pretrain_lenvm, sample_rollouts
@@ -65,6 +66,20 @@ def test_from_prompts_to_a_length_value_model(tmp_path, policy):
     assert model.config.gamma_fit["completions"] == 24
     assert model.config.truncated_share == metadata.truncated_share > 0
     assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+def test_a_length_value_model_makes_the_batches(tmp_path, policy):
+    predictor = tiny_length_value_model(tokenizer=tiny_tokenizer(chat=True))
+    predictor.save_pretrained(tmp_path / "lenvm")
+    options = ["--chat", "--batch_size", "7", "--length_value_model", str(tmp_path / "lenvm")]
+    rollouts, metadata = sample(tmp_path, policy, *options)
+    assert metadata.sampling["length_value_model"] == weights_fingerprint(predictor)
+    assert rollouts["group"][:] == rollouts["answer"][:] == [index for index in range(12) for _ in range(3)]
+    (tmp_path / "rollouts.jsonl").unlink()
+    assert "length_value_model" not in sample(tmp_path, policy, "--chat")[1].sampling
+    for backend in ("server", "vllm"):
+        with pytest.raises(ValueError, match=f"of --backend transformers; {backend} makes its own"):
+            sample(tmp_path, policy, *options, "--backend", backend)
 
 
 def test_mistakes_are_named(tmp_path, policy):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import EOS, tiny_llama, tiny_tokenizer
+from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig
 
+from lenvm_rl import sampling
+from lenvm_rl.prediction import predict_length, weights_fingerprint
 from lenvm_rl.rollouts import find_problem, read_rollouts
 from lenvm_rl.sampling import (
     RolloutSampler,
@@ -107,6 +109,87 @@ def test_batching_and_left_padding_do_not_change_greedy_completions():
 def test_prompts_of_similar_length_share_a_batch(policy):
     sampler = RolloutSampler(*policy, PROMPTS, SamplingSettings(2, 8, 3), seed=0)
     assert sampler.plan() == [[(1, 0), (1, 1), (2, 0)], [(2, 1), (3, 0), (3, 1)], [(0, 0), (0, 1)]]
+
+
+@pytest.fixture
+def predictor():
+    return tiny_length_value_model(tokenizer=tiny_tokenizer())
+
+
+def test_without_a_length_value_model_a_job_is_the_one_that_it_was(policy):
+    """A job that was begun by a version that knew of no length value model goes on: its name has not changed."""
+    columns = {"answer": [1, 2, 3, 4]}
+    metadata = RolloutSampler(*policy, PROMPTS, SamplingSettings(4, 40, 5), 1, columns).metadata("policy")
+    assert metadata.sampling == {
+        **{"num_samples": 4, "max_new_tokens": 40, "batch_size": 5, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
+        "backend": "transformers",
+        "plan": "516a6f170ccb30b9fe84c1d716296df1210f2f1c371a11a84683c6907d13b94a",
+    }
+
+
+def test_prompts_of_similar_predicted_length_share_a_batch(policy, predictor):
+    predicted = predict_length(predictor, policy[1], PROMPTS).tolist()
+    order = sorted(range(4), key=lambda index: -predicted[index])
+    assert len(set(predicted)) == 4 and order not in ([1, 2, 3, 0], [0, 3, 2, 1])
+    sampler = RolloutSampler(*policy, PROMPTS, SamplingSettings(2, 8, 3), 0, length_value_model=predictor)
+    pairs = [(prompt, number) for prompt in order for number in range(2)]
+    assert sampler.plan() == [pairs[:3], pairs[3:6], pairs[6:]]
+    assert sampler.step_sizes() == [3, 3, 2]
+
+
+def test_records_stay_in_the_order_of_the_prompts(policy, predictor):
+    records = sample(policy, length_value_model=predictor)
+    assert [record["group"] for record in records] == [group for group in range(4) for _ in range(4)]
+    assert all(record["prompt"] == PROMPTS[record["group"]] for record in records)
+    assert records == sample(policy, length_value_model=predictor) != sample(policy)
+    # What is greedy does not depend on the batches.
+    greedy = {"num_samples": 1, "temperature": 0.0, "batch_size": 3}
+    policy = tiny_llama(), tiny_tokenizer()
+    assert sample(policy, length_value_model=predictor, **greedy) == sample(policy, **greedy)
+
+
+def test_a_length_value_model_for_other_tokens_is_refused(policy, predictor):
+    with pytest.raises(ValueError, match="tokenizers of the length value model and the policy differ"):
+        sample(policy, length_value_model=tiny_length_value_model(tokenizer=tiny_tokenizer(60)))
+    with pytest.raises(ValueError, match="training mode"):
+        sample(policy, length_value_model=predictor.train())
+
+
+def test_a_job_goes_on_with_the_predictions_that_it_was_begun_with(policy, predictor, tmp_path, monkeypatch):
+    settings = SamplingSettings(num_samples=4, max_new_tokens=40, batch_size=5)
+    path = tmp_path / "r.jsonl"
+    whole = sample(policy, length_value_model=predictor)
+    original = RolloutSampler._sample_batch
+
+    def killed(self, index, pairs):
+        if index == 2:
+            raise KeyboardInterrupt
+        return original(self, index, pairs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutSampler, "_sample_batch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sample_to_file(path, *policy, PROMPTS, settings, seed=1, length_value_model=predictor)
+    # Other batches, and batches by another model, are other jobs.
+    other = tiny_length_value_model(seed=1, tokenizer=policy[1])
+    for wrong in (None, other):
+        with pytest.raises(ValueError, match="begun with other prompts or settings"):
+            sample_to_file(path, *policy, PROMPTS, settings, seed=1, length_value_model=wrong)
+
+    def other_by_rounding(*args):
+        raise AssertionError("predicted again: the plan could change by the last bit of a prediction")
+
+    monkeypatch.setattr(sampling, "boundary_logits", other_by_rounding)
+    dataset, metadata = sample_to_file(path, *policy, PROMPTS, settings, seed=1, length_value_model=predictor)
+    assert dataset.to_list() == whole
+    assert metadata.sampling["length_value_model"] == weights_fingerprint(predictor)
+    assert metadata.sampling["batches_by"] == "predicted length"
+    assert sorted(os.listdir(tmp_path)) == ["r.jsonl", "r.metadata.json"]
+    # The finished file is read; nothing is predicted for that.
+    again = sample_to_file(path, *policy, PROMPTS, settings, seed=1, length_value_model=predictor)[0]
+    assert again.to_list() == whole
+    with pytest.raises(ValueError, match="sampled with other arguments"):
+        sample_to_file(path, *policy, PROMPTS, settings, seed=1, length_value_model=other)
 
 
 def test_messages_go_through_the_chat_template(policy):
@@ -207,20 +290,22 @@ def test_a_file_is_sampled_once_and_goes_on_from_its_journal(policy, tmp_path, m
 KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 from lenvm_rl.sampling import RolloutSampler, SamplingSettings, sample_to_file
 original = RolloutSampler._sample_batch
 RolloutSampler._sample_batch = lambda *a: (time.sleep(0.2), original(*a))[1]
 policy = tiny_llama(initializer_range=0.02), tiny_tokenizer()
-sample_to_file({path!r}, *policy, {prompts!r}, SamplingSettings(4, 40, 1), seed=1)
+predictor = tiny_length_value_model(tokenizer=policy[1]) if {predicted} else None
+sample_to_file({path!r}, *policy, {prompts!r}, SamplingSettings(4, 40, 1), seed=1, length_value_model=predictor)
 """
 
 
-def test_a_killed_run_ends_with_the_records_of_an_unbroken_one(policy, tmp_path):
+@pytest.mark.parametrize("predicted", [False, True])
+def test_a_killed_run_ends_with_the_records_of_an_unbroken_one(policy, predictor, tmp_path, predicted):
     path = tmp_path / "r.jsonl"
     journal = path.with_suffix(".journal")
     tests = Path(__file__).resolve().parent
-    code = KILLED.format(tests=str(tests), path=str(path), prompts=PROMPTS)
+    code = KILLED.format(tests=str(tests), path=str(path), prompts=PROMPTS, predicted=predicted)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tests.parent)
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):
@@ -229,8 +314,9 @@ def test_a_killed_run_ends_with_the_records_of_an_unbroken_one(policy, tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not path.exists()
-    dataset, _ = sample_to_file(path, *policy, PROMPTS, SamplingSettings(4, 40, 1), seed=1)
-    assert dataset.to_list() == sample(policy, batch_size=1)
+    option = {"length_value_model": predictor if predicted else None}
+    dataset, _ = sample_to_file(path, *policy, PROMPTS, SamplingSettings(4, 40, 1), seed=1, **option)
+    assert dataset.to_list() == sample(policy, batch_size=1, **option)
     assert read_rollouts(path)[0].to_list() == dataset.to_list()
 
 

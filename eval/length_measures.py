@@ -1,0 +1,230 @@
+"""What a length value model says along completions, boiled down to metrics with 95 % bootstrap intervals over prompts.
+
+The metrics are those of value pretraining (`lenvm_rl.value_metrics`, `lenvm_rl.value_references`); added are the slope
+of the calibration and the rank agreement at each of the points. Tokens count the end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from eval.prompt_boundary import quotient
+from eval.rank_agreement import rank_intervals
+from eval.statistics import Interval, mean_interval, statistic_interval
+from lenvm_rl.completions import completion_logits
+from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
+from lenvm_rl.target_spaces import TargetSpace
+from lenvm_rl.value_metrics import POINTS, point_index, sequence_statistics, summarize
+from lenvm_rl.value_references import mean_by_group, reference_metrics, relative_errors
+
+# Measured at each point of the way.
+ALONG = ("length_mae", "length_mre", "length_bias", "explained_variance", "calibration_slope", "kendall_tau")
+ALONG += ("pairwise_accuracy",)
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What a model said along completions, a row for each.
+
+    Args:
+        statistics (`torch.Tensor` of shape `(N, 11)`): as [`~lenvm_rl.value_metrics.sequence_statistics`] has them.
+        lengths, finished, groups, prompt_tokens (`torch.Tensor` of shape `(N,)`): tokens, whether it ended, its prompt,
+            and the prompt's tokens.
+        gamma (`float`): discount of the length return.
+    """
+
+    statistics: Tensor
+    lengths: Tensor
+    finished: Tensor
+    groups: Tensor
+    prompt_tokens: Tensor
+    gamma: float
+
+    def select(self, rows: Tensor) -> Completions:
+        """Some of the rows, by mask or index."""
+        columns = (self.statistics, self.lengths, self.finished, self.groups, self.prompt_tokens)
+        return Completions(*(column[rows] for column in columns), self.gamma)
+
+    def at(self, percent: int) -> tuple[Tensor, Tensor]:
+        """Logits and true remaining tokens at a point of the way, float64."""
+        remaining = self.lengths - point_index(self.lengths, percent)
+        return self.statistics[:, POINTS.index(percent)].double(), remaining.double()
+
+
+@torch.no_grad()
+def read_completions(model: LengthValueModel, rollouts: Dataset, forward_tokens: int = 16384) -> Completions:
+    """Runs the model along every completion.
+
+    Args:
+        model (`LengthValueModel`): in eval mode; of any target, which is measured as if it were a return model that
+            says the same lengths.
+        rollouts (`datasets.Dataset`): as `read_rollouts` gives them.
+        forward_tokens (`int`, *optional*, defaults to `16384`): most tokens in a forward, padding counted (more where
+            one completion is longer).
+    """
+    space = TargetSpace(model.config.target, model.config.gamma, model.config.target_scale)
+    pairs = list(zip(rollouts["prompt_ids"][:], rollouts["completion_ids"][:], strict=True))
+    prompt_tokens, lengths = (torch.tensor([len(pair[side]) for pair in pairs]) for side in (0, 1))
+    finished = torch.tensor([reason == "stop" for reason in rollouts["finish_reason"][:]])
+    statistics = torch.zeros(len(pairs), len(POINTS) + 7)
+    for batch in tqdm(_batches(prompt_tokens, lengths, forward_tokens), desc="reading", unit="batch"):
+        prompts = [pairs[index][0] for index in batch]
+        arrays = (*_padded(prompts, left=True), *_padded([pairs[index][1] for index in batch], left=False))
+        logits = completion_logits(model, *(array.to(model.device) for array in arrays))[:, :-1]
+        rows = sequence_statistics(
+            space.return_logits(logits).cpu(), lengths[batch], finished[batch], model.config.gamma
+        )
+        statistics[batch] = rows.float()
+    return Completions(
+        statistics, lengths, finished, torch.tensor(rollouts["group"][:]), prompt_tokens, model.config.gamma
+    )
+
+
+def _batches(prompts: Tensor, lengths: Tensor, forward_tokens: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    widest = [0, 0]
+    for index in torch.argsort(prompts + lengths, descending=True, stable=True).tolist():
+        wider = [max(widest[0], int(prompts[index])), max(widest[1], int(lengths[index]))]
+        if not batches or (len(batches[-1]) + 1) * sum(wider) > forward_tokens:
+            batches.append([])
+            wider = [int(prompts[index]), int(lengths[index])]
+        batches[-1].append(index)
+        widest = wider
+    return batches
+
+
+def _padded(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    filled = [[0] * (width - len(row)) for row in rows]
+    ids = [pad + row if left else row + pad for pad, row in zip(filled, rows, strict=True)]
+    sizes = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    steps = torch.arange(width)
+    return torch.tensor(ids), (steps >= width - sizes if left else steps < sizes).long()
+
+
+def moment_intervals(
+    values: Tensor, returns: Tensor, squares: Tensor, groups: Tensor, weights: Tensor | None = None, **bootstrap: int
+) -> dict[str, Interval]:
+    """Explained variance and calibration slope (of G regressed on V), with intervals over prompts.
+
+    Args:
+        values, returns (`torch.Tensor` of shape `(N,)`): V and G, or their means over the states of a completion.
+        squares (`torch.Tensor` of shape `(N, 3)`): means of V², G² and V·G.
+        groups (`torch.Tensor` of shape `(N,)`): the prompts.
+        weights (`torch.Tensor` of shape `(N,)`, *optional*): states of each completion; 1 when omitted.
+    """
+    table = torch.cat([torch.stack([values, returns], dim=1), squares], dim=1).double().numpy()
+    weights = torch.ones(len(table)) if weights is None else weights
+    weights = np.repeat(weights.double().numpy()[:, None], table.shape[1], axis=1)
+
+    def variances(m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return m[:, 2] - m[:, 0] ** 2, m[:, 3] - m[:, 1] ** 2, m[:, 4] - m[:, 0] * m[:, 1]
+
+    def explained(m: np.ndarray) -> np.ndarray:
+        value, target, joint = variances(m)
+        return 1 - quotient(value + target - 2 * joint, target)
+
+    def slope(m: np.ndarray) -> np.ndarray:
+        value, _, joint = variances(m)
+        return quotient(joint, value)
+
+    statistics: dict[str, Callable] = {"explained_variance": explained, "calibration_slope": slope}
+    return {name: statistic_interval(table, each, groups, weights, **bootstrap) for name, each in statistics.items()}
+
+
+def point_intervals(data: Completions, percent: int, **bootstrap: int) -> dict[str, Interval]:
+    """The metrics of [`ALONG`], each with ``_at_<percent>`` after its name; all completions must have ended."""
+    logits, remaining = data.at(percent)
+    _, group = torch.unique(data.groups, return_inverse=True)
+    predicted = remaining_from_logits(logits, data.gamma)
+    # A prompt has one prediction; what tells its completions apart is rounding, which would pass for an order.
+    ranked = mean_by_group(predicted, group)[group] if percent == 0 else predicted
+    values, returns = -torch.sigmoid(logits), discounted_return(remaining, data.gamma)
+    squares = torch.stack([values.square(), returns.square(), values * returns], dim=1)
+    found = {
+        "length_mae": mean_interval((predicted - remaining).abs().numpy(), group, **bootstrap),
+        "length_mre": mean_interval(relative_errors(predicted, remaining).numpy(), group, **bootstrap),
+        "length_bias": mean_interval((predicted - remaining).numpy(), group, **bootstrap),
+        **moment_intervals(values, returns, squares, group, **bootstrap),
+        **rank_intervals(ranked, remaining, group, **bootstrap),
+    }
+    return {f"{name}_at_{percent}": interval for name, interval in found.items()}
+
+
+def median_intervals(data: Completions, **bootstrap: int) -> dict[str, Interval]:
+    """What the (lower) median of a prompt's own completions, all of which must have ended, would reach as a prediction.
+
+    No prediction made at the prompt has a smaller mean absolute error; that each completion is among those that its
+    median is of flatters it further where samples are few.
+    """
+    lengths = data.lengths.double()
+    _, group = torch.unique(data.groups, return_inverse=True)
+    medians = torch.stack([part.median() for part in _split(lengths, group)])[group]
+    return {
+        "reference_median_length_mae": mean_interval((medians - lengths).abs().numpy(), group, **bootstrap),
+        "reference_median_length_mre": mean_interval(relative_errors(medians, lengths).numpy(), group, **bootstrap),
+        **{f"reference_median_{k}": v for k, v in rank_intervals(medians, lengths, group, **bootstrap).items()},
+    }
+
+
+def _split(column: Tensor, group: Tensor) -> tuple[Tensor, ...]:
+    return column[torch.argsort(group, stable=True)].split(torch.bincount(group).tolist())
+
+
+def boundary_table(data: Completions) -> tuple[Tensor, Tensor]:
+    """Predicted and return-consistent lengths of the prompts that have no cut completion, both `(P,)`."""
+    _, group = torch.unique(data.groups, return_inverse=True)
+    whole = mean_by_group(data.finished, group) == 1.0
+    predicted = mean_by_group(remaining_from_logits(data.at(0)[0], data.gamma), group)
+    returns = mean_by_group(discounted_return(data.lengths.double(), data.gamma), group)
+    return predicted[whole], remaining_from_value(returns, data.gamma)[whole]
+
+
+def measure(data: Completions, num_resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
+    """Every metric, with an interval where one is bootstrapped and NaN for its ends elsewhere.
+
+    Args:
+        data ([`Completions`]): of one domain, or all.
+        num_resamples (`int`, *optional*, defaults to `2000`): resamples of the prompts.
+        seed (`int`, *optional*, defaults to `0`): of the bootstrap.
+
+    Returns:
+        `dict[str, Interval]`: see [`~lenvm_rl.value_metrics.length_value_metrics`] (without `loss`, which depends on
+        what cut completions are taken for), [`~lenvm_rl.value_references.reference_metrics`], [`median_intervals`], and
+        [`ALONG`] at each point. Where no completion ended: `completions` and `truncated_share` alone.
+    """
+    counts = {
+        "completions": float(len(data.lengths)),
+        "truncated_share": float((~data.finished.bool()).double().mean()),
+    }
+    if not bool(data.finished.any()):
+        return {name: Interval(value, math.nan, math.nan) for name, value in counts.items()}
+    common = (data.finished, data.groups, data.gamma)
+    metrics = summarize(data.statistics, data.lengths, *common)
+    del metrics["loss"]
+    metrics.update(reference_metrics(data.lengths, data.prompt_tokens, *common))
+    found = {name: Interval(value, math.nan, math.nan) for name, value in metrics.items()}
+    ended, bootstrap = data.select(data.finished.bool()), {"num_resamples": num_resamples, "seed": seed}
+    for percent in POINTS:
+        found.update(point_intervals(ended, percent, **bootstrap))
+    found.update(median_intervals(ended, **bootstrap))
+    value, target, *spreads = ended.statistics.double()[:, len(POINTS) : len(POINTS) + 5].unbind(1)
+    centers = (value.square(), target.square(), value * target)
+    squares = torch.stack([spread + center for spread, center in zip(spreads, centers, strict=True)], dim=1)
+    found.update(moment_intervals(value, target, squares, ended.groups, ended.lengths, **bootstrap))
+    predicted, consistent = boundary_table(data)
+    if len(predicted):
+        errors = (predicted - consistent).abs()
+        found["consistent_mae"] = mean_interval(errors.numpy(), **bootstrap)
+        found["consistent_mre"] = mean_interval((errors / consistent).numpy(), **bootstrap)
+    found["kendall_tau"] = found["kendall_tau_at_0"]
+    return found
