@@ -1,0 +1,317 @@
+"""Completions of a length-control comparison: every arm, mode and target, in batches that survive being killed.
+
+A cell is an arm with a mode and a target. The base arm knows neither: it is sampled once, with the largest cap, and
+every cell of it is those completions cut at the cell's own cap, which is what sampling with that cap would have given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lenvm_rl.completions import position_ids_from_mask
+from lenvm_rl.decoding import generate_guided
+from lenvm_rl.guidance import AT_LEAST, EQUAL_TO, LengthGuidance
+from lenvm_rl.journal import Journal
+from lenvm_rl.sampling_jobs import batch_seed, strip_completion
+
+# Tokens in one forward that scores texts: their logits over a large vocabulary fill the memory.
+SCORED_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get a length: by asking for it, by guiding the decoding, or both.
+
+    Args:
+        asked (`bool`): the prompt holds the length instruction.
+        guided (`bool`): the length value model guides.
+        enforced (`bool`): guidance with a hard bound.
+    """
+
+    asked: bool = False
+    guided: bool = False
+    enforced: bool = False
+
+
+BASE = "base"
+ARMS = {
+    BASE: Arm(),
+    "prompt": Arm(asked=True),
+    "guided": Arm(guided=True),
+    "guided+prompt": Arm(asked=True, guided=True),
+    "enforced": Arm(guided=True, enforced=True),
+    "enforced+prompt": Arm(asked=True, guided=True, enforced=True),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to be sampled.
+
+    Args:
+        arm (`str`): a name in [`ARMS`].
+        prompt (`int`): index of the prompt.
+        sample (`int`): which of the prompt's completions.
+        mode (`str`, *optional*), target (`int`, *optional*): what length is wanted; `None` in the base arm.
+    """
+
+    arm: str
+    prompt: int
+    sample: int
+    mode: str | None = None
+    target: int | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was sampled.
+
+    Args:
+        arm, prompt, sample, mode, target: as in [`Request`].
+        ids (list of `int`): as sampled, the end-of-sequence token included where there is one.
+        finished (`bool`): it ended.
+        forced (`int`): steps at which `enforce` changed the choice.
+        nll (list of `float`): what each token cost, in nats: under the base policy at temperature 1, with no candidate
+            rule, after the prompt *without* a length instruction.
+    """
+
+    arm: str
+    prompt: int
+    sample: int
+    mode: str | None
+    target: int | None
+    ids: list[int]
+    finished: bool
+    forced: int
+    nll: list[float]
+
+    @property
+    def length(self) -> int:
+        """Tokens, end-of-sequence not counted."""
+        return len(self.ids) - self.finished
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The tokens without end-of-sequence."""
+        return self.ids[: self.length]
+
+    @property
+    def natural(self) -> bool:
+        """Whether it ended, and `enforce` did not put the end.
+
+        Where `enforce` puts an end after `target` tokens and changed any choice before, an end there counts as put.
+        """
+        put = ARMS[self.arm].enforced and self.forced > 0 and self.length >= self.target and self.mode != AT_LEAST
+        return self.finished and not put
+
+    def cut(self, cap: int) -> Completion:
+        """As if at most `cap` tokens had been sampled, end-of-sequence counted."""
+        if len(self.ids) <= cap:
+            return self
+        return replace(self, ids=self.ids[:cap], nll=self.nll[:cap], finished=False)
+
+
+@dataclass
+class LengthSampler:
+    """Samples the cells of a comparison.
+
+    The policy's own generation config is replaced by one that holds nothing but the end: no repetition penalty or the
+    like acts.
+
+    Args:
+        policy (`PreTrainedModel`): in eval mode.
+        length_value_model (`LengthValueModel`): frozen.
+        prompt_ids (sequence of lists of `int`): each prompt without a length instruction.
+        asked_ids (mapping): `(mode, target)` to the ids of each prompt with that instruction.
+        caps (mapping): target to the longest completion, end-of-sequence counted; at least ``target + 1``.
+        candidates ([`LengthGuidance`]): temperature and candidate rule of every arm.
+        rule (`str`): see [`LengthGuidance`].
+        tolerance (`float`, *optional*): see [`LengthGuidance`].
+        eos_token_ids (list of `int`), pad_token_id (`int`): of the policy.
+        num_samples (`int`): completions per prompt and cell.
+        batch_size (`int`): completions per `generate` call.
+        seed (`int`): of the whole.
+        tokenizer (*optional*): the policy's, to be compared with the length value model's.
+    """
+
+    policy: PreTrainedModel
+    length_value_model: nn.Module
+    prompt_ids: Sequence[list[int]]
+    asked_ids: Mapping[tuple[str, int], Sequence[list[int]]]
+    caps: Mapping[int, int]
+    candidates: LengthGuidance
+    rule: str
+    tolerance: float | None
+    eos_token_ids: list[int]
+    pad_token_id: int
+    num_samples: int
+    batch_size: int
+    seed: int
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __post_init__(self) -> None:
+        self.policy.generation_config = GenerationConfig(
+            eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id
+        )
+
+    def plan(self, arms: Sequence[str], modes: Sequence[str]) -> list[list[Request]]:
+        """The requests in batches: those of an arm and target together, whatever their mode, sorted by prompt length.
+
+        Raises:
+            ValueError: if a prompt and its completion do not fit the policy's context.
+        """
+        batches = []
+        for arm in arms:
+            for cap in [max(self.caps.values())] if arm == BASE else sorted(set(self.caps.values())):
+                requests = [
+                    Request(arm, prompt, sample, mode, target)
+                    for mode, target in ([(None, None)] if arm == BASE else self._lengths(modes, cap))
+                    for prompt in range(len(self.prompt_ids))
+                    for sample in range(self.num_samples)
+                ]
+                requests.sort(key=lambda request: len(self._prompt(request)))
+                self._check_room(requests[-1], cap)
+                batches += [requests[at : at + self.batch_size] for at in range(0, len(requests), self.batch_size)]
+        return batches
+
+    def run(self, arms: Sequence[str], modes: Sequence[str], path: Path, identity: Any) -> list[Completion]:
+        """Every completion, sampled or read from the journal at `path`; each batch has a seed of its own.
+
+        Args:
+            arms, modes: what to compare.
+            path (`pathlib.Path`): the journal. It stays, so that the same comparison can be summarised again.
+            identity: anything with a `repr` that tells the models and prompts apart from others.
+        """
+        batches = self.plan(arms, modes)
+        settings = [self.candidates, self.rule, self.tolerance, dict(self.caps), self.eos_token_ids, self.seed]
+        plan = [[list(asdict(request).values()) for request in batch] for batch in batches]
+        prompts = [list(self.prompt_ids), [[list(key), list(rows)] for key, rows in self.asked_ids.items()]]
+        job = json.dumps([repr(identity), repr(settings), plan, prompts])
+        journal = Journal(path, hashlib.sha256(job.encode()).hexdigest())
+        done = journal.open()
+        total, before = sum(map(len, batches)), sum(len(batches[index]) for index in done)
+        with tqdm(total=total, initial=before, desc="sampling", unit="completion") as progress:
+            for index, batch in enumerate(batches):
+                if index not in done:
+                    progress.set_postfix_str(f"{batch[0].arm}, {batch[0].target or 'any'} tokens")
+                    sampled = self.sample(batch, batch_seed(self.seed, index))
+                    done[index] = [asdict(completion) for completion in sampled]
+                    journal.append(index, done[index])
+                    progress.update(len(batch))
+        return [Completion(**record) for index in sorted(done) for record in done[index]]
+
+    @torch.no_grad()
+    def sample(self, batch: Sequence[Request], seed: int) -> list[Completion]:
+        """The completions of one batch, whose cap is that of its largest target."""
+        cap = max(self.caps.values()) if batch[0].target is None else max(self.caps[each.target] for each in batch)
+        ids, mask = left_padded([self._prompt(request) for request in batch], self.pad_token_id, self.policy.device)
+        torch.manual_seed(seed)
+        output, report = generate_guided(
+            self.policy,
+            self.length_value_model,
+            {"input_ids": ids, "attention_mask": mask},
+            [self._guidance(request) for request in batch],
+            tokenizer=self.tokenizer,
+            max_new_tokens=cap,
+            return_report=True,
+        )
+        stripped = [strip_completion(row, self.eos_token_ids, cap) for row in output[:, ids.shape[1] :].tolist()]
+        costs = completion_nll(
+            self.policy, [self.prompt_ids[each.prompt] for each in batch], [kept for kept, _ in stripped]
+        )
+        found = []
+        for request, (kept, reason), cost, forced in zip(batch, stripped, costs, report.forced.tolist(), strict=True):
+            own = cap if request.target is None else self.caps[request.target]
+            whole = Completion(**asdict(request), ids=kept, finished=reason == "stop", forced=forced, nll=cost)
+            found.append(whole.cut(own))
+        return found
+
+    def _lengths(self, modes: Sequence[str], cap: int) -> list[tuple[str, int]]:
+        return [(mode, target) for target, own in self.caps.items() if own == cap for mode in modes]
+
+    def _prompt(self, request: Request) -> list[int]:
+        if ARMS[request.arm].asked:
+            return self.asked_ids[request.mode, request.target][request.prompt]
+        return self.prompt_ids[request.prompt]
+
+    def _guidance(self, request: Request) -> LengthGuidance:
+        arm = ARMS[request.arm]
+        if not arm.guided:
+            return self.candidates
+        return replace(
+            self.candidates,
+            mode=request.mode,
+            target_length=request.target,
+            rule=self.rule,
+            tolerance=self.tolerance if request.mode == EQUAL_TO else None,
+            enforce=arm.enforced,
+        )
+
+    def _check_room(self, longest: Request, cap: int) -> None:
+        context = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
+        width = len(self._prompt(longest))
+        if context is not None and width + cap > context:
+            raise ValueError(
+                f"prompt {longest.prompt} has {width} tokens; with completions of up to {cap} it exceeds the policy's "
+                f"context of {context}. Lower the targets or cap_factor and cap_extra: prompts are never cut."
+            )
+
+
+def cell_completions(completions: Sequence[Completion], arm: str, mode: str, target: int, cap: int) -> list[Completion]:
+    """The completions of one cell, by prompt and sample; the base arm's are cut at `cap` tokens, the end counted."""
+    wanted = (None, None) if arm == BASE else (mode, target)
+    own = [each.cut(cap) for each in completions if each.arm == arm and (each.mode, each.target) == wanted]
+    return sorted(own, key=lambda each: (each.prompt, each.sample))
+
+
+def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask `(B, S)` of rows padded on the left."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+@torch.no_grad()
+def completion_nll(
+    policy: PreTrainedModel, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
+) -> list[list[float]]:
+    """Negative log-probability of each completion's tokens, in nats, at temperature 1 and with all tokens candidates.
+
+    Args:
+        policy (`PreTrainedModel`): in eval mode.
+        prompt_ids (sequence of lists of `int`): what each completion is taken to follow.
+        completion_ids (sequence of lists of `int`): ids, the end-of-sequence token included where there is one.
+    """
+    width = max(len(row) for row in prompt_ids) + max(len(row) for row in completion_ids)
+    size = max(1, SCORED_TOKENS // width)
+    found: list[list[float]] = []
+    for start in range(0, len(prompt_ids), size):
+        prompts, completions = prompt_ids[start : start + size], completion_ids[start : start + size]
+        ids, mask = left_padded(prompts, 0, policy.device)
+        steps = max(len(row) for row in completions)
+        answer = torch.tensor([[*row, *[0] * (steps - len(row))] for row in completions], device=policy.device)
+        exists = torch.tensor([[1] * len(row) + [0] * (steps - len(row)) for row in completions], device=policy.device)
+        mask = torch.cat([mask, exists], dim=1)
+        logits = policy(
+            input_ids=torch.cat([ids, answer], dim=1),
+            attention_mask=mask,
+            position_ids=position_ids_from_mask(mask),
+            logits_to_keep=steps + 1,
+        ).logits[:, :-1]
+        cost = logits.float().logsumexp(dim=-1) - logits.gather(2, answer.unsqueeze(2)).squeeze(2).float()
+        # Ten thousandths of a nat: no measure needs more, and the journal holds one number a token.
+        found += [
+            [round(value, 4) for value in row[: len(own)]] for row, own in zip(cost.tolist(), completions, strict=True)
+        ]
+    return found

@@ -1,0 +1,81 @@
+"""Figure of a length-control comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from eval.length_control_report import ALL
+
+COLORS = {
+    "base": "#000000",
+    "prompt": "#ff7f0e",
+    "guided": "#1f77b4",
+    "guided+prompt": "#2ca02c",
+    "enforced": "#9467bd",
+    "enforced+prompt": "#8c564b",
+}
+
+
+def plot_length_control(
+    rows: Sequence[dict[str, Any]], lengths: Mapping[tuple[str, str, int], Sequence[int]], path: Path
+) -> None:
+    """Length score of each arm against the target, a panel per mode, above the lengths themselves.
+
+    Args:
+        rows (sequence of `dict`): the cells, as `eval.length_control` summarises them.
+        lengths (mapping): `(arm, mode, target)` to the tokens of each completion.
+        path (`pathlib.Path`): where to write the PNG.
+    """
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    targets = sorted({target for _, _, target in lengths})
+    figure = Figure(figsize=(4.6 * len(modes) + 0.6, 7.4), layout="constrained")
+    axes = figure.subplots(2, len(modes), squeeze=False, sharey="row")
+    generator = np.random.default_rng(0)
+    for column, mode in enumerate(modes):
+        above, below = axes[:, column]
+        for number, arm in enumerate(arms):
+            # Arms stand side by side at each target.
+            shift = (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
+            places = np.arange(len(targets)) + shift
+            own = [row for row in rows if (row["arm"], row["mode"], row["language"]) == (arm, mode, ALL)]
+            scores = {row["target"]: row["length_score"] for row in own}
+            _draw_scores([scores[target] for target in targets], places, above, COLORS[arm], arm)
+            for place, target in zip(places, targets, strict=True):
+                drawn = np.asarray(lengths[arm, mode, target], dtype=float)
+                jitter = generator.uniform(-0.3, 0.3, len(drawn)) * 0.8 / len(arms)
+                below.scatter(place + jitter, drawn, s=5, alpha=0.4, linewidths=0, color=COLORS[arm])
+        for place, target in enumerate(targets):
+            below.plot([place - 0.45, place + 0.45], [target, target], color="#d62728", linewidth=1)
+        above.set_title(mode.replace("_", " "))
+        above.set_ylim(-2, 104)
+        below.set_yscale("symlog", base=2, linthresh=1)
+        below.yaxis.set_major_formatter(ScalarFormatter())
+        below.yaxis.set_minor_locator(NullLocator())
+        below.set_xlabel("target, tokens")
+        for axis in (above, below):
+            axis.set_xticks(range(len(targets)), [str(target) for target in targets])
+            axis.set_xlim(-0.6, len(targets) - 0.4)
+            axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].set_ylabel("length score, 95 % intervals over prompts")
+    axes[1, 0].set_ylabel("tokens of each completion (red: target)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms), fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_scores(
+    scores: Sequence[dict[str, float | None]], places: np.ndarray, axis: Any, color: str, label: str
+) -> None:
+    estimates = [score["estimate"] for score in scores]
+    # No interval, or an end on the wrong side of its estimate by rounding: no bar.
+    below = [0.0 if s["low"] is None else max(0.0, s["estimate"] - s["low"]) for s in scores]
+    above = [0.0 if s["high"] is None else max(0.0, s["high"] - s["estimate"]) for s in scores]
+    axis.errorbar(
+        places, estimates, yerr=[below, above], color=color, marker="o", markersize=5, linestyle="none", label=label
+    )
