@@ -114,9 +114,7 @@ def time_floor(settings: Settings) -> float:
     for _ in range(settings.repeats * settings.tokens):
         start = time.perf_counter()
         policy(input_ids=ids[:, :1], past_key_values=policy_cache, use_cache=True)
-        value(
-            input_ids=candidates, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        value(input_ids=candidates, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         times.append(time.perf_counter() - start)
         policy_cache.crop(-1)
         cache.crop(-k)

@@ -38,6 +38,7 @@ _NAMES_OF_MODULE = {
         "pretrain",
     ),
     "decoding": ("GuidanceReport", "LengthGuidance", "LengthGuidedLogitsProcessor", "generate_guided"),
+    "prediction": ("LengthQuantiles", "length_aware_batches", "padding_steps", "predict_length", "predict_remaining"),
     "controllers": ("TargetController", "calibrate_strength"),
     "trainers": ("LenVMGRPOConfig", "LenVMGRPOTrainer", "LenVMPPOConfig", "LenVMPPOTrainer"),
 }
@@ -62,11 +63,13 @@ _MODULES = (
     "retokenization",
     "sandbox",
     "scoring",
+    "serve",
     "servers",
     "shared_prompts",
     "step_sampling",
     "target_spaces",
     "targets",
+    "traces",
     "value_metrics",
     "value_references",
 )

@@ -62,37 +62,11 @@ def calibrate_strength(
         ValueError: on a target, unit, tolerance or number of trials that is not positive, or a length that is no
             number.
     """
-    for name, value in (("target_length", target_length), ("unit", unit), ("tolerance", tolerance)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, got {value}.")
-    if max_trials < 1:
-        raise ValueError(f"max_trials must be at least 1, got {max_trials}.")
-    trials: list[tuple[float, float]] = []
-
-    def is_too_long(strength: float) -> bool:
-        length = float(measure(strength))
-        if not math.isfinite(length):
-            raise ValueError(f"measure({strength}) gave a mean length of {length}: it must be a number of tokens.")
-        trials.append((strength, length))
-        return length > target_length
-
-    def met() -> bool:
-        return abs(trials[-1][1] - target_length) <= tolerance * target_length
-
-    too_long = is_too_long(0.0)
-    # Where it is too long, and where too short: strengths that enclose the one that is looked for.
-    ends: dict[bool, float] = {too_long: 0.0}
-    step = unit if too_long else -unit
-    while not met() and len(trials) < max_trials:
-        if len(ends) == 2:
-            strength = 0.5 * (ends[True] + ends[False])
-        elif abs(step) > max_strength * unit:
-            break
-        else:
-            strength, step = step, 2.0 * step
-        ends[is_too_long(strength)] = strength
+    _check_positive(target_length=target_length, unit=unit, tolerance=tolerance, max_trials=max_trials)
+    within = tolerance * target_length
+    trials = _bisect(measure, target_length, within, unit, max_trials, max_strength * unit)
     strength, length = min(trials, key=lambda trial: abs(trial[1] - target_length))
-    found = Calibration(strength, length, abs(length - target_length) <= tolerance * target_length, trials)
+    found = Calibration(strength, length, abs(length - target_length) <= within, trials)
     if not found.met:
         logger.warning(
             "no strength met a mean length of %g within %.1f%%: the nearest of %d trials is %g with %.1f tokens",
@@ -103,6 +77,34 @@ def calibrate_strength(
             length,
         )
     return found
+
+
+def _bisect(
+    measure: Callable[[float], float], target: float, within: float, step: float, most: int, limit: float
+) -> list[tuple[float, float]]:
+    """Strengths that were tried and their lengths, until one is near the target or there is no more to try."""
+    trials: list[tuple[float, float]] = []
+
+    def is_too_long(strength: float) -> bool:
+        length = float(measure(strength))
+        if not math.isfinite(length):
+            raise ValueError(f"measure({strength}) gave a mean length of {length}: it must be a number of tokens.")
+        trials.append((strength, length))
+        return length > target
+
+    too_long = is_too_long(0.0)
+    # Where it is too long, and where too short: strengths that enclose the one that is looked for.
+    ends: dict[bool, float] = {too_long: 0.0}
+    step = step if too_long else -step
+    while abs(trials[-1][1] - target) > within and len(trials) < most:
+        if len(ends) == 2:
+            strength = 0.5 * (ends[True] + ends[False])
+        elif abs(step) > limit:
+            break
+        else:
+            strength, step = step, 2.0 * step
+        ends[is_too_long(strength)] = strength
+    return trials
 
 
 class TargetController:
@@ -135,9 +137,7 @@ class TargetController:
         minimum: float = -math.inf,
         maximum: float = math.inf,
     ):
-        for name, value in (("target", target), ("rate", rate)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, got {value}.")
+        _check_positive(target=target, rate=rate)
         if not minimum <= initial <= maximum:
             raise ValueError(
                 f"the initial setting {initial} must lie in [{minimum}, {maximum}]: change it or the bounds."
@@ -167,3 +167,9 @@ class TargetController:
         """Goes on from what [`TargetController.state_dict`] returned; bounds and rate stay this controller's own."""
         self.setting = min(max(float(state["setting"]), self.minimum), self.maximum)
         self.updates = int(state["updates"])
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, got {value}.")

@@ -72,13 +72,8 @@ def generate_guided(
     """
     inputs = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     several = as_list(guidance)
-    if inputs["input_ids"].shape[0] % len(several) or len(several) > inputs["input_ids"].shape[0]:
-        raise ValueError(f"{len(several)} guidances do not fit {inputs['input_ids'].shape[0]} prompts: give one each.")
     merged = _merged_generation_config(model, several, generation_config, generate_kwargs)
-    for each in dict.fromkeys(several):
-        _check_settings(each, len(set(several)) == 1, generation_config, generate_kwargs)
-        _check_room(each, merged, inputs["input_ids"].shape[1])
-    _check_generation(merged, {**generate_kwargs, **inputs})
+    _check_call(several, merged, generation_config, inputs, generate_kwargs)
     if tokenizer is not None:
         check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
     processor = LengthGuidedLogitsProcessor(
@@ -120,6 +115,23 @@ def _merged_generation_config(
     owned["min_p"] = None if model.generation_config.min_p is None else 0.0
     merged.update(**{**arguments, **owned})
     return merged
+
+
+def _check_call(
+    guidance: list[LengthGuidance],
+    merged: GenerationConfig,
+    given: GenerationConfig | None,
+    inputs: Mapping,
+    arguments: Mapping,
+) -> None:
+    """Refuses what cannot be done; says what to change."""
+    rows, width = inputs["input_ids"].shape
+    if rows % len(guidance) or len(guidance) > rows:
+        raise ValueError(f"{len(guidance)} guidances do not fit {rows} prompts: give one, or one for each.")
+    for each in dict.fromkeys(guidance):
+        _check_settings(each, len(set(guidance)) == 1, given, arguments)
+        _check_room(each, merged, width)
+    _check_generation(merged, {**arguments, **inputs})
 
 
 def _check_settings(guidance: LengthGuidance, alone: bool, given: GenerationConfig | None, arguments: Mapping) -> None:

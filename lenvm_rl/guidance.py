@@ -35,6 +35,8 @@ TILT, EQUAL_TO, AT_MOST, AT_LEAST = "tilt", "equal_to", "at_most", "at_least"
 MODES = (TILT, EQUAL_TO, AT_MOST, AT_LEAST)
 RULES = ("paper", "feasible")
 DEFAULT_TOLERANCE = 0.1
+# Far beyond this, scores would overflow in float32; far below it, only one candidate is left.
+MAX_STRENGTH = 1e9
 # Predictions this near, relative to their size, are the same: float32 does not tell them apart.
 TIE = 1e-5
 
@@ -87,8 +89,10 @@ class LengthGuidance:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if not _is_number(self.strength):
-            raise ValueError(f"strength must be a finite number, got {self.strength!r}.")
+        if not (_is_number(self.strength) and abs(self.strength) <= MAX_STRENGTH):
+            raise ValueError(
+                f"strength must be a number of at most {MAX_STRENGTH:g} either way, got {self.strength!r}."
+            )
         if self.mode == TILT:
             for name in ("target_length", "rule", "tolerance", "enforce"):
                 if getattr(self, name) is not None:
@@ -238,7 +242,8 @@ def keep_feasible(scores: Tensor, remaining: Tensor, mode: str, left: int, toler
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    # Integers are compared as they are: a huge one has no float.
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _is_integer(value) -> bool:

@@ -111,6 +111,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         self._needs_values = any(each.needs_values for each in self.guidance)
         # Greedy rows beside sampled ones: `generate` samples them all, so their distribution is put on one token.
         self._mixed = len({each.temperature > 0 for each in self.guidance}) > 1
+        self._unbarred: dict[LengthGuidance, Tensor] = {}
         self._seen: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -255,7 +256,8 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         policy = warpers(ids, own)
         if not guidance.bars_end(written):
             return policy
-        # The end keeps the score that it had, for [`_guide`] to see what barring it overrules.
+        # What there was to choose from stays a candidate, for [`_guide`] to see what barring the end overrules.
+        self._unbarred[guidance] = policy
         policy_without = warpers(ids, own.index_fill(1, self._eos, -torch.inf))
         policy_without[:, self._eos] = policy[:, self._eos]
         return policy_without
@@ -308,13 +310,13 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         guided = guidance.guide(policy, logits, remaining, written)
         if not (guidance.bars_end(written) or guidance.puts_end(written)):
             return guided
-        ends = guided.softmax(dim=1)[:, self._eos].sum(dim=1)
         if guidance.bars_end(written):
-            overruled = ends
+            unbarred = guidance.guide(self._unbarred[guidance], logits, remaining, written)
+            overruled = unbarred.softmax(dim=1)[:, self._eos].sum(dim=1)
             without = policy.index_fill(1, self._eos, -torch.inf)
             guided = guidance.guide(without, logits, remaining, written)
         else:
-            overruled = 1.0 - ends
+            overruled = 1.0 - guided.softmax(dim=1)[:, self._eos].sum(dim=1)
             guided = torch.full_like(guided, -torch.inf)
             guided[:, self._eos[0]] = 0.0
         overruled = overruled.masked_fill(self._finished[rows], 0.0)

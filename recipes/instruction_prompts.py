@@ -3,8 +3,8 @@
     python recipes/instruction_prompts.py --data_dir path/to/data --output outputs/instructions/prompts.jsonl
 
 The data folder holds the published files: ifeval/input_data.jsonl, mt_bench/question.jsonl (the first turn) and
-self_instruct/user_oriented_instructions.jsonl (the instruction with its input). Each prompt keeps the name of its set in
-the column `domain`, by which recipes/pretrain_lenvm.py reports its metrics too.
+self_instruct/user_oriented_instructions.jsonl (the instruction with its input). Each prompt keeps the name of its set
+in the column `domain`, by which recipes/pretrain_lenvm.py reports its metrics too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PromptArguments:
 
     data_dir: str = field(metadata={"help": "Folder with the published files."})
     output: str = field(metadata={"help": "The file to write, one JSON object a line."})
-    per_domain: int = field(default=60, metadata={"help": "Prompts of each set, or all that it has if these are fewer."})
+    per_domain: int = field(default=60, metadata={"help": "Prompts of each set, or all that it has if fewer."})
     max_characters: int = field(default=1500, metadata={"help": "Longer prompts are left out, and counted."})
     seed: int = field(default=0, metadata={"help": "Which prompts are drawn, and in which order they stand."})
 

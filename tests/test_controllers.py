@@ -61,7 +61,7 @@ class TestCalibration:
             ({"target_length": 0.0}, "target_length must be positive"),
             ({"unit": -1.0}, "unit must be positive"),
             ({"tolerance": math.nan}, "tolerance must be positive"),
-            ({"max_trials": 0}, "max_trials must be at least 1"),
+            ({"max_trials": 0}, "max_trials must be positive"),
         ],
     )
     def test_settings_that_make_no_sense(self, arguments, message):

@@ -191,6 +191,15 @@ class TestGeometricWorld:
         assert report.forced.tolist() == [wanted] * 2 and report.overruled.tolist() == [float(wanted)] * 2
         assert wanted == 2
 
+    def test_the_force_that_the_only_candidate_takes(self):
+        """Nothing but the end is left to choose: barring it is force, though other tokens would be feasible."""
+        policy, value = countdown(longest=3)
+        guidance = LengthGuidance(mode="at_least", target_length=6, top_k=1, enforce=True)
+        out, report = generate_guided(policy, value, starts(2), guidance, max_new_tokens=9, return_report=True)
+        assert bool((out[:, 1:7] != EOS).all())
+        # A countdown of at most 3 comes to its end at least once in 6 tokens.
+        assert report.forced.min() >= 1
+
     def test_the_end_is_put_where_it_is_no_candidate(self):
         chain = geometric_chain(0.01)
         policy, value = ScriptedPolicy.from_chain(chain), ScriptedLengthValue.from_chain(chain, 0.9)

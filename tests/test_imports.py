@@ -15,7 +15,7 @@ LIBRARY = ROOT / "lenvm_rl"
 # Lower layers first: a module imports from layers strictly below its own. A package of several files (trainers,
 # sandbox) counts as one module here; a new module needs a place in this list.
 LAYERS = (
-    ("journal", "returns"),
+    ("controllers", "domains", "guidance", "journal", "returns"),
     ("advantages", "shaping", "target_spaces", "value_references"),
     ("targets", "tokenization", "value_metrics"),
     ("backbones", "cards", "completions", "heads", "outputs", "retokenization"),
@@ -23,10 +23,10 @@ LAYERS = (
     ("configuration",),
     ("modeling",),
     ("checkpoints", "packing", "rollouts", "scoring"),
-    ("collation", "sampling_jobs", "step_sampling"),
-    ("decoding", "pretraining_arguments", "sampling", "servers", "sharegpt", "shared_prompts"),
-    ("pretraining", "server_sampling", "vllm_sampling"),
-    ("sandbox", "trainers"),
+    ("collation", "logits_processor", "sampling_jobs", "step_sampling"),
+    ("decoding", "prediction", "pretraining_arguments", "servers", "sharegpt", "shared_prompts", "traces"),
+    ("pretraining", "sampling", "vllm_sampling"),
+    ("sandbox", "serve", "server_sampling", "trainers"),
     ("reward",),
     ("eval",),
     ("recipes",),
@@ -140,10 +140,13 @@ def test_every_package_imported_is_required():
 
     required = packages(project["dependencies"])
     optional = {name: packages(requirements) for name, requirements in project["optional-dependencies"].items()}
-    allowed_in_programs = required | optional["eval"] | optional["smollm2"] | optional["wandb"]
+    allowed_in_programs = required | optional["eval"] | optional["math"] | optional["smollm2"] | optional["wandb"]
     for path in SOURCES:
-        used = {"pyyaml" if name == "yaml" else name for name in outside(imports_of(path))}
+        distribution = {"yaml": "pyyaml", "math_verify": "math-verify"}
+        used = {distribution.get(name, name) for name in outside(imports_of(path))}
         allowed = required if path.is_relative_to(LIBRARY) else allowed_in_programs
+        # A server is a program, too, and is installed as one.
+        allowed = allowed | optional["serving"] if path.is_relative_to(LIBRARY / "serve") else allowed
         assert used <= allowed, f"{path.relative_to(ROOT)} imports {used - allowed}: name it in pyproject.toml"
 
 
