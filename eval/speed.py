@@ -11,9 +11,13 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from eval import speed_batching, speed_pretraining
+from eval import speed_batching, speed_decoding, speed_pretraining
 
-PROGRAMS: dict[str, ModuleType] = {"pretraining": speed_pretraining, "batching": speed_batching}
+PROGRAMS: dict[str, ModuleType] = {
+    "pretraining": speed_pretraining,
+    "batching": speed_batching,
+    "decoding": speed_decoding,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:

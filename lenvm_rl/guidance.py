@@ -160,21 +160,22 @@ class LengthGuidance:
         """Whether the end is put after `written` tokens."""
         return self.forces and self.mode in (EQUAL_TO, AT_MOST) and written >= self.target_length
 
-    def guide(self, scores: Tensor, logits: Tensor, remaining: Tensor, written: int) -> Tensor:
+    def guide(self, scores: Tensor, values: Tensor, remaining: Tensor, written: int) -> Tensor:
         """Scores of the guided distribution.
 
         Args:
             scores (`torch.Tensor` of shape `(B, V)`): log-probabilities of `p` up to a constant; ``-inf`` bars a token.
-            logits (`torch.Tensor` of shape `(B, V)`): the length value model's logit of the state after each token,
-                ``-inf`` at end-of-sequence; anything but NaN where barred.
-            remaining (`torch.Tensor` of shape `(B, V)`): tokens still to come there, 0 at end-of-sequence.
+            values (`torch.Tensor` of shape `(B, V)`): value of the state after each token, 0 at end-of-sequence;
+                anything finite where barred. Only `"tilt"` reads it.
+            remaining (`torch.Tensor` of shape `(B, V)`): tokens still to come there, 0 at end-of-sequence. Only the
+                other modes read it.
             written (`int`): tokens that stand already.
 
         Returns:
             `torch.Tensor` of shape `(B, V)`: log-probabilities up to a constant, ``-inf`` where barred.
         """
         if self.mode == TILT:
-            return scores - self.strength * logits.to(scores.dtype).sigmoid() if self.strength else scores
+            return scores + self.strength * values if self.strength else scores
         left = self.target_length - written
         if self.rule == "paper":
             return select_nearest(scores, remaining, self.mode, left)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +109,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         self.report: GuidanceReport | None = None
         self._warpers = {each: each.warpers() for each in set(self.guidance)}
         self._needs_values = any(each.needs_values for each in self.guidance)
+        self._needs_lengths = any(each.mode != TILT for each in self.guidance)
         # Greedy rows beside sampled ones: `generate` samples them all, so their distribution is put on one token.
         self._mixed = len({each.temperature > 0 for each in self.guidance}) > 1
         self._unbarred: dict[LengthGuidance, Tensor] = {}
@@ -153,20 +154,24 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
 
     def _guided_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         written = input_ids.shape[1] - self._prompt_width
-        policy = torch.cat([self._candidates(each, rows, input_ids, scores, written) for each, rows in self._groups])
-        policy = policy[self._back]
+        policy = self._by_group(lambda each, rows: self._candidates(each, rows, input_ids, scores, written))
         if self._needs_values:
-            logits, remaining = self._score(policy)
-            guided = [
-                self._guide(each, rows, policy[rows], logits[rows], remaining[rows], written)
-                for each, rows in self._groups
-            ]
-            policy = torch.cat(guided)[self._back]
+            values, remaining = self._score(policy)
+            base = policy
+            policy = self._by_group(
+                lambda each, rows: self._guide(each, rows, base[rows], values[rows], remaining[rows], written)
+            )
         elif self._untouched:
             return scores
         if self._mixed:
             policy = self._decide_greedy_rows(policy)
         return policy * self.generation_temperature
+
+    def _by_group(self, of_rows: Callable[[LengthGuidance, Tensor | slice], Tensor]) -> Tensor:
+        """`(B, V)` in the order of the rows, from what is made for those of each guidance."""
+        if len(self._groups) == 1:
+            return of_rows(self._groups[0][0], slice(None))
+        return torch.cat([of_rows(each, rows) for each, rows in self._groups])[self._back]
 
     def _continues(self, input_ids: Tensor) -> bool:
         """Whether `input_ids` are the prefixes of the last call with one more token."""
@@ -248,7 +253,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
             self.scorer.advance(chosen, ~self._finished)
 
     def _candidates(
-        self, guidance: LengthGuidance, rows: Tensor, input_ids: Tensor, scores: Tensor, written: int
+        self, guidance: LengthGuidance, rows: Tensor | slice, input_ids: Tensor, scores: Tensor, written: int
     ) -> Tensor:
         """The policy after temperature and candidate rule; where the end is barred, among the other tokens."""
         warpers, ids = self._warpers[guidance], input_ids[rows]
@@ -263,58 +268,52 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         return policy_without
 
     def _score(self, policy: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the states after each candidate and tokens still to come there, `(B, V)` float32.
+        """Values of the states after each candidate and tokens still to come there, `(B, V)`.
 
-        At end-of-sequence they are -inf and 0. Where there is no candidate, and in rows that have nothing to choose,
-        what stands there does not matter.
+        Both are 0 at end-of-sequence. Where there is no candidate, and in rows that have nothing to choose, what stands
+        there does not matter. Lengths are left out where no row asks for one.
         """
         candidate = torch.isfinite(policy) & ~self._finished.unsqueeze(1)
         # The only candidate of a row is chosen whatever its value; its forward waits until one is needed.
         decided = candidate.sum(dim=1) <= 1
-        logits = torch.zeros(policy.shape, dtype=torch.float32, device=policy.device)
+        values = torch.zeros_like(policy)
+        # Any token but the end has at least the end still to come.
+        remaining = torch.ones_like(policy) if self._needs_lengths else values
         if not bool(decided.all()):
-            valid = candidate.clone()
-            valid[:, self._eos] = False
-            width = int(valid.sum(dim=1).max())
-            candidates = valid.int().topk(width, dim=1).indices
-            valid = valid.gather(1, candidates)
-            scored = self.scorer.score(candidates, valid)
+            candidate[:, self._eos] = False
+            width = int(candidate.sum(dim=1).max())
+            candidates = candidate.int().topk(width, dim=1).indices
+            scored = self.scorer.score(candidates, candidate.gather(1, candidates))
             if not bool(torch.isfinite(scored).all()):
                 raise FloatingPointError(
                     "the length value model gave NaN or infinity: check its weights and its dtype."
                 )
-            logits.scatter_(1, candidates, scored)
-        logits[:, self._eos] = -torch.inf
-        if self._needs_lengths:
-            # Any token but the end has at least the end still to come.
-            remaining = remaining_from_logits(logits, self.gamma).clamp(min=1.0)
-            remaining[:, self._eos] = 0.0
-        else:
-            remaining = logits
-        return logits, remaining
-
-    @property
-    def _needs_lengths(self) -> bool:
-        return any(each.mode != TILT for each in self.guidance)
+            values.scatter_(1, candidates, -scored.sigmoid().to(values.dtype))
+            if self._needs_lengths:
+                lengths = remaining_from_logits(scored, self.gamma).clamp(min=1.0)
+                remaining.scatter_(1, candidates, lengths.to(remaining.dtype))
+        values[:, self._eos] = 0.0
+        remaining[:, self._eos] = 0.0
+        return values, remaining
 
     def _guide(
         self,
         guidance: LengthGuidance,
-        rows: Tensor,
+        rows: Tensor | slice,
         policy: Tensor,
-        logits: Tensor,
+        values: Tensor,
         remaining: Tensor,
         written: int,
     ) -> Tensor:
         """The guided scores of rows with one guidance, with the hard bound on top."""
-        guided = guidance.guide(policy, logits, remaining, written)
+        guided = guidance.guide(policy, values, remaining, written)
         if not (guidance.bars_end(written) or guidance.puts_end(written)):
             return guided
         if guidance.bars_end(written):
-            unbarred = guidance.guide(self._unbarred[guidance], logits, remaining, written)
+            unbarred = guidance.guide(self._unbarred[guidance], values, remaining, written)
             overruled = unbarred.softmax(dim=1)[:, self._eos].sum(dim=1)
             without = policy.index_fill(1, self._eos, -torch.inf)
-            guided = guidance.guide(without, logits, remaining, written)
+            guided = guidance.guide(without, values, remaining, written)
         else:
             overruled = 1.0 - guided.softmax(dim=1)[:, self._eos].sum(dim=1)
             guided = torch.full_like(guided, -torch.inf)

@@ -108,6 +108,26 @@ def test_one_forward_for_each_token_and_the_chosen_cache_is_that_of_the_full_row
         torch.testing.assert_close(ours.values * where, theirs.values * where, rtol=0, atol=1e-5)
 
 
+def test_the_cache_holds_the_prefix_once():
+    model = length_value_model()
+    ids, mask = prompts()
+    sizes = {}
+    for width in (1, 20):
+        scorer = CandidateScorer(model)
+        scorer.start(ids, mask)
+        sizes[width] = [scorer.cache_bytes()]
+        for _ in range(3):
+            candidates = torch.arange(6, 6 + width).expand(ROWS, -1)
+            scorer.score(candidates, torch.ones_like(candidates))
+            scorer.advance(candidates[:, 0], torch.ones(ROWS))
+            sizes[width].append(scorer.cache_bytes())
+    # Keys and values of every layer in float32, for 7 to 10 tokens of each row.
+    layers, heads = model.backbone.config.num_hidden_layers, model.backbone.config.num_key_value_heads
+    head_size = model.backbone.config.hidden_size // model.backbone.config.num_attention_heads
+    token = 2 * layers * heads * head_size * 4
+    assert sizes[1] == sizes[20] == [ROWS * token * length for length in (7, 8, 9, 10)]
+
+
 def test_tokens_that_were_not_scored_wait_for_the_next_forward():
     """Whatever rows wait, and however long: values are those of separate forwards, with a forward for each scoring."""
     model = length_value_model()
