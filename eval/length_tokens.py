@@ -1,0 +1,326 @@
+"""Which tokens make a completion longer, and which shorter (arXiv 2604.27039, section 5 and equation 16).
+
+    python -m eval.length_tokens --rollouts rollouts.jsonl --length_value_model outputs/length_value_model
+    python -m eval.length_tokens --policy outputs/policy --length_value_model outputs/length_value_model  # the sandbox
+
+The horizon shift of a token is what choosing it added to the expected length, in value and in tokens. Tokens are ranked
+by their mean over all occurrences, in every completion, cut ones included; the end-of-sequence token counts like any
+other, and the value after it is exactly 0. Intervals are 95 % bootstraps over prompts, one token at a time: the ends of
+a ranking of many tokens are partly luck, so trust an interval that stays on its side of 0, and raise --min_count.
+
+Prints a table and writes length_tokens.json (with contexts), length_tokens.csv (every token that occurs) and
+length_tokens.png (word clouds: a word is larger for a larger product of count and mean shift). Without --rollouts,
+completions of the sandbox's evaluation prompts are sampled.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from wordcloud import WordCloud
+
+from eval.prompt_boundary import BoundaryArguments, find_rollouts
+from eval.statistics import percentile_interval, resampled_means
+from eval.token_values import TokenValues, token_values
+from eval.viewer_text import token_name, token_pieces, visible
+from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.rollouts import atomic_file
+from lenvm_rl.tokenization import check_same_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# As in eval.viewer: orange is longer, blue is shorter.
+SIDES = {"longer": "#b35806", "shorter": "#2166ac"}
+# Tokens whose resamples are held in memory at once.
+COLUMNS = 512
+
+
+@dataclass
+class TokenArguments(BoundaryArguments):
+    """Which completions are read by which model, and how tokens are ranked."""
+
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of the rollouts. Default: what lies with the length value model."}
+    )
+    min_count: int = field(default=20, metadata={"help": "Rank tokens that occur at least this often."})
+    top: int = field(default=25, metadata={"help": "Tokens shown on either side."})
+    contexts: int = field(default=3, metadata={"help": "Occurrences shown of each, drawn at random."})
+    context_tokens: int = field(default=12, metadata={"help": "Tokens of text before and after an occurrence."})
+    forward_tokens: int = field(default=16384, metadata={"help": "Most tokens in a forward, padding counted."})
+    output_dir: str = field(
+        default="outputs/length_tokens", metadata={"help": "Where the results, and sampled rollouts, are written."}
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.min_count, self.top, self.forward_tokens) < 1:
+            raise ValueError("min_count, top and forward_tokens must be at least 1.")
+        if min(self.contexts, self.context_tokens) < 0:
+            raise ValueError("contexts and context_tokens must not be negative.")
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Every token of every completion, N of them, in the order of the rollouts.
+
+    Args:
+        token, row, place, prompt (`numpy.ndarray` of shape `(N,)`, int): token id, its completion, its index in it, and
+            the number of the prompt, from 0.
+        shift, shift_in_tokens (`numpy.ndarray` of shape `(N,)`): in value and in tokens; positive is longer.
+    """
+
+    token: np.ndarray
+    row: np.ndarray
+    place: np.ndarray
+    prompt: np.ndarray
+    shift: np.ndarray
+    shift_in_tokens: np.ndarray
+
+
+def find_occurrences(rollouts: Dataset, values: Sequence[TokenValues]) -> Occurrences:
+    """Lays the tokens of all completions in one row; `values` has an entry for each rollout."""
+    completions = rollouts["completion_ids"][:]
+    lengths = [len(completion) for completion in completions]
+    prompt = np.unique(np.array(rollouts["group"][:]), return_inverse=True)[1]
+    return Occurrences(
+        token=np.concatenate([np.array(completion) for completion in completions]),
+        row=np.repeat(np.arange(len(lengths)), lengths),
+        place=np.concatenate([np.arange(length) for length in lengths]),
+        prompt=np.repeat(prompt, lengths),
+        shift=np.concatenate([entry.horizon_shift.numpy() for entry in values]),
+        shift_in_tokens=np.concatenate([entry.shift_in_tokens.numpy() for entry in values]),
+    )
+
+
+def measure_tokens(found: Occurrences, min_count: int, num_resamples: int = 2000, seed: int = 0) -> list[dict]:
+    """Mean shift of every token that occurs, the most lengthening first.
+
+    Args:
+        found ([`Occurrences`]): all tokens.
+        min_count (`int`): tokens that occur less often get no interval.
+        num_resamples (`int`, *optional*, defaults to `2000`), seed (`int`, *optional*, defaults to `0`): of the
+            bootstrap over prompts.
+
+    Returns:
+        `list[dict]`: `token_id`, `count`, `prompts` (in which it occurs), and the intervals `shift` and
+        `shift_in_tokens` as `estimate`, `low`, `high`; the ends are `None` where it occurs too rarely, or in too few
+        prompts.
+    """
+    ids, column, counts = np.unique(found.token, return_inverse=True, return_counts=True)
+    # One entry for each prompt and token that occurs in it, sums of which are all that a resample of prompts needs.
+    pairs, entry = np.unique(found.prompt * len(ids) + column, return_inverse=True)
+    prompt, token = pairs // len(ids), pairs % len(ids)
+    occurrences = np.bincount(entry)
+    rows = [
+        {"token_id": int(ids[k]), "count": int(counts[k]), "prompts": int(n)}
+        for k, n in enumerate(np.bincount(token, minlength=len(ids)))
+    ]
+    frequent = np.flatnonzero(counts >= min_count)
+    num_prompts = int(found.prompt.max()) + 1
+    for name in ("shift", "shift_in_tokens"):
+        means = np.bincount(entry, getattr(found, name)) / occurrences
+        estimates = np.bincount(token, means * occurrences, minlength=len(ids)) / counts
+        for row, estimate in zip(rows, estimates, strict=True):
+            row[name] = {"estimate": float(estimate), "low": None, "high": None}
+        for start in range(0, len(frequent), COLUMNS):
+            chosen = frequent[start : start + COLUMNS]
+            inside = np.isin(token, chosen)
+            place = prompt[inside], np.searchsorted(chosen, token[inside])
+            values, weights = np.zeros((2, num_prompts, len(chosen)))
+            values[place], weights[place] = means[inside], occurrences[inside]
+            draws = resampled_means(values, None, weights, num_resamples, seed)
+            for k, own in zip(chosen, draws.T, strict=True):
+                interval = percentile_interval(float(estimates[k]), own)
+                if np.isfinite(interval.low):
+                    rows[k][name] |= {"low": interval.low, "high": interval.high}
+    return sorted(rows, key=lambda row: -row["shift"]["estimate"])
+
+
+def find_contexts(
+    found: Occurrences, rollouts: Dataset, tokenizer: PreTrainedTokenizerBase, token: int, args: TokenArguments
+) -> list[dict[str, Any]]:
+    """Some occurrences of a token, drawn at random, with the text before (the prompt's end included) and after."""
+    places = np.flatnonzero(found.token == token)
+    generator = np.random.default_rng([args.seed, token])
+    contexts = []
+    for index in np.sort(generator.permutation(places)[: args.contexts]).tolist():
+        row, place = int(found.row[index]), int(found.place[index])
+        record = rollouts[row]
+        ids = [*record["prompt_ids"], *record["completion_ids"]]
+        middle = len(record["prompt_ids"]) + place
+        start = max(0, middle - args.context_tokens)
+        shown = ids[start : middle + 1 + args.context_tokens]
+        texts = [piece.text for piece in token_pieces(tokenizer, shown, ids[:start])]
+        contexts.append(
+            {
+                "row": row,
+                "place": place,
+                "before": "".join(texts[: middle - start]),
+                "token": texts[middle - start],
+                "after": "".join(texts[middle - start + 1 :]),
+                "shift": float(found.shift[index]),
+                "shift_in_tokens": float(found.shift_in_tokens[index]),
+            }
+        )
+    return contexts
+
+
+def rank(rows: list[dict], min_count: int, top: int) -> dict[str, list[dict]]:
+    """The frequent tokens with the largest and the smallest mean shift: `longer` above 0, `shorter` below."""
+    frequent = [row for row in rows if row["count"] >= min_count]
+    return {
+        "longer": [row for row in frequent if row["shift"]["estimate"] > 0][:top],
+        "shorter": [row for row in reversed(frequent) if row["shift"]["estimate"] < 0][:top],
+    }
+
+
+def print_table(ranked: dict[str, list[dict]], title: str, console: Console) -> None:
+    """A line for each token, the lengthening ones first."""
+
+    def cell(entry: dict[str, float | None], digits: int) -> str:
+        shown = f"{entry['estimate']:+.{digits}f}"
+        return shown if entry["low"] is None else f"{shown} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
+
+    table = Table(title=title)
+    for name in ("token", "side"):
+        table.add_column(name, no_wrap=True)
+    for name in ("count", "prompts", "shift, tokens", "shift, value"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("for example", no_wrap=True, overflow="ellipsis")
+    for side, rows in ranked.items():
+        for row in rows:
+            example = ""
+            if row["contexts"]:
+                shown = row["contexts"][0]
+                example = visible(f"{shown['before'][-24:]}»{shown['token']}«{shown['after'][:20]}")
+            table.add_row(
+                escape(row["token"]),
+                side,
+                str(row["count"]),
+                str(row["prompts"]),
+                cell(row["shift_in_tokens"], 2),
+                cell(row["shift"], 4),
+                escape(example),
+                end_section=row is rows[-1],
+            )
+    console.print(table)
+
+
+def write_csv(rows: list[dict]) -> str:
+    """Every token that occurs; an empty cell is what is null in the JSON."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ("shift", "shift_in_tokens")
+    ends = [name + end for name in names for end in ("", "_low", "_high")]
+    writer.writerow(["token_id", "token", "count", "prompts", *ends])
+    for row in rows:
+        numbers = [row[name][end] for name in names for end in ("estimate", "low", "high")]
+        writer.writerow([row["token_id"], row["token"], row["count"], row["prompts"], *numbers])
+    return text.getvalue()
+
+
+def plot_clouds(rows: list[dict], min_count: int, path: Path, seed: int = 0) -> None:
+    """A word cloud for either side, of all frequent tokens; sizes go by count times mean shift, as a PNG."""
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    for axis, (side, color), sign in zip(figure.subplots(1, 2), SIDES.items(), (1, -1), strict=True):
+        weights: dict[str, float] = {}
+        for row in rows:
+            weight = sign * row["shift"]["estimate"] * row["count"]
+            if row["count"] >= min_count and weight > 0:
+                weights[row["token"]] = weights.get(row["token"], 0.0) + weight
+        axis.set_axis_off()
+        if not weights:
+            axis.set_title(f"make it {side}: none", fontsize=11, color=color)
+            continue
+        cloud = WordCloud(
+            width=550,
+            height=420,
+            scale=2,
+            background_color="white",
+            font_path=findfont("DejaVu Sans"),
+            color_func=lambda *_, color=color, **__: color,
+            prefer_horizontal=1.0,
+            random_state=seed,
+        )
+        axis.imshow(cloud.generate_from_frequencies(weights).to_array(), interpolation="bilinear")
+        # The smallest find no room.
+        axis.set_title(f"make it {side}: {len(cloud.layout_)} of {len(weights)} tokens", fontsize=11, color=color)
+    figure.suptitle(f"size: count × |mean horizon shift|; tokens that occur at least {min_count} times", fontsize=10)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def main(args: TokenArguments) -> dict[str, Any]:
+    """Samples or reads, runs the model along every completion, ranks, prints and writes."""
+    rollouts, metadata = find_rollouts(args)
+    device = torch.accelerator.current_accelerator() or "cpu"
+    model = LengthValueModel.from_pretrained(args.length_value_model).to(device).freeze()
+    check_same_tokenizer(model.config.tokenizer_fingerprint, metadata.tokenizer_fingerprint)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or args.length_value_model)
+    check_same_tokenizer(tokenizer, metadata.tokenizer_fingerprint, "the tokenizer", "the rollouts")
+    return report_tokens(args, rollouts, model, tokenizer)
+
+
+def report_tokens(
+    args: TokenArguments, rollouts: Dataset, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """[`main`] with everything loaded; returns what length_tokens.json holds."""
+    finished = [reason == "stop" for reason in rollouts["finish_reason"][:]]
+    columns = (rollouts["prompt_ids"][:], rollouts["completion_ids"][:])
+    values = token_values(model, *columns, finished=finished, max_tokens=args.forward_tokens)
+    found = find_occurrences(rollouts, values)
+    rows = measure_tokens(found, args.min_count, seed=args.seed)
+    for row in rows:
+        row["token"] = token_name(tokenizer, row["token_id"])
+    ranked = rank(rows, args.min_count, args.top)
+    for row in (row for side in ranked.values() for row in side):
+        row["contexts"] = find_contexts(found, rollouts, tokenizer, row["token_id"], args)
+    rare = [row["count"] for row in rows if row["count"] < args.min_count]
+    report: dict[str, Any] = {
+        "arguments": asdict(args),
+        "gamma": model.config.gamma,
+        "prompts": len(set(rollouts["group"][:])),
+        "completions": len(rollouts),
+        "cut": len(finished) - sum(finished),
+        "occurrences": len(found.token),
+        "tokens": len(rows),
+        "below_min_count": {"tokens": len(rare), "occurrences": sum(rare)},
+        **ranked,
+    }
+    folder = Path(args.output_dir)
+    with atomic_file(folder / "length_tokens.json") as file:
+        file.write(json.dumps(report, indent=1, allow_nan=False).encode())
+    with atomic_file(folder / "length_tokens.csv") as file:
+        file.write(write_csv(rows).encode("utf-8", errors="backslashreplace"))
+    plot_clouds(rows, args.min_count, folder / "length_tokens.png", args.seed)
+    console = Console(width=150, highlight=False)
+    title = f"{report['completions']} completions of {report['prompts']} prompts, {report['cut']} of them cut"
+    print_table(ranked, f"{title}; positive: the token made it longer than expected", console)
+    console.print(
+        f"{report['occurrences']} tokens read, {report['tokens']} different ones, of which {len(rare)} occur less than "
+        f"{args.min_count} times ({sum(rare)} in all) and are not ranked. 95 % intervals over prompts. Written to "
+        f"{folder}/length_tokens.json, .csv and .png"
+    )
+    return report
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    main(*HfArgumentParser(TokenArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses())

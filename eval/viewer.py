@@ -1,0 +1,152 @@
+"""A page that shows how the expected length moves along completions: one file of HTML that needs no network.
+
+    python -m eval.viewer --rollouts rollouts.jsonl --length_value_model outputs/length_value_model --rows 0 5 \
+        --output viewer.html
+
+Each token is coloured by its horizon shift (orange: the completion became longer than expected, blue: shorter); a curve
+shows the predicted tokens still to come beside the true ones. Two completions stand side by side, of as many as --rows
+names. Pointing at a token marks its place on the curve, and the other way round; a click pins it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+from eval.token_values import TokenValues, token_values
+from eval.viewer_text import token_pieces
+from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.rollouts import REQUIRED_COLUMNS, atomic_file, read_rollouts
+from lenvm_rl.tokenization import check_same_tokenizer
+
+TEMPLATE, SCRIPT = Path(__file__).with_name("viewer_template.html"), Path(__file__).with_name("viewer_page.js")
+# Further columns of a record are shown if they are no longer than this.
+SHORT = 60
+
+
+@dataclass
+class ViewerArguments:
+    """Which completions are shown, as which model sees them."""
+
+    rollouts: str = field(metadata={"help": "Rollout file that holds the completions."})
+    length_value_model: str = field(metadata={"help": "Pretrained length value model: folder or hub id."})
+    rows: list[int] = field(
+        default_factory=lambda: [0, 1],
+        metadata={"help": "Completions to put on the page, as rows of the file, from 0."},
+    )
+    output: str = field(default="outputs/viewer.html", metadata={"help": "The page to write."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of the rollouts. Default: what lies with the length value model."}
+    )
+    forward_tokens: int = field(default=16384, metadata={"help": "Most tokens in a forward, padding counted."})
+
+    def __post_init__(self) -> None:
+        if not self.rows or len(set(self.rows)) < len(self.rows):
+            raise ValueError(f"rows must name at least one row, each once, got {self.rows}.")
+
+
+def completion_entry(
+    record: dict[str, Any], row: int, values: TokenValues, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What the page needs of a completion.
+
+    Args:
+        record (`dict`): a rollout record.
+        row (`int`): its row in the file.
+        values ([`~eval.token_values.TokenValues`]): what the model says along it.
+        tokenizer (`PreTrainedTokenizerBase`): decodes it.
+
+    Returns:
+        `dict`: `tokens`, L entries `[text, part, parts, special]` as [`~eval.viewer_text.Piece`] has them; `remaining`,
+        L + 1 predicted lengths, the last of them after the last token; `shift` and `shift_in_tokens`, L each; and what
+        is said about the whole.
+    """
+    ids, finished = record["completion_ids"], record["finish_reason"] == "stop"
+    pieces = token_pieces(tokenizer, ids, record["prompt_ids"])
+    after = values.remaining[-1] + values.shift_in_tokens[-1] - 1
+    further = {name: value for name, value in record.items() if name not in REQUIRED_COLUMNS and value is not None}
+    return {
+        "row": row,
+        "group": record["group"],
+        "finished": finished,
+        "length": len(ids) - finished,
+        "prompt": tokenizer.decode(record["prompt_ids"]),
+        "columns": {name: str(value) for name, value in further.items() if len(str(value)) <= SHORT},
+        "tokens": [[piece.text, piece.part, piece.parts, int(piece.special)] for piece in pieces],
+        "remaining": _rounded([*values.remaining.tolist(), float(after)]),
+        "shift": _rounded(values.horizon_shift.tolist()),
+        "shift_in_tokens": _rounded(values.shift_in_tokens.tolist()),
+    }
+
+
+def render_page(completions: Sequence[dict[str, Any]], title: str, about: str) -> str:
+    """The page: template, script and data in one text.
+
+    Args:
+        completions (`Sequence[dict]`): as [`completion_entry`] makes them; the first two are shown at first.
+        title (`str`), about (`str`): what stands above them.
+    """
+    data = {"title": title, "about": about, "completions": list(completions)}
+    # Inside a script element only these can end it or begin a comment; JSON may write them as escapes.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    head, tail = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
+    middle, end = tail.split("__SCRIPT__")
+    return head + text + middle + SCRIPT.read_text(encoding="utf-8") + end
+
+
+def main(args: ViewerArguments) -> dict[str, Any]:
+    """Reads, runs the model along the completions, and writes the page; returns its completions and its path."""
+    rollouts, metadata = read_rollouts(args.rollouts)
+    outside = [row for row in args.rows if not 0 <= row < len(rollouts)]
+    if outside:
+        raise ValueError(f"{args.rollouts} has rows 0 to {len(rollouts) - 1}, so there is no {outside}: change --rows.")
+    device = torch.accelerator.current_accelerator() or "cpu"
+    model = LengthValueModel.from_pretrained(args.length_value_model).to(device).freeze()
+    check_same_tokenizer(model.config.tokenizer_fingerprint, metadata.tokenizer_fingerprint)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or args.length_value_model)
+    check_same_tokenizer(tokenizer, metadata.tokenizer_fingerprint, "the tokenizer", "the rollouts")
+    records = [rollouts[row] for row in args.rows]
+    found = token_values(
+        model,
+        [record["prompt_ids"] for record in records],
+        [record["completion_ids"] for record in records],
+        finished=[record["finish_reason"] == "stop" for record in records],
+        max_tokens=args.forward_tokens,
+    )
+    entries = [
+        completion_entry(record, row, values, tokenizer)
+        for record, row, values in zip(records, args.rows, found, strict=True)
+    ]
+    about = (
+        f"{Path(args.rollouts).name}, sampled of {metadata.generator}; read by {args.length_value_model} (gamma "
+        f"{model.config.gamma:.5f}). Colour: how much longer (orange) or shorter (blue) than expected a token made the "
+        "completion. Tokens still to come count the end-of-sequence token."
+    )
+    page = render_page(entries, "Predicted length along completions", about)
+    with atomic_file(args.output) as file:
+        file.write(page.encode("utf-8", errors="backslashreplace"))
+    tokens = sum(len(entry["tokens"]) for entry in entries)
+    Console(highlight=False).print(f"{len(entries)} completions, {tokens} tokens: open {args.output} in a browser.")
+    return {"completions": entries, "output": args.output}
+
+
+def _rounded(numbers: Sequence[float]) -> list[float]:
+    """Six digits: what a page can show, in a third of the room."""
+    return [float(f"{number:.6g}") for number in numbers]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    main(*HfArgumentParser(ViewerArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses())
