@@ -76,7 +76,10 @@ class LengthControlArguments:
     )
     cap_factor: float = field(default=2.0, metadata={"help": "Longest completion: this times the target, ..."})
     cap_extra: int = field(default=64, metadata={"help": "... or this many tokens more than it, if that is longer."})
-    rule: str = field(default="feasible", metadata={"help": "Rule of the guidance: paper or feasible."})
+    rule: str = field(
+        default="feasible",
+        metadata={"help": "Rule of the guidance: paper, feasible, or patient (for equal_to, feasible elsewhere)."},
+    )
     tolerance: float | None = field(default=None, metadata={"help": "Tolerance of equal_to with feasible."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of every arm."})
     top_k: int = field(default=15, metadata={"help": "Candidate rule of every arm: top-k, 0 for none."})

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lenvm_rl.completions import position_ids_from_mask
 from lenvm_rl.decoding import generate_guided
-from lenvm_rl.guidance import AT_LEAST, EQUAL_TO, LengthGuidance
+from lenvm_rl.guidance import AT_LEAST, EQUAL_TO, FEASIBLE, PATIENT, LengthGuidance
 from lenvm_rl.journal import Journal
 from lenvm_rl.sampling_jobs import batch_seed, strip_completion
 
@@ -252,7 +252,7 @@ class LengthSampler:
             self.candidates,
             mode=request.mode,
             target_length=request.target,
-            rule=self.rule,
+            rule=FEASIBLE if self.rule == PATIENT and request.mode != EQUAL_TO else self.rule,
             tolerance=self.tolerance if request.mode == EQUAL_TO else None,
             enforce=arm.enforced,
         )

@@ -263,7 +263,7 @@ def compare(found: dict[str, list[dict[str, Any]]], groups: Sequence, rule: str,
     Args:
         found (`dict`): rows of each way of control, all in one order.
         groups (sequence): what is resampled: the prompt of each row, or its world.
-        rule (`str`): `"paper"` or `"feasible"`.
+        rule (`str`): a rule of [`~lenvm_rl.guidance.LengthGuidance`].
         seed (`int`): of the bootstrap.
 
     Returns:

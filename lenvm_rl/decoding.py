@@ -126,7 +126,7 @@ def _check_call(
 ) -> None:
     """Refuses what cannot be done; says what to change."""
     rows, width = inputs["input_ids"].shape
-    if rows % len(guidance) or len(guidance) > rows:
+    if len(guidance) not in (1, rows):
         raise ValueError(f"{len(guidance)} guidances do not fit {rows} prompts: give one, or one for each.")
     for each in dict.fromkeys(guidance):
         _check_settings(each, len(set(guidance)) == 1, given, arguments)

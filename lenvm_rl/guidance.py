@@ -8,7 +8,7 @@ leads to the end itself: its value and its ``n`` are exactly 0; any other token 
 - `"tilt"` (arXiv 2604.27039, equation 12 and appendix G): ``p'(x) ∝ p(x) * exp(strength * V(s + x))``, the maximiser of
   ``strength * E[V] - KL(p' || p)``. A positive strength leans towards the end: `V` is nearer 0 the nearer the end is.
   (The paper writes the same rule with ``beta = -strength`` over ``u = -V``.)
-- `"equal_to"`, `"at_most"`, `"at_least"` a `target_length` T, with ``r = T - t`` tokens left, by one of two rules:
+- `"equal_to"`, `"at_most"`, `"at_least"` a `target_length` T, with ``r = T - t`` tokens left, by one of three rules:
 
   - `rule="paper"`, the hard decoding of the paper and its code: one candidate, by its ``n`` alone, so that only the
     candidate rule keeps the text sensible. `"equal_to"`: the one whose ``n`` is nearest to ``r``; `"at_most"`: the
@@ -16,6 +16,9 @@ leads to the end itself: its value and its ``n`` are exactly 0; any other token 
     most probable.
   - `rule="feasible"`: the base distribution over the candidates that satisfy the constraint by prediction
     (``|n - r| <= tolerance * r``; ``n <= r``; ``n >= r``), and the paper's rule only where none does.
+  - `rule="patient"`, for `"equal_to"`: as `"feasible"`, but before the target the end is not chosen unless nothing else
+    is a candidate. ``n`` is how long the *unguided* policy would go on. A guided one can make up for a token too many
+    or too few later on, but not for the end: so its miss of ``r`` does not compare with another token's ``|n - r|``.
 
 `p` is the policy after temperature and after the guidance's own top-k, top-p and min-p, at every strength: strength 0
 without truncation is the base model exactly.
@@ -33,7 +36,8 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 
 TILT, EQUAL_TO, AT_MOST, AT_LEAST = "tilt", "equal_to", "at_most", "at_least"
 MODES = (TILT, EQUAL_TO, AT_MOST, AT_LEAST)
-RULES = ("paper", "feasible")
+PAPER, FEASIBLE, PATIENT = "paper", "feasible", "patient"
+RULES = (PAPER, FEASIBLE, PATIENT)
 DEFAULT_TOLERANCE = 0.1
 # Far beyond this, scores would overflow in float32; far below it, only one candidate is left.
 MAX_STRENGTH = 1e9
@@ -54,10 +58,10 @@ class LengthGuidance:
         target_length (`int`, *optional*):
             For the other modes: tokens, end-of-sequence not counted. Generation needs room for one token more.
         rule (`str`, *optional*, defaults to `"feasible"`):
-            For the other modes: `"feasible"` or `"paper"`, see `lenvm_rl.guidance`.
+            For the other modes: `"feasible"`, `"paper"` or, for `"equal_to"`, `"patient"`: see `lenvm_rl.guidance`.
         tolerance (`float`, *optional*, defaults to `0.1`):
-            For `"equal_to"` with `"feasible"`: how far the predicted rest may be from the rest that is asked for, as a
-            share of the latter, in [0, 1).
+            For `"equal_to"` with `"feasible"` or `"patient"`: how far the predicted rest may be from the rest that is
+            asked for, as a share of the latter, in [0, 1).
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy, before the guidance. 0 means greedy: the most probable token of the guided
             distribution, formed at temperature 1.
@@ -118,11 +122,13 @@ class LengthGuidance:
             )
         if self.rule not in (None, *RULES):
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
+        if self.rule == PATIENT and self.mode != EQUAL_TO:
+            raise ValueError(f"rule='patient' is for mode='equal_to'; for {self.mode!r} use 'feasible' or 'paper'.")
         if self.enforce not in (None, True, False):
             raise ValueError(f"enforce must be True or False, got {self.enforce!r}.")
         if self.tolerance is not None:
-            if self.mode != EQUAL_TO or self.rule == "paper":
-                raise ValueError("tolerance belongs to mode='equal_to' with rule='feasible': leave it out.")
+            if self.mode != EQUAL_TO or self.rule == PAPER:
+                raise ValueError("tolerance belongs to mode='equal_to' with 'feasible' or 'patient': leave it out.")
             if not (_is_number(self.tolerance) and 0 <= self.tolerance < 1):
                 raise ValueError(f"tolerance is a share of the length in [0, 1), got {self.tolerance!r}.")
 
@@ -177,11 +183,12 @@ class LengthGuidance:
         if self.mode == TILT:
             return scores + self.strength * values if self.strength else scores
         left = self.target_length - written
-        if self.rule == "paper":
+        if self.rule == PAPER:
             return select_nearest(scores, remaining, self.mode, left)
-        return keep_feasible(
-            scores, remaining, self.mode, left, DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
-        )
+        if self.rule == PATIENT and left > 0:
+            scores = put_off_end(scores, remaining)
+        tolerance = DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
+        return keep_feasible(scores, remaining, self.mode, left, tolerance)
 
 
 def tilt(log_probs: Tensor, values: Tensor, strength: float) -> Tensor:
@@ -240,6 +247,20 @@ def keep_feasible(scores: Tensor, remaining: Tensor, mode: str, left: int, toler
     }[mode] & (scores > -math.inf)
     kept = scores.masked_fill(~fits, -math.inf)
     return torch.where(fits.any(dim=-1, keepdim=True), kept, select_nearest(scores, remaining, mode, left))
+
+
+def put_off_end(scores: Tensor, remaining: Tensor) -> Tensor:
+    """The scores without the end, in rows that have another candidate.
+
+    Args:
+        scores, remaining: as in [`select_nearest`]; ``remaining`` is 0 at end-of-sequence alone.
+
+    Returns:
+        `torch.Tensor` of shape `(B, V)`.
+    """
+    ends, candidate = remaining == 0, scores > -math.inf
+    other = (candidate & ~ends).any(dim=-1, keepdim=True)
+    return scores.masked_fill(ends & other, -math.inf)
 
 
 def _is_number(value) -> bool:

@@ -123,7 +123,8 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
             self._start(input_ids, scores)
         self._seen = input_ids
         guided = self._guided_scores(input_ids, scores)
-        self._last = (scores, guided)
+        if self.record:
+            self._last = (scores, guided)
         return guided
 
     def finish(self, sequences: Tensor) -> GuidanceReport:

@@ -71,6 +71,15 @@ class TestRules:
         assert kept(select_nearest(scores, REMAINING, "at_most", 5)) == [1]
         assert kept(keep_feasible(scores, REMAINING, "equal_to", 5, 0.0)) == [1]
 
+    def test_patience_puts_the_end_off_unless_it_is_all_there_is(self):
+        patient = LengthGuidance(mode="equal_to", target_length=10, rule="patient", tolerance=0.0)
+        plain = LengthGuidance(mode="equal_to", target_length=10, tolerance=0.0)
+        for written, expected, without in ((9, [1], [0]), (8, [1], [1]), (10, [0], [0]), (12, [0], [0])):
+            assert kept(patient.guide(SCORES, None, REMAINING, written)) == expected
+            assert kept(plain.guide(SCORES, None, REMAINING, written)) == without
+        alone = torch.tensor([[1.0, BARRED, BARRED, BARRED]])
+        assert kept(patient.guide(alone, None, REMAINING, 3)) == [0]
+
     def test_rows_decide_for_themselves(self):
         scores, remaining = SCORES.repeat(2, 1), torch.cat([REMAINING, REMAINING + 100])
         guided = keep_feasible(scores, remaining, "at_most", 5, 0.0)
@@ -99,7 +108,7 @@ class TestExactWorld:
     """Theorem 14: what is to come is known for certain after each token, so targets are met to the token."""
 
     @pytest.mark.parametrize("gamma", [0.5, 0.9, 0.9998])
-    @pytest.mark.parametrize("rule", ["paper", "feasible"])
+    @pytest.mark.parametrize("rule", ["paper", "feasible", "patient"])
     @pytest.mark.parametrize("target", [1, 2, 5, 8])
     def test_equal_to_is_exact(self, gamma, rule, target):
         policy, value = countdown(gamma)
@@ -164,6 +173,14 @@ class TestGeometricWorld:
         # It ends as soon as half of the predicted rest is nearer to the target than all of it.
         predicted = math.log1p(-(1 - gamma) / (1 - gamma * 29 / 30)) / math.log(gamma)
         assert set(lengths_of(out)) == {length} == {math.ceil(30 - predicted / 2)}
+
+    def test_patience_is_exact_where_the_end_is_always_possible(self):
+        """The same world, no force: the end can be had at any step, so it can wait until it is due."""
+        chain = geometric_chain(1 / 30)
+        policy, value = ScriptedPolicy.from_chain(chain), ScriptedLengthValue.from_chain(chain, 0.97)
+        guidance = LengthGuidance(mode="equal_to", target_length=30, rule="patient", **POSSIBLE)
+        out, report = generate_guided(policy, value, starts(50), guidance, max_new_tokens=60, return_report=True)
+        assert set(lengths_of(out)) == {30} and report.forced.max() == 0
 
     @pytest.mark.parametrize("mode", ["equal_to", "at_most", "at_least"])
     def test_enforced_bounds_hold_and_force_is_counted(self, mode):
