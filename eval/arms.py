@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from lenvm_rl.decoding import LengthGuidance, generate_guided
+from eval.tradeoff_kl import DivergenceMeter
+from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.sampling import generation_eos_ids
 from lenvm_rl.sampling_jobs import strip_completion, tokenize_prompts
+from lenvm_rl.tokenization import check_same_tokenizer
 
 CORRECT_ABOVE = 0.5
 
@@ -32,13 +34,20 @@ class Arm:
 
     Args:
         name (`str`): unique name in the comparison.
-        kind (`str`): `"base"`, `"truncation"`, `"tilt"` or `"trained"`.
-        setting (`float`): the budget in tokens of a truncation, the strength of a tilt, else NaN.
+        kind (`str`): `"base"`, `"truncation"`, `"prompt"`, `"best_of"`, `"tilt"`, `"trained"` or `"tilt of NAME"`.
+        setting (`float`):
+            The budget in tokens of a truncation or a prompt, the number of samples to choose from, the strength of a
+            tilt of the base policy, else NaN.
         completions (list of lists of `int`): sampled ids, end-of-sequence kept.
         lengths (`numpy.ndarray` of shape `(N,)`): tokens, end-of-sequence not counted.
         finished (`numpy.ndarray` of shape `(N,)`): whether the completion ended.
         correct (`numpy.ndarray` of shape `(N,)`): whether the reward function called it correct.
         prompt (`numpy.ndarray` of shape `(N,)`): index of its prompt.
+        kl (`numpy.ndarray` of shape `(N,)`, *optional*):
+            Each completion's estimate of the divergence from the base policy, in nats, see `eval.tradeoff_kl`.
+        kl_bound (`float`, *optional*): a bound that the divergence is known not to exceed, in nats.
+        sampled (`numpy.ndarray` of shape `(N,)`, *optional*):
+            Tokens that were sampled for each completion, where that is more than its own.
     """
 
     name: str
@@ -49,6 +58,9 @@ class Arm:
     finished: np.ndarray
     correct: np.ndarray
     prompt: np.ndarray
+    kl: np.ndarray | None = None
+    kl_bound: float | None = None
+    sampled: np.ndarray | None = None
 
 
 def load_reward(path: str) -> Callable[..., Sequence[float]]:
@@ -130,19 +142,25 @@ class Sampler:
     seed: int
 
     def sample(self, name: str, kind: str, policy: PreTrainedModel, strength: float = 0.0) -> Arm:
-        """Sample and grade an arm: a policy, tilted by `strength` (0 leaves it as it is)."""
+        """Sample and grade an arm: a policy, tilted by `strength` (0 leaves it as it is).
+
+        The arm's `kl` is the divergence from this same policy at strength 0; `None` if it is tilted at temperature 0,
+        where one token has all the probability.
+        """
         prompt_ids = tokenize_prompts(self.tokenizer, self.prompts)
         # Prompts of similar length share a batch, so that little of it is padding.
         order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
         rows = [index for index in order for _ in range(self.num_samples)]
         torch.manual_seed(self.seed)
-        completions, finished = [], []
+        completions, finished, divergences = [], [], []
         with tqdm(total=len(rows), desc=name, unit="completion") as progress:
             for start in range(0, len(rows), self.batch_size):
                 batch = rows[start : start + self.batch_size]
-                for completion, reason in self._generate(policy, [prompt_ids[index] for index in batch], strength):
+                generated, divergence = self._generate(policy, [prompt_ids[index] for index in batch], strength)
+                for completion, reason in generated:
                     completions.append(completion)
                     finished.append(reason == "stop")
+                divergences.append(divergence)
                 progress.update(len(batch))
         ended = np.array(finished)
         return Arm(
@@ -154,25 +172,60 @@ class Sampler:
             finished=ended,
             correct=self.grade(completions, rows),
             prompt=np.array(rows),
+            kl=None if any(part is None for part in divergences) else np.concatenate(divergences),
         )
 
     @torch.no_grad()
-    def _generate(self, policy: PreTrainedModel, prompts: list[list[int]], strength: float):
+    def _generate(
+        self, policy: PreTrainedModel, prompts: list[list[int]], strength: float
+    ) -> tuple[list[tuple[list[int], str]], np.ndarray | None]:
+        """Completions of a batch with their finish reasons, and each one's divergence from the policy itself."""
         inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         ends = generation_eos_ids(policy, self.tokenizer)
         # Nothing but the guidance acts: a repetition penalty of the model's own would set its arm apart from training.
         bare = GenerationConfig(eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id)
         policy.generation_config = bare
-        generated = generate_guided(
-            policy,
+        guidance = replace(self.guidance, strength=strength)
+        if strength == 0 or guidance.temperature == 0:
+            generated = generate_guided(
+                policy,
+                self.length_value_model,
+                inputs,
+                guidance,
+                tokenizer=self.tokenizer,
+                max_new_tokens=self.max_new_tokens,
+            )
+            divergence = np.zeros(len(prompts)) if strength == 0 else None
+        else:
+            generated, divergence = self._generate_measured(policy, inputs, guidance, ends)
+        rows = generated[:, inputs["input_ids"].shape[1] :].tolist()
+        return [strip_completion(row, ends, self.max_new_tokens) for row in rows], divergence
+
+    def _generate_measured(
+        self, policy: PreTrainedModel, inputs: dict[str, torch.Tensor], guidance: LengthGuidance, ends: list[int]
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """What `generate_guided` gives, to the token, with the divergence that the tilt makes on the way."""
+        check_same_tokenizer(self.length_value_model.config.tokenizer_fingerprint, self.tokenizer)
+        tilt = LengthGuidedLogitsProcessor(
             self.length_value_model,
-            {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]},
-            replace(self.guidance, strength=strength),
-            tokenizer=self.tokenizer,
-            max_new_tokens=self.max_new_tokens,
+            guidance,
+            eos_token_id=ends,
+            attention_mask=inputs["attention_mask"],
+            same_tokenizer=True,
         )
-        for row in generated[:, inputs["input_ids"].shape[1] :].tolist():
-            yield strip_completion(row, ends, self.max_new_tokens)
+        meter = DivergenceMeter(tilt, guidance, ends)
+        generated = policy.generate(
+            **inputs,
+            # The guidance has its own temperature and candidate rule; `generate` would keep 50 tokens by default.
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.max_new_tokens,
+            logits_processor=LogitsProcessorList([meter]),
+        )
+        return generated, meter.total.cpu().numpy()
 
     def grade(self, completions: list[list[int]], rows: Sequence[int]) -> np.ndarray:
         """Whether each completion is correct, `(N,)`; `rows` gives the index of each completion's prompt."""

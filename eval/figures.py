@@ -13,6 +13,8 @@ from eval.style_frontier import StyleFrontier
 
 LOOKS = {
     "truncation": {"color": "#888888", "marker": "s", "label": "hard truncation"},
+    "prompt": {"color": "#17becf", "marker": "^", "label": "budget in the prompt"},
+    "best_of": {"color": "#bcbd22", "marker": "v", "label": "shortest of n"},
     "tilt": {"color": "#1f77b4", "marker": "o", "label": "tilted decoding"},
     "base": {"color": "#000000", "marker": "D", "label": "base policy"},
 }
@@ -21,6 +23,8 @@ TRAINED_COLORS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, path: Path) -> None:
     """Accuracy against mean tokens with 95 % intervals: over all completions, and against the tokens of correct ones.
+
+    In the left panel, points that are away from the base policy have their divergence from it beside them, in nats.
 
     Args:
         rows (list of `dict`): the arms, as `eval.tradeoff` summarises them.
@@ -52,6 +56,11 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
         axes[0].plot(
             tokens, frontier.accuracy(tokens), color="#bbbbbb", linestyle="--", label="style frontier", zorder=1
         )
+    for row in rows:
+        if row["kl"] is not None and row["kind"] != "base":
+            place = (row["tokens"]["estimate"], row["accuracy"]["estimate"])
+            text = f"{row['kl']['estimate']:.2g}"
+            axes[0].annotate(text, place, (4, -9), textcoords="offset points", fontsize=6, color="#555555")
     axes[0].set_ylabel("accuracy")
     axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)

@@ -68,7 +68,7 @@ def final_number(text: str) -> Fraction | None:
     the text. Thousands commas, ``$``, ``%`` and a full stop after it do not matter; ``3/4`` and ``\\frac{3}{4}`` are
     0.75.
     """
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return next(iter(_numbers(boxed)[-1:]), None)
     if FINAL_MARK in text:
@@ -86,7 +86,7 @@ def _numbers(text: str) -> list[Fraction]:
     return numbers
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     """What stands in the last ``\\boxed{}`` that is closed, braces inside it matched."""
     begin = text.rfind(BOXED)
     while begin >= 0:
