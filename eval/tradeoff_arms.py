@@ -106,7 +106,7 @@ def shortest_of(base: Arm, count: int) -> Arm:
     """The shortest finished one of every `count` samples of a prompt; where none finished, the first of them.
 
     The samples of a prompt are taken `count` at a time, so all of them serve. The divergence from the base policy is at
-    most ``log n - (n - 1) / n`` (Beirami et al., *Theoretical guarantees on the best-of-n alignment policy*, 2024),
+    most ``log n - (n - 1) / n`` (Beirami et al., 2024, arXiv 2401.01879),
     whatever is chosen by.
     """
     chosen, sampled = [], []

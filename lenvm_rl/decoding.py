@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -22,7 +24,14 @@ from lenvm_rl.guidance import TILT, LengthGuidance, tilt
 from lenvm_rl.logits_processor import GuidanceReport, LengthGuidedLogitsProcessor, as_list
 from lenvm_rl.tokenization import check_same_tokenizer
 
-__all__ = ["GuidanceReport", "LengthGuidance", "LengthGuidedLogitsProcessor", "generate_guided", "tilt"]
+__all__ = [
+    "GuidanceReport",
+    "LengthGuidance",
+    "LengthGuidedLogitsProcessor",
+    "generate_guided",
+    "mean_length_at",
+    "tilt",
+]
 
 # What `generate` would apply after the guidance, and the value at which it does nothing.
 REFUSED_WARPERS = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
@@ -98,6 +107,47 @@ def generate_guided(
     if not return_report:
         return output
     return output, processor.finish(output if isinstance(output, Tensor) else output.sequences)
+
+
+def mean_length_at(
+    model: PreTrainedModel,
+    length_value_model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    guidance: LengthGuidance,
+    *,
+    seed: int,
+    **generate_kwargs,
+) -> Callable[[float], float]:
+    """What [`~lenvm_rl.controllers.calibrate_strength`] measures: the mean length of sampled completions by strength.
+
+    Args:
+        model, length_value_model, inputs: as in [`generate_guided`]; the prompts are the sample.
+        guidance ([`LengthGuidance`]): a tilt, whose strength is replaced.
+        seed (`int`): of every measurement; the global random state is left as it was.
+        generate_kwargs: as in [`generate_guided`].
+
+    Returns:
+        callable: from a strength to the mean number of tokens, end-of-sequence not counted.
+    """
+    if guidance.mode != TILT:
+        raise ValueError(f"mode={guidance.mode!r} has no strength to be found: give a guidance with mode='tilt'.")
+    ids = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
+    devices = [ids.device] if ids.device.type == "cuda" else []
+
+    def measure(strength: float) -> float:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            _, report = generate_guided(
+                model,
+                length_value_model,
+                inputs,
+                replace(guidance, strength=strength),
+                return_report=True,
+                **generate_kwargs,
+            )
+        return float(report.lengths.float().mean())
+
+    return measure
 
 
 def _merged_generation_config(

@@ -23,6 +23,7 @@ class GuidanceReport:
     """What guidance did to each row.
 
     Args:
+        lengths (`torch.Tensor` of shape `(B,)`, int64): tokens of each completion, end-of-sequence not counted.
         forced (`torch.Tensor` of shape `(B,)`, int64): steps at which more than half of the guided probability was
             overruled, because the end was barred or put.
         overruled (`torch.Tensor` of shape `(B,)`): the overruled probability, summed over steps: the expected number
@@ -33,6 +34,7 @@ class GuidanceReport:
             without guidance and candidate rule. The importance ratio of a token is ``exp(policy - guided)``.
     """
 
+    lengths: Tensor
     forced: Tensor
     overruled: Tensor
     log_probs: Tensor
@@ -138,10 +140,16 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         """
         if not self._continues(sequences):
             raise ValueError("these are not the sequences that were guided last: pass what `generate` returned.")
-        if self.record:
-            self._record(sequences[:, -1])
+        self._take(sequences[:, -1])
         self._seen = None
         return self.report
+
+    def _take(self, chosen: Tensor) -> None:
+        """The tokens that were drawn last: what they add to the report, and which rows they end."""
+        if self.record:
+            self._record(chosen)
+        self._finished = self._finished | torch.isin(chosen, self._eos)
+        self.report.lengths += (~self._finished).long()
 
     def _record(self, chosen: Tensor) -> None:
         """Adds the log-probabilities of the tokens that were drawn from the last scores."""
@@ -207,6 +215,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         self._prompt_width = input_ids.shape[1]
         self._temperatures = torch.tensor([[each.temperature or 1.0] for each in per_row], device=device)
         self.report = GuidanceReport(
+            lengths=torch.zeros(rows, dtype=torch.int64, device=device),
             forced=torch.zeros(rows, dtype=torch.int64, device=device),
             overruled=torch.zeros(rows, dtype=torch.float64, device=device),
             log_probs=scores.new_zeros(rows, 0),
@@ -247,9 +256,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
 
     def _advance(self, input_ids: Tensor) -> None:
         chosen = input_ids[:, -1]
-        if self.record:
-            self._record(chosen)
-        self._finished = self._finished | torch.isin(chosen, self._eos)
+        self._take(chosen)
         if self._needs_values:
             self.scorer.advance(chosen, ~self._finished)
 

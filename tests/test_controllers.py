@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lenvm_rl.controllers import TargetController, calibrate_strength
-from lenvm_rl.decoding import LengthGuidance, generate_guided
-from lenvm_rl.sandbox.scripted import EOS, PAD, START, ScriptedLengthValue, ScriptedPolicy, random_chain
+from lenvm_rl.decoding import LengthGuidance, mean_length_at
+from lenvm_rl.sandbox.scripted import START, ScriptedLengthValue, ScriptedPolicy, random_chain
 
 
 def mean_length(chain, strength, value):
@@ -42,18 +42,18 @@ class TestCalibration:
         chain = random_chain(8, seed=3, min_hazard=0.05)
         policy, value = ScriptedPolicy.from_chain(chain), ScriptedLengthValue.from_chain(chain, 0.9)
 
-        def sampled(strength):
-            torch.manual_seed(0)
-            start = torch.full((400, 1), START)
-            guidance = LengthGuidance(strength=strength, min_p=1e-6)
-            out = generate_guided(policy, value, start, guidance, max_new_tokens=120)[:, 1:]
-            return float(((out != PAD) & (out != EOS)).sum(dim=1).float().mean())
-
+        start, guidance = torch.full((400, 1), START), LengthGuidance(min_p=1e-6)
+        sampled = mean_length_at(policy, value, start, guidance, seed=0, max_new_tokens=120)
+        before = torch.random.get_rng_state()
         target = 0.6 * mean_length(chain, 0.0, chain.value(0.9))
         found = calibrate_strength(sampled, target, unit=2.0, tolerance=0.05)
-        assert found.met
+        assert found.met and torch.equal(torch.random.get_rng_state(), before)
         # The exact mean at that strength, which the sample of 400 estimates.
         assert mean_length(chain, found.strength, chain.value(0.9)) == pytest.approx(target, rel=0.12)
+
+    def test_only_a_tilt_has_a_strength(self):
+        with pytest.raises(ValueError, match="no strength to be found"):
+            mean_length_at(None, None, None, LengthGuidance(mode="at_most", target_length=3), seed=0)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -204,7 +204,7 @@ class TestGeometricWorld:
         wanted = sum(left < predicted / 2 for left in range(1, 11))
         guidance = LengthGuidance(mode="equal_to", target_length=10, rule="paper", enforce=True, **POSSIBLE)
         out, report = generate_guided(policy, value, starts(2), guidance, max_new_tokens=11, return_report=True)
-        assert lengths_of(out) == [10, 10]
+        assert lengths_of(out) == report.lengths.tolist() == [10, 10]
         assert report.forced.tolist() == [wanted] * 2 and report.overruled.tolist() == [float(wanted)] * 2
         assert wanted == 2
 
@@ -229,7 +229,7 @@ class TestGeometricWorld:
         policy, value = ScriptedPolicy.from_chain(chain), ScriptedLengthValue.from_chain(chain, 0.9)
         guidance = LengthGuidance(mode="at_most", target_length=5, top_k=2)
         out, report = generate_guided(policy, value, starts(2), guidance, max_new_tokens=9, return_report=True)
-        assert lengths_of(out) == [9, 9] and report.forced.tolist() == [0, 0]
+        assert lengths_of(out) == report.lengths.tolist() == [9, 9] and report.forced.tolist() == [0, 0]
 
 
 class TestForwards:

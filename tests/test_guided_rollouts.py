@@ -52,7 +52,7 @@ class TestLogProbabilities:
 def test_the_ratio_by_hand():
     policy = torch.tensor([[0.5, 0.6, 0.9, 1.0]]).log()
     guided = torch.tensor([[0.25, 0.1, 0.9, 1.0]]).log()
-    report = GuidanceReport(torch.zeros(1), torch.zeros(1), guided, policy)
+    report = GuidanceReport(*[torch.zeros(1)] * 3, guided, policy)
     ratio, sums = importance_ratio(report, torch.tensor([[1, 1, 1, 0, 0]]), maximum=3.0)
     torch.testing.assert_close(ratio, torch.tensor([[2.0, 3.0, 1.0, 1.0, 1.0]]))
     assert [float(sums[name]) for name in ("tokens", "ratio", "truncated")] == [3.0, pytest.approx(9.0), 1.0]
@@ -64,7 +64,7 @@ def test_token_weights_turn_guided_samples_into_the_policys_gradient():
     values, advantage = -torch.rand(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     policy = logits.log_softmax(dim=0)
     guided = tilt(policy.detach(), values, 4.0)
-    report = GuidanceReport(torch.zeros(6), torch.zeros(6), guided.unsqueeze(1), policy.detach().unsqueeze(1))
+    report = GuidanceReport(*[torch.zeros(6)] * 3, guided.unsqueeze(1), policy.detach().unsqueeze(1))
     ratio, _ = importance_ratio(report, torch.ones(6, 1), maximum=math.inf)
     weighed = (guided.exp() * ratio.squeeze(1) * advantage * policy).sum()
     own = (policy.detach().exp() * advantage * policy).sum()
