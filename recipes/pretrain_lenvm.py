@@ -5,7 +5,8 @@
 
 The rollouts come from recipes/sample_rollouts.py. The model, in output_dir, is loaded with
 `LengthValueModel.from_pretrained`; gamma is fitted to the rollouts unless it is given, and stored with the model. The
-metrics of the held-out prompts are printed beside references on the same rollouts. Every option of transformers'
+metrics of the held-out prompts are printed beside references on the same rollouts, which are kept in held_out.jsonl
+for other evaluations. Every option of transformers'
 TrainingArguments is available: `--report_to wandb` or `--report_to trackio` logs there, given the package of that name.
 
 Several GPUs take one of recipes/accelerate_configs, before the recipe on the command line:
@@ -22,6 +23,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -29,9 +31,12 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
-from lenvm_rl.rollouts import read_rollouts, split_by_prompt
+from lenvm_rl.rollouts import read_rollouts, split_by_prompt, write_rollouts
 
 logger = logging.getLogger(__name__)
+
+# Where the rollouts of held-out prompts are kept, for other evaluations of the model.
+HELD_OUT = "held_out.jsonl"
 
 # Rows of the table, and for each of its columns the metric (without `eval_`) that stands there.
 COLUMNS = ("MAE, tokens", "MRE", "MRE, return-consistent", "MRE, half of the samples")
@@ -82,6 +87,8 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
         eval_rollouts, _ = read_rollouts(args.eval_rollouts)
     elif args.eval_share > 0:
         rollouts, eval_rollouts = split_by_prompt(rollouts, args.eval_share, training_args.seed)
+        if training_args.process_index == 0:
+            write_rollouts(Path(training_args.output_dir) / HELD_OUT, eval_rollouts, metadata)
     else:
         eval_rollouts = None
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
