@@ -44,6 +44,9 @@ from reward.sandbox import sandbox_reward
 # Seed of the sandbox's evaluation prompts: the same for every run, and those of eval.tradeoff.
 EVALUATION_SEED = 0
 SANDBOX, SANDBOX_TARGETS, LIFEBENCH_TARGETS = "sandbox", [8, 16, 32], [32, 64, 128, 256]
+# The paper's for LIFEBench; on the sandbox that of eval.tradeoff.
+LIFEBENCH_CANDIDATES = {"top_k": 15, "top_p": 0.999, "min_p": 0.0}
+SANDBOX_CANDIDATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.01}
 DEFAULT_ARMS = [BASE, "prompt", "guided", "guided+prompt"]
 
 
@@ -82,9 +85,15 @@ class LengthControlArguments:
     )
     tolerance: float | None = field(default=None, metadata={"help": "Tolerance of equal_to with feasible."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of every arm."})
-    top_k: int = field(default=15, metadata={"help": "Candidate rule of every arm: top-k, 0 for none."})
-    top_p: float = field(default=0.999, metadata={"help": "Candidate rule of every arm: top-p, 1 for none."})
-    min_p: float = field(default=0.0, metadata={"help": "Candidate rule of every arm: min-p, 0 for none."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "Candidate rule of every arm: top-k, 0 for none. Default: 15; sandbox: 0."}
+    )
+    top_p: float | None = field(
+        default=None, metadata={"help": "Candidate rule of every arm: top-p, 1 for none. Default: 0.999; sandbox: 1."}
+    )
+    min_p: float | None = field(
+        default=None, metadata={"help": "Candidate rule of every arm: min-p, 0 for none. Default: 0; sandbox: 0.01."}
+    )
     batch_size: int = field(default=48, metadata={"help": "Completions per generate call."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling and bootstrap; the prompts do not depend on it."})
     output_dir: str | None = field(
@@ -95,6 +104,9 @@ class LengthControlArguments:
     def __post_init__(self) -> None:
         if min(self.num_samples, self.batch_size) < 1 or (self.num_prompts is not None and self.num_prompts < 1):
             raise ValueError("num_prompts, num_samples and batch_size must be at least 1.")
+        for name, value in (SANDBOX_CANDIDATES if self.dataset_name is None else LIFEBENCH_CANDIDATES).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         self.targets = self.targets or (SANDBOX_TARGETS if self.dataset_name is None else LIFEBENCH_TARGETS)
         if min(self.targets) < 1 or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets must be at least 1 token and differ, got {self.targets}.")

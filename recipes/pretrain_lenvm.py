@@ -6,8 +6,8 @@
 The rollouts come from recipes/sample_rollouts.py. The model, in output_dir, is loaded with
 `LengthValueModel.from_pretrained`; gamma is fitted to the rollouts unless it is given, and stored with the model. The
 metrics of the held-out prompts are printed beside references on the same rollouts, which are kept in held_out.jsonl
-for other evaluations. Every option of transformers'
-TrainingArguments is available: `--report_to wandb` or `--report_to trackio` logs there, given the package of that name.
+for other evaluations. Every option of transformers' TrainingArguments is available: `--report_to wandb` or
+`--report_to trackio` logs there, given the package of that name.
 
 Several GPUs take one of recipes/accelerate_configs, before the recipe on the command line:
 
