@@ -45,7 +45,7 @@ _NAMES_OF_MODULE = {
         "mean_length_at",
     ),
     "prediction": ("LengthQuantiles", "length_aware_batches", "padding_steps", "predict_length", "predict_remaining"),
-    "controllers": ("TargetController", "calibrate_strength"),
+    "controllers": ("FloorController", "TargetController", "calibrate_strength"),
     "trainers": ("LenVMGRPOConfig", "LenVMGRPOTrainer", "LenVMPPOConfig", "LenVMPPOTrainer"),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}

@@ -1,8 +1,10 @@
-"""What steers a tilt strength toward a length: for a whole workload at once, or step by step while it runs.
+"""What steers a setting toward a length or along a floor: for a whole workload at once, or step by step while it runs.
 
 A tilt strength acts on every token of every completion, so the strength that brings the mean length of a workload to a
 budget is not known beforehand. [`calibrate_strength`] finds it on a sample, [`TargetController`] while the workload
 runs. Both need only that a larger setting gives a smaller measurement, as a larger strength gives shorter completions.
+The trainers steer `length_coef` alike: toward a mean length with the same controller, or, with [`FloorController`], to
+the largest that keeps accuracy.
 """
 
 from __future__ import annotations
@@ -110,16 +112,22 @@ def _bisect(
 class TargetController:
     """Steers a setting so that what it lowers settles at a target: an integral controller (dual ascent), bounded.
 
-    ``setting <- clip(setting + rate * (measured / target - 1), minimum, maximum)`` after each measurement: as long as
-    completions are too long the strength grows, whatever it is that the strength has to overcome. It is the ascent on
-    the multiplier of the constraint ``E[length] <= target`` (for `minimum=0`, one-sided), as in Leash (arXiv
-    2512.21540).
+    ``integral <- clip(integral + rate * (measured / target - 1), minimum, maximum)`` after each measurement, and the
+    setting is the integral: as long as completions are too long the strength grows, whatever it is that the strength
+    has to overcome. It is the ascent on the multiplier of the constraint ``E[length] <= target`` (for `minimum=0`,
+    one-sided), as in Leash (arXiv 2512.21540).
+
+    Where the setting moves not the measurement but its speed, as the weight of a reward does while a policy learns,
+    the integral alone swings about the target. With `proportional` the setting is ``clip(integral + proportional *
+    (measured / target - 1), minimum, maximum)``, which damps that (arXiv 2007.03964).
 
     Args:
         target (`float`): what the measurement is to be, positive.
-        rate (`float`): change of the setting for a measurement of twice the target.
+        rate (`float`): change of the integral for a measurement of twice the target.
         initial (`float`, *optional*, defaults to `0.0`): setting at the start.
         minimum, maximum (`float`, *optional*): bounds of the setting; none when omitted.
+        proportional (`float`, *optional*, defaults to `0.0`):
+            what a measurement of twice the target adds to the setting, for as long as it lasts.
 
     Attributes:
         setting (`float`): the current setting.
@@ -136,14 +144,14 @@ class TargetController:
         initial: float = 0.0,
         minimum: float = -math.inf,
         maximum: float = math.inf,
+        proportional: float = 0.0,
     ):
         _check_positive(target=target, rate=rate)
-        if not minimum <= initial <= maximum:
-            raise ValueError(
-                f"the initial setting {initial} must lie in [{minimum}, {maximum}]: change it or the bounds."
-            )
+        _check_proportional(proportional)
+        _check_bounds(initial, minimum, maximum)
         self.target, self.rate, self.minimum, self.maximum = target, rate, minimum, maximum
-        self.setting = float(initial)
+        self.proportional = proportional
+        self.setting = self._integral = float(initial)
         self.updates = 0
 
     def update(self, measured: float) -> float:
@@ -152,21 +160,133 @@ class TargetController:
         Raises:
             ValueError: the measurement is not a finite number; the setting stays as it is.
         """
-        if not math.isfinite(measured):
-            raise ValueError(f"the measurement is {measured}: measure the mean over at least one completion.")
-        moved = self.setting + self.rate * (measured / self.target - 1.0)
-        self.setting = min(max(moved, self.minimum), self.maximum)
+        _check_measurement(measured)
+        _steer(self, measured / self.target - 1.0)
         self.updates += 1
         return self.setting
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint has to keep."""
-        return {"setting": self.setting, "updates": self.updates}
+        return {"setting": self.setting, "integral": self._integral, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from what [`TargetController.state_dict`] returned; bounds and rate stay this controller's own."""
-        self.setting = min(max(float(state["setting"]), self.minimum), self.maximum)
-        self.updates = int(state["updates"])
+        """Goes on from what [`TargetController.state_dict`] returned; bounds and rates stay this controller's own."""
+        _restore(self, state)
+
+
+class FloorController:
+    """Raises a setting as long as what it lowers stays above a floor, and takes it back where it does not.
+
+    ``integral <- clip(integral + rate * (average - floor), minimum, maximum)`` after each measurement, `average` being
+    an exponential moving average of the measurements; the setting is the integral. Of all settings that keep the floor
+    it ends at the largest, within the bounds: what the setting saves is wanted, but never at the price of the floor.
+    (The mirror image of the ascent on the multiplier of ``E[measurement] >= floor``: there the constraint's weight
+    moves, here that of the saving.)
+
+    An average is behind what it averages, so the setting swings where `rate` is large for the half-life; with
+    `proportional` it is ``clip(integral + proportional * (average - floor), minimum, maximum)``, as in
+    [`TargetController`].
+
+    Args:
+        floor (`float`): what the measurement is to stay above, margin included.
+        rate (`float`): change of the integral where the average is 1 above the floor.
+        half_life (`float`): measurements after which one counts half in the average, above 0.
+        initial (`float`, *optional*, defaults to `0.0`): setting at the start.
+        minimum, maximum (`float`, *optional*, default to `0.0` and infinity): bounds of the setting.
+        proportional (`float`, *optional*, defaults to `0.0`):
+            what an average that is 1 above the floor adds to the setting, for as long as it lasts.
+
+    Attributes:
+        setting (`float`): the current setting.
+        updates (`int`): measurements so far.
+
+    Raises:
+        ValueError: on a rate or half-life that is not positive, or bounds that do not enclose the initial setting.
+
+    Example: half-life 1, measurements 1, 0, 0: the averages are 1, 1/3, 1/7 (weights 4, 2, 1 from the last).
+    """
+
+    def __init__(
+        self,
+        floor: float,
+        rate: float,
+        half_life: float,
+        initial: float = 0.0,
+        minimum: float = 0.0,
+        maximum: float = math.inf,
+        proportional: float = 0.0,
+    ):
+        _check_positive(rate=rate, half_life=half_life)
+        _check_proportional(proportional)
+        _check_bounds(initial, minimum, maximum)
+        self.floor, self.rate, self.minimum, self.maximum = floor, rate, minimum, maximum
+        self.proportional = proportional
+        self.decay = 0.5 ** (1.0 / half_life)
+        self.setting = self._integral = float(initial)
+        self.updates = 0
+        self._weighted = self._weight = 0.0
+
+    @property
+    def average(self) -> float:
+        """The moving average, whose weights sum to 1 from the first measurement on; NaN before it."""
+        return self._weighted / self._weight if self.updates else math.nan
+
+    def update(self, measured: float) -> float:
+        """Takes a measurement, such as the accuracy of the last batch, and returns the new setting.
+
+        Raises:
+            ValueError: the measurement is not a finite number; setting and average stay as they are.
+        """
+        _check_measurement(measured)
+        self._weighted = self.decay * self._weighted + measured
+        self._weight = self.decay * self._weight + 1.0
+        self.updates += 1
+        _steer(self, self.average - self.floor)
+        return self.setting
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint has to keep."""
+        return {
+            "setting": self.setting,
+            "integral": self._integral,
+            "updates": self.updates,
+            "weighted": self._weighted,
+            "weight": self._weight,
+        }
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from what [`FloorController.state_dict`] returned; floor, bounds and rates stay this controller's."""
+        _restore(self, state)
+        self._weighted, self._weight = float(state["weighted"]), float(state["weight"])
+
+
+def _steer(controller: TargetController | FloorController, error: float) -> None:
+    """Moves integral and setting by an error. The integral is bounded too, or it would take as long to come back."""
+    low, high = controller.minimum, controller.maximum
+    controller._integral = min(max(controller._integral + controller.rate * error, low), high)
+    controller.setting = min(max(controller._integral + controller.proportional * error, low), high)
+
+
+def _restore(controller: TargetController | FloorController, state: dict[str, float]) -> None:
+    low, high = controller.minimum, controller.maximum
+    controller.setting = min(max(float(state["setting"]), low), high)
+    controller._integral = min(max(float(state["integral"]), low), high)
+    controller.updates = int(state["updates"])
+
+
+def _check_proportional(proportional: float) -> None:
+    if not 0.0 <= proportional < math.inf:
+        raise ValueError(f"proportional must be 0 or more and finite, got {proportional}.")
+
+
+def _check_bounds(initial: float, minimum: float, maximum: float) -> None:
+    if not minimum <= initial <= maximum:
+        raise ValueError(f"the initial setting {initial} must lie in [{minimum}, {maximum}]: change it or the bounds.")
+
+
+def _check_measurement(measured: float) -> None:
+    if not math.isfinite(measured):
+        raise ValueError(f"the measurement is {measured}: measure the mean over at least one completion.")
 
 
 def _check_positive(**values: float) -> None:

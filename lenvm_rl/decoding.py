@@ -64,9 +64,8 @@ def generate_guided(
         inputs (`torch.Tensor` of shape `(B, S)` or mapping): prompts padded on the left: ids, or `input_ids` with
             `attention_mask`.
         guidance ([`LengthGuidance`] or sequence of them): how to guide; one for all prompts, or one for each.
-        tokenizer (*optional*):
-            The policy's; compared with the fingerprint that the length value model keeps. When omitted, the sizes of
-            the vocabularies are compared.
+        tokenizer (*optional*): the policy's, to be compared with the fingerprint that the length value model keeps;
+            when omitted, the sizes of the vocabularies are compared.
         scoring (`str`, *optional*, defaults to `"cached"`): see [`LengthGuidedLogitsProcessor`].
         generation_config (*optional*), logits_processor (*optional*), generate_kwargs: as for `generate`.
         return_report (`bool`, *optional*, defaults to `False`): also return what guidance did to each row.
@@ -95,18 +94,23 @@ def generate_guided(
         same_tokenizer=tokenizer is not None,
         record=return_report,
     )
-    passed_on = {name: value for name, value in generate_kwargs.items() if not hasattr(merged, name)}
-    if tokenizer is not None and merged.stop_strings is not None:
-        passed_on["tokenizer"] = tokenizer
     output = model.generate(
         **inputs,
-        **passed_on,
+        **_passed_on(generate_kwargs, merged, tokenizer),
         generation_config=merged,
         logits_processor=LogitsProcessorList([*logits_processor, processor]),
     )
     if not return_report:
         return output
     return output, processor.finish(output if isinstance(output, Tensor) else output.sequences)
+
+
+def _passed_on(arguments: Mapping, merged: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict:
+    """The arguments of `generate` that are no settings, which stand in the merged ones."""
+    passed_on = {name: value for name, value in arguments.items() if not hasattr(merged, name)}
+    if tokenizer is not None and merged.stop_strings is not None:
+        passed_on["tokenizer"] = tokenizer
+    return passed_on
 
 
 def mean_length_at(

@@ -16,9 +16,9 @@ leads to the end itself: its value and its ``n`` are exactly 0; any other token 
     most probable.
   - `rule="feasible"`: the base distribution over the candidates that satisfy the constraint by prediction
     (``|n - r| <= tolerance * r``; ``n <= r``; ``n >= r``), and the paper's rule only where none does.
-  - `rule="patient"`, for `"equal_to"`: as `"feasible"`, but before the target the end is not chosen unless nothing else
-    is a candidate. ``n`` is how long the *unguided* policy would go on. A guided one can make up for a token too many
-    or too few later on, but not for the end: so its miss of ``r`` does not compare with another token's ``|n - r|``.
+  - `rule="patient"`, for `"equal_to"`: as `"feasible"`, but where no candidate fits, the nearest of those that do not
+    fall short (``n >= r``), and the largest ``n`` only if all do. ``n`` is how long the *unguided* policy would go on.
+    A guided one can still cut a rest that is too long, but cannot take back an end, or an answer that leads to it.
 
 `p` is the policy after temperature and after the guidance's own top-k, top-p and min-p, at every strength: strength 0
 without truncation is the base model exactly.
@@ -185,10 +185,8 @@ class LengthGuidance:
         left = self.target_length - written
         if self.rule == PAPER:
             return select_nearest(scores, remaining, self.mode, left)
-        if self.rule == PATIENT and left > 0:
-            scores = put_off_end(scores, remaining)
         tolerance = DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
-        return keep_feasible(scores, remaining, self.mode, left, tolerance)
+        return keep_feasible(scores, remaining, self.mode, left, tolerance, patient=self.rule == PATIENT)
 
 
 def tilt(log_probs: Tensor, values: Tensor, strength: float) -> Tensor:
@@ -208,7 +206,7 @@ def tilt(log_probs: Tensor, values: Tensor, strength: float) -> Tensor:
     return (log_probs + strength * values).log_softmax(dim=-1)
 
 
-def select_nearest(scores: Tensor, remaining: Tensor, mode: str, left: int) -> Tensor:
+def select_nearest(scores: Tensor, remaining: Tensor, mode: str, left: int, patient: bool = False) -> Tensor:
     """The paper's rule: all but one candidate barred.
 
     Args:
@@ -216,24 +214,31 @@ def select_nearest(scores: Tensor, remaining: Tensor, mode: str, left: int) -> T
         remaining (`torch.Tensor` of shape `(B, V)`): tokens still to come after each token, 0 at end-of-sequence.
         mode (`str`): `"equal_to"`, `"at_most"` or `"at_least"`.
         left (`int`): tokens up to the target, r; negative beyond it.
+        patient (`bool`, *optional*, defaults to `False`): for `"equal_to"`, prefer whatever does not fall short.
 
     Returns:
         `torch.Tensor` of shape `(B, V)`: the score of the chosen token, ``-inf`` elsewhere.
     """
     sign = -1.0 if mode == AT_LEAST and left > 0 else 1.0
     cost = (remaining - left).abs() if mode == EQUAL_TO else sign * remaining
-    cost = cost.masked_fill(scores == -math.inf, math.inf)
+    candidate = scores > -math.inf
+    if patient:
+        enough = candidate & (remaining >= left - TIE * (1.0 + abs(left)))
+        candidate = torch.where(enough.any(dim=-1, keepdim=True), enough, candidate)
+    cost = cost.masked_fill(~candidate, math.inf)
     best = cost.amin(dim=-1, keepdim=True)
     tied = cost <= best + TIE * (1.0 + abs(left) + best.abs())
     chosen = scores.masked_fill(~tied, -math.inf).argmax(dim=-1, keepdim=True)
     return torch.full_like(scores, -math.inf).scatter_(-1, chosen, scores.gather(-1, chosen))
 
 
-def keep_feasible(scores: Tensor, remaining: Tensor, mode: str, left: int, tolerance: float) -> Tensor:
+def keep_feasible(
+    scores: Tensor, remaining: Tensor, mode: str, left: int, tolerance: float, patient: bool = False
+) -> Tensor:
     """The base distribution over the candidates that satisfy the constraint; where none does, the paper's rule.
 
     Args:
-        scores, remaining, mode, left: as in [`select_nearest`].
+        scores, remaining, mode, left, patient: as in [`select_nearest`].
         tolerance (`float`): for `"equal_to"`, share of `left` by which ``n`` may miss it.
 
     Returns:
@@ -246,21 +251,8 @@ def keep_feasible(scores: Tensor, remaining: Tensor, mode: str, left: int, toler
         AT_LEAST: remaining >= left - slack,
     }[mode] & (scores > -math.inf)
     kept = scores.masked_fill(~fits, -math.inf)
-    return torch.where(fits.any(dim=-1, keepdim=True), kept, select_nearest(scores, remaining, mode, left))
-
-
-def put_off_end(scores: Tensor, remaining: Tensor) -> Tensor:
-    """The scores without the end, in rows that have another candidate.
-
-    Args:
-        scores, remaining: as in [`select_nearest`]; ``remaining`` is 0 at end-of-sequence alone.
-
-    Returns:
-        `torch.Tensor` of shape `(B, V)`.
-    """
-    ends, candidate = remaining == 0, scores > -math.inf
-    other = (candidate & ~ends).any(dim=-1, keepdim=True)
-    return scores.masked_fill(ends & other, -math.inf)
+    fallback = select_nearest(scores, remaining, mode, left, patient)
+    return torch.where(fits.any(dim=-1, keepdim=True), kept, fallback)
 
 
 def _is_number(value) -> bool:

@@ -19,6 +19,7 @@ from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.configs import LenVMConfig
 from recipes.arguments import StageArguments
 from recipes.stages import TRAIN_SEED, Run, console, run_stage
+from reward.checkpointing import RewardStates
 
 # Settings that say where a run writes and reports, not what it computes.
 NOT_PART_OF_A_RUN = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint")
@@ -91,10 +92,12 @@ def train_stage(algorithm: str, run: Run, make_trainer: Callable[..., Any], **se
     config.model_init_kwargs = {**(config.model_init_kwargs or {}), **run.load_kwargs} or None
 
     def train() -> None:
+        rewards = [load_reward(path) for path in run.args.reward_funcs]
         trainer = make_trainer(
             model=run.policy,
             args=config,
-            reward_funcs=[load_reward(path) for path in run.args.reward_funcs],
+            reward_funcs=rewards,
+            callbacks=[RewardStates(rewards)],
             train_dataset=run.prompts(run.args.train_prompts, TRAIN_SEED),
             processing_class=run.tokenizer,
             length_value_model=run.length_value_model,

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from reward.gsm8k import FINAL_MARK, last_boxed, completion_text
+from reward.gsm8k import FINAL_MARK, completion_text, last_boxed
 
 # Longest time that one answer may take to be parsed, and one pair to be compared.
 TIME_LIMIT_SECONDS = 5

@@ -71,14 +71,28 @@ class TestRules:
         assert kept(select_nearest(scores, REMAINING, "at_most", 5)) == [1]
         assert kept(keep_feasible(scores, REMAINING, "equal_to", 5, 0.0)) == [1]
 
-    def test_patience_puts_the_end_off_unless_it_is_all_there_is(self):
-        patient = LengthGuidance(mode="equal_to", target_length=10, rule="patient", tolerance=0.0)
-        plain = LengthGuidance(mode="equal_to", target_length=10, tolerance=0.0)
-        for written, expected, without in ((9, [1], [0]), (8, [1], [1]), (10, [0], [0]), (12, [0], [0])):
-            assert kept(patient.guide(SCORES, None, REMAINING, written)) == expected
-            assert kept(plain.guide(SCORES, None, REMAINING, written)) == without
+    @pytest.mark.parametrize(
+        ("left", "patient", "nearest"),
+        [
+            (1, [1], [0]),  # 3 is too many by 2, the end falls short by 1
+            (2, [1], [1]),
+            (4, [2], [1]),  # 3 falls short, 5 is as near and does not
+            (6, [3], [2]),  # 9 is too many by 3, 5 falls short by 1
+            (10, [3], [3]),  # all fall short: the largest
+            (0, [0], [0]),
+            (-2, [0], [0]),
+        ],
+    )
+    def test_patience_falls_short_only_where_everything_does(self, left, patient, nearest):
+        assert kept(keep_feasible(SCORES, REMAINING, "equal_to", left, 0.0, patient=True)) == patient
+        assert kept(keep_feasible(SCORES, REMAINING, "equal_to", left, 0.0)) == nearest
+
+    def test_patience_bows_to_what_is_all_there_is(self):
+        guidance = LengthGuidance(mode="equal_to", target_length=10, rule="patient")
         alone = torch.tensor([[1.0, BARRED, BARRED, BARRED]])
-        assert kept(patient.guide(alone, None, REMAINING, 3)) == [0]
+        assert kept(guidance.guide(alone, None, REMAINING, 3)) == [0]
+        # What fits by the tolerance keeps the base distribution, also where it falls short by a little.
+        assert kept(guidance.guide(SCORES, None, REMAINING + torch.tensor([0, 6.5, 5.5, 10]), 0)) == [1, 2]
 
     def test_rows_decide_for_themselves(self):
         scores, remaining = SCORES.repeat(2, 1), torch.cat([REMAINING, REMAINING + 100])

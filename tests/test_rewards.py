@@ -50,9 +50,9 @@ def test_kimi_by_hand_over_two_groups_in_any_order():
     lengths = torch.tensor([10, 5, 20, 5, 30, 5])
     correct = torch.tensor([1, 1, 1, 0, 0, 1])
     group = torch.tensor([4, 9, 4, 9, 4, 9])
-    rewards = kimi_length_reward(lengths, correct, group)
+    rewards = kimi_length_reward(lengths, correct, group, penalize_wrong=True)
     torch.testing.assert_close(rewards, torch.tensor([0.5, 0.0, 0.0, 0.0, -0.5, 0.0]))
-    spared = kimi_length_reward(lengths, correct, group, penalize_wrong=False)
+    spared = kimi_length_reward(lengths, correct, group)
     torch.testing.assert_close(spared, torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0, 0.0]))
 
 

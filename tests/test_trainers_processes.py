@@ -40,9 +40,13 @@ def check(name, trainer):
 # A process generates eight completions at once (four for each of two steps), and groups are of sixteen: they span both.
 common = dict(per_device_train_batch_size=4, num_generations=16, length_coef=0.5, length_gate_center=True,
               gradient_accumulation_steps=2, gate_threshold=-1.0, ddp_backend="gloo", max_steps=3)
-check("grpo", grpo({folder!r} + "/grpo", first_is_w8, random_lenvm(), **common))
+check("grpo", grpo({folder!r} + "/grpo", first_is_w8, random_lenvm(), length_target=2.0, **common))
 trainer = ppo({folder!r} + "/ppo", sum_of_ids, random_lenvm(), shaping_coef=0.5, **common)
 check("ppo", trainer)
+# Each process has groups and tokens of the other in its gate, its whitening and its coefficient.
+more = dict(common, length_gate_center=False, length_gate="pass_rate", critic_warmup_steps=1, accuracy_floor=0.1)
+for whiten_what in ("streams", "sum"):
+    check("ppo", ppo({folder!r} + "/" + whiten_what, first_is_w8, random_lenvm(), whiten=whiten_what, **more))
 
 # A process reads its own rows of what all completions were paid and centred with.
 process = trainer.accelerator.process_index

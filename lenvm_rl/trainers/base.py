@@ -1,10 +1,12 @@
 """What both trainers share: a frozen length value model beside the policy, the streams it gives, and what is logged."""
 
+import os
 import textwrap
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
@@ -15,13 +17,15 @@ from lenvm_rl.journal import MetricsFile
 from lenvm_rl.shaping import length_potential, value_potential
 from lenvm_rl.tokenization import check_pad_is_not_eos, check_same_tokenizer
 from lenvm_rl.trainers import checks
-from lenvm_rl.trainers.configs import LenVMConfig
+from lenvm_rl.trainers.base_config import LenVMConfig
+from lenvm_rl.trainers.coefficient import LengthCoefficient
 from lenvm_rl.trainers.guided_rollouts import check_guided_rollouts, guided_generation, importance_ratio, read_guidance
 from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics, value_metrics
 from lenvm_rl.trainers.streams import (
     Completions,
     action_gae,
     centered_gated_advantage,
+    group_pass_rate,
     read_completions,
     shaping_rewards,
 )
@@ -104,6 +108,8 @@ class LenVMTrainer(GRPOTrainer):
         )
         # Known from here on: the tokenizer and the reward functions, as TRL sees them.
         self._gate_index = checks.gate_index(args.gate_reward, self.reward_func_names)
+        checks.check_steering(args, self._gate_index)
+        self._coefficient = LengthCoefficient(args)
         check_pad_is_not_eos(self._tokenizer)
         if length_value_model is not None:
             self._check_length_value_model(length_value_model)
@@ -138,6 +144,16 @@ class LenVMTrainer(GRPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    @property
+    def _policy_step(self) -> int:
+        """Optimizer steps that the policy has learned in."""
+        return self.state.global_step
+
+    @property
+    def _policy_learns(self) -> bool:
+        """Whether it does so in this step."""
+        return True
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
@@ -205,16 +221,14 @@ class LenVMTrainer(GRPOTrainer):
         """The length advantage `(B, T)`, gated, without `length_coef`."""
         args, states = self.args, -torch.sigmoid(logits)
         values, following = states[:, :-1], completions.following(states)
+        group = {
+            "group_size": self.num_generations if self._mode == "train" else self.num_generations_eval,
+            "gather": self.accelerator.gather,
+            "first_row": self.accelerator.process_index * len(values),
+        }
         if args.length_gate_center:
             length = centered_gated_advantage(
-                values,
-                completions,
-                self.length_gamma,
-                following,
-                outcomes.correct,
-                group_size=self.num_generations if self._mode == "train" else self.num_generations_eval,
-                gather=self.accelerator.gather,
-                first_row=self.accelerator.process_index * len(values),
+                values, completions, self.length_gamma, following, outcomes.correct, **group
             )
         else:
             length = length_advantage(
@@ -222,6 +236,12 @@ class LenVMTrainer(GRPOTrainer):
             )
             if args.length_gate == "correct":
                 length = torch.where(outcomes.correct.unsqueeze(1), length, 0.0)
+            if args.length_gate == "pass_rate" or args.length_gate_pass_rate is not None:
+                rate = group_pass_rate(outcomes.correct, outcomes.scored, **group).unsqueeze(1)
+                if args.length_gate == "pass_rate":
+                    length = rate.to(length.dtype) * length
+                if args.length_gate_pass_rate is not None:
+                    length = torch.where(rate >= args.length_gate_pass_rate, length, 0.0)
         return torch.where(outcomes.scored.unsqueeze(1), length, 0.0)
 
     def _potential(self, logits: Tensor) -> Tensor:
@@ -249,22 +269,57 @@ class LenVMTrainer(GRPOTrainer):
         completions = read_completions(batch, self._ends, self._tokenizer.pad_token_id)
         outcomes = self._outcomes(len(completions.mask))
         reduce = self._sum_over_processes
-        self._log_all(completion_metrics(completions, outcomes.correct, reduce))
-        logits = length = None
+        measured = completion_metrics(completions, outcomes.correct, reduce)
+        self._log_all(measured)
+        logits = length = coefficient = None
         if self.length_value_model is not None:
             logits = self._value_logits(self.length_value_model, batch, "length value model")
             length = self._length_stream(logits, completions, outcomes)
+            coefficient = self._take_coefficient(measured)
             self._log_all(value_metrics(logits, completions, self.length_gamma, reduce))
         task = self._task_stream(batch, completions, outcomes, logits)
         self._log_all(stream_metrics(task, length, completions, reduce))
-        if self.args.length_coef != 0.0:
-            batch["advantages"] = combine(task, length, completions.mask, self.args.length_coef)
-        elif self.always_dense or self.args.needs_length_value_model:
-            batch["advantages"] = task
+        if self.always_dense or self.args.needs_length_value_model:
+            batch["advantages"] = self._add_streams(task, length, coefficient, completions, outcomes)
         # Otherwise the batch stays as TRL made it.
         if self._guidance_report is not None:
             batch["advantages"] = self._weigh_guided(batch["advantages"], completions)
         return batch
+
+    def _add_streams(
+        self,
+        task: Tensor,
+        length: Tensor | None,
+        coefficient: float | None,
+        completions: Completions,
+        outcomes: Outcomes,
+    ) -> Tensor:
+        """The advantages `(B, T)` that the policy learns from."""
+        return combine(task, length, completions.mask, coefficient) if self.args.has_length_stream else task
+
+    def _take_coefficient(self, measured: dict[str, float]) -> float:
+        """The coefficient of this batch; what the batch measured moves that of the next one."""
+        coefficient = self._coefficient.at(self._policy_step)
+        self._log_all({"length/coef": coefficient})
+        # A policy that stands still answers no coefficient.
+        if self._mode == "train" and self._policy_learns:
+            self._log_all(self._coefficient.observe(measured))
+        return coefficient
+
+    def _checkpoint_folder(self, trial) -> str:
+        return os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def _save_checkpoint(self, model, trial):
+        # Before the rest: a checkpoint that has its trainer state is then complete.
+        if self.args.should_save:
+            self._coefficient.save(self._checkpoint_folder(trial))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # Unlike `_load_from_checkpoint`, this is called whatever the model is sharded by.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._coefficient.load(checkpoint)
 
     def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
         """The task advantage `(B, T)`, shaping included, 0 where no action is and for completions nobody scored."""

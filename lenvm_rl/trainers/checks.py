@@ -117,7 +117,7 @@ def load_length_value_model(model_or_path, args) -> LengthValueModel | None:
             raise ValueError(
                 f"length_coef={args.length_coef}, shaping_coef={args.shaping_coef} and rollout_guidance="
                 f"{args.rollout_guidance} need a length value model: pass `length_value_model=` (a LengthValueModel or "
-                "its path), or set the coefficients to 0 and leave the guidance out."
+                "its path), or set the coefficients to 0 and leave guidance, length_target and accuracy_floor out."
             )
         return None
     if isinstance(model_or_path, (str, os.PathLike)):
@@ -156,6 +156,22 @@ def gate_index(gate_reward: str | None, names: list[str]) -> int | None:
     return names.index(gate_reward)
 
 
+def check_steering(args, gate: int | None) -> None:
+    """Raise a `ValueError` if a steered coefficient would measure nothing, or completions of another policy.
+
+    Args:
+        args (`LenVMConfig`): of the run.
+        gate (`int`, *optional*): index of the reward function that says what is correct, `None` if there is none.
+    """
+    if args.accuracy_floor is not None and gate is None:
+        raise ValueError("accuracy_floor measures the share of correct completions: give a reward function.")
+    if args.steering is not None and args.rollout_guidance is not None:
+        raise ValueError(
+            "length_target and accuracy_floor measure completions of the policy, which those of rollout_guidance are "
+            "not: leave one of them out."
+        )
+
+
 def check_optimizer(args) -> None:
     """Raise a `ValueError` if the optimizer takes no second model, as a learned critic is."""
     name = args.optim.value
@@ -164,6 +180,14 @@ def check_optimizer(args) -> None:
             f"optim='{name}' steps layer by layer and takes no parameter group for the learned critic: use another, "
             "such as 'adamw_torch', or critic='lenvm'."
         )
+
+
+def check_no_critic(args) -> None:
+    """Raise a `ValueError` if something is set that a learned critic reads, where there is none (`LenVMPPOConfig`)."""
+    fields = ("critic_lam", "length_adaptive_lam", "critic_warmup_steps", "kl_in_reward")
+    changed = [name for name in fields if getattr(args, name) != type(args).__dataclass_fields__[name].default]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} needs a learned critic, and critic='lenvm' has none: leave it out.")
 
 
 def check_rewards(rewards: torch.Tensor, names: list[str]) -> None:

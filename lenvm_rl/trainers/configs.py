@@ -1,185 +1,14 @@
-"""Arguments of the trainers: everything of `trl.GRPOConfig`, and what a length value model adds to it."""
+"""Arguments of the trainers: those of `trl.GRPOConfig` and of a length value model, and those of each trainer."""
 
-import math
 from dataclasses import dataclass, field
 
-from trl import GRPOConfig
+from lenvm_rl.trainers.base_config import LenVMConfig
+from lenvm_rl.trainers.config_checks import require_choice, require_positive, require_unit
 
-from lenvm_rl.shaping import check_shaping_gamma
-
-GATES = ("all", "correct")
-POTENTIALS = ("value", "length")
 TRUNCATIONS = ("terminal", "bootstrap")
 TASK_BASELINES = ("group", "batch")
-
-
-@dataclass
-class LenVMConfig(GRPOConfig):
-    """What [`LenVMGRPOConfig`] and [`LenVMPPOConfig`] share: the length stream, its gate, and shaping.
-
-    Args:
-        length_coef (`float`, *optional*, defaults to `0.0`):
-            Weight s of the length stream in ``A = A_task + s * A_len`` (arXiv 2604.27039, appendix C.2). Positive
-            shortens, negative lengthens, 0 leaves TRL as it is.
-        length_lam (`float`, *optional*, defaults to `1.0`): lambda of the length stream's GAE, in [0, 1].
-        length_gate (`str`, *optional*, defaults to `"correct"`):
-            `"correct"`: only correct completions are paid for length. `"all"`: every completion is.
-        gate_reward (`str`, *optional*):
-            Name of the reward function that says what is correct; the first one when unset.
-        gate_threshold (`float`, *optional*, defaults to `0.5`):
-            A completion is correct where the raw value of that function, without weight, is above this.
-        length_gate_center (`bool`, *optional*, defaults to `False`):
-            Whether the gated stream is centred over the group's correct completions, see
-            [`~lenvm_rl.trainers.streams.centered_gated_advantage`]. Needs `length_gate="correct"`, `length_lam=1`.
-        shaping_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of potential-based shaping (arXiv 2604.27039, appendix C.3; Ng et al., 1999).
-        shaping_potential (`str`, *optional*, defaults to `"value"`):
-            `"value"`: ``Phi = V``. `"length"`: ``Phi = -n / max_completion_length``, n in tokens.
-        shaping_gamma (`float`, *optional*): discount of the shaping term; `task_gamma` when unset.
-        allow_gamma_mismatch (`bool`, *optional*, defaults to `False`):
-            Whether `shaping_gamma` may differ from `task_gamma`. Such shaping changes what is optimal.
-        task_gamma (`float`, *optional*, defaults to `1.0`): discount of the task return, in (0, 1].
-        task_lam (`float`, *optional*, defaults to `1.0`):
-            Lambda of the task stream's GAE, in [0, 1]. The task pays once, at the end: below 1 the reward that reaches
-            a token fades by lambda for every token after it (0.95 leaves 0.6 % of it after 100 tokens, and the rest is
-            the critic's guess), so the unbiased 1 is the default, as for long chains of thought elsewhere
-            (arXiv 2503.24290). It serves the policy and the critic's targets alike; arXiv 2503.01491 takes 0.95 for
-            the one and 1 for the other, which is not offered.
-
-        rollout_guidance (`dict`, *optional*):
-            Guide the rollouts of training (not those of evaluation) in length: the fields of
-            [`~lenvm_rl.decoding.LengthGuidance`] but temperature, top_k, top_p and min_p, which are the trainer's. Such
-            completions are off-policy, see `lenvm_rl.trainers.guided_rollouts`.
-        rollout_ratio_max (`float`, *optional*, defaults to `3.0`):
-            Truncation of the importance ratio that each token of a guided rollout is weighed by, above 0.
-
-    Raises:
-        `ValueError`: a value is out of its bounds, or two values exclude each other.
-    """
-
-    # What may come from the command line as JSON.
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "rollout_guidance"]
-
-    length_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the length stream in A = A_task + length_coef * A_len. Positive shortens, negative "
-            "lengthens, 0 leaves TRL as it is. Start small (0.1) and watch accuracy next to length."
-        },
-    )
-    length_lam: float = field(
-        default=1.0,
-        metadata={
-            "help": "Lambda of the length stream's GAE, in [0, 1]. At 1 the length value model is only a baseline; "
-            "below 1 its errors enter the gradient in exchange for less variance."
-        },
-    )
-    length_gate: str = field(
-        default="correct",
-        metadata={
-            "help": "Who is paid for length: 'correct' (only completions that gate_reward calls correct) or 'all' "
-            "(every completion; with a large length_coef the policy learns to answer at once, right or wrong).",
-            "choices": GATES,
-        },
-    )
-    gate_reward: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the reward function whose raw value says what is correct. Default: the first one. It is "
-            "also used for the metrics of correct completions."
-        },
-    )
-    gate_threshold: float = field(
-        default=0.5,
-        metadata={"help": "A completion is correct where the raw value of gate_reward is above this."},
-    )
-    length_gate_center: bool = field(
-        default=False,
-        metadata={
-            "help": "Centre the gated length stream over the correct completions of each group, so that no length "
-            "value model can push the chance to be correct. Needs length_gate='correct' and length_lam=1."
-        },
-    )
-    rollout_guidance: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Guide the rollouts of training in length: fields of LengthGuidance as JSON, such as "
-            "'{\"strength\": 2.0}'. They are off-policy then, and each token is weighed by its importance ratio."
-        },
-    )
-    rollout_ratio_max: float = field(
-        default=3.0, metadata={"help": "Truncation of the importance ratio of the tokens of guided rollouts."}
-    )
-    shaping_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of potential-based shaping with the length value model as the potential. It changes how a "
-            "policy learns, not what is optimal: it does not shorten completions."
-        },
-    )
-    shaping_potential: str = field(
-        default="value",
-        metadata={
-            "help": "The potential: 'value' (V, flat far from the end) or 'length' (minus the predicted tokens to "
-            "come, divided by max_completion_length).",
-            "choices": POTENTIALS,
-        },
-    )
-    shaping_gamma: float | None = field(
-        default=None,
-        metadata={"help": "Discount of the shaping term. Default: task_gamma, the only one that is potential-based."},
-    )
-    allow_gamma_mismatch: bool = field(
-        default=False,
-        metadata={"help": "Allow a shaping_gamma that is not task_gamma. Such shaping changes what is optimal."},
-    )
-    task_gamma: float = field(
-        default=1.0,
-        metadata={"help": "Discount of the task return, in (0, 1]. It is not the length value model's gamma."},
-    )
-    task_lam: float = field(
-        default=1.0,
-        metadata={
-            "help": "Lambda of the task stream's GAE, in [0, 1]. 1 is unbiased; lower values let the critic stand in "
-            "for a reward that comes only at the end."
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_finite(self, "length_coef", "shaping_coef", "gate_threshold")
-        _check_unit(self, "length_lam", "task_lam")
-        if not 0.0 < self.task_gamma <= 1.0:
-            raise ValueError(f"task_gamma={self.task_gamma} is not in (0, 1]; 1 is the usual choice.")
-        _check_choice(self, "length_gate", GATES)
-        _check_choice(self, "shaping_potential", POTENTIALS)
-        if self.shaping_gamma is not None and not 0.0 < self.shaping_gamma <= 1.0:
-            raise ValueError(f"shaping_gamma={self.shaping_gamma} is not in (0, 1]; leave it unset to use task_gamma.")
-        check_shaping_gamma(self.shaping_gamma, self.task_gamma, self.allow_gamma_mismatch)
-        if isinstance(self.rollout_guidance, str):
-            raise ValueError(f"rollout_guidance={self.rollout_guidance!r} is no JSON object: write it as '{{...}}'.")
-        if not (math.isfinite(self.rollout_ratio_max) and self.rollout_ratio_max > 0):
-            raise ValueError(f"rollout_ratio_max={self.rollout_ratio_max} must be positive; 3.0 is the default.")
-        if self.length_gate_center and self.length_gate != "correct":
-            raise ValueError(
-                f"length_gate_center=True centres the stream of the correct completions, but length_gate="
-                f"'{self.length_gate}' pays every completion: set length_gate='correct', or leave the centring out."
-            )
-        if self.length_gate_center and self.length_lam != 1.0:
-            raise ValueError(
-                f"length_gate_center=True needs length_lam=1, not {self.length_lam}: below 1 the stream depends on the "
-                "length value model whatever is subtracted from it."
-            )
-
-    @property
-    def shaping_discount(self) -> float:
-        """The discount F is computed with."""
-        return self.task_gamma if self.shaping_gamma is None else self.shaping_gamma
-
-    @property
-    def needs_length_value_model(self) -> bool:
-        """Whether something is set that only a length value model can serve."""
-        return self.length_coef != 0.0 or self.shaping_coef != 0.0 or self.rollout_guidance is not None
+WHITENINGS = ("task", "streams", "sum", "none")
+BOOLEAN_WHITENINGS = {"true": "task", "false": "none"}
 
 
 @dataclass
@@ -208,11 +37,31 @@ class LenVMPPOConfig(LenVMConfig):
             so this only scales its gradient against `max_grad_norm`.
         cliprange_value (`float`, *optional*, defaults to `0.2`):
             How far a value may move from the one at sampling time before its loss is clipped; `None` for no clipping.
-        whiten (`bool`, *optional*, defaults to `True`):
-            Whether the task advantages (shaping included) are shifted and scaled to mean 0 and standard deviation 1
-            over all tokens of a generation batch, *before* the length stream is added. So `length_coef` counts in
-            standard deviations of the task: whitening the sum would make the weight of either stream depend on the
-            spread of the other.
+        critic_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps at the start in which only the critic learns: the policy's weights and its optimizer state
+            stay as they are, while its learning rate schedule runs on.
+        kl_in_reward (`bool`, *optional*, defaults to `False`):
+            Whether ``-kl_reward_coef * (log pi - log pi_ref)`` of each token is added to the rewards, before GAE, so
+            that the critic learns it too. Needs `beta > 0`, without which TRL has no reference policy; the loss keeps
+            its own term, so give a small `beta` if the divergence is to be paid once. Every token costs, so it also
+            shortens completions.
+        kl_reward_coef (`float`, *optional*, defaults to `0.05`): weight of that, above 0.
+        critic_lam (`float`, *optional*):
+            Lambda of the critic's targets, in [0, 1]; `task_lam` when unset. `task_lam=0.95, critic_lam=1.0` gives the
+            policy less variance and the critic targets without bias (arXiv 2503.01491).
+        length_adaptive_lam (`bool`, *optional*, defaults to `False`):
+            Whether the policy's lambda is ``1 - 1 / (alpha * L)`` in a completion of L tokens (arXiv 2504.05118),
+            instead of `task_lam`, which then has to be left at 1.
+        length_adaptive_alpha (`float`, *optional*, defaults to `0.05`): alpha of that, above 0.
+        whiten (`str`, *optional*, defaults to `"task"`):
+            What is shifted and scaled to mean 0 and standard deviation 1 over all tokens of a generation batch that the
+            policy chose. `True` and `False` stand for `"task"` and `"none"`.
+            `"task"`: the task advantages (shaping included), *before* the length stream is added. `length_coef` counts
+            in standard deviations of the task.
+            `"streams"`: the gated length stream as well, so that `length_coef` is a ratio of the two. A length stream
+            that is almost nothing is scaled up too, and by how much completions are too long no longer counts.
+            `"sum"`: the sum alone. The weight of either stream then depends on the spread of the other.
+            `"none"`: nothing.
         truncation (`str`, *optional*, defaults to `"terminal"`):
             What the task makes of a completion that was cut: `"terminal"` (nothing follows; the cut is a failure like
             any other) or `"bootstrap"` (the critic's value follows, and with shaping the potential).
@@ -241,11 +90,34 @@ class LenVMPPOConfig(LenVMConfig):
         default=0.2,
         metadata={"help": "Range of value clipping around the values at sampling time. None: no clipping."},
     )
-    whiten: bool = field(
-        default=True,
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps at the start in which only the critic learns."}
+    )
+    kl_in_reward: bool = field(
+        default=False,
         metadata={
-            "help": "Whiten the task advantages (shaping included) over the generation batch before the length stream "
-            "is added: length_coef then counts in standard deviations of the task."
+            "help": "Add -kl_reward_coef * (log pi - log pi_ref) of each token to the rewards. Needs beta > 0, whose "
+            "own term stays in the loss."
+        },
+    )
+    kl_reward_coef: float = field(default=0.05, metadata={"help": "Weight of the divergence in the reward, above 0."})
+    critic_lam: float | None = field(
+        default=None, metadata={"help": "Lambda of the critic's targets, in [0, 1]. Default: task_lam."}
+    )
+    length_adaptive_lam: bool = field(
+        default=False,
+        metadata={"help": "Lambda of the policy by length, 1 - 1 / (alpha * L), instead of task_lam."},
+    )
+    length_adaptive_alpha: float = field(
+        default=0.05, metadata={"help": "Alpha of length_adaptive_lam: share of a completion that credit reaches over."}
+    )
+    # Text, so that the command line can give it; what stands for the booleans is read in __post_init__.
+    whiten: str = field(
+        default="task",
+        metadata={
+            "help": "What is whitened over the generation batch: 'task' (the task advantages, shaping included, before "
+            "the length stream is added; also 'true'), 'streams' (each of the two), 'sum' (their sum) or 'none' (also "
+            "'false')."
         },
     )
     truncation: str = field(
@@ -267,31 +139,38 @@ class LenVMPPOConfig(LenVMConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "critic_learning_rate", "vf_coef")
+        require_positive(self, "critic_learning_rate", "vf_coef")
         if self.cliprange_value is not None:
-            _check_positive(self, "cliprange_value")
-        _check_choice(self, "truncation", TRUNCATIONS)
-        _check_choice(self, "task_baseline", TASK_BASELINES)
+            require_positive(self, "cliprange_value")
+        self._check_lambdas()
+        if self.critic_warmup_steps < 0:
+            raise ValueError(f"critic_warmup_steps={self.critic_warmup_steps} is negative; 0 is no warm-up.")
+        require_positive(self, "kl_reward_coef")
+        if not self.kl_in_reward:
+            self._refuse_changed(("kl_reward_coef",), "kl_in_reward=True")
+        elif self.beta == 0.0:
+            raise ValueError(
+                "kl_in_reward=True compares with the reference policy, which TRL has with beta > 0 only: set beta, to "
+                "a small number such as 1e-6 if the loss is to have no such term of its own."
+            )
+        self.whiten = BOOLEAN_WHITENINGS.get(str(self.whiten).lower(), self.whiten)
+        require_choice(self, "whiten", WHITENINGS)
+        require_choice(self, "truncation", TRUNCATIONS)
+        require_choice(self, "task_baseline", TASK_BASELINES)
 
+    @property
+    def target_lam(self) -> float:
+        """Lambda of the critic's targets."""
+        return self.task_lam if self.critic_lam is None else self.critic_lam
 
-def _check_finite(config, *names) -> None:
-    for name in names:
-        if not math.isfinite(getattr(config, name)):
-            raise ValueError(f"{name}={getattr(config, name)} is not a finite number.")
-
-
-def _check_unit(config, *names) -> None:
-    for name in names:
-        if not 0.0 <= getattr(config, name) <= 1.0:
-            raise ValueError(f"{name}={getattr(config, name)} is not in [0, 1].")
-
-
-def _check_positive(config, *names) -> None:
-    for name in names:
-        if not 0.0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name}={getattr(config, name)} is not a finite number above 0.")
-
-
-def _check_choice(config, name, choices) -> None:
-    if getattr(config, name) not in choices:
-        raise ValueError(f"{name}='{getattr(config, name)}' is unknown; choose one of {', '.join(choices)}.")
+    def _check_lambdas(self) -> None:
+        if self.critic_lam is not None:
+            require_unit(self, "critic_lam")
+        require_positive(self, "length_adaptive_alpha")
+        if self.length_adaptive_lam and self.task_lam != 1.0:
+            raise ValueError(
+                f"length_adaptive_lam=True takes the place of task_lam={self.task_lam} for the policy: leave task_lam "
+                "at 1, and set critic_lam for the critic's targets."
+            )
+        if not self.length_adaptive_lam:
+            self._refuse_changed(("length_adaptive_alpha",), "length_adaptive_lam=True")

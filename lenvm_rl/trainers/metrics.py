@@ -156,6 +156,23 @@ def stream_metrics(task: Tensor, length: Tensor | None, completions: Completions
     return metrics
 
 
+def kl_reward_metrics(log_ratio: Tensor, coef: float, completions: Completions, reduce) -> dict[str, float]:
+    """`kl_reward/…`, of a run with the divergence from the reference policy in its rewards.
+
+    - `kl_reward/per_token`: mean of ``log pi - log pi_ref`` over the tokens that the policy chose.
+    - `kl_reward/per_completion`: mean over completions of what it adds to their rewards in sum.
+
+    Args:
+        log_ratio (`torch.Tensor` of shape `(B, T)`): 0 where no action is.
+        coef (`float`): its weight.
+    """
+    moments = Moments(reduce)
+    moments.add("token", log_ratio, completions.actions)
+    moments.add("completion", -coef * log_ratio.sum(dim=1), completions.mask.any(dim=1))
+    moments.exchange()
+    return {"kl_reward/per_token": moments.mean("token"), "kl_reward/per_completion": moments.mean("completion")}
+
+
 def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor, reduce) -> dict[str, float]:
     """`critic/…`, at sampling time: `critic/value_mean`, `critic/return_mean`, `critic/explained_variance`.
 

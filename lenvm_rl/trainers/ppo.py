@@ -6,7 +6,6 @@ import textwrap
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import disable_dropout_in_model
 
 from lenvm_rl.completions import completion_logits
@@ -15,8 +14,15 @@ from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer, Outcomes
 from lenvm_rl.trainers.callbacks import CriticGradientReset
 from lenvm_rl.trainers.configs import LenVMPPOConfig
 from lenvm_rl.trainers.critic import load_critic, make_critic
-from lenvm_rl.trainers.metrics import Moments, critic_metrics
-from lenvm_rl.trainers.streams import Completions, action_gae, final_rewards, shaping_rewards, whiten
+from lenvm_rl.trainers.metrics import Moments, critic_metrics, kl_reward_metrics
+from lenvm_rl.trainers.streams import (
+    Completions,
+    action_gae,
+    final_rewards,
+    length_adaptive_lambda,
+    shaping_rewards,
+    whiten,
+)
 
 CRITIC_FOLDER = "critic"
 PPO_CITATION = textwrap.dedent("""\
@@ -35,20 +41,23 @@ class LenVMPPOTrainer(LenVMTrainer):
     it: rollouts, reward functions, the clipped loss and its KL term (`beta`), PEFT policies, logging, resuming.
 
     Task stream, with a learned critic: the weighted sum of the rewards is paid at the last token, with shaping rewards
-    ``F_t`` added to every token where `shaping_coef` is set, so that the critic learns the shaped return.
-    ``A_task = GAE(r + F, V_task; task_gamma, task_lam)``, the critic's targets are ``A_task + V_task``, and `whiten`
-    acts on ``A_task`` alone. A completion that was cut is an end, or goes on with the critic's value and the potential
+    ``F_t`` added to every token where `shaping_coef` is set, so that the critic learns the shaped return, and likewise
+    the divergence from the reference policy with `kl_in_reward`.
+    ``A_task = GAE(r + F, V_task; task_gamma, task_lam)``, the critic's targets are ``A_task + V_task`` (each with a
+    lambda of its own where `critic_lam` or `length_adaptive_lam` is set), and `whiten` acts on ``A_task`` alone, unless
+    it says otherwise. A completion that was cut is an end, or goes on with the critic's value and the potential
     (`truncation`). Then ``A = A_task + length_coef * A_len``, with ``A_len`` as in [`LenVMGRPOTrainer`]. Settings of
     groups, such as `scale_rewards`, only matter to `critic="lenvm"`.
 
     The critic has its own parameter group and learning rate (weight decay as for the policy), and its gradient is
     clipped by itself to `max_grad_norm`. Its loss is the mean over the tokens of the whole optimizer step,
-    accumulation and processes included. Dropout is off in it. It is saved in every checkpoint, in `critic/`, and
-    restored on resume.
+    accumulation and processes included. In the first `critic_warmup_steps` it alone learns. Dropout is off in it. It
+    is saved in every checkpoint, in `critic/`, and restored on resume.
 
     Refused at construction, beside what [`LenVMGRPOTrainer`] refuses: a learned critic under FSDP or DeepSpeed (its
     weights are not sharded), with an optimizer that steps layer by layer, or with
-    `multi_objective_aggregation="normalize_then_sum"`; `truncation="bootstrap"` without a critic.
+    `multi_objective_aggregation="normalize_then_sum"`; `truncation="bootstrap"`, and whatever only a critic reads,
+    without a critic.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, grpo_arguments: as in [`trl.GRPOTrainer`].
@@ -118,6 +127,7 @@ class LenVMPPOTrainer(LenVMTrainer):
                 "truncation='terminal', or learn a critic."
             )
         if not has_critic:
+            checks.check_no_critic(args)
             return
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
@@ -126,6 +136,8 @@ class LenVMPPOTrainer(LenVMTrainer):
                 "LenVMGRPOTrainer."
             )
         checks.check_optimizer(args)
+        if args.kl_in_reward and self._is_vlm:
+            raise ValueError("kl_in_reward=True reads text only, and the policy has pictures: use beta alone.")
         if self.lr_scheduler is not None:
             raise ValueError(
                 "A learning rate scheduler in `optimizers=` is made for the policy's parameter groups, and a learned "
@@ -158,30 +170,78 @@ class LenVMPPOTrainer(LenVMTrainer):
             task = self._baseline_stream(batch, completions, outcomes, logits)
         else:
             values = self._value_logits(self.critic, batch, "task critic")
-            task = self._critic_stream(values, completions, outcomes, logits)
+            rewards = self._rewards(batch, completions, outcomes, logits)
+            task, targets = self._critic_streams(values, completions, rewards)
             batch["critic_mask"] = completions.actions & scored
             batch["critic_values"] = values[:, :-1]
-            batch["critic_returns"] = task + values[:, :-1]
+            batch["critic_returns"] = targets + values[:, :-1]
             self._log_all(
                 critic_metrics(
                     batch["critic_values"], batch["critic_returns"], batch["critic_mask"], self._sum_over_processes
                 )
             )
         task = torch.where(scored, task, 0.0)
-        if self.args.whiten:
-            task = whiten(task, completions.actions & scored, self._sum_over_processes)
-        return task
+        return self._whiten(task, completions, outcomes) if self.args.whiten in ("task", "streams") else task
 
-    def _critic_stream(
-        self, values: Tensor, completions: Completions, outcomes: Outcomes, logits: Tensor | None
-    ) -> Tensor:
-        """``GAE(r + F, V_task)`` from the critic's values at every state, `(B, T + 1)`: `(B, T)`."""
-        args, terminal_cut = self.args, self.args.truncation == "terminal"
+    def _whiten(self, advantages: Tensor, completions: Completions, outcomes: Outcomes) -> Tensor:
+        """Whitened over the tokens that the policy chose in scored completions, of all processes."""
+        return whiten(advantages, completions.actions & outcomes.scored.unsqueeze(1), self._sum_over_processes)
+
+    def _length_stream(self, logits: Tensor, completions: Completions, outcomes: Outcomes) -> Tensor:
+        length = super()._length_stream(logits, completions, outcomes)
+        return self._whiten(length, completions, outcomes) if self.args.whiten == "streams" else length
+
+    def _add_streams(self, task, length, coefficient, completions, outcomes) -> Tensor:
+        advantages = super()._add_streams(task, length, coefficient, completions, outcomes)
+        return self._whiten(advantages, completions, outcomes) if self.args.whiten == "sum" else advantages
+
+    def _rewards(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
+        """What each token is paid, `(B, T)`: the reward at the end, and shaping and divergence along the way."""
+        args = self.args
         rewards = final_rewards(outcomes.rewards, completions)
         if args.shaping_coef != 0.0:
+            terminal_cut = args.truncation == "terminal"
             rewards += shaping_rewards(self._potential(logits), completions, args.shaping_discount, terminal_cut)
-        following = completions.following(values, terminal_cut)
-        return action_gae(rewards, values[:, :-1], completions, args.task_gamma, args.task_lam, following)
+        if args.kl_in_reward:
+            log_ratio = torch.where(completions.actions, self._log_ratio(batch), 0.0)
+            self._log_all(kl_reward_metrics(log_ratio, args.kl_reward_coef, completions, self._sum_over_processes))
+            rewards -= args.kl_reward_coef * log_ratio
+        return rewards
+
+    def _log_ratio(self, batch: dict) -> Tensor:
+        """``log pi - log pi_ref`` of each token, `(B, T)`, of the policy that the completions were sampled from."""
+        policy = batch.get("old_per_token_logps")
+        if policy is None:
+            # TRL leaves them out where the loss can do without.
+            args, training = self.args, self._mode == "train"
+            with torch.no_grad():
+                policy = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                    batch["completion_ids"].shape[1],
+                    batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+                )[0]
+        return policy - batch["ref_per_token_logps"]
+
+    def _critic_streams(self, values: Tensor, completions: Completions, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """GAE of the rewards from the critic's values at every state, `(B, T + 1)`: of the policy and the critic.
+
+        Two tensors `(B, T)`, which are one where policy and critic have the same lambda.
+        """
+        args = self.args
+        following = completions.following(values, args.truncation == "terminal")
+
+        def advantages(lam: float | Tensor) -> Tensor:
+            return action_gae(rewards, values[:, :-1], completions, args.task_gamma, lam, following)
+
+        if args.length_adaptive_lam:
+            policy = advantages(length_adaptive_lambda(completions, args.length_adaptive_alpha))
+        else:
+            policy = advantages(args.task_lam)
+            if args.target_lam == args.task_lam:
+                return policy, policy
+        return policy, advantages(args.target_lam)
 
     def _baseline_stream(
         self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None
@@ -198,7 +258,21 @@ class LenVMPPOTrainer(LenVMTrainer):
             task = task + self._shaping_advantage(logits, completions)
         return task
 
+    @property
+    def _policy_step(self) -> int:
+        return max(super()._policy_step - self.args.critic_warmup_steps, 0)
+
+    @property
+    def _policy_learns(self) -> bool:
+        return self.state.global_step >= self.args.critic_warmup_steps
+
     def _compute_loss(self, model, inputs):
+        if self._mode == "train" and not self._policy_learns:
+            # Without gradients, not with gradients of 0: the optimizer then neither decays nor moves a weight, and
+            # its moments start with the first step that is one.
+            with torch.no_grad():
+                super()._compute_loss(model, inputs)
+            return self.args.vf_coef * self._value_loss(inputs)
         loss = super()._compute_loss(model, inputs)
         if self.critic is None:
             return loss
@@ -268,8 +342,7 @@ class LenVMPPOTrainer(LenVMTrainer):
     def _save_checkpoint(self, model, trial):
         # Before the rest: a checkpoint that has its trainer state is then complete.
         if self.critic is not None and self.args.should_save:
-            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.save_critic(os.path.join(self._get_output_dir(trial=trial), checkpoint, CRITIC_FOLDER))
+            self.save_critic(os.path.join(self._checkpoint_folder(trial), CRITIC_FOLDER))
         super()._save_checkpoint(model, trial)
 
     def save_critic(self, folder: str) -> None:

@@ -47,8 +47,8 @@ class Completions:
         ends = torch.ones_like(self.finished) if terminal_cut else self.finished
         return bootstrap_values(values, self.mask, ends)
 
-    def per_action(self, at_action: float, elsewhere: float, dtype=torch.float32) -> Tensor:
-        """A `(B, T)` tensor with one number at actions and another at all other slots."""
+    def per_action(self, at_action: float | Tensor, elsewhere: float, dtype=torch.float32) -> Tensor:
+        """A `(B, T)` tensor with one number (of each row, `(B, 1)`) at actions and another at all other slots."""
         return torch.where(self.actions, at_action, elsewhere).to(dtype)
 
 
@@ -74,7 +74,7 @@ def read_completions(batch: dict, eos_token_ids: list[int], pad_token_id: int) -
 
 
 def action_gae(
-    rewards: Tensor, values: Tensor, completions: Completions, gamma: float, lam: float, following: Tensor
+    rewards: Tensor, values: Tensor, completions: Completions, gamma: float, lam: float | Tensor, following: Tensor
 ) -> Tensor:
     """[`lenvm_rl.gae`] from one action to the next.
 
@@ -83,12 +83,14 @@ def action_gae(
         values (`torch.Tensor` of shape `(B, T)`): value before each token.
         completions ([`Completions`]): which tokens exist and which are actions.
         gamma (`float`): discount per action, in (0, 1].
-        lam (`float`): in [0, 1].
+        lam (`float` or `torch.Tensor` of shape `(B,)`): in [0, 1], for all completions or for each.
         following (`torch.Tensor` of shape `(B,)`): value after the last token.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, 0 where no action is.
     """
+    if isinstance(lam, Tensor):
+        lam = lam.unsqueeze(1)
     advantages = gae(
         rewards,
         carry_values(values, completions.mask, completions.actions, following),
@@ -98,6 +100,24 @@ def action_gae(
         following,
     )
     return torch.where(completions.actions, advantages, 0.0)
+
+
+def length_adaptive_lambda(completions: Completions, alpha: float) -> Tensor:
+    """Lambda of each completion by its length, ``1 - 1 / (alpha * L)`` (VAPO, arXiv 2504.05118, equation 5).
+
+    The reward at the end of L tokens has the weight ``lambda^(L - 1)`` at the first of them. With one lambda it is gone
+    in long completions; with this one, about ``exp(-1 / alpha)`` whatever L is, and ``1 / (1 - lambda) = alpha * L``
+    tokens count.
+
+    Args:
+        completions ([`Completions`]): L is the number of actions, the end of sequence counted.
+        alpha (`float`): share of a completion that credit reaches over, above 0.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, float32, in [0, 1): 0 up to a length of ``1 / alpha``.
+    """
+    reach = alpha * completions.actions.sum(dim=1).double()
+    return (1.0 - 1.0 / reach.clamp(min=1.0)).float()
 
 
 def action_residuals(values: Tensor, completions: Completions, gamma: float, following: Tensor) -> Tensor:
@@ -191,6 +211,27 @@ def centered_gated_advantage(
     others, mean, share = (column.reshape(-1)[rows] for column in (others, mean, share))
     first = torch.where(correct.bool() & (others > 0), whole - mean, 0.0)
     return torch.where(completions.actions, first.unsqueeze(1) - share.unsqueeze(1) * before, 0.0)
+
+
+def group_pass_rate(
+    correct: Tensor,
+    scored: Tensor,
+    group_size: int,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    first_row: int = 0,
+) -> Tensor:
+    """Share of correct completions among the scored ones of each completion's group, itself included.
+
+    Args:
+        correct, scored (`torch.BoolTensor` of shape `(B,)`): of each completion.
+        group_size, gather, first_row: as in [`centered_gated_advantage`].
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, float64, 0 where nothing of the group was scored.
+    """
+    counts = gather(torch.stack([correct & scored, scored], dim=1).long()).view(-1, group_size, 2).sum(dim=1)
+    rates = counts[:, 0].double() / counts[:, 1].clamp(min=1)
+    return rates.repeat_interleave(group_size)[first_row : first_row + len(correct)]
 
 
 def whiten(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:

@@ -1,0 +1,347 @@
+"""Length penalties: worked examples of every rule, what holds for all of them, TRL's own, and their TRL form."""
+
+import pickle
+
+import pytest
+import torch
+from trl.rewards import get_cosine_scaled_reward, get_soft_overlong_punishment
+
+from eval.arms import load_reward
+from reward import baselines
+from reward.length_penalties import (
+    ALPLengthReward,
+    AroraLengthReward,
+    GR3LengthReward,
+    KimiLengthReward,
+    L1ExactLengthReward,
+    L1MaxLengthReward,
+    LaserLengthReward,
+    LengthReward,
+    LinearLengthReward,
+    TruncationLengthReward,
+    alp_length_reward,
+    arora_length_reward,
+    cosine_length_reward,
+    gr3_length_reward,
+    kimi_length_reward,
+    l1_exact_length_reward,
+    l1_max_length_reward,
+    laser_d_length_reward,
+    laser_length_reward,
+    leash_length_reward,
+    linear_length_reward,
+    shorter_better_length_reward,
+    soft_overlong_length_reward,
+    truncation_length_reward,
+)
+
+PAYING = {"penalize_wrong": True}
+# Rule, knobs, lengths, correct, rewards. All of one group.
+WORKED = [
+    (linear_length_reward, {"alpha": 0.5, "max_length": 100}, [40, 100, 250, 40], [1, 1, 1, 0], [0.8, 0.5, 0.5, 0]),
+    (truncation_length_reward, {"limit": 100}, [100, 101, 10], [1, 1, 0], [1, 0, 0]),
+    (
+        soft_overlong_length_reward,
+        {"max_length": 100, "cache": 20},
+        [80, 90, 100, 200, 90],
+        [1, 1, 1, 1, 0],
+        [0, -0.5, -1, -1, 0],
+    ),
+    (soft_overlong_length_reward, {"max_length": 100, "cache": 20, **PAYING}, [90, 90], [1, 0], [-0.5, -0.5]),
+    (soft_overlong_length_reward, {"max_length": 100, "cache": 0}, [100, 101], [1, 1], [0, -1]),
+    (cosine_length_reward, {"max_length": 100}, [0, 50, 100, 300, 50], [1, 1, 1, 1, 0], [1, 0.75, 0.5, 0.5, 0]),
+    (cosine_length_reward, {"max_length": 100, **PAYING}, [0, 50, 100], [0, 0, 0], [-1, -0.75, -0.5]),
+    (kimi_length_reward, {}, [10, 20, 30], [1, 1, 0], [0.5, 0, 0]),
+    (kimi_length_reward, PAYING, [10, 20, 30], [1, 1, 0], [0.5, 0, -0.5]),
+    (arora_length_reward, {"alpha": 0.2}, [10, 30, 500], [1, 1, 0], [0.946212, 0.853788, 0]),
+    # sigmoid(0) where there is no spread.
+    (arora_length_reward, {"alpha": 0.2}, [10, 30], [1, 0], [0.9, 0]),
+    (alp_length_reward, {"beta": 0.01}, [10, 20, 30, 40], [1, 0, 0, 0], [0.975, 0, 0, 0]),
+    (alp_length_reward, {"beta": 0.01, **PAYING}, [10, 20, 30, 40], [1, 0, 0, 0], [0.975, -0.05, -0.075, -0.1]),
+    (alp_length_reward, {"beta": 0.01}, [10, 20, 30, 40], [1, 1, 1, 1], [0.9, 0.8, 0.7, 0.6]),
+    # Never solved: the price is that of one in K.
+    (alp_length_reward, {"beta": 0.01, **PAYING}, [10, 20], [0, 0], [-0.05, -0.1]),
+    (l1_exact_length_reward, {"target_length": 100, "alpha": 0.01}, [100, 80, 300, 80], [1, 1, 1, 0], [1, 0.8, 0, 0]),
+    (
+        l1_exact_length_reward,
+        {"target_length": 100, "alpha": 0.01, **PAYING},
+        [100, 80, 300, 80],
+        [1, 1, 1, 0],
+        [1, 0.8, -1, -0.2],
+    ),
+    (
+        l1_max_length_reward,
+        {"target_length": 100, "alpha": 0.01},
+        [50, 100, 125, 150, 10],
+        [1, 1, 1, 1, 0],
+        [1, 0.5, 0.25, 0, 0],
+    ),
+    (laser_length_reward, {"target_length": 100}, [100, 101, 10], [1, 1, 0], [1.5, 1, 0]),
+    (laser_d_length_reward, {"targets": [50, 100, 200]}, [80, 80, 80], [1, 1, 0], [1, 1, 0]),
+    (laser_d_length_reward, {"targets": [50, 100, 200]}, [80, 80, 80], [1, 0, 0], [1.5, 0, 0]),
+    (laser_d_length_reward, {"targets": [50, 100, 200]}, [150, 150, 150, 150], [1, 0, 0, 0], [1.5, 0, 0, 0]),
+    (shorter_better_length_reward, {"beta": 0.01}, [100, 150, 50], [1, 1, 0], [2, 1.5, 0]),
+    (shorter_better_length_reward, {"beta": 0.01, **PAYING}, [100, 150, 50], [1, 1, 0], [2, 1.5, -0.5]),
+    # None correct: the mean, 100.
+    (shorter_better_length_reward, {"beta": 0.01, **PAYING}, [50, 150], [0, 0], [-0.5, -0.5]),
+    (gr3_length_reward, {"alpha": 1.0}, [50, 150, 100], [1, 1, 0], [1 / 1.5, 1 / 2.5, 0]),
+    (gr3_length_reward, {}, [0, 0], [1, 0], [1, 0]),
+    (
+        leash_length_reward,
+        {"target_length": 100, "multiplier": 0.5},
+        [50, 100, 200, 700, 10, 700],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0.5, -1, -1, -1],
+    ),
+]
+# A setting of each rule that bites at the lengths below.
+RULES = [
+    (linear_length_reward, {"alpha": 0.5, "max_length": 100}),
+    (truncation_length_reward, {"limit": 50}),
+    (soft_overlong_length_reward, {"max_length": 100, "cache": 80}),
+    (cosine_length_reward, {"max_length": 100}),
+    (kimi_length_reward, {}),
+    (arora_length_reward, {"alpha": 0.4}),
+    (alp_length_reward, {"beta": 0.01}),
+    (l1_exact_length_reward, {"target_length": 1, "alpha": 0.01}),
+    (l1_max_length_reward, {"target_length": 50, "alpha": 0.01}),
+    (laser_length_reward, {"target_length": 50}),
+    (laser_d_length_reward, {"targets": [40, 50, 60]}),
+    (shorter_better_length_reward, {"beta": 0.01}),
+    (gr3_length_reward, {}),
+    (leash_length_reward, {"target_length": 50, "multiplier": 0.5}),
+]
+names = pytest.mark.parametrize(("rule", "knobs"), RULES, ids=lambda value: getattr(value, "__name__", ""))
+
+
+def flag_column(completions, right, **columns):
+    """A task reward that reads its flags from a column."""
+    return list(right)
+
+
+def called(reward, lengths, right, prompts=None, **columns):
+    """A TRL reward function called on completions of these lengths, all of one prompt unless prompts are given."""
+    return reward(
+        prompts=prompts or ["p"] * len(lengths),
+        completions=[""] * len(lengths),
+        completion_ids=[[7] * length for length in lengths],
+        right=right,
+        **columns,
+    )
+
+
+def drawn(seed, groups=6, size=8):
+    """Lengths, correctness and groups, the completions of a group not together."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 120, (groups * size,), generator=generator)
+    correct = torch.rand(groups * size, generator=generator) < torch.rand(groups, generator=generator).repeat(size)
+    return lengths, correct, torch.arange(groups).repeat(size) * 3
+
+
+@pytest.mark.parametrize(("rule", "knobs", "lengths", "correct", "expected"), WORKED)
+def test_worked_examples(rule, knobs, lengths, correct, expected):
+    group = torch.zeros(len(lengths), dtype=torch.long)
+    rewards = rule(torch.tensor(lengths), torch.tensor(correct), group, **knobs)
+    assert rewards.dtype == torch.float32
+    torch.testing.assert_close(rewards, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+
+
+@names
+def test_by_default_a_wrong_answer_neither_pays_nor_gains_by_its_length(rule, knobs):
+    lengths, correct, group = drawn(1)
+    rewards = rule(lengths, correct, group, **knobs)
+    wrong = rewards[~correct]
+    assert wrong.unique().tolist() == [-1.0 if rule is leash_length_reward else 0.0]
+    if rule not in (kimi_length_reward, soft_overlong_length_reward):
+        # These two are to be added to the task reward; all others contain it.
+        assert (rewards[correct] >= wrong[0]).all() and rewards[correct].mean() > wrong[0] + 0.1
+
+
+@names
+def test_of_two_correct_answers_to_a_prompt_the_longer_never_earns_more(rule, knobs):
+    lengths, correct, group = drawn(2)
+    rewards = rule(lengths, correct, group, **knobs)
+    differences = 0
+    for one in group.unique():
+        inside = correct & (group == one)
+        order = lengths[inside].argsort()
+        steps = rewards[inside][order].diff()
+        assert (steps <= 1e-6).all()
+        differences += int((steps < -1e-6).sum())
+    assert differences > 0, "this setting does not bite"
+
+
+@names
+def test_groups_are_apart_and_order_does_not_matter(rule, knobs):
+    lengths, correct, group = drawn(3)
+    rewards = rule(lengths, correct, group, **knobs)
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rule(lengths[order], correct[order], group[order], **knobs), rewards[order])
+    alone = group == 3
+    torch.testing.assert_close(rule(lengths[alone], correct[alone], group[alone], **knobs), rewards[alone])
+    assert rule(lengths[:0], correct[:0], group[:0], **knobs).shape == (0,)
+
+
+@names
+def test_a_shaped_number_and_a_wrong_shape_are_refused(rule, knobs):
+    lengths, correct, group = drawn(4)
+    with pytest.raises(ValueError, match="correctness flag"):
+        rule(lengths, correct * 0.7, group, **knobs)
+    with pytest.raises(ValueError, match="shaped like lengths"):
+        rule(lengths, correct[:-1], group, **knobs)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [kimi_length_reward, arora_length_reward, alp_length_reward, shorter_better_length_reward, gr3_length_reward],
+)
+def test_rules_within_a_group_need_one(rule):
+    with pytest.raises(ValueError, match="needs `group`"):
+        rule(torch.tensor([1]), torch.tensor([1]), None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "knobs", "message"),
+    [
+        (truncation_length_reward, {"limit": 0}, "limit must be at least 1"),
+        (soft_overlong_length_reward, {"max_length": 10, "cache": 11}, "cache must lie between"),
+        (cosine_length_reward, {"max_length": 0}, "max_length"),
+        (arora_length_reward, {"alpha": 1.1}, "alpha must lie in"),
+        (alp_length_reward, {"beta": -1.0}, "would pay for length"),
+        (l1_exact_length_reward, {"target_length": 0}, "target_length must be at least 1"),
+        (l1_max_length_reward, {"target_length": torch.tensor([1, 2])}, "shaped like lengths"),
+        (l1_max_length_reward, {"target_length": float("nan")}, "target_length must be at least 1"),
+        (laser_d_length_reward, {"targets": [1, 2]}, "three lengths"),
+        (laser_d_length_reward, {"targets": [1, 2, 0]}, "the target of hard prompts"),
+        (shorter_better_length_reward, {"beta": float("nan")}, "beta"),
+        (gr3_length_reward, {"alpha": -0.1}, "alpha"),
+        (leash_length_reward, {"target_length": 5, "multiplier": -1.0}, "multiplier"),
+    ],
+)
+def test_knobs_that_make_no_sense_are_refused(rule, knobs, message):
+    with pytest.raises(ValueError, match=message):
+        rule(torch.tensor([3]), torch.tensor([1]), torch.tensor([0]), **knobs)
+
+
+def test_the_soft_overlong_punishment_is_trls():
+    lengths = torch.arange(1, 131)
+    mine = soft_overlong_length_reward(lengths, torch.zeros(130), max_length=100, cache=30, penalize_wrong=True)
+    theirs = get_soft_overlong_punishment(100, 30)([[0] * length for length in lengths])
+    torch.testing.assert_close(mine, torch.tensor(theirs))
+
+
+def test_the_cosine_is_trls():
+    lengths = torch.tensor([1, 30, 77, 100, 140] * 2)
+    correct = torch.tensor([1] * 5 + [0] * 5)
+    completions = [[{"role": "assistant", "content": f"\\boxed{{{7 + right}}}"}] for right in correct.tolist()]
+    theirs = get_cosine_scaled_reward(100)(completions, ["$8$"] * 10, [[0] * length for length in lengths])
+    mine = cosine_length_reward(lengths, correct, max_length=100, penalize_wrong=True)
+    torch.testing.assert_close(mine, torch.tensor(theirs))
+
+
+def test_equal_knobs_make_equal_rules():
+    lengths, correct, group = drawn(5)
+    plain = correct.float()
+    for rule, knobs in [
+        (linear_length_reward, {"alpha": 0.0, "max_length": 10}),
+        (arora_length_reward, {"alpha": 0.0}),
+        (alp_length_reward, {"beta": 0.0}),
+        (gr3_length_reward, {"alpha": 0.0}),
+        (laser_length_reward, {"bonus": 0.0, "target_length": 10}),
+        (shorter_better_length_reward, {"alpha": 1.0, "beta": 0.0}),
+        (l1_max_length_reward, {"alpha": 0.0, "delta": 1.0, "target_length": 10}),
+    ]:
+        torch.testing.assert_close(rule(lengths, correct, group, **knobs), plain)
+    # One target for all difficulties is LASER.
+    torch.testing.assert_close(
+        laser_d_length_reward(lengths, correct, group, targets=[40, 40, 40]),
+        laser_length_reward(lengths, correct, group, target_length=40),
+    )
+
+
+def test_a_threshold_makes_flags_of_a_graded_reward_and_the_unshaped_one_is_logged():
+    logged = {}
+    reward = TruncationLengthReward(flag_column, limit=10, threshold=0.5)
+    assert called(reward, [5, 5, 50], [0.9, 0.4, 1.0], log_metric=logged.__setitem__) == [1.0, 0.0, 0.0]
+    assert logged == {"flag_column_truncation/unshaped": pytest.approx((0.9 + 0.4 + 1.0) / 3)}
+
+
+def test_a_task_reward_may_be_a_dotted_path():
+    reward = GR3LengthReward("reward.gsm8k.gsm8k_reward")
+    assert reward.__name__ == "gsm8k_reward_gr3"
+    for path in ("gsm8k_reward", "reward.gsm8k.nothing"):
+        with pytest.raises(ValueError, match="dotted path"):
+            GR3LengthReward(path)
+
+
+def test_num_generations_keeps_equal_prompts_apart_and_groups_whole():
+    lengths, right = [10, 30, 100, 300], [1, 1, 1, 1]
+    assert called(KimiLengthReward(flag_column), lengths, right)[1] > 0
+    pairs = KimiLengthReward(flag_column, num_generations=2)
+    assert called(pairs, lengths, right) == [0.5, -0.5, 0.5, -0.5]
+    assert called(pairs, lengths, right, prompts=["p", "p", "q", "q"]) == [0.5, -0.5, 0.5, -0.5]
+    for prompts in (["p", "q", "q", "q"], ["p", "p", "p", "q"], ["p", "p", "q", "r"]):
+        with pytest.raises(ValueError, match="num_generations=2"):
+            called(pairs, lengths, right, prompts=prompts)
+    with pytest.raises(ValueError, match="num_generations=2"):
+        called(pairs, [1, 2, 3], [1, 1, 1])
+    assert called(pairs, [], []) == []
+
+
+def test_the_end_counts_unless_it_is_known():
+    ids = {"completion_ids": [[5, 5, 9], [5, 5, 5], []], "prompts": ["p"] * 3, "completions": [""] * 3}
+    counted = TruncationLengthReward(flag_column, limit=2)
+    known = TruncationLengthReward(flag_column, limit=2, eos_token_ids=[9, 10])
+    assert counted(right=[1, 1, 1], **ids) == [0.0, 0.0, 1.0]
+    assert known(right=[1, 1, 1], **ids) == [1.0, 0.0, 1.0]
+
+
+def test_wanted_lengths_come_from_a_column_row_by_row():
+    reward = L1ExactLengthReward(flag_column, alpha=0.01)
+    assert called(reward, [100, 100, 100], [1, None, 1], target_length=[100, 7, 50]) == [1.0, None, 0.5]
+    budget = L1MaxLengthReward(flag_column, alpha=0.01)
+    assert called(budget, [60, 60], [1, 1], target_length=[60, 70]) == pytest.approx([0.5, 0.6])
+    with pytest.raises(ValueError, match="column 'target_length'"):
+        called(reward, [5], [1])
+    other = L1ExactLengthReward(flag_column, alpha=0.01, target_column="budget")
+    assert called(other, [100], [1], budget=[90], target_length=[1]) == pytest.approx([0.9])
+    assert called(L1ExactLengthReward(flag_column, alpha=0.01, target_length=90), [100], [1]) == pytest.approx([0.9])
+
+
+def test_a_wrong_knob_is_an_error_at_once():
+    with pytest.raises(TypeError, match="alfa"):
+        AroraLengthReward(flag_column, alfa=0.1)
+    with pytest.raises(TypeError, match="target_length"):
+        LaserLengthReward(flag_column)
+    with pytest.raises(ValueError, match="beta"):
+        ALPLengthReward(flag_column, beta=-1.0)
+    with pytest.raises(ValueError, match="num_generations"):
+        LinearLengthReward(flag_column, alpha=0.1, max_length=5, num_generations=0)
+
+
+READY = sorted(name for name, value in vars(baselines).items() if isinstance(value, LengthReward))
+
+
+def test_every_rule_is_ready_for_every_task():
+    rules = (
+        "alp arora cosine gr3 kimi l1_exact l1_max laser laser_d leash linear shorter_better soft_overlong truncation"
+    )
+    ready = sorted(f"{task}_{rule}" for task in ("gsm8k", "math", "sandbox") for rule in rules.split())
+    assert ready == READY
+    assert baselines.trl_soft_overlong_512(completion_ids=[[0] * 448]) == [-0.5]
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_made_rewards_are_found_by_their_path_and_survive_pickling(name):
+    reward = load_reward(f"reward.baselines.{name}")
+    again = pickle.loads(pickle.dumps(reward))
+    assert again.__name__ == reward.__name__ == f"{reward.task_reward.__name__}_{name.partition('_')[2]}"
+    call = {"completions": ["It is 5.", "\\boxed{6}", "5"], "answer": ["5"] * 3, "target_length": [100] * 3}
+    # The sandbox's tokens, the end among them, are read by its reward alone.
+    ids = [[1] * 40, [1] * 20, [1] * 60]
+    rewards = reward(prompts=["p"] * 3, completion_ids=ids, **call)
+    assert again(prompts=["p"] * 3, completion_ids=ids, **call) == rewards and len(rewards) == 3
+    if not name.startswith("sandbox"):
+        assert (rewards[0] >= rewards[2] or "l1_exact" in name) and (
+            rewards[2] > rewards[1] or "kimi" in name or "soft" in name
+        )
