@@ -53,30 +53,26 @@ def generate_guided(
 ):
     """`model.generate` under length guidance.
 
-    The guidance decides on sampling: `do_sample`, `temperature`, `top_k`, `top_p` and `min_p` come from it, also where
-    the model's own generation config says otherwise; as arguments they are refused unless they say the same.
-    Everything else (`max_new_tokens`, `num_return_sequences`, `stopping_criteria`, …) is passed on.
-    `repetition_penalty` and processors given here act before the guidance and belong to the policy.
+    `do_sample`, `temperature`, `top_k`, `top_p` and `min_p` come from the guidance, whatever the model's own generation
+    config says; as arguments they are refused unless they say the same. Everything else (`max_new_tokens`,
+    `stopping_criteria`, …) is passed on. `repetition_penalty` and processors given here belong to the policy.
 
     Args:
         model (`transformers.PreTrainedModel`): the policy.
         length_value_model (`LengthValueModel`): frozen, in eval mode, with the policy's tokenizer.
-        inputs (`torch.Tensor` of shape `(B, S)` or mapping): prompts padded on the left: ids, or `input_ids` with
-            `attention_mask`.
+        inputs (`torch.Tensor` of shape `(B, S)` or mapping): prompts padded on the left, ids or with `attention_mask`.
         guidance ([`LengthGuidance`] or sequence of them): how to guide; one for all prompts, or one for each.
-        tokenizer (*optional*): the policy's, to be compared with the fingerprint that the length value model keeps;
-            when omitted, the sizes of the vocabularies are compared.
-        scoring (`str`, *optional*, defaults to `"cached"`): see [`LengthGuidedLogitsProcessor`].
+        tokenizer (*optional*): the policy's, to be compared; without it, only the sizes of the vocabularies are.
+        scoring (*optional*): see [`LengthGuidedLogitsProcessor`].
         generation_config (*optional*), logits_processor (*optional*), generate_kwargs: as for `generate`.
         return_report (`bool`, *optional*, defaults to `False`): also return what guidance did to each row.
 
     Returns:
-        What `generate` returns: ids `(B * num_return_sequences, S + T)`, or its output object; with `return_report`, a
-        tuple of it and a [`GuidanceReport`].
+        What `generate` returns: ids `(B * num_return_sequences, S + T)` or an object; with `return_report`, `(that,
+        report)`, see [`GuidanceReport`].
 
     Raises:
-        ValueError: on arguments that contradict the guidance or cannot go with it, no room for `target_length` and the
-            end after it, or tokenizers that differ.
+        ValueError: on arguments that contradict the guidance, no room for `target_length`, or tokenizers that differ.
     """
     inputs = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     several = as_list(guidance)
@@ -100,9 +96,8 @@ def generate_guided(
         generation_config=merged,
         logits_processor=LogitsProcessorList([*logits_processor, processor]),
     )
-    if not return_report:
-        return output
-    return output, processor.finish(output if isinstance(output, Tensor) else output.sequences)
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    return (output, processor.finish(sequences)) if return_report else output
 
 
 def _passed_on(arguments: Mapping, merged: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict:

@@ -77,18 +77,7 @@ def read_traces(
     results = _read_results(path)
     kept = _chosen_models(results, models, path)
     reader = _Reader(tokenizer, max_tokens, eos_token_id)
-    records: list[dict[str, Any]] = []
-    rejected: list[dict[str, Any]] = []
-    other: Counter[str] = Counter()
-    for number, source in enumerate(tqdm(results, desc=path.name, unit="object"), start=1):
-        if isinstance(source, dict) and isinstance(source.get("llm"), str) and source["llm"] not in kept:
-            other[source["llm"]] += 1
-            continue
-        for problem, sample, record in reader.convert(source):
-            if problem is None:
-                records.append(record)
-            else:
-                rejected.append({"file": path.name, "line": number, "reason": problem, "record": sample})
+    records, rejected, other = _convert(results, kept, reader, path)
     set_aside(path if rejected_beside is None else rejected_beside, rejected, len(records) + len(rejected))
     if not records:
         raise ValueError(f"{path} holds no usable completion ({len(rejected)} samples read, all set aside).")
@@ -104,6 +93,25 @@ def read_traces(
         eos_token_ids=[reader.eos_token_id],
         **count_rollouts(dataset),
     )
+
+
+def _convert(
+    results: list[Any], kept: Sequence[str], reader: _Reader, path: Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Counter[str]]:
+    """Records of the models that are kept, bad samples, and how many objects are of other models."""
+    records: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    other: Counter[str] = Counter()
+    for number, source in enumerate(tqdm(results, desc=path.name, unit="object"), start=1):
+        if isinstance(source, dict) and isinstance(source.get("llm"), str) and source["llm"] not in kept:
+            other[source["llm"]] += 1
+            continue
+        for problem, sample, record in reader.convert(source):
+            if problem is None:
+                records.append(record)
+            else:
+                rejected.append({"file": path.name, "line": number, "reason": problem, "record": sample})
+    return records, rejected, other
 
 
 def completion_text(thinking: str | None, output: str, opened: bool = False) -> str:
