@@ -5,6 +5,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	if $$p -c '$(IS_ENOUGH)' >/dev/null 2>&1; then command -v $$p; break; fi; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Tests run in this many processes of one thread each: several threads in each would be far slower on few cores.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
@@ -29,10 +32,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m eval.tradeoff
 
 test: $(INSTALLED)
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(PYTEST)
 
 test-all: $(INSTALLED)
-	$(OFFLINE) $(BIN)/python -m pytest -m "slow or not slow"
+	$(OFFLINE) $(PYTEST) -m "slow or not slow"
 
 smollm2: $(INSTALLED)
 	$(BIN)/python recipes/fetch_smollm2.py

@@ -22,7 +22,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_STRINGS = 4
 MAX_TEMPERATURE = 2.0
 # Beyond these, float32 scores overflow; the distribution has been on one token for long.
-MIN_TEMPERATURE, MAX_STRENGTH = 1e-6, 1e9
+MIN_TEMPERATURE = 1e-6
 SEEDS = (-(2**63), 2**63 - 1)
 
 SAMPLING_FIELDS = ("model", "n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop")
@@ -231,17 +231,11 @@ def _guidance(body: dict[str, Any]) -> LengthGuidance:
             raise RequestError(f"{name} is out of range: write a smaller number.", f"length_guidance.{name}")
     knobs = {name: value for name, value in knobs.items() if value is not None}
     try:
-        guidance = LengthGuidance(temperature=float(temperature), top_p=float(top_p), **knobs)
+        return LengthGuidance(temperature=float(temperature), top_p=float(top_p), **knobs)
     except ValueError as error:
         # Its messages begin with the name of the field.
         first = re.match(r"\w*", str(error)).group()
         raise RequestError(str(error), f"length_guidance.{first}" if first in KNOBS else "length_guidance") from error
-    if abs(guidance.strength) > MAX_STRENGTH:
-        raise RequestError(
-            f"strength must lie in [-{MAX_STRENGTH:g}, {MAX_STRENGTH:g}], got {guidance.strength}.",
-            "length_guidance.strength",
-        )
-    return guidance
 
 
 def _prompt(body: dict[str, Any]) -> str | list[int]:

@@ -1,0 +1,166 @@
+"""From a policy to gradients: completions sampled in batches, and the gradient of each batch for every estimator."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from eval.gradient_estimators import GradedBatch, LengthValues
+from lenvm_rl.completions import completion_logits, position_ids_from_mask
+from lenvm_rl.trainers.streams import Completions
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompts padded on the left and completions padded on the right, as TRL has them.
+
+    Args:
+        prompt_ids, prompt_mask (`torch.Tensor` of shape `(N, P)`): prompts.
+        completion_ids, completion_mask (`torch.Tensor` of shape `(N, T)`): completions.
+        finished (`torch.BoolTensor` of shape `(N,)`): whether the last token ends the sequence.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    finished: Tensor
+
+    @classmethod
+    def from_rows(
+        cls, prompts: Sequence[list[int]], completions: Sequence[list[int]], finished: Sequence[bool]
+    ) -> TokenBatch:
+        """A batch of rows of ids, none of them empty."""
+
+        def padded(rows: Sequence[list[int]], side: str) -> tuple[Tensor, Tensor]:
+            ids = [torch.tensor(row) for row in rows]
+            masks = [torch.ones(len(row), dtype=torch.int64) for row in rows]
+            return tuple(pad_sequence(each, batch_first=True, padding_side=side) for each in (ids, masks))
+
+        return cls(*padded(prompts, "left"), *padded(completions, "right"), torch.tensor(finished, dtype=torch.bool))
+
+    @property
+    def completions(self) -> Completions:
+        """What the streams of advantage read; every token is an action."""
+        mask = self.completion_mask.bool()
+        return Completions(mask, mask, self.finished, mask.sum(dim=1) - self.finished.long())
+
+    def rows(self, rows: slice, device: torch.device | str) -> TokenBatch:
+        """Some of the rows, on a device."""
+        fields = (self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask, self.finished)
+        return TokenBatch(*(field[rows].to(device) for field in fields))
+
+
+def read_batches(rollouts: Dataset, batch_size: int) -> Iterator[TokenBatch]:
+    """Consecutive batches of rollouts; the last one must be whole."""
+    for start in range(0, len(rollouts), batch_size):
+        part = rollouts[start : start + batch_size]
+        ended = [reason == "stop" for reason in part["finish_reason"]]
+        yield TokenBatch.from_rows(part["prompt_ids"], part["completion_ids"], ended)
+
+
+@torch.no_grad()
+def length_values(model: nn.Module, batch: TokenBatch, forward_size: int) -> LengthValues:
+    """V of a length value model at every state of a batch, float64 on the CPU."""
+    device = next(model.parameters()).device
+    found = []
+    for start in range(0, len(batch.finished), forward_size):
+        part = batch.rows(slice(start, start + forward_size), device)
+        logits = completion_logits(model, part.prompt_ids, part.prompt_mask, part.completion_ids, part.completion_mask)
+        found.append(-torch.sigmoid(logits.double()).cpu())
+    return LengthValues(torch.cat(found), model.config.gamma)
+
+
+def select_parameters(policy: nn.Module, pattern: str | None) -> list[nn.Parameter]:
+    """Parameters of the policy whose name holds a regular expression; the others are frozen.
+
+    Raises:
+        ValueError: no name does.
+    """
+    named = dict(policy.named_parameters())
+    chosen = [name for name in named if pattern is None or re.search(pattern, name)]
+    if not chosen:
+        raise ValueError(f"No parameter's name holds {pattern!r}; there are {list(named)[:8]} and more.")
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in chosen)
+    return [named[name] for name in chosen]
+
+
+def token_log_probs(policy: PreTrainedModel, batch: TokenBatch, temperature: float) -> Tensor:
+    """``log pi(a_t | s_t)`` of every token of every completion at a temperature: `(N, T)`, float32, 0 at padding."""
+    steps = batch.completion_ids.shape[1]
+    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
+    logits = policy(
+        input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
+        attention_mask=mask,
+        position_ids=position_ids_from_mask(mask),
+        logits_to_keep=steps + 1,
+        use_cache=False,
+    ).logits[:, :-1]
+    scores = logits.float() / temperature
+    chosen = scores.gather(2, batch.completion_ids.unsqueeze(2)).squeeze(2) - scores.logsumexp(dim=2)
+    return torch.where(batch.completion_mask.bool(), chosen, 0.0)
+
+
+def batch_gradients(
+    policy: PreTrainedModel,
+    parameters: Sequence[nn.Parameter],
+    batch: TokenBatch,
+    advantages: Tensor,
+    temperature: float,
+    normaliser: float,
+    forward_size: int,
+) -> Tensor:
+    """Gradients of ``sum_t A_t log pi(a_t | s_t) / normaliser`` over a batch, one for each estimator's advantages.
+
+    Args:
+        policy (`PreTrainedModel`): in eval mode.
+        parameters (sequence of `torch.nn.Parameter`): with respect to which, D numbers in all.
+        batch ([`TokenBatch`]): N completions.
+        advantages (`torch.Tensor` of shape `(E, N, T)`): of E estimators.
+        temperature (`float`): at which the completions were sampled.
+        normaliser (`float`): a constant: the tokens of the batch in its place would correlate with the lengths.
+        forward_size (`int`): completions per forward.
+
+    Returns:
+        `torch.Tensor` of shape `(E, D)`, float32 on the CPU.
+    """
+    total = torch.zeros(len(advantages), sum(parameter.numel() for parameter in parameters))
+    for start in range(0, advantages.shape[1], forward_size):
+        rows = slice(start, start + forward_size)
+        log_probs = token_log_probs(policy, batch.rows(rows, policy.device), temperature)
+        for index, weights in enumerate(advantages[:, rows].to(log_probs)):
+            last = index == len(advantages) - 1
+            parts = torch.autograd.grad((weights * log_probs).sum(), parameters, retain_graph=not last)
+            total[index] += torch.cat([part.flatten() for part in parts]).float().cpu()
+    return total / normaliser
+
+
+@dataclass
+class ExplainedVariance:
+    """How much of the variance of ``G_t`` over the tokens of finished completions V explains: 1 is all, 0 is none."""
+
+    count: int = 0
+    sums: Tensor | float = 0.0
+
+    def add(self, batch: GradedBatch) -> None:
+        """Takes in a batch."""
+        kept = batch.completions.mask & batch.completions.finished.unsqueeze(1)
+        returns, error = batch.returns[kept], (batch.returns - batch.length.states[:, :-1])[kept]
+        self.count += len(returns)
+        self.sums = self.sums + torch.stack([each.sum() for each in (returns, returns**2, error, error**2)])
+
+    def result(self) -> float | None:
+        """The share; `None` where all returns are equal, or none is known."""
+        if not self.count:
+            return None
+        returns, squares, errors, error_squares = (self.sums / self.count).tolist()
+        variance = squares - returns**2
+        return 1.0 - (error_squares - errors**2) / variance if variance > 0 else None

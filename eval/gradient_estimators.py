@@ -1,0 +1,304 @@
+"""Estimators of the gradient that shortens: each turns a batch of graded completions into advantages `(N, T)`.
+
+All are to be multiplied with ``grad log pi(a_t | s_t)`` and summed; a larger advantage makes a token likelier. Groups
+are runs of `group_size` rows. What a completion gets as a whole is the same number at each of its tokens and has the
+group's mean for a baseline, as in GRPO (arXiv 2402.03300) and its variant without the division (arXiv 2503.20783). The
+mean of the *others* (arXiv 2402.14740) differs by the factor ``K / (K - 1)`` only, so its signal-to-noise ratio is the
+same. Of the penalties in `reward.length_penalties` these are the ones that need no target length, for on that their
+direction would depend; where a penalty contains the task reward, it is taken out.
+
+Returns are those of `lenvm_rl.returns`. Without a model a cut completion is taken for one that ended at the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lenvm_rl.advantages import length_advantage
+from lenvm_rl.trainers.streams import WHITEN_EPSILON, Completions, centered_gated_advantage
+from reward.length_penalties import (
+    alp_length_reward,
+    arora_length_reward,
+    gr3_length_reward,
+    kimi_length_reward,
+    linear_length_reward,
+    shorter_better_length_reward,
+)
+
+TASK, SEQUENCE, GROUP, LENVM, PLAIN, GATE = "task", "sequence", "group", "LenVM", "no baseline", "gate"
+# Names that the report looks for.
+TASK_GRADIENT = "task: correctness"
+LENGTH_GRADIENT = "length return to go"
+LENVM_GRADIENT = "LenVM, lambda 1"
+VALUE_SPACE = "length return of the whole"
+
+
+@dataclass(frozen=True)
+class LengthValues:
+    """What a length value model says about a batch.
+
+    Args:
+        states (`torch.Tensor` of shape `(N, T + 1)`): V at every state, the one after the last token included.
+        gamma (`float`): the model's discount.
+    """
+
+    states: Tensor
+    gamma: float
+
+
+@dataclass(frozen=True)
+class GradedBatch:
+    """Completions of a batch with all that an estimator may know of them; arrays in float64.
+
+    Args:
+        completions ([`~lenvm_rl.trainers.streams.Completions`]): which tokens exist, and which completions finished.
+        correct (`torch.Tensor` of shape `(N,)`): 1 where the task reward calls the completion correct, else 0.
+        group_size (`int`): completions of one prompt, neighbours.
+        max_length (`int`): most tokens of a completion.
+        length ([`LengthValues`]): of the frozen length value model.
+        length_of_correct ([`LengthValues`], *optional*): of one that was fitted to correct completions only.
+    """
+
+    completions: Completions
+    correct: Tensor
+    group_size: int
+    max_length: int
+    length: LengthValues
+    length_of_correct: LengthValues | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of each completion, end-of-sequence counted, as length penalties count them: `(N,)`."""
+        return self.completions.mask.sum(dim=1).double()
+
+    @property
+    def groups(self) -> Tensor:
+        """Index of each completion's group: `(N,)`."""
+        return torch.arange(len(self.correct), device=self.correct.device) // self.group_size
+
+    @property
+    def returns(self) -> Tensor:
+        """``G_t = -(1 - gamma^(L - t))`` at every token: `(N, T)`."""
+        mask = self.completions.mask
+        return length_advantage(torch.zeros(mask.shape, dtype=torch.float64), mask, self.length.gamma)
+
+    def per_group(self, numbers: Tensor) -> Tensor:
+        """The group's mean of a number per completion, for each completion: `(N,)`."""
+        means = numbers.view(-1, self.group_size).mean(dim=1, keepdim=True)
+        return means.expand(-1, self.group_size).reshape(-1)
+
+    def at_tokens(self, numbers: Tensor) -> Tensor:
+        """A number per completion at each of its tokens: `(N, T)`."""
+        return torch.where(self.completions.actions, numbers.unsqueeze(1), 0.0)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A way to estimate.
+
+    Args:
+        name (`str`): unique.
+        kind (`str`): `"task"`, `"sequence"`, `"group"`, `"LenVM"`, `"no baseline"` or `"gate"`.
+        advantages (`Callable`): takes a [`GradedBatch`], returns `(N, T)`.
+    """
+
+    name: str
+    kind: str
+    advantages: Callable[[GradedBatch], Tensor]
+
+
+def centred(batch: GradedBatch, rewards: Tensor) -> Tensor:
+    """Rewards `(N,)` less their group's mean, at every token."""
+    return batch.at_tokens(rewards - batch.per_group(rewards))
+
+
+def scaled(batch: GradedBatch, rewards: Tensor) -> Tensor:
+    """[`centred`], divided by the group's standard deviation as TRL does by default (arXiv 2402.03300, eq. 3)."""
+    deviation = rewards.view(-1, batch.group_size).std(dim=1, keepdim=True).expand(-1, batch.group_size).reshape(-1)
+    return centred(batch, rewards) / (deviation.unsqueeze(1) + WHITEN_EPSILON)
+
+
+def task(batch: GradedBatch) -> Tensor:
+    """Group-relative correctness: the direction that the task asks for."""
+    return centred(batch, batch.correct)
+
+
+def length_penalty(batch: GradedBatch) -> Tensor:
+    """``-L`` as the reward: the simplest penalty, ungated."""
+    return centred(batch, -batch.tokens)
+
+
+def scaled_length_penalty(batch: GradedBatch) -> Tensor:
+    """``-L`` as the reward, with the group's standard deviation for a unit."""
+    return scaled(batch, -batch.tokens)
+
+
+def whole_return(batch: GradedBatch) -> Tensor:
+    """``G_0``, the length return of the whole completion, as the reward: the penalty in value space."""
+    return centred(batch, batch.returns[:, 0])
+
+
+def linear_penalty(batch: GradedBatch) -> Tensor:
+    """Length term of [`~reward.length_penalties.linear_length_reward`], ``-C L / L_max``: a gated penalty."""
+    rewards = linear_length_reward(batch.tokens, batch.correct, alpha=1.0, max_length=batch.max_length)
+    return centred(batch, rewards.double() - batch.correct)
+
+
+def kimi_penalty(batch: GradedBatch, penalize_wrong: bool) -> Tensor:
+    """[`~reward.length_penalties.kimi_length_reward`] (arXiv 2501.12599), in the paper's form or gated."""
+    rewards = kimi_length_reward(batch.tokens, batch.correct, batch.groups, penalize_wrong=penalize_wrong)
+    return centred(batch, rewards.double())
+
+
+def arora_penalty(batch: GradedBatch) -> Tensor:
+    """Length term of [`~reward.length_penalties.arora_length_reward`] (arXiv 2502.04463): a gated penalty."""
+    rewards = arora_length_reward(batch.tokens, batch.correct, batch.groups, alpha=1.0)
+    return centred(batch, rewards.double() - batch.correct)
+
+
+def alp_penalty(batch: GradedBatch) -> Tensor:
+    """Length term of [`~reward.length_penalties.alp_length_reward`] (arXiv 2506.05256), in the paper's form.
+
+    ``-L max(p, 1/K)``: a price that follows the group's pass rate, for wrong completions as well.
+    """
+    rewards = alp_length_reward(batch.tokens, batch.correct, batch.groups, beta=1.0, penalize_wrong=True)
+    return centred(batch, rewards.double() - batch.correct)
+
+
+def shorter_better_penalty(batch: GradedBatch) -> Tensor:
+    """Length term of [`~reward.length_penalties.shorter_better_length_reward`] (arXiv 2504.21370), the paper's form."""
+    rewards = shorter_better_length_reward(
+        batch.tokens, batch.correct, batch.groups, alpha=0.0, beta=1.0, penalize_wrong=True
+    )
+    return centred(batch, rewards.double())
+
+
+def gr3_penalty(batch: GradedBatch) -> Tensor:
+    """Length term of [`~reward.length_penalties.gr3_length_reward`] (arXiv 2603.10535): a gated penalty."""
+    rewards = gr3_length_reward(batch.tokens, batch.correct, batch.groups)
+    return centred(batch, rewards.double() - batch.correct)
+
+
+def return_to_go(batch: GradedBatch) -> Tensor:
+    """``G_t`` without any baseline: REINFORCE. On finished rows its expectation is that of every baseline's."""
+    return batch.returns
+
+
+def whole_baseline(batch: GradedBatch) -> Tensor:
+    """``G_t`` less the group's mean of ``G_0``: one baseline for a whole completion."""
+    mean = batch.per_group(batch.returns[:, 0]).unsqueeze(1)
+    return torch.where(batch.completions.actions, batch.returns - mean, 0.0)
+
+
+def position_baseline(batch: GradedBatch, weight: Tensor | None = None) -> Tensor:
+    """``G_t`` less the mean ``G_t`` of the group's completions that are still running at ``t``.
+
+    The completion itself is one of them. So what the mean of the others would give is multiplied by ``(k - 1) / k``,
+    with k the number running, which trusts positions less where few run.
+
+    Args:
+        batch ([`GradedBatch`]): the completions.
+        weight (`torch.Tensor` of shape `(N,)`, *optional*): 1 for completions that count, 0 for others; the latter get
+            no advantage.
+    """
+    mask = batch.completions.actions
+    counted = mask if weight is None else mask & weight.bool().unsqueeze(1)
+    kept = torch.where(counted, batch.returns, 0.0).view(-1, batch.group_size, mask.shape[1])
+    running = counted.view(kept.shape).sum(dim=1, keepdim=True)
+    mean = (kept.sum(dim=1, keepdim=True) / running.clamp(min=1)).expand(kept.shape).reshape(mask.shape)
+    return torch.where(counted, batch.returns - mean, 0.0)
+
+
+def position_baseline_of_others(batch: GradedBatch) -> Tensor:
+    """As [`position_baseline`], with the mean of the others; where no other runs, as if the end came at once."""
+    mask = batch.completions.actions
+    returns = batch.returns.view(-1, batch.group_size, mask.shape[1])
+    others = mask.view(returns.shape).sum(dim=1, keepdim=True) - mask.view(returns.shape).long()
+    mean = (returns.sum(dim=1, keepdim=True) - returns) / others.clamp(min=1)
+    mean = torch.where(others > 0, mean, -(1.0 - batch.length.gamma)).view(mask.shape)
+    return torch.where(mask, batch.returns - mean, 0.0)
+
+
+def lenvm(batch: GradedBatch, lam: float = 1.0, values: LengthValues | None = None) -> Tensor:
+    """[`~lenvm_rl.advantages.length_advantage`] of the frozen model, ungated."""
+    values = values or batch.length
+    completions = batch.completions
+    following = completions.following(values.states)
+    return length_advantage(values.states[:, :-1], completions.mask, values.gamma, lam, following, completions.actions)
+
+
+def gated(batch: GradedBatch, gate: Tensor, values: LengthValues | None = None) -> Tensor:
+    """[`lenvm`] at lambda 1, each completion's multiplied by a gate `(N,)`."""
+    return gate.unsqueeze(1) * lenvm(batch, 1.0, values)
+
+
+def centred_gate(batch: GradedBatch) -> Tensor:
+    """[`~lenvm_rl.trainers.streams.centered_gated_advantage`]: open for correct ones, unbiased for any V."""
+    completions, states = batch.completions, batch.length.states
+    following = completions.following(states)
+    return centered_gated_advantage(
+        states[:, :-1], completions, batch.length.gamma, following, batch.correct, batch.group_size
+    )
+
+
+def pass_rate_of_others(batch: GradedBatch) -> Tensor:
+    """Share of correct ones among a completion's group without itself, `(N,)`.
+
+    It knows nothing of the completion's own outcome, so as a gate it leaves V a mere baseline (docs/mathematics.md,
+    section 7).
+    """
+    total = batch.per_group(batch.correct) * batch.group_size
+    return (total - batch.correct) / (batch.group_size - 1)
+
+
+def estimators(pass_threshold: float, with_values_of_correct: bool) -> list[Estimator]:
+    """All estimators, in the order of the report.
+
+    Args:
+        pass_threshold (`float`): share of correct completions at which the hard gate by the group's pass rate opens.
+        with_values_of_correct (`bool`): whether batches have `length_of_correct`.
+    """
+    found = [
+        Estimator(TASK_GRADIENT, TASK, task),
+        Estimator("length penalty", SEQUENCE, length_penalty),
+        Estimator("length penalty / std", SEQUENCE, scaled_length_penalty),
+        Estimator(VALUE_SPACE, SEQUENCE, whole_return),
+        Estimator("ALP penalty", SEQUENCE, alp_penalty),
+        Estimator("ShorterBetter penalty", SEQUENCE, shorter_better_penalty),
+        Estimator("Kimi k1.5 penalty", SEQUENCE, lambda batch: kimi_penalty(batch, True)),
+        Estimator("Kimi k1.5 penalty, if correct", SEQUENCE, lambda batch: kimi_penalty(batch, False)),
+        Estimator("linear penalty, if correct", SEQUENCE, linear_penalty),
+        Estimator("Arora penalty, if correct", SEQUENCE, arora_penalty),
+        Estimator("GR3 penalty, if correct", SEQUENCE, gr3_penalty),
+        Estimator(LENGTH_GRADIENT, PLAIN, return_to_go),
+        Estimator("group baseline per sequence", GROUP, whole_baseline),
+        Estimator("group baseline per position", GROUP, position_baseline),
+        Estimator("baseline of the others per position", GROUP, position_baseline_of_others),
+        Estimator(LENVM_GRADIENT, LENVM, lenvm),
+        Estimator("LenVM, lambda 0.95", LENVM, lambda batch: lenvm(batch, 0.95)),
+        Estimator("LenVM, lambda 0", LENVM, lambda batch: lenvm(batch, 0.0)),
+        Estimator("LenVM, if correct", GATE, lambda batch: gated(batch, batch.correct)),
+        Estimator("LenVM, if correct, centred", GATE, centred_gate),
+        Estimator(
+            "group baseline per position, if correct", GATE, lambda batch: position_baseline(batch, batch.correct)
+        ),
+        Estimator("LenVM x pass rate", GATE, lambda batch: gated(batch, batch.per_group(batch.correct))),
+        Estimator("LenVM x pass rate of the others", GATE, lambda batch: gated(batch, pass_rate_of_others(batch))),
+        Estimator(
+            f"LenVM, if pass rate >= {pass_threshold:g}",
+            GATE,
+            lambda batch: gated(batch, (batch.per_group(batch.correct) >= pass_threshold).double()),
+        ),
+    ]
+    if with_values_of_correct:
+        correct_only = Estimator(
+            "LenVM of correct ones, if correct",
+            GATE,
+            lambda batch: gated(batch, batch.correct, batch.length_of_correct),
+        )
+        found.insert([each.name for each in found].index("LenVM, if correct") + 1, correct_only)
+    return found

@@ -1,0 +1,47 @@
+"""Log-probabilities and gradients of a batch: independent of padding, of the forward size, and linear."""
+
+import pytest
+import torch
+from tiny import PAD, tiny_gpt2, tiny_llama, tokens
+
+from eval.gradient_batches import TokenBatch, batch_gradients, select_parameters, token_log_probs
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_log_probs_are_those_of_each_completion_alone(make):
+    policy = make()
+    prompts = [tokens(1, size, seed=size)[0].tolist() for size in (2, 5)]
+    completions = [tokens(1, size, seed=10 + size)[0].tolist() for size in (4, 1)]
+    batch = TokenBatch.from_rows(prompts, completions, [False, False])
+    together = token_log_probs(policy, batch, temperature=0.7)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        logits = policy(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        alone = (logits / 0.7).log_softmax(dim=-1).gather(1, torch.tensor(completion).unsqueeze(1))[:, 0]
+        torch.testing.assert_close(together[row, : len(completion)], alone, atol=1e-5, rtol=1e-5)
+        assert not together[row, len(completion) :].any()
+
+
+def test_gradients_do_not_depend_on_the_forward_size_and_are_linear():
+    policy = tiny_llama()
+    parameters = select_parameters(policy, r"layers\.1\.mlp")
+    assert sum(parameter.requires_grad for parameter in policy.parameters()) == len(parameters) == 3
+    batch = TokenBatch.from_rows([[3, 4]] * 3, [[5, 6, 1], [7], [8, 1]], [True, False, True])
+    advantages = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    stacked = torch.cat([advantages, advantages.sum(dim=0, keepdim=True)])
+    whole = batch_gradients(policy, parameters, batch, stacked, 1.0, 10.0, forward_size=3)
+    parts = batch_gradients(policy, parameters, batch, stacked, 1.0, 10.0, forward_size=2)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(whole[2], whole[0] + whole[1], atol=1e-6, rtol=1e-5)
+    assert whole.abs().max() > 1e-3
+
+
+def test_a_pattern_that_no_parameter_has_is_refused():
+    with pytest.raises(ValueError, match=r"No parameter.*'layers_1'.*embed_tokens"):
+        select_parameters(tiny_llama(), "layers_1")
+
+
+def test_padding_of_a_batch():
+    batch = TokenBatch.from_rows([[3], [4, 5]], [[6, 7, 1], [8]], [True, False])
+    assert batch.prompt_ids.tolist() == [[PAD, 3], [4, 5]] and batch.prompt_mask.tolist() == [[0, 1], [1, 1]]
+    assert batch.completion_ids.tolist() == [[6, 7, 1], [8, PAD, PAD]]
+    assert batch.completions.lengths.tolist() == [2, 1]

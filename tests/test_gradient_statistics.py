@@ -1,0 +1,91 @@
+"""Signal, noise and cosines of gradients: by hand, and of Gaussian gradients whose law is known."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from eval.gradient_statistics import GradientStatistics, inner_products
+
+
+def statistics_of(gradients, **options):
+    return GradientStatistics(inner_products(np.asarray(gradients, dtype=np.float64)), **options)
+
+
+def test_by_hand():
+    # Mean (2, 0); the product of the two halves is 3, and the variance over two batches (1 + 1) / 1 = 2.
+    found = statistics_of([[[1.0, 0.0], [3.0, 0.0]], [[0.0, 2.0], [0.0, 2.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    assert found.signal_and_noise(0) == (3.0, 2.0)
+    assert found.snr(0).estimate == 1.5
+    assert found.signal_and_noise(1) == (4.0, 0.0) and math.isnan(found.snr(1).estimate)
+    assert found.cosine(1, 2).estimate == pytest.approx(math.sqrt(0.5))
+    assert found.cosine(0, 1).estimate == 0.0
+    assert found.cosines()[1, 2] == found.cosines()[2, 1] == found.cosine(1, 2).estimate
+
+
+def test_signal_is_the_product_of_the_means_of_halves_over_all_splits():
+    gradients = np.random.default_rng(0).normal(size=(2, 6, 3)) + 0.3
+    products = []
+    for half in itertools.combinations(range(6), 3):
+        other = [index for index in range(6) if index not in half]
+        products.append(gradients[0, list(half)].mean(0) @ gradients[0, other].mean(0))
+    found = statistics_of(gradients)
+    assert found.signal_and_noise(0)[0] == pytest.approx(np.mean(products))
+    assert found.signal_and_noise(0)[1] == pytest.approx(np.trace(np.cov(gradients[0].T)))
+
+
+def test_a_resample_is_the_statistic_without_pairs_of_one_batch_with_itself():
+    gradients = np.random.default_rng(1).normal(size=(1, 4, 3)) + 0.5
+    counts = np.array([[2.0, 0.0, 1.0, 1.0]])
+    found = statistics_of(gradients)
+    drawn = [0, 0, 2, 3]
+    pairs = [(i, j) for i in range(4) for j in range(4) if drawn[i] != drawn[j]]
+    signal = np.mean([gradients[0, drawn[i]] @ gradients[0, drawn[j]] for i, j in pairs])
+    noise = np.mean([((gradients[0, drawn[i]] - gradients[0, drawn[j]]) ** 2).sum() / 2 for i, j in pairs])
+    assert found._signal(0, 0, counts)[0] == pytest.approx(signal)
+    assert found._noise(0, counts)[0] == pytest.approx(noise)
+
+
+def test_gaussian_gradients_are_measured_without_bias_and_intervals_cover():
+    # |mu|^2 = 1, tr Cov = 8 * 0.25 = 2: SNR 0.5. The second has mean (0.6, 0.8, 0...), cosine 0.6, SNR 1.
+    generator, size = np.random.default_rng(2), 8
+    means = np.zeros((2, 1, size))
+    means[0, 0, 0], means[1, 0, :2] = 1.0, (0.6, 0.8)
+    deviations = np.array([0.5, math.sqrt(0.125)]).reshape(2, 1, 1)
+    snr, cosine, inside = [], [], []
+    for trial in range(100):
+        found = statistics_of(means + deviations * generator.normal(size=(2, 40, size)), num_resamples=200, seed=trial)
+        interval = found.snr(0)
+        snr.append(interval.estimate)
+        cosine.append(found.cosine(0, 1).estimate)
+        inside.append(interval.low <= 0.5 <= interval.high)
+    assert np.mean(snr) == pytest.approx(0.5, abs=0.03)
+    assert np.mean(cosine) == pytest.approx(0.6, abs=0.02)
+    assert 0.85 <= np.mean(inside) <= 1.0
+
+
+def test_without_signal_the_ratio_is_about_zero_and_the_cosine_has_no_interval():
+    found = statistics_of(np.random.default_rng(3).normal(size=(2, 60, 50)))
+    assert abs(found.snr(0).estimate) < 0.02
+    assert math.isnan(found.cosine(0, 1).low)
+
+
+def test_the_ratio_to_the_best_of_several():
+    found = statistics_of([[[1.0], [3.0], [2.0]], [[0.0], [2.0], [1.0]], [[5.0], [9.0], [1.0]]])
+    ratios = [found.snr(index).estimate for index in range(3)]
+    best = max(ratios[1:])
+    assert found.snr_ratio(0, [1, 2]).estimate == pytest.approx(ratios[0] / best)
+
+
+def test_inner_products_do_not_depend_on_the_chunk(monkeypatch):
+    gradients = np.random.default_rng(4).normal(size=(2, 3, 7)).astype(np.float32)
+    whole = inner_products(gradients)
+    monkeypatch.setattr("eval.gradient_statistics.CHUNK_ENTRIES", 12)
+    np.testing.assert_allclose(inner_products(gradients), whole, rtol=1e-6)
+    assert whole[0, 1, 2, 0] == pytest.approx(float(gradients[0, 2] @ gradients[1, 0]), rel=1e-5)
+
+
+def test_one_batch_is_refused():
+    with pytest.raises(ValueError, match="two"):
+        statistics_of([[[1.0]]])
