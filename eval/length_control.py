@@ -68,6 +68,9 @@ class LengthControlArguments:
         default=None,
         metadata={"help": "Prompts, by turns from each language and category. Default: all; sandbox: 320."},
     )
+    max_characters: int | None = field(
+        default=None, metadata={"help": "Leave longer tasks of the file out; how many is logged. Default: none."}
+    )
     num_samples: int = field(default=1, metadata={"help": "Completions per prompt and cell."})
     arms: list[str] = field(
         default_factory=list, metadata={"help": f"Some of {', '.join(ARMS)}. Default: all that enforce nothing."}
@@ -155,7 +158,7 @@ def load_prompts(args: LengthControlArguments, tokenizer: PreTrainedTokenizerBas
         texts = [problem.prompt for problem in problems]
         ids = tokenize_prompts(tokenizer, texts)
         return Prompts([SANDBOX] * len(texts), texts, ids, {}, [problem.answer for problem in problems])
-    tasks = read_tasks(args.dataset_name, args.languages, args.num_prompts)
+    tasks = read_tasks(args.dataset_name, args.languages, args.num_prompts, args.max_characters)
 
     def tokenize(texts: list[str]) -> list[list[int]]:
         chats = [[{"role": "user", "content": text}] for text in texts]

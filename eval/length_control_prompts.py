@@ -8,12 +8,15 @@ instruction, and a sentence about tokens follows it where the length is to be as
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lenvm_rl.guidance import AT_LEAST, AT_MOST, EQUAL_TO
+
+logger = logging.getLogger(__name__)
 
 # The languages as people name them, and as the files do.
 LANGUAGES = {"en": "en", "zh": "cn"}
@@ -82,13 +85,16 @@ def with_length(instruction: str, language: str, mode: str, target: int) -> str:
     return f"{instruction}\n{REQUIREMENTS[language].format(mode=WORDING[language][mode], target=target)}"
 
 
-def read_tasks(path: str, languages: list[str], limit: int | None = None) -> list[Task]:
+def read_tasks(
+    path: str, languages: list[str], limit: int | None = None, max_characters: int | None = None
+) -> list[Task]:
     """The tasks of a LIFEBench file.
 
     Args:
         path (`str`): a JSONL file with `id`, `category`, `lang` and `task`.
         languages (list of `str`): `"en"`, `"zh"` or both.
         limit (`int`, *optional*): take so many, by turns from each language and category; all by default.
+        max_characters (`int`, *optional*): leave longer tasks out, which is logged.
 
     Raises:
         ValueError: on an unknown language, a row that is no task, or fewer tasks than `limit`.
@@ -98,6 +104,7 @@ def read_tasks(path: str, languages: list[str], limit: int | None = None) -> lis
         raise ValueError(f"languages must be some of {sorted(LANGUAGES)}, got {languages}.")
     groups: dict[tuple[str, str], list[Task]] = {}
     codes = {code: language for language, code in LANGUAGES.items()}
+    too_long = 0
     # By newline only: U+2028 occurs inside strings.
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
@@ -107,9 +114,13 @@ def read_tasks(path: str, languages: list[str], limit: int | None = None) -> lis
         if missing:
             raise ValueError(f"{path}, line {number} lacks {missing}: a LIFEBench file is needed.")
         language = codes.get(row["lang"])
-        if language in languages:
+        if max_characters is not None and language in languages and len(row["task"]) > max_characters:
+            too_long += 1
+        elif language in languages:
             task = Task(str(row["id"]), language, row["category"], split_off_length(row["task"]))
             groups.setdefault((language, row["category"]), []).append(task)
+    if too_long:
+        logger.warning("%s: %d tasks of more than %d characters are left out", path, too_long, max_characters)
     turns = [task for turn in zip_longest_lists(list(groups.values())) for task in turn]
     if limit is not None and len(turns) < limit:
         raise ValueError(f"{path} has {len(turns)} tasks in {languages}, fewer than num_prompts={limit}.")

@@ -95,6 +95,9 @@ def test_tasks_are_taken_by_turns(tmp_path):
     path = write_tasks(tmp_path / "tasks.jsonl")
     assert [task.name for task in read_tasks(path, ["en", "zh"])] == ["1", "3", "4", "2"]
     assert [task.name for task in read_tasks(path, ["en"], 2)] == ["1", "3"]
+    assert read_tasks(path, ["en"], max_characters=10_000) == read_tasks(path, ["en"])
+    with pytest.raises(ValueError, match="has no tasks"):
+        read_tasks(path, ["en"], max_characters=3)
     assert read_tasks(path, ["zh"])[0].instruction == "w13 \u2028 w14"
     with pytest.raises(ValueError, match="fewer than num_prompts=5"):
         read_tasks(path, ["en", "zh"], 5)
