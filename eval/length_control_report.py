@@ -54,9 +54,10 @@ def summarise_cell(
 
     Returns:
         `dict`: intervals (95 %, bootstrapped over prompts) as `{"estimate", "low", "high"}`, shares and counts.
-        `perplexity` is ``exp`` of the mean over all tokens of all texts; `nll` the mean over texts of the mean over a
-        text's tokens, in nats; neither includes the end, whose own cost is `end_nll`. A text without tokens has no
-        `nll`, an unfinished one no `end_nll`: `empty` and `unfinished` say how many those are.
+        `exact` is the share that has exactly the target. `perplexity` is ``exp`` of the mean over all tokens of all
+        texts; `nll` the mean over texts of the mean over a text's tokens, in nats; neither includes the end, whose own
+        cost is `end_nll`. A text without tokens has no `nll`, an unfinished one no `end_nll`: `empty` and `unfinished`
+        say how many those are.
     """
     prompt = np.array([each.prompt for each in completions])
     lengths = np.array([each.length for each in completions])
@@ -73,6 +74,7 @@ def summarise_cell(
         "tokens": interval(lengths),
         "length_score": interval(length_score(lengths, targets, mode)),
         "deviation_percent": interval(100 * np.abs(length_deviation(lengths, targets))),
+        "exact": float((lengths == np.asarray(targets)).mean()),
         "natural": interval(natural),
         "forced_steps": float(np.mean([each.forced for each in completions])),
         "repetition": interval([repetition_rate(each.text_ids) for each in completions]),
@@ -131,14 +133,26 @@ def print_tables(rows: Sequence[dict[str, Any]], title: str, console: Console) -
     for mode in dict.fromkeys(row["mode"] for row in rows):
         table = Table(title=mode.replace("_", " "))
         graded = any(row["accuracy"] is not None for row in rows)
-        columns = ["tokens", "score", "deviation %", "ended %", "cut %", "empty", "forced", "perplexity", "NLL"]
+        columns = [
+            "tokens",
+            "score",
+            "deviation %",
+            "exact %",
+            "ended %",
+            "cut %",
+            "empty",
+            "forced",
+            "perplexity",
+            "NLL",
+        ]
         columns += ["end NLL", "repeated %"] + (["accuracy"] if graded else [])
         for column in ("target", "arm", *columns):
             table.add_column(column, justify="left" if column in ("target", "arm") else "right", no_wrap=True)
         shown = [row for row in rows if row["mode"] == mode and row["language"] == ALL]
         for row, following in zip(shown, [*shown[1:], None], strict=True):
             cells = [cell_text(row["tokens"], 1), cell_text(row["length_score"], 1)]
-            cells += [cell_text(row["deviation_percent"], 1), estimate_text(row["natural"], 0, 100)]
+            cells += [cell_text(row["deviation_percent"], 1), f"{100 * row['exact']:.0f}"]
+            cells += [estimate_text(row["natural"], 0, 100)]
             cells += [f"{100 * row['unfinished']:.0f}", str(row["empty"]), f"{row['forced_steps']:.2f}"]
             cells += [cell_text(row["perplexity"], 1), estimate_text(row["nll"], 2), estimate_text(row["end_nll"], 1)]
             cells += [estimate_text(row["repetition"], 1, 100)] + ([cell_text(row["accuracy"], 2)] if graded else [])

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
 from eval.prompt_boundary import quotient
 from eval.rank_agreement import rank_intervals
 from eval.statistics import Interval, mean_interval, statistic_interval
-from lenvm_rl.completions import completion_logits
+from eval.token_values import state_logits
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
 from lenvm_rl.target_spaces import TargetSpace
@@ -72,43 +72,19 @@ def read_completions(model: LengthValueModel, rollouts: Dataset, forward_tokens:
             one completion is longer).
     """
     space = TargetSpace(model.config.target, model.config.gamma, model.config.target_scale)
-    pairs = list(zip(rollouts["prompt_ids"][:], rollouts["completion_ids"][:], strict=True))
-    prompt_tokens, lengths = (torch.tensor([len(pair[side]) for pair in pairs]) for side in (0, 1))
+    prompts, completions = rollouts["prompt_ids"][:], rollouts["completion_ids"][:]
+    prompt_tokens, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, completions))
     finished = torch.tensor([reason == "stop" for reason in rollouts["finish_reason"][:]])
-    statistics = torch.zeros(len(pairs), len(POINTS) + 7)
-    for batch in tqdm(_batches(prompt_tokens, lengths, forward_tokens), desc="reading", unit="batch"):
-        prompts = [pairs[index][0] for index in batch]
-        arrays = (*_padded(prompts, left=True), *_padded([pairs[index][1] for index in batch], left=False))
-        logits = completion_logits(model, *(array.to(model.device) for array in arrays))[:, :-1]
-        rows = sequence_statistics(
-            space.return_logits(logits).cpu(), lengths[batch], finished[batch], model.config.gamma
-        )
+    statistics = torch.zeros(len(lengths), len(POINTS) + 7)
+    ends = finished.tolist()
+    for batch, states in state_logits(model, prompts, completions, finished=ends, max_tokens=forward_tokens):
+        # The state after a cut, where there is one, is past the length and so not read.
+        logits = space.return_logits(pad_sequence(states, batch_first=True))
+        rows = sequence_statistics(logits, lengths[batch], finished[batch], model.config.gamma)
         statistics[batch] = rows.float()
     return Completions(
         statistics, lengths, finished, torch.tensor(rollouts["group"][:]), prompt_tokens, model.config.gamma
     )
-
-
-def _batches(prompts: Tensor, lengths: Tensor, forward_tokens: int) -> list[list[int]]:
-    batches: list[list[int]] = []
-    widest = [0, 0]
-    for index in torch.argsort(prompts + lengths, descending=True, stable=True).tolist():
-        wider = [max(widest[0], int(prompts[index])), max(widest[1], int(lengths[index]))]
-        if not batches or (len(batches[-1]) + 1) * sum(wider) > forward_tokens:
-            batches.append([])
-            wider = [int(prompts[index]), int(lengths[index])]
-        batches[-1].append(index)
-        widest = wider
-    return batches
-
-
-def _padded(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    filled = [[0] * (width - len(row)) for row in rows]
-    ids = [pad + row if left else row + pad for pad, row in zip(filled, rows, strict=True)]
-    sizes = torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    steps = torch.arange(width)
-    return torch.tensor(ids), (steps >= width - sizes if left else steps < sizes).long()
 
 
 def moment_intervals(

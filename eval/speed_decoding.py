@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from eval.measurement import Measurement, measure_in_process, report, resident_peak
 from eval.speed_pretraining import Settings as PretrainingSettings
@@ -74,9 +74,15 @@ def make_prompts(settings: Settings, vocab: int) -> torch.Tensor:
     return torch.randint(5, vocab, (settings.rows, width), generator=draw)
 
 
-def time_generation(settings: Settings, guided: bool) -> float:
+def read_prefix(settings: Settings, policy: PreTrainedModel) -> tuple[torch.Tensor, Cache]:
+    """Random ids `(rows, prefix)`, and the policy's cache of them."""
+    draw = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(5, policy.config.vocab_size, (settings.rows, settings.prefix), generator=draw)
+    return ids, policy(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def time_generation(settings: Settings, policy: PreTrainedModel, value: LengthValueModel, guided: bool) -> float:
     """Seconds per generated token of a row: a long generation less one of a single token, the best of `repeats`."""
-    policy, value = load_models(settings)
     prompts = make_prompts(settings, policy.config.vocab_size)
     guidance = LengthGuidance(strength=1.0 if guided else 0.0, top_k=settings.candidates)
 
@@ -98,12 +104,9 @@ def time_generation(settings: Settings, guided: bool) -> float:
 
 
 @torch.no_grad()
-def time_floor(settings: Settings) -> float:
+def time_floor(settings: Settings, policy: PreTrainedModel, value: LengthValueModel) -> float:
     """Seconds per token of the two forwards alone, on caches of `prefix` tokens."""
-    policy, value = load_models(settings)
-    draw = torch.Generator().manual_seed(settings.seed)
-    ids = torch.randint(5, policy.config.vocab_size, (settings.rows, settings.prefix), generator=draw)
-    policy_cache = policy(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    ids, policy_cache = read_prefix(settings, policy)
     cache = value(input_ids=ids, use_cache=True).past_key_values
     k, prefix = settings.candidates, settings.prefix
     seen = torch.cat([torch.ones(k, prefix), torch.eye(k)], dim=1).bool()
@@ -122,12 +125,9 @@ def time_floor(settings: Settings) -> float:
 
 
 @torch.no_grad()
-def time_naive(settings: Settings) -> float:
+def time_naive(settings: Settings, policy: PreTrainedModel, value: LengthValueModel) -> float:
     """Seconds per token when every candidate is a complete row."""
-    policy, value = load_models(settings)
-    draw = torch.Generator().manual_seed(settings.seed)
-    ids = torch.randint(5, policy.config.vocab_size, (settings.rows, settings.prefix), generator=draw)
-    cache = policy(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    ids, cache = read_prefix(settings, policy)
     scorer = FullRowScorer(value)
     scorer.start(ids, torch.ones_like(ids))
     start = time.perf_counter()
@@ -139,9 +139,8 @@ def time_naive(settings: Settings) -> float:
     return (time.perf_counter() - start) / settings.naive_tokens
 
 
-def cache_bytes(settings: Settings, candidates: int) -> int:
+def cache_bytes(settings: Settings, value: LengthValueModel, candidates: int) -> int:
     """Bytes that the keys and values of the length value model take after `tokens` steps with so many candidates."""
-    _, value = load_models(settings)
     prompts = make_prompts(settings, value.config.get_text_config().vocab_size)
     scorer = CandidateScorer(value)
     scorer.start(prompts, torch.ones_like(prompts))
@@ -155,14 +154,17 @@ def cache_bytes(settings: Settings, candidates: int) -> int:
 def measure(case: str, settings: Settings) -> Measurement:
     """One of the cases, in this process."""
     torch.set_num_threads(settings.threads)
+    policy, value = load_models(settings)
     if case.startswith("cache_"):
-        return Measurement(1, settings.rows, 1.0, 1, cache_bytes(settings, int(case.removeprefix("cache_"))))
-    load_models(settings)
+        size = cache_bytes(settings, value, int(case.removeprefix("cache_")))
+        return Measurement(1, settings.rows, 1.0, 1, size)
     before = resident_peak()
     if case == "naive":
-        seconds = time_naive(settings)
+        seconds = time_naive(settings, policy, value)
+    elif case == "floor":
+        seconds = time_floor(settings, policy, value)
     else:
-        seconds = time_floor(settings) if case == "floor" else time_generation(settings, guided=case == "guided")
+        seconds = time_generation(settings, policy, value, guided=case == "guided")
     return Measurement(1, settings.rows, seconds, 1, resident_peak() - before)
 
 

@@ -77,19 +77,44 @@ def token_values(
             raise ValueError(f"The {name} of completions {empty[:10]} has no tokens, so there is no state to read.")
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+    found: dict[int, TokenValues] = {}
+    for batch, states in state_logits(model, prompt_ids, completion_ids, finished=finished, max_tokens=max_tokens):
+        for index, logits in zip(batch, states, strict=True):
+            found[index] = _values(logits.double(), bool(finished[index]), model.config.gamma)
+    return [found[index] for index in range(len(completion_ids))]
+
+
+@torch.no_grad()
+def state_logits(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    finished: Sequence[bool],
+    max_tokens: int,
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Logits of all states along completions, forward by forward, the longest completions first.
+
+    Args:
+        model, prompt_ids, completion_ids, finished, max_tokens: as in [`token_values`]; the model may be of any target.
+
+    Yields:
+        `tuple[list[int], list[torch.Tensor]]`: indices of the completions of a forward, and for each the logits of its
+        states `(L,)`, or `(L + 1,)` if it was cut, on the CPU.
+    """
     # Nothing is read after an end-of-sequence token, so it is not run.
     rows = [
         [*prompt, *(completion[:-1] if ended else completion)]
         for prompt, completion, ended in zip(prompt_ids, completion_ids, finished, strict=True)
     ]
-    found: dict[int, TokenValues] = {}
     with tqdm(total=len(rows), desc="reading", unit="completion") as progress:
         for batch in _batches([len(row) for row in rows], max_tokens):
-            for index, logits in zip(batch, _run(model, [rows[index] for index in batch]), strict=True):
-                states = logits[len(prompt_ids[index]) - 1 : len(rows[index])]
-                found[index] = _values(states, bool(finished[index]), model.config.gamma)
+            logits = _run(model, [rows[index] for index in batch])
+            yield (
+                batch,
+                [row[len(prompt_ids[index]) - 1 : len(rows[index])] for index, row in zip(batch, logits, strict=True)],
+            )
             progress.update(len(batch))
-    return [found[index] for index in range(len(rows))]
 
 
 def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -105,11 +130,11 @@ def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
 
 
 def _run(model: nn.Module, rows: Sequence[list[int]]) -> Tensor:
-    """Logits of rows padded on the right, float64 on the CPU."""
+    """Logits of rows padded on the right, on the CPU."""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-    return output.logits.cpu().double()
+    return output.logits.cpu()
 
 
 def _values(logits: Tensor, finished: bool, gamma: float) -> TokenValues:

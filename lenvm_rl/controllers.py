@@ -109,7 +109,50 @@ def _bisect(
     return trials
 
 
-class TargetController:
+class _IntegralController:
+    """What both controllers share: a setting that the integral of an error moves, within bounds."""
+
+    def __init__(self, rate: float, initial: float, minimum: float, maximum: float, proportional: float):
+        _check_positive(rate=rate)
+        if not 0.0 <= proportional < math.inf:
+            raise ValueError(f"proportional must be 0 or more and finite, got {proportional}.")
+        if not minimum <= initial <= maximum:
+            raise ValueError(
+                f"the initial setting {initial} must lie in [{minimum}, {maximum}]: change it or the bounds."
+            )
+        self.rate, self.minimum, self.maximum, self.proportional = rate, minimum, maximum, proportional
+        self.setting = self._integral = float(initial)
+        self.updates = 0
+
+    def update(self, measured: float) -> float:
+        """Takes a measurement, a mean over the last batch, and returns the new setting.
+
+        Raises:
+            ValueError: the measurement is not a finite number; everything stays as it is.
+        """
+        if not math.isfinite(measured):
+            raise ValueError(f"the measurement is {measured}: measure the mean over at least one completion.")
+        self.updates += 1
+        error = self._error(measured)
+        # The integral is bounded too, or it would take as long to come back.
+        self._integral = self._bounded(self._integral + self.rate * error)
+        self.setting = self._bounded(self._integral + self.proportional * error)
+        return self.setting
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint has to keep."""
+        return {"setting": self.setting, "integral": self._integral, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own."""
+        self.setting, self._integral = (self._bounded(float(state[name])) for name in ("setting", "integral"))
+        self.updates = int(state["updates"])
+
+    def _bounded(self, value: float) -> float:
+        return min(max(value, self.minimum), self.maximum)
+
+
+class TargetController(_IntegralController):
     """Steers a setting so that what it lowers settles at a target: an integral controller (dual ascent), bounded.
 
     ``integral <- clip(integral + rate * (measured / target - 1), minimum, maximum)`` after each measurement, and the
@@ -146,35 +189,15 @@ class TargetController:
         maximum: float = math.inf,
         proportional: float = 0.0,
     ):
-        _check_positive(target=target, rate=rate)
-        _check_proportional(proportional)
-        _check_bounds(initial, minimum, maximum)
-        self.target, self.rate, self.minimum, self.maximum = target, rate, minimum, maximum
-        self.proportional = proportional
-        self.setting = self._integral = float(initial)
-        self.updates = 0
+        _check_positive(target=target)
+        super().__init__(rate, initial, minimum, maximum, proportional)
+        self.target = target
 
-    def update(self, measured: float) -> float:
-        """Takes a measurement, such as the mean length of the last batch, and returns the new setting.
-
-        Raises:
-            ValueError: the measurement is not a finite number; the setting stays as it is.
-        """
-        _check_measurement(measured)
-        _steer(self, measured / self.target - 1.0)
-        self.updates += 1
-        return self.setting
-
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint has to keep."""
-        return {"setting": self.setting, "integral": self._integral, "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from what [`TargetController.state_dict`] returned; bounds and rates stay this controller's own."""
-        _restore(self, state)
+    def _error(self, measured: float) -> float:
+        return measured / self.target - 1.0
 
 
-class FloorController:
+class FloorController(_IntegralController):
     """Raises a setting as long as what it lowers stays above a floor, and takes it back where it does not.
 
     ``integral <- clip(integral + rate * (average - floor), minimum, maximum)`` after each measurement, `average` being
@@ -216,14 +239,10 @@ class FloorController:
         maximum: float = math.inf,
         proportional: float = 0.0,
     ):
-        _check_positive(rate=rate, half_life=half_life)
-        _check_proportional(proportional)
-        _check_bounds(initial, minimum, maximum)
-        self.floor, self.rate, self.minimum, self.maximum = floor, rate, minimum, maximum
-        self.proportional = proportional
+        _check_positive(half_life=half_life)
+        super().__init__(rate, initial, minimum, maximum, proportional)
+        self.floor = floor
         self.decay = 0.5 ** (1.0 / half_life)
-        self.setting = self._integral = float(initial)
-        self.updates = 0
         self._weighted = self._weight = 0.0
 
     @property
@@ -231,62 +250,19 @@ class FloorController:
         """The moving average, whose weights sum to 1 from the first measurement on; NaN before it."""
         return self._weighted / self._weight if self.updates else math.nan
 
-    def update(self, measured: float) -> float:
-        """Takes a measurement, such as the accuracy of the last batch, and returns the new setting.
-
-        Raises:
-            ValueError: the measurement is not a finite number; setting and average stay as they are.
-        """
-        _check_measurement(measured)
+    def _error(self, measured: float) -> float:
         self._weighted = self.decay * self._weighted + measured
         self._weight = self.decay * self._weight + 1.0
-        self.updates += 1
-        _steer(self, self.average - self.floor)
-        return self.setting
+        return self.average - self.floor
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint has to keep."""
-        return {
-            "setting": self.setting,
-            "integral": self._integral,
-            "updates": self.updates,
-            "weighted": self._weighted,
-            "weight": self._weight,
-        }
+        return {**super().state_dict(), "weighted": self._weighted, "weight": self._weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from what [`FloorController.state_dict`] returned; floor, bounds and rates stay this controller's."""
-        _restore(self, state)
+        """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own."""
+        super().load_state_dict(state)
         self._weighted, self._weight = float(state["weighted"]), float(state["weight"])
-
-
-def _steer(controller: TargetController | FloorController, error: float) -> None:
-    """Moves integral and setting by an error. The integral is bounded too, or it would take as long to come back."""
-    low, high = controller.minimum, controller.maximum
-    controller._integral = min(max(controller._integral + controller.rate * error, low), high)
-    controller.setting = min(max(controller._integral + controller.proportional * error, low), high)
-
-
-def _restore(controller: TargetController | FloorController, state: dict[str, float]) -> None:
-    low, high = controller.minimum, controller.maximum
-    controller.setting = min(max(float(state["setting"]), low), high)
-    controller._integral = min(max(float(state["integral"]), low), high)
-    controller.updates = int(state["updates"])
-
-
-def _check_proportional(proportional: float) -> None:
-    if not 0.0 <= proportional < math.inf:
-        raise ValueError(f"proportional must be 0 or more and finite, got {proportional}.")
-
-
-def _check_bounds(initial: float, minimum: float, maximum: float) -> None:
-    if not minimum <= initial <= maximum:
-        raise ValueError(f"the initial setting {initial} must lie in [{minimum}, {maximum}]: change it or the bounds.")
-
-
-def _check_measurement(measured: float) -> None:
-    if not math.isfinite(measured):
-        raise ValueError(f"the measurement is {measured}: measure the mean over at least one completion.")
 
 
 def _check_positive(**values: float) -> None:

@@ -162,6 +162,8 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
             setattr(self.report, name, torch.cat([getattr(self.report, name), column], dim=1))
 
     def _guided_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._untouched:
+            return scores
         written = input_ids.shape[1] - self._prompt_width
         policy = self._by_group(lambda each, rows: self._candidates(each, rows, input_ids, scores, written))
         if self._needs_values:
@@ -170,8 +172,6 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
             policy = self._by_group(
                 lambda each, rows: self._guide(each, rows, base[rows], values[rows], remaining[rows], written)
             )
-        elif self._untouched:
-            return scores
         if self._mixed:
             policy = self._decide_greedy_rows(policy)
         return policy * self.generation_temperature
@@ -205,9 +205,8 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
             for each in dict.fromkeys(per_row)
         ]
         self._back = torch.cat([members for _, members in self._groups]).argsort()
-        self._untouched = (
-            all(not each.truncates and self.generation_temperature == (each.temperature or 1.0) for each in per_row)
-            and not self._mixed
+        self._untouched = not (self._needs_values or self._mixed) and all(
+            not each.truncates and self.generation_temperature == (each.temperature or 1.0) for each in per_row
         )
         self._greedy = torch.tensor([each.temperature == 0 for each in per_row], device=device)
         self._finished = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -314,15 +313,15 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         written: int,
     ) -> Tensor:
         """The guided scores of rows with one guidance, with the hard bound on top."""
-        guided = guidance.guide(policy, values, remaining, written)
-        if not (guidance.bars_end(written) or guidance.puts_end(written)):
-            return guided
         if guidance.bars_end(written):
             unbarred = guidance.guide(self._unbarred[guidance], values, remaining, written)
             overruled = unbarred.softmax(dim=1)[:, self._eos].sum(dim=1)
             without = policy.index_fill(1, self._eos, -torch.inf)
             guided = guidance.guide(without, values, remaining, written)
         else:
+            guided = guidance.guide(policy, values, remaining, written)
+            if not guidance.puts_end(written):
+                return guided
             overruled = 1.0 - guided.softmax(dim=1)[:, self._eos].sum(dim=1)
             guided = torch.full_like(guided, -torch.inf)
             guided[:, self._eos[0]] = 0.0
