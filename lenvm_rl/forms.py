@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -198,6 +199,20 @@ class SharedDecoder:
                         self._put(path, layer, layer.base_layer)
                 if "rope_deltas" in vars(self.decoder):
                     self.decoder.rope_deltas = offsets
+
+    def copy(self, dtype) -> PreTrainedModel:
+        """A decoder of one's own with what is seen here: the shared weights, and one's adapter merged into them.
+
+        Args:
+            dtype (`str` or `torch.dtype`):
+                Dtype of the copy.
+        """
+        with _bare(self.decoder), torch.no_grad():
+            copied = copy_decoder(self.decoder, dtype)
+            for path, layer in self._layers.items():
+                weight = copied.get_submodule(path).weight
+                weight += layer.get_delta_weight(ADAPTER_NAME).to(weight.dtype)
+        return copied
 
     def _put(self, path, there, instead) -> None:
         parent, _, name = path.rpartition(".")

@@ -5,13 +5,14 @@ end of sequence counted: 0 is the end itself, -1 is infinitely far from it (arXi
 """
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from lenvm_rl.backbones import cache_of, check_tokenizer_fits, load_model
+from lenvm_rl.backbones import cache_of, check_tokenizer_fits, copy_decoder, load_model
 from lenvm_rl.cards import write_model_card
 from lenvm_rl.completions import bootstrap_values, completion_logits, position_ids_from_mask
 from lenvm_rl.configuration import HOW_TO_ADD_GAMMA, LengthValueConfig, check_complete, checked_gamma
@@ -256,6 +257,22 @@ class LengthValueModel(PreTrainedModel):
         self._frozen = True
         return self.requires_grad_(False).eval()
 
+    @contextmanager
+    def thawed(self) -> Iterator["LengthValueModel"]:
+        """For a re-fit: inside, every parameter takes a gradient (a shared base has none of them); afterwards, none.
+
+        The model stays in eval mode, so dropout stays off.
+        """
+        frozen = self._frozen
+        self._frozen = False
+        self.requires_grad_(True)
+        try:
+            yield self
+        finally:
+            self._frozen = frozen
+            if frozen:
+                self.requires_grad_(False)
+
     def train(self, mode: bool = True) -> "LengthValueModel":
         """As for any module, but a frozen model stays in eval mode."""
         return super().train(mode and not self._frozen)
@@ -317,6 +334,10 @@ class LengthValueModel(PreTrainedModel):
             )
             deltas = grid_offsets(self.backbone) if position_ids is None else None
         return self._output(outputs.last_hidden_state, cache_of(self.backbone, outputs) if use_cache else None, deltas)
+
+    def copied_decoder(self, dtype) -> PreTrainedModel:
+        """A decoder of the caller's own, with the weights of this model's and its adapter, if any, merged into them."""
+        return copy_decoder(self.backbone, dtype) if self._shared is None else self._shared.copy(dtype)
 
     def from_hidden_states(self, hidden_states: torch.FloatTensor) -> LengthValueOutput:
         """What a head alone says about hidden states that another forward has computed, such as a reference's.

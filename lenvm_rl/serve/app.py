@@ -220,4 +220,3 @@ def main(args: ServeArguments) -> None:
     logging.basicConfig(level=logging.INFO)
     app = create_app(load_engine(args))
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=GRACE)
-

@@ -1,5 +1,6 @@
 """What both trainers share: a frozen length value model beside the policy, the streams it gives, and what is logged."""
 
+import contextlib
 import os
 import textwrap
 from dataclasses import dataclass
@@ -8,19 +9,19 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from lenvm_rl.advantages import combine, length_advantage
 from lenvm_rl.completions import completion_logits
 from lenvm_rl.journal import MetricsFile
 from lenvm_rl.shaping import length_potential, value_potential
-from lenvm_rl.tokenization import check_pad_is_not_eos, check_same_tokenizer
+from lenvm_rl.tokenization import check_pad_is_not_eos
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.base_config import LenVMConfig
 from lenvm_rl.trainers.coefficient import LengthCoefficient
 from lenvm_rl.trainers.guided_rollouts import check_guided_rollouts, guided_generation, importance_ratio, read_guidance
-from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics, value_metrics
+from lenvm_rl.trainers.length_values import LengthValues, place_length_value_model
+from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics
 from lenvm_rl.trainers.streams import (
     Completions,
     action_gae,
@@ -64,8 +65,10 @@ class LenVMTrainer(GRPOTrainer):
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, grpo_arguments:
             As in [`trl.GRPOTrainer`]. `args` is of the trainer's own config class.
         length_value_model ([`LengthValueModel`] or `str`, *optional*):
-            The model or its path. It is frozen for good, and placed like TRL's reference model. Needed where
-            `length_coef` or `shaping_coef` is not 0; otherwise it is only logged.
+            The model or its path. It is frozen, and placed like TRL's reference model. Needed where `length_coef` or
+            `shaping_coef` is not 0; otherwise it is only logged. One of form `"adapter"` or `"head"` shares the
+            decoder of the reference model, or of the base under a policy's adapters; a head alone then reads the
+            reference's own forward ([`lenvm_rl.trainers.shared_base`]).
 
     Raises:
         `ValueError`: what [`lenvm_rl.trainers.checks`] refuses.
@@ -111,11 +114,11 @@ class LenVMTrainer(GRPOTrainer):
         checks.check_steering(args, self._gate_index)
         self._coefficient = LengthCoefficient(args)
         check_pad_is_not_eos(self._tokenizer)
+        self.length_value_model = self._length_values = None
         if length_value_model is not None:
-            self._check_length_value_model(length_value_model)
-            self.length_gamma = length_value_model.config.gamma
-            length_value_model = self._place_frozen(length_value_model.freeze())
-        self.length_value_model = length_value_model
+            self.length_value_model = place_length_value_model(length_value_model, self)
+            self._length_values = LengthValues(self.length_value_model, self)
+            self.length_gamma = self._length_values.gamma
         # TRL 1.12 knows the tokenizer's end of sequence only; later ones, every end that the model declares.
         self._ends = self.eos_token_ids if hasattr(self, "eos_token_ids") else [self._tokenizer.eos_token_id]
         self._raw_rewards: Tensor | None = None
@@ -124,22 +127,6 @@ class LenVMTrainer(GRPOTrainer):
         if self._guidance is not None:
             check_guided_rollouts(self)
         self.add_callback(MetricsFile())
-
-    def _check_length_value_model(self, length_value_model) -> None:
-        if self._is_vlm:
-            raise ValueError(
-                "The policy's processing class is a multimodal processor, but the length value model is given token "
-                "ids only: pass the tokenizer of a text model, or train without `length_value_model`."
-            )
-        check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, self._tokenizer)
-
-    def _place_frozen(self, model):
-        """On the device, wrapped or sharded as TRL does it with its reference model."""
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(model, self.accelerator)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     @property
     def _mode(self) -> str:
@@ -201,6 +188,15 @@ class LenVMTrainer(GRPOTrainer):
             correct=correct,
         )
 
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *arguments, **options
+    ):
+        values = self._length_values
+        with contextlib.nullcontext() if values is None else values.reading(model, logits_to_keep):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *arguments, **options
+            )
+
     def _value_logits(self, model, batch: dict, what: str) -> Tensor:
         """Logits of a value model at every state, `(B, T + 1)`, without gradient, in chunks of the per-device batch."""
         args = self.args
@@ -257,14 +253,20 @@ class LenVMTrainer(GRPOTrainer):
 
         Never ``F_t`` by itself, which looks one token ahead, and never its sum, which is the same for all completions
         of a prompt. With lambda 1 it is ``-Phi(s_t)``, a baseline. The task without a critic ends where it is cut, so
-        Phi is 0 there too.
+        Phi is 0 there too. Or ``GAE(0, Phi)``, which is the same.
         """
-        args = self.args
-        shaping = shaping_rewards(self._potential(logits), completions, args.shaping_discount, terminal_cut=True)
-        zero = torch.zeros_like(shaping)
-        return action_gae(shaping, zero, completions, args.task_gamma, args.task_lam, zero[:, 0])
+        args, potential = self.args, self._potential(logits)
+        if args.shaping_form == "critic_offset":
+            rewards, values = torch.zeros_like(potential[:, :-1]), potential[:, :-1]
+        else:
+            rewards = shaping_rewards(potential, completions, args.shaping_discount, terminal_cut=True)
+            values = torch.zeros_like(rewards)
+        end = torch.zeros_like(potential[:, 0])
+        return action_gae(rewards, values, completions, args.task_gamma, args.task_lam, end)
 
     def _generate_and_score_completions(self, inputs):
+        if self._length_values is not None and self._mode == "train":
+            self._log_all(self._length_values.refresh_if_due())
         batch = super()._generate_and_score_completions(inputs)
         completions = read_completions(batch, self._ends, self._tokenizer.pad_token_id)
         outcomes = self._outcomes(len(completions.mask))
@@ -272,11 +274,12 @@ class LenVMTrainer(GRPOTrainer):
         measured = completion_metrics(completions, outcomes.correct, reduce)
         self._log_all(measured)
         logits = length = coefficient = None
-        if self.length_value_model is not None:
-            logits = self._value_logits(self.length_value_model, batch, "length value model")
+        if self._length_values is not None:
+            logits = self._length_values.logits(batch)
             length = self._length_stream(logits, completions, outcomes)
             coefficient = self._take_coefficient(measured)
-            self._log_all(value_metrics(logits, completions, self.length_gamma, reduce))
+            training = self._mode == "train"
+            self._log_all(self._length_values.measure(logits, batch, completions, outcomes.correct, training))
         task = self._task_stream(batch, completions, outcomes, logits)
         self._log_all(stream_metrics(task, length, completions, reduce))
         if self.always_dense or self.args.needs_length_value_model:
@@ -313,6 +316,8 @@ class LenVMTrainer(GRPOTrainer):
         # Before the rest: a checkpoint that has its trainer state is then complete.
         if self.args.should_save:
             self._coefficient.save(self._checkpoint_folder(trial))
+        if self._length_values is not None:
+            self._length_values.save(self._checkpoint_folder(trial), self.args.should_save)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -320,6 +325,8 @@ class LenVMTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._coefficient.load(checkpoint)
+            if self._length_values is not None:
+                self._length_values.load(checkpoint)
 
     def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
         """The task advantage `(B, T)`, shaping included, 0 where no action is and for completions nobody scored."""

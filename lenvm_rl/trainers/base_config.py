@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from lenvm_rl.shaping import check_shaping_gamma
-from lenvm_rl.trainers.coefficient_config import CoefficientConfig
 from lenvm_rl.trainers.config_checks import require_choice, require_finite, require_unit
+from lenvm_rl.trainers.refresh_config import RefreshConfig
 
 GATES = ("all", "correct", "pass_rate")
 POTENTIALS = ("value", "length")
+SHAPING_FORMS = ("rewards", "critic_offset")
 
 
 @dataclass
-class LenVMConfig(CoefficientConfig):
+class LenVMConfig(RefreshConfig):
     """What [`LenVMGRPOConfig`] and [`LenVMPPOConfig`] share: the length stream, its gate, and shaping.
 
     Args:
@@ -41,6 +42,11 @@ class LenVMConfig(CoefficientConfig):
             Weight of potential-based shaping (arXiv 2604.27039, appendix C.3; Ng et al., 1999).
         shaping_potential (`str`, *optional*, defaults to `"value"`):
             `"value"`: ``Phi = V``. `"length"`: ``Phi = -n / max_completion_length``, n in tokens.
+        shaping_form (`str`, *optional*, defaults to `"rewards"`):
+            `"rewards"`: ``F_t = gamma * Phi(s_{t+1}) - Phi(s_t)`` is added to the rewards, and a critic learns the
+            shaped return. `"critic_offset"`: ``Phi`` is added to the critic's values (to 0 where there is no critic)
+            and the rewards stay as they are. The advantages are the same (docs/mathematics.md, theorem 6), up to
+            rounding; what differs is what the critic's metrics speak of.
         shaping_gamma (`float`, *optional*): discount of the shaping term; `task_gamma` when unset.
         allow_gamma_mismatch (`bool`, *optional*, defaults to `False`):
             Whether `shaping_gamma` may differ from `task_gamma`. Such shaping changes what is optimal.
@@ -127,6 +133,14 @@ class LenVMConfig(CoefficientConfig):
             "choices": POTENTIALS,
         },
     )
+    shaping_form: str = field(
+        default="rewards",
+        metadata={
+            "help": "How shaping comes in: 'rewards' (F is added to the rewards) or 'critic_offset' (the potential is "
+            "added to the critic's values). The advantages are the same.",
+            "choices": SHAPING_FORMS,
+        },
+    )
     shaping_gamma: float | None = field(
         default=None,
         metadata={"help": "Discount of the shaping term. Default: task_gamma, the only one that is potential-based."},
@@ -155,9 +169,15 @@ class LenVMConfig(CoefficientConfig):
             raise ValueError(f"task_gamma={self.task_gamma} is not in (0, 1]; 1 is the usual choice.")
         require_choice(self, "length_gate", GATES)
         require_choice(self, "shaping_potential", POTENTIALS)
+        require_choice(self, "shaping_form", SHAPING_FORMS)
         if self.shaping_gamma is not None and not 0.0 < self.shaping_gamma <= 1.0:
             raise ValueError(f"shaping_gamma={self.shaping_gamma} is not in (0, 1]; leave it unset to use task_gamma.")
         check_shaping_gamma(self.shaping_gamma, self.task_gamma, self.allow_gamma_mismatch)
+        if self.shaping_form == "critic_offset" and self.shaping_discount != self.task_gamma:
+            raise ValueError(
+                f"shaping_form='critic_offset' has no discount of its own, but shaping_gamma={self.shaping_gamma} is "
+                f"not task_gamma={self.task_gamma}: leave shaping_gamma out, or set shaping_form='rewards'."
+            )
         if isinstance(self.rollout_guidance, str):
             raise ValueError(f"rollout_guidance={self.rollout_guidance!r} is no JSON object: write it as '{{...}}'.")
         if not (math.isfinite(self.rollout_ratio_max) and self.rollout_ratio_max > 0):
@@ -189,4 +209,5 @@ class LenVMConfig(CoefficientConfig):
     @property
     def needs_length_value_model(self) -> bool:
         """Whether something is set that only a length value model can serve."""
-        return self.has_length_stream or self.shaping_coef != 0.0 or self.rollout_guidance is not None
+        wanted = (self.shaping_coef != 0.0, self.rollout_guidance is not None, self.refresh_steps > 0)
+        return self.has_length_stream or any(wanted)

@@ -9,6 +9,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.trainers.shared_base import is_shared
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,10 @@ def check_config_class(args, config_class) -> None:
         )
 
 
-def load_length_value_model(model_or_path, args) -> LengthValueModel | None:
+def load_length_value_model(model_or_path, args):
     """The length value model of a run, loaded if it is a path, or `None` where none is needed and none is given.
+
+    A path to one that shares its decoder is left a path: see [`~lenvm_rl.trainers.shared_base.on_shared_base`].
 
     Raises:
         `ValueError`: a coefficient needs one and there is none, or what was given is another kind of model.
@@ -121,16 +124,13 @@ def load_length_value_model(model_or_path, args) -> LengthValueModel | None:
             )
         return None
     if isinstance(model_or_path, (str, os.PathLike)):
+        if is_shared(model_or_path):
+            return model_or_path
         model_or_path = LengthValueModel.from_pretrained(model_or_path)
     if not isinstance(model_or_path, LengthValueModel):
         raise ValueError(
             f"`length_value_model` is a {type(model_or_path).__name__}; it has to be a LengthValueModel or the path of "
             "one. Make one with `LengthValueModel.from_backbone` and pretrain it on rollouts of the policy."
-        )
-    if model_or_path.config.form != "full":
-        raise ValueError(
-            f"`length_value_model` has the form '{model_or_path.config.form}' on a base that it shares, which the "
-            "trainers do not support: give one with form='full'."
         )
     if model_or_path.config.target != "return":
         raise ValueError(

@@ -101,12 +101,13 @@ class TaskCritic(PreTrainedModel):
         Args:
             model_or_path (`PreTrainedModel` or `peft.PeftModel` or `str`):
                 A causal language model, a decoder, or a [`LengthValueModel`], whose weights are copied; adapters are
-                merged into the copy. Or a folder or hub id to load a decoder from (safetensors only).
+                merged into the copy (of a shared decoder, those of the length value model alone). Or a folder or hub
+                id to load a decoder from (safetensors only).
         """
         if isinstance(model_or_path, (str, os.PathLike)):
             backbone = load_decoder(model_or_path, torch.float32)
         elif isinstance(model_or_path, LengthValueModel):
-            backbone = copy_decoder(model_or_path.backbone, torch.float32)
+            backbone = model_or_path.copied_decoder(torch.float32)
         else:
             backbone = copy_decoder(_merged(model_or_path), torch.float32)
         return cls(TaskCriticConfig(backbone_config=backbone.config), backbone=backbone).to(backbone.device)

@@ -33,7 +33,7 @@ class Moments:
         mask = mask.bool()
         x = torch.where(mask, x.detach(), 0).double()
         y = x if y is None else torch.where(mask, y.detach(), 0).double()
-        sums = [mask.sum().double(), x.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum()]
+        sums = [mask.sum().double(), x.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum(), y.sum()]
         self._sums[name] = torch.stack(sums)
 
     def exchange(self) -> "Moments":
@@ -58,8 +58,19 @@ class Moments:
 
     def cosine(self, name: str) -> float:
         """Cosine of the angle between `x` and `y`."""
-        _, _, xx, xy, yy = self._sums[name]
+        _, _, xx, xy, yy, _ = self._sums[name]
         return xy / math.sqrt(xx * yy) if xx > 0.0 and yy > 0.0 else math.nan
+
+    def slope(self, name: str) -> float:
+        """Slope of the regression line of `x` on `y`, NaN where `y` does not vary but for float32 rounding."""
+        count, x, _, xy, yy, y = self._sums[name]
+        if not count:
+            return math.nan
+        mean = y / count
+        variance = yy / count - mean**2
+        if variance <= ROUNDING_VARIANCE * (1.0 + mean**2):
+            return math.nan
+        return (xy / count - mean * x / count) / variance
 
     def explained_variance(self, error: str, target: str) -> float:
         """``1 - Var(error) / Var(target)``: 1 for a perfect prediction, 0 for a constant one, NaN for equal targets.
@@ -103,6 +114,8 @@ def value_metrics(logits: Tensor, completions: Completions, gamma: float, reduce
     - `lenvm/td_residual_mean`: mean of ``-(1 - gamma) + gamma V(s_{t+1}) - V(s_t)``; above 0 where completions end
       earlier than the model expects.
     - `lenvm/explained_variance`: of the realised length return by V, over finished completions.
+    - `lenvm/calibration_slope`: slope of the realised length return on V, over the same states: 1 where a difference in
+      V means that difference in the return, below 1 where V exaggerates it, above 1 where it plays it down.
     - `lenvm/predicted_length`, `lenvm/realised_length`: means over finished completions, predicted from the prompt.
 
     Args:
@@ -119,7 +132,7 @@ def value_metrics(logits: Tensor, completions: Completions, gamma: float, reduce
     moments.add("value", values, actions)
     moments.add("residual", residuals, actions)
     moments.add("error", returns - values, ended)
-    moments.add("return", returns, ended)
+    moments.add("return", returns, ended, values)
     moments.add("predicted", remaining_from_logits(logits[:, 0], gamma) - 1.0, completions.finished)
     moments.add("realised", completions.lengths.float(), completions.finished)
     moments.exchange()
@@ -127,6 +140,7 @@ def value_metrics(logits: Tensor, completions: Completions, gamma: float, reduce
         "lenvm/value_mean": moments.mean("value"),
         "lenvm/td_residual_mean": moments.mean("residual"),
         "lenvm/explained_variance": moments.explained_variance("error", "return"),
+        "lenvm/calibration_slope": moments.slope("return"),
         "lenvm/predicted_length": moments.mean("predicted"),
         "lenvm/realised_length": moments.mean("realised"),
     }

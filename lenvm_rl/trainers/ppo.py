@@ -136,6 +136,11 @@ class LenVMPPOTrainer(LenVMTrainer):
                 "LenVMGRPOTrainer."
             )
         checks.check_optimizer(args)
+        if args.refresh_steps > 0 and args.shaping_coef != 0.0:
+            raise ValueError(
+                "refresh_steps changes the potential of shaping, which is a part of what a learned critic has learnt: "
+                "set shaping_coef=0 or refresh_steps=0, or use critic='lenvm'."
+            )
         if args.kl_in_reward and self._is_vlm:
             raise ValueError("kl_in_reward=True reads text only, and the policy has pictures: use beta alone.")
         if self.lr_scheduler is not None:
@@ -171,15 +176,16 @@ class LenVMPPOTrainer(LenVMTrainer):
         else:
             values = self._value_logits(self.critic, batch, "task critic")
             rewards = self._rewards(batch, completions, outcomes, logits)
-            task, targets = self._critic_streams(values, completions, rewards)
-            batch["critic_mask"] = completions.actions & scored
+            offset = torch.zeros_like(values)
+            if self.args.shaping_coef != 0.0 and self.args.shaping_form == "critic_offset":
+                offset = self._potential(logits)
+            task, targets = self._critic_streams(values + offset, completions, rewards)
+            mask = completions.actions & scored
+            batch["critic_mask"] = mask
             batch["critic_values"] = values[:, :-1]
             batch["critic_returns"] = targets + values[:, :-1]
-            self._log_all(
-                critic_metrics(
-                    batch["critic_values"], batch["critic_returns"], batch["critic_mask"], self._sum_over_processes
-                )
-            )
+            shown = (values + offset)[:, :-1]
+            self._log_all(critic_metrics(shown, targets + shown, mask, self._sum_over_processes))
         task = torch.where(scored, task, 0.0)
         return self._whiten(task, completions, outcomes) if self.args.whiten in ("task", "streams") else task
 
@@ -199,7 +205,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         """What each token is paid, `(B, T)`: the reward at the end, and shaping and divergence along the way."""
         args = self.args
         rewards = final_rewards(outcomes.rewards, completions)
-        if args.shaping_coef != 0.0:
+        if args.shaping_coef != 0.0 and args.shaping_form == "rewards":
             terminal_cut = args.truncation == "terminal"
             rewards += shaping_rewards(self._potential(logits), completions, args.shaping_discount, terminal_cut)
         if args.kl_in_reward:
