@@ -59,4 +59,4 @@ smollm2: $(INSTALLED)
 
 clean:
 	rm -rf outputs wandb build dist .pytest_cache
-	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -135,12 +135,44 @@ def batch_gradients(
     total = torch.zeros(len(advantages), sum(parameter.numel() for parameter in parameters))
     for start in range(0, advantages.shape[1], forward_size):
         rows = slice(start, start + forward_size)
-        log_probs = token_log_probs(policy, batch.rows(rows, policy.device), temperature)
-        for index, weights in enumerate(advantages[:, rows].to(log_probs)):
+        outputs, per_token = token_outputs(policy, parameters, batch.rows(rows, policy.device), temperature)
+        for index, weights in enumerate(advantages[:, rows].to(per_token)):
             last = index == len(advantages) - 1
-            parts = torch.autograd.grad((weights * log_probs).sum(), parameters, retain_graph=not last)
+            weights = weights if per_token.dim() == 2 else weights.unsqueeze(2)
+            parts = torch.autograd.grad(outputs, parameters, weights * per_token, retain_graph=not last)
             total[index] += torch.cat([part.flatten() for part in parts]).float().cpu()
     return total / normaliser
+
+
+def token_outputs(
+    policy: PreTrainedModel, parameters: Sequence[nn.Parameter], batch: TokenBatch, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """What the gradients of single tokens go back from, and the gradient of each token's log-probability there.
+
+    If the output embeddings are among the parameters, those are log-probabilities `(N, T)` and 1. Otherwise they are
+    the hidden states before the output embeddings `(N, T, H)` and, as a token's log-probability depends on no other
+    position's, its derivative there: the way back through a large vocabulary is then gone once, and not by every
+    estimator.
+    """
+    head = policy.get_output_embeddings()
+    if any(weight is parameter for weight in head.parameters() for parameter in parameters):
+        log_probs = token_log_probs(policy, batch, temperature)
+        return log_probs, torch.ones_like(log_probs)
+    seen: list[Tensor] = []
+
+    def cut(module, inputs):
+        seen.extend([inputs[0], inputs[0].detach().requires_grad_()])
+        return (seen[1],)
+
+    hook = head.register_forward_pre_hook(cut)
+    try:
+        log_probs = token_log_probs(policy, batch, temperature)
+    finally:
+        hook.remove()
+    hidden, leaf = seen
+    (derivative,) = torch.autograd.grad(log_probs.sum(), leaf)
+    # The last of the states is behind the last token.
+    return hidden[:, :-1], derivative[:, :-1]
 
 
 @dataclass

@@ -214,10 +214,11 @@ def print_measurements(measured: dict[str, Measurement], settings: Settings, con
     what = (
         settings.model or f"Llama, hidden size {settings.hidden}, {settings.layers} layers, vocabulary {settings.vocab}"
     )
+    device = "bfloat16 (autocast) on a GPU" if torch.cuda.is_available() else "float32 on a CPU"
     console.print(
         f"{what}; {settings.batch} completions an update, prompts of {settings.prompt_tokens} tokens, completions of "
         f"{settings.completion_tokens}, {settings.epochs} passes; {settings.updates} updates, {settings.threads} "
-        "thread(s), float32 on a CPU"
+        f"thread(s), {device}"
     )
     table = Table("what", title="PPO")
     for column in ("tokens/s", "of TRL's", "seconds per update"):

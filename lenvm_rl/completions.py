@@ -28,7 +28,7 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.LongTensor:
 
 
 def completion_logits(
-    model, prompt_ids, prompt_mask, completion_ids, completion_mask, chunk_size=None
+    model, prompt_ids, prompt_mask, completion_ids, completion_mask, chunk_size=None, further_inputs=None
 ) -> torch.FloatTensor:
     """The logits of a batch of completions at every state.
 
@@ -49,6 +49,9 @@ def completion_logits(
             1 where a completion token exists.
         chunk_size (`int`, *optional*):
             Rows per forward; all at once by default.
+        further_inputs (`Callable`, *optional*):
+            `further_inputs(rows)` gives the model's further keyword arguments for a `slice` of rows, such as those of
+            pictures.
 
     Returns:
         `torch.FloatTensor` of shape `(B, T + 1)`: entry t is the logit of the state before token t, so entry 0 is read
@@ -65,8 +68,9 @@ def completion_logits(
     ids = torch.cat([prompt_ids, completion_ids], dim=1).masked_fill(mask == 0, 0)
     size = len(ids) if chunk_size is None else chunk_size
     chunks = []
-    for rows, rows_mask in zip(ids.split(size), mask.split(size), strict=True):
-        logits = model(input_ids=rows, attention_mask=rows_mask).logits
+    for index, (rows, rows_mask) in enumerate(zip(ids.split(size), mask.split(size), strict=True)):
+        further = {} if further_inputs is None else further_inputs(slice(index * size, (index + 1) * size))
+        logits = model(input_ids=rows, attention_mask=rows_mask, **further).logits
         if logits.shape != rows.shape:
             raise ValueError(
                 f"A value model gives one logit per position, here {tuple(rows.shape)}, but this model gives "

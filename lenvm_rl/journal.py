@@ -80,6 +80,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Called by the Trainer; only the first process writes."""
         if state.is_world_process_zero:
+            self._cut_half_line(args)
             self._append(args, {"event": "train_begin", "step": state.global_step})
 
     def on_log(self, args, state, control, **kwargs):
@@ -88,11 +89,28 @@ class MetricsFile(TrainerCallback):
             # Not the argument `logs`: other callbacks take entries out of it.
             self._append(args, {name: _plain(value) for name, value in state.log_history[-1].items()})
 
+    @staticmethod
+    def _path(args) -> Path:
+        return Path(args.output_dir) / "metrics.jsonl"
+
+    def _cut_half_line(self, args) -> None:
+        """A line that the run before could not write to its end (its disk was full) would spoil the next one."""
+        path = self._path(args)
+        content = path.read_bytes() if path.exists() else b""
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logger.warning("%s: the half-written last line is cut off", path)
+            os.truncate(path, whole)
+
     def _append(self, args, entry: dict[str, Any]) -> None:
-        path = Path(args.output_dir) / "metrics.jsonl"
+        path = self._path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, allow_nan=False) + "\n")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, allow_nan=False) + "\n")
+        except OSError as error:
+            error.add_note(f"{path} could not be written: make room on its disk, and resume from the last checkpoint.")
+            raise
 
 
 def _plain(value: Any) -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config
 
 from eval.arms import load_reward
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.configs import LenVMConfig
+from lenvm_rl.trainers.resuming import last_complete_checkpoint
 from recipes.arguments import StageArguments
 from recipes.stages import TRAIN_SEED, Run, console, run_stage
 from reward.checkpointing import RewardStates
@@ -103,11 +103,20 @@ def train_stage(algorithm: str, run: Run, make_trainer: Callable[..., Any], **se
             length_value_model=run.length_value_model,
             peft_config=get_peft_config(run.model),
         )
-        found = get_last_checkpoint(str(target)) if target.is_dir() else None
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or found)
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_complete_checkpoint(target))
+        done, wanted = trainer.state.global_step, trainer.state.max_steps
+        if done < wanted:
+            # As on SIGTERM with enable_jit_checkpoint: the stage is not finished.
+            raise SystemExit(
+                f"Training was stopped after {done} of {wanted} steps: run the same command again, and it goes on."
+            )
         trainer.save_model(str(target))
         if getattr(trainer, "critic", None) is not None and PartialState().is_main_process:
             trainer.save_critic(str(target / "critic"))
+        if config.refresh_steps > 0 and PartialState().is_main_process:
+            # The run's own is that of the base policy, and stays; this one knows the trained policy.
+            bare = trainer.accelerator.unwrap_model(trainer.length_value_model)
+            bare.save_pretrained(str(target / "length_value_model"))
 
     depends = {key: value for key, value in config.to_dict().items() if key not in NOT_PART_OF_A_RUN}
     stages = {"reward_funcs": run.args.reward_funcs, "train_prompts": run.args.train_prompts}
@@ -119,9 +128,12 @@ def train_stage(algorithm: str, run: Run, make_trainer: Callable[..., Any], **se
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that belong to the run as it ended: those of lost steps are left out."""
+    """The lines of a metrics.jsonl that belong to the run as it ended: those of lost steps are left out.
+
+    So is a last line that the run could not write to its end.
+    """
     kept: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         entry = json.loads(line)
         if entry.get("event") == "train_begin":
             kept = [before for before in kept if before["step"] <= entry["step"]]

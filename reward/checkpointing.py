@@ -69,8 +69,13 @@ class RewardStates(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Called by the Trainer when it has written a checkpoint; the first process adds the file."""
-        if self.rewards and state.is_world_process_zero:
-            with atomic_file(_folder(args, state) / FILE_NAME) as file:
+        if state.is_world_process_zero:
+            self.save_in_checkpoint(_folder(args, state))
+
+    def save_in_checkpoint(self, folder: str | PathLike) -> None:
+        """Called by the trainers of `lenvm_rl` before a checkpoint counts as complete; it then has the file."""
+        if self.rewards:
+            with atomic_file(Path(folder) / FILE_NAME) as file:
                 file.write((json.dumps(self._states(), indent=2, allow_nan=False) + "\n").encode())
 
     def _states(self) -> dict[str, Any]:

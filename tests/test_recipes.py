@@ -168,6 +168,22 @@ def test_smoke_run_leaves_every_artefact_and_is_reused(tmp_path, monkeypatch, ca
     assert (run / "rollouts.jsonl").read_bytes() == before
     assert set(json.loads((run / "run.json").read_text())["trained"]) == {"ppo", "grpo"}
 
+    # A run that is stopped is not finished, and one with refresh leaves the model as it was re-fitted last.
+    class Stopped(ppo_shaped.LenVMPPOTrainer):
+        def training_step(self, *arguments, **options):
+            self.control.should_training_stop = True
+            return super().training_step(*arguments, **options)
+
+    refreshed = (*arguments, "--trained_name", "refreshed", "--refresh_steps", "1")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped after 1 of 2 steps"):
+        patch.setattr(ppo_shaped, "LenVMPPOTrainer", Stopped)
+        run_recipe(ppo_shaped, patch, *refreshed)
+    assert not json.loads((run / "refreshed.stage.json").read_text())["finished"]
+    run_recipe(ppo_shaped, monkeypatch, *refreshed)
+    assert json.loads((run / "refreshed.stage.json").read_text())["finished"]
+    models = [LengthValueModel.from_pretrained(run / name / "length_value_model") for name in (".", "refreshed")]
+    assert any(not a.equal(b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
 
 @pytest.mark.parametrize("config", [StageArguments, ppo_shaped.CriticArguments, LenVMPPOConfig, LenVMGRPOConfig])
 def test_every_field_of_ours_has_a_help_text(config):

@@ -100,6 +100,16 @@ class TestClients:
                     list(complete(client, [START], {"strength": 1.0}, stream=True))
                 assert complete(client, [START]).choices[0].finish_reason == "stop"
 
+    def test_a_failure_that_nobody_foresaw_ends_its_connection_and_says_so(self, monkeypatch):
+        """The server drops that connection, so a client that kept it would lose its next request."""
+        engine = scripted_engine(geometric_chain(0.5))
+        monkeypatch.setattr(engine, "_tokenize", lambda request: 1 / 0)
+        with serving(engine) as client:
+            for _ in range(2):
+                with pytest.raises(openai.InternalServerError, match="ZeroDivisionError") as error:
+                    complete(client, [START])
+                assert error.value.response.headers["connection"] == "close"
+
     def test_stopping_the_server_tells_who_waits(self):
         engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000)
         with ThreadPoolExecutor(2) as pool, serving(engine) as client:

@@ -132,6 +132,18 @@ def test_what_leaks_into_the_rollout_is_refused():
         check_legacy_ppo(arguments(), tiny_llama(VOCAB), tokenizer)
 
 
+@pytest.mark.parametrize("filler", [None, PAD, EOS, 5])
+def test_a_policy_that_pads_with_a_word_is_refused(filler):
+    """Without a pad token of its own, or with the end of sequence, `generate` fills up with copies of the end."""
+    policy = tiny_llama(VOCAB)
+    policy.generation_config.pad_token_id = filler
+    if filler != 5:
+        check_legacy_ppo(arguments(), policy, tiny_tokenizer(VOCAB))
+        return
+    with pytest.raises(ValueError, match="pads with 5 and the tokenizer with 0.*pad_token_id = tokenizer.pad_token_id"):
+        check_legacy_ppo(arguments(), policy, tiny_tokenizer(VOCAB))
+
+
 def test_a_bound_that_is_not_read_is_told(caplog):
     check_legacy_ppo(arguments(max_grad_norm=1.0), tiny_llama(VOCAB), tiny_tokenizer(VOCAB))
     assert "max_grad_norm=1 is not read" in caplog.text
@@ -140,6 +152,10 @@ def test_a_bound_that_is_not_read_is_told(caplog):
 def test_a_critic_that_trl_cannot_read_is_refused():
     with pytest.raises(ValueError, match="no layer `score`"):
         shaped(tiny_llama(VOCAB))
+    config = make_critic().config
+    config.num_labels = 2
+    with pytest.raises(ValueError, match="2 outputs.*num_labels=1"):
+        shaped(LlamaForSequenceClassification(config))
     with pytest.raises(ValueError, match="give max_completion_length"):
         shaped(make_critic(), shaping_potential="length")
     with pytest.raises(ValueError, match="shaping_potential='tokens' is unknown"):
@@ -148,5 +164,8 @@ def test_a_critic_that_trl_cannot_read_is_refused():
 
 @pytest.mark.skipif(Version(version("trl")) < Version("1.13"), reason="this TRL has a PPO trainer")
 def test_a_trl_without_the_trainer_says_so():
-    with pytest.raises(ImportError, match="use lenvm_rl.trainers.LenVMPPOTrainer"):
-        legacy_ppo()
+    from eval.speed import main
+
+    for run in (legacy_ppo, lambda: main(["ppo"])):
+        with pytest.raises(ImportError, match="use lenvm_rl.trainers.LenVMPPOTrainer"):
+            run()

@@ -28,7 +28,8 @@ base.centered_gated_advantage = spy
 
 def check(name, trainer):
     trainer.train()
-    parts = [trainer.model] + ([trainer.accelerator.unwrap_model(trainer.critic)] if name == "ppo" else [])
+    parts = [trainer.model, trainer.accelerator.unwrap_model(trainer.length_value_model)]
+    parts += [trainer.accelerator.unwrap_model(trainer.critic)] if name == "ppo" else []
     flat = torch.cat([p.detach().flatten() for part in parts for p in part.parameters()])
     everyone = trainer.accelerator.gather(flat.unsqueeze(0))
     assert everyone.shape[0] == 2 and torch.equal(everyone[0], everyone[1]), "the processes have drifted apart"
@@ -47,6 +48,23 @@ check("ppo", trainer)
 more = dict(common, length_gate_center=False, length_gate="pass_rate", critic_warmup_steps=1, accuracy_floor=0.1)
 for whiten_what in ("streams", "sum"):
     check("ppo", ppo({folder!r} + "/" + whiten_what, first_is_w8, random_lenvm(), whiten=whiten_what, **more))
+
+# Each process re-fits the length value model to completions of its own, with the gradients of both: it moves alike.
+def flat_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+refresh = dict(refresh_steps=1, refresh_learning_rate=1e-2, refresh_batch_size=4, refresh_completions=20)
+lenvm = random_lenvm()
+start = flat_of(lenvm)
+refreshed = ppo({folder!r} + "/refresh", first_is_w8, lenvm, **refresh, **more)
+check("ppo", refreshed)
+assert float((flat_of(lenvm) - start).abs().max()) > 1e-3, "the length value model has not moved"
+assert "refresh/loss_last" in refreshed.state.log_history[-2]
+rows = refreshed._length_values._refresh.rows
+assert len(rows) == 10, "twenty completions of both"
+sums = torch.tensor([float(sum(int(row.completion_ids.sum()) * i for i, row in enumerate(rows)))])
+first, second = trainer.accelerator.gather(sums)
+assert first != second, "both keep the same completions"
 
 # A process reads its own rows of what all completions were paid and centred with.
 process = trainer.accelerator.process_index

@@ -135,7 +135,11 @@ def create_app(engine: Engine) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return error_response(server_error(error))
+        # The framework raises the error again once this is sent, and the server then drops the connection: a client
+        # that is not told would send its next request into a closed one.
+        response = error_response(server_error(error))
+        response.headers["Connection"] = "close"
+        return response
 
     return app
 
@@ -161,12 +165,13 @@ async def answer(engine: Engine, request: Request, *, chat: bool) -> Response:
     job = engine.submit(engine.prepare(asked))
     try:
         done = asyncio.wrap_future(job.future)
+        # Below, a failure is read from the job: where the client has gone, nobody asks for it.
+        done.add_done_callback(lambda future: future.cancelled() or future.exception())
         while not (await asyncio.wait({done}, timeout=PATIENCE))[0]:
             if await request.is_disconnected():
                 # Nobody reads this.
                 return Response(status_code=499)
-        check_not_closed(job)
-        await done
+        check_not_failed(job)
     finally:
         job.cancel()
     return JSONResponse(Answer(job, engine.name).whole())
@@ -180,10 +185,7 @@ async def stream(job: Job, name: str, pieces: asyncio.Queue) -> AsyncIterator[st
             yield event(chunk)
         while (piece := await pieces.get()) is not None:
             yield event(writer.chunk(piece))
-        check_not_closed(job)
-        if (failure := job.future.exception()) is not None:
-            logger.error("A streamed answer failed.", exc_info=failure)
-            raise server_error(failure)
+        check_not_failed(job)
         for chunk in writer.closing():
             yield event(chunk)
         yield DONE
@@ -194,10 +196,13 @@ async def stream(job: Job, name: str, pieces: asyncio.Queue) -> AsyncIterator[st
         job.cancel()
 
 
-def check_not_closed(job: Job) -> None:
-    """Raises a [`RequestError`] if a job ended because the server is being stopped."""
+def check_not_failed(job: Job) -> None:
+    """Raises a [`RequestError`] if a job ended because the server is being stopped, or its generation failed."""
     if job.cancelled.is_set():
         raise RequestError("The server was stopped: try again later.", status=503, kind="server_error")
+    if (failure := job.future.exception()) is not None:
+        logger.error("An answer failed.", exc_info=failure)
+        raise server_error(failure)
 
 
 def server_error(error: BaseException) -> RequestError:

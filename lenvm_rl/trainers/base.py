@@ -1,14 +1,11 @@
 """What both trainers share: a frozen length value model beside the policy, the streams it gives, and what is logged."""
 
 import contextlib
-import os
 import textwrap
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from lenvm_rl.advantages import combine, length_advantage
@@ -18,10 +15,16 @@ from lenvm_rl.shaping import length_potential, value_potential
 from lenvm_rl.tokenization import check_pad_is_not_eos
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.base_config import LenVMConfig
+from lenvm_rl.trainers.checkpoint_files import check_files, explained_failure
 from lenvm_rl.trainers.coefficient import LengthCoefficient
 from lenvm_rl.trainers.guided_rollouts import check_guided_rollouts, guided_generation, importance_ratio, read_guidance
 from lenvm_rl.trainers.length_values import LengthValues, place_length_value_model
 from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics
+from lenvm_rl.trainers.pictures import picture_inputs
+from lenvm_rl.trainers.resuming import ResumableTrainer
+from lenvm_rl.trainers.reward_calls import check_reward_models, watched_rewards
+from lenvm_rl.trainers.sharding import check_shards
+from lenvm_rl.trainers.stopping import stop_between_generations
 from lenvm_rl.trainers.streams import (
     Completions,
     action_gae,
@@ -58,7 +61,7 @@ class Outcomes:
     correct: Tensor
 
 
-class LenVMTrainer(GRPOTrainer):
+class LenVMTrainer(ResumableTrainer):
     """[`trl.GRPOTrainer`] with a frozen length value model: the common part of the two trainers, not for use by itself.
 
     Args:
@@ -71,7 +74,7 @@ class LenVMTrainer(GRPOTrainer):
             reference's own forward ([`lenvm_rl.trainers.shared_base`]).
 
     Raises:
-        `ValueError`: what [`lenvm_rl.trainers.checks`] refuses.
+        `ValueError`: what [`lenvm_rl.trainers.checks`] and [`lenvm_rl.trainers.resuming`] refuse.
         `FileNotFoundError`: a model's path does not exist.
     """
 
@@ -109,6 +112,7 @@ class LenVMTrainer(GRPOTrainer):
             processing_class=processing_class,
             **grpo_arguments,
         )
+        check_shards(self)
         # Known from here on: the tokenizer and the reward functions, as TRL sees them.
         self._gate_index = checks.gate_index(args.gate_reward, self.reward_func_names)
         checks.check_steering(args, self._gate_index)
@@ -127,6 +131,7 @@ class LenVMTrainer(GRPOTrainer):
         if self._guidance is not None:
             check_guided_rollouts(self)
         self.add_callback(MetricsFile())
+        stop_between_generations(self)
 
     @property
     def _mode(self) -> str:
@@ -169,7 +174,9 @@ class LenVMTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # The one place where the rewards of single functions can be had: they are not in the batch.
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with watched_rewards(self):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        check_reward_models(rewards, self)
         checks.check_rewards(rewards, self.reward_func_names)
         self._raw_rewards = rewards
         return rewards
@@ -209,6 +216,7 @@ class LenVMTrainer(GRPOTrainer):
                 batch["completion_ids"],
                 batch["completion_mask"],
                 chunk_size=chunk,
+                further_inputs=picture_inputs(batch),
             )
         checks.check_finite(logits, what, batch, self)
         return logits
@@ -287,6 +295,10 @@ class LenVMTrainer(GRPOTrainer):
         # Otherwise the batch stays as TRL made it.
         if self._guidance_report is not None:
             batch["advantages"] = self._weigh_guided(batch["advantages"], completions)
+        if self.log_completions and batch["advantages"].dim() == 2:
+            # TRL's own column holds the group-relative advantage, which is not what the policy learns from here.
+            means = batch["advantages"].sum(dim=1) / completions.actions.sum(dim=1).clamp(min=1)
+            self._logs["extra"]["policy_advantage"].extend(self.accelerator.gather(means).tolist())
         return batch
 
     def _add_streams(
@@ -309,24 +321,27 @@ class LenVMTrainer(GRPOTrainer):
             self._log_all(self._coefficient.observe(measured))
         return coefficient
 
-    def _checkpoint_folder(self, trial) -> str:
-        return os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def _check_checkpoint(self, checkpoint: str) -> int:
+        step = super()._check_checkpoint(checkpoint)
+        check_files(checkpoint)
+        return step
 
     def _save_checkpoint(self, model, trial):
-        # Before the rest: a checkpoint that has its trainer state is then complete.
-        if self.args.should_save:
-            self._coefficient.save(self._checkpoint_folder(trial))
-        if self._length_values is not None:
-            self._length_values.save(self._checkpoint_folder(trial), self.args.should_save)
-        super()._save_checkpoint(model, trial)
+        with explained_failure(self._checkpoint_folder(trial)):
+            super()._save_checkpoint(model, trial)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        # Unlike `_load_from_checkpoint`, this is called whatever the model is sharded by.
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._coefficient.load(checkpoint)
-            if self._length_values is not None:
-                self._length_values.load(checkpoint)
+    def _write_state(self, folder: str) -> None:
+        if self.args.should_save:
+            self._coefficient.save(folder)
+        if self._length_values is not None:
+            self._length_values.save(folder, self.args.should_save)
+        super()._write_state(folder)
+
+    def _read_state(self, checkpoint: str) -> None:
+        super()._read_state(checkpoint)
+        self._coefficient.load(checkpoint)
+        if self._length_values is not None:
+            self._length_values.load(checkpoint)
 
     def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
         """The task advantage `(B, T)`, shaping included, 0 where no action is and for completions nobody scored."""

@@ -9,6 +9,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.trainers.sharding import loaded_whole
 from lenvm_rl.trainers.shared_base import is_shared
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,8 @@ def load_length_value_model(model_or_path, args):
     if isinstance(model_or_path, (str, os.PathLike)):
         if is_shared(model_or_path):
             return model_or_path
-        model_or_path = LengthValueModel.from_pretrained(model_or_path)
+        with loaded_whole(args):
+            model_or_path = LengthValueModel.from_pretrained(model_or_path)
     if not isinstance(model_or_path, LengthValueModel):
         raise ValueError(
             f"`length_value_model` is a {type(model_or_path).__name__}; it has to be a LengthValueModel or the path of "

@@ -10,8 +10,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
 from lenvm_rl.backbones import copy_decoder, decoder_config_from_dict, load_decoder, load_model
-from lenvm_rl.completions import position_ids_from_mask
 from lenvm_rl.modeling import LengthValueConfig, LengthValueHead, LengthValueModel
+from lenvm_rl.positions import decoder_positions
 
 
 class TaskCriticConfig(PretrainedConfig):
@@ -113,9 +113,12 @@ class TaskCritic(PreTrainedModel):
         return cls(TaskCriticConfig(backbone_config=backbone.config), backbone=backbone).to(backbone.device)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, **backbone_kwargs) -> TaskCriticOutput:
-        """Values at every position; `(B, S)` arguments, positions counted from the mask where none are given."""
-        if position_ids is None and attention_mask is not None:
-            position_ids = position_ids_from_mask(attention_mask)
+        """Values at every position; `(B, S)` arguments.
+
+        Positions are counted from the mask where none are given, or made by a decoder that sees pictures, which takes
+        all else that the processor returns.
+        """
+        position_ids = decoder_positions(self.backbone, input_ids, attention_mask, position_ids, None, backbone_kwargs)
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -26,8 +26,8 @@ class LenVMGRPOTrainer(LenVMTrainer):
     `GRPOTrainer`: the batch is not touched.
 
     Refused at construction: losses that know one advantage per completion ([`lenvm_rl.trainers.checks.check_loss`]), a
-    policy with another tokenizer than the length value model's, a pad token that is the end of sequence, multimodal
-    processors with a length value model.
+    policy with another tokenizer than the length value model's, a pad token that is the end of sequence, and with a
+    multimodal processor, a length value model whose decoder does not see the policy's pictures.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, grpo_arguments: as in [`trl.GRPOTrainer`].

@@ -14,9 +14,11 @@ Of that trainer one has to know (trl 1.12.0), and [`check_legacy_ppo`] refuses o
 
 - without `stop_token` it never stops at the end of sequence;
 - a pad token that is the end of sequence drops that action from the loss;
+- it fills up responses with the pad token of the *policy's* generation config and reads the tokenizer's: with one that
+  is neither that nor the end of sequence, responses go on behind their end, and the potential with them;
 - the score is paid one step *after* the end of sequence (huggingface/trl#3750), from the state behind it, so the
   potential has to be 0 there: [`ShapedValueModel`] makes it so;
-- a cut is an end: the value after it is 0, and so is the potential;
+- a cut is an end: the value after it is 0, and so is the potential; a pad token that the policy samples is a cut;
 - `max_grad_norm` is not read; `num_mini_batches` does nothing under accumulation (huggingface/trl#7012);
 - a `repetition_penalty` of the model's generation config changes what is sampled, and not what is learnt from.
 """
@@ -48,7 +50,9 @@ def legacy_ppo():
     """
     try:
         from trl.experimental.ppo import PPOConfig, PPOTrainer
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "trl.experimental.ppo":
+            raise
         raise ImportError(
             f"TRL {version('trl')} has no PPO trainer, which was removed in 1.13: install trl==1.12.0, or use "
             "lenvm_rl.trainers.LenVMPPOTrainer, which needs none."
@@ -106,7 +110,9 @@ class _Score(nn.Module):
 def ends(input_ids: Tensor, attention_mask: Tensor, eos_token_id: int) -> Tensor:
     """Where a row has ended: at the end-of-sequence token that it closes with, and at copies of it behind.
 
-    An end of sequence that other tokens follow, as between the turns of a chat, is none.
+    An end of sequence that other tokens follow, as between the turns of a chat, is none. Copies are what a policy
+    without a pad token fills up with; so a prompt must not close with an end of sequence itself, which the row of a
+    response of that token alone would be taken to end at.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, S)`): prompt and response.
@@ -160,6 +166,10 @@ class ShapedValueModel(nn.Module):
                 f"{type(critic).__name__} has no decoder under its `base_model_prefix` and no layer `score`, which "
                 "TRL's PPO trainer reads: give an AutoModelForSequenceClassification with num_labels=1."
             )
+        if critic.config.num_labels != 1:
+            raise ValueError(
+                f"The critic has {critic.config.num_labels} outputs, and a value is one number: load it with num_labels=1."
+            )
         if shaping_potential not in POTENTIALS:
             raise ValueError(f"shaping_potential='{shaping_potential}' is unknown; choose one of {POTENTIALS}.")
         if shaping_potential == "length" and max_completion_length is None:
@@ -196,6 +206,13 @@ def check_legacy_ppo(args, policy, tokenizer) -> None:
         raise ValueError(
             f"num_mini_batches={args.num_mini_batches} takes no more optimizer steps with gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps} (huggingface/trl#7012): set one of them to 1."
+        )
+    filler = policy.generation_config.pad_token_id
+    if filler not in (None, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        raise ValueError(
+            f"The policy's generation config pads with {filler} and the tokenizer with {tokenizer.pad_token_id}, so "
+            "that completions would go on behind their end: set `policy.generation_config.pad_token_id = "
+            "tokenizer.pad_token_id`."
         )
     penalty = policy.generation_config.repetition_penalty
     if penalty not in (None, 1.0):

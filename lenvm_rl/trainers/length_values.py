@@ -6,14 +6,15 @@ import contextlib
 
 import torch
 from torch import Tensor
-from trl.models import prepare_deepspeed, prepare_fsdp
 
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.drift import Drift
 from lenvm_rl.trainers.metrics import value_metrics
+from lenvm_rl.trainers.pictures import check_sees_pictures, check_text_only_arguments
 from lenvm_rl.trainers.refresh import LengthValueRefresh
+from lenvm_rl.trainers.sharding import place_sharded
 from lenvm_rl.trainers.shared_base import is_reference_forward, is_shared, on_shared_base, reference_states
 from lenvm_rl.trainers.streams import Completions
 
@@ -27,20 +28,16 @@ def place_length_value_model(model_or_path, trainer):
         trainer (`trl.GRPOTrainer`): constructed.
 
     Raises:
-        `ValueError`: it does not fit the policy, or has no frozen base in this run.
+        `ValueError`: it does not fit the policy (its tokenizer, its pictures), or has no frozen base in this run.
     """
     model = on_shared_base(model_or_path, trainer) if is_shared(model_or_path) else model_or_path
     if trainer._is_vlm:
-        raise ValueError(
-            "The policy's processing class is a multimodal processor, but the length value model is given token "
-            "ids only: pass the tokenizer of a text model, or train without `length_value_model`."
-        )
+        check_sees_pictures(model, trainer, "length value model")
+        check_text_only_arguments(trainer.args)
     check_same_tokenizer(model.config.tokenizer_fingerprint, trainer._tokenizer)
     model.freeze()
-    if trainer.is_deepspeed_enabled:
-        return prepare_deepspeed(model, trainer.accelerator)
-    if trainer.is_fsdp_enabled:
-        return prepare_fsdp(model, trainer.accelerator)
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return place_sharded(model, trainer)
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 

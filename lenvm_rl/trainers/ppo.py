@@ -15,6 +15,7 @@ from lenvm_rl.trainers.callbacks import CriticGradientReset
 from lenvm_rl.trainers.configs import LenVMPPOConfig
 from lenvm_rl.trainers.critic import load_critic, make_critic
 from lenvm_rl.trainers.metrics import Moments, critic_metrics, kl_reward_metrics
+from lenvm_rl.trainers.pictures import check_sees_pictures, picture_inputs
 from lenvm_rl.trainers.streams import (
     Completions,
     action_gae,
@@ -155,6 +156,8 @@ class LenVMPPOTrainer(LenVMTrainer):
             )
 
     def _place_critic(self, critic):
+        if self._is_vlm:
+            check_sees_pictures(critic, self, "task critic")
         disable_dropout_in_model(critic)
         for module in critic.modules():
             # Attention keeps its dropout as a number, which the function above does not see.
@@ -296,6 +299,7 @@ class LenVMPPOTrainer(LenVMTrainer):
                 inputs["prompt_mask"],
                 inputs["completion_ids"],
                 inputs["completion_mask"],
+                further_inputs=picture_inputs(inputs),
             )
         checks.check_finite(extended, "task critic", inputs, self)
         values = extended[:, :-1]
@@ -345,11 +349,10 @@ class LenVMPPOTrainer(LenVMTrainer):
             self._log_all({"critic/grad_norm": critic_norm.item()})
         return norm
 
-    def _save_checkpoint(self, model, trial):
-        # Before the rest: a checkpoint that has its trainer state is then complete.
+    def _write_state(self, folder: str) -> None:
         if self.critic is not None and self.args.should_save:
-            self.save_critic(os.path.join(self._checkpoint_folder(trial), CRITIC_FOLDER))
-        super()._save_checkpoint(model, trial)
+            self.save_critic(os.path.join(folder, CRITIC_FOLDER))
+        super()._write_state(folder)
 
     def save_critic(self, folder: str) -> None:
         """Write the learned critic to `folder`: `critic=folder` takes it up again in another run."""
