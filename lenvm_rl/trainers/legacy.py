@@ -168,7 +168,8 @@ class ShapedValueModel(nn.Module):
             )
         if critic.config.num_labels != 1:
             raise ValueError(
-                f"The critic has {critic.config.num_labels} outputs, and a value is one number: load it with num_labels=1."
+                f"The critic has {critic.config.num_labels} outputs, and a value is one number: load it with "
+                "num_labels=1."
             )
         if shaping_potential not in POTENTIALS:
             raise ValueError(f"shaping_potential='{shaping_potential}' is unknown; choose one of {POTENTIALS}.")
