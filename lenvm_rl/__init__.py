@@ -67,6 +67,7 @@ _MODULES = (
     "positions",
     "pretraining_arguments",
     "retokenization",
+    "run_checkpoints",
     "sandbox",
     "scoring",
     "serve",

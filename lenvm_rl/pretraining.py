@@ -28,7 +28,6 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from lenvm_rl.collation import COLUMNS, LengthValueCollator, check_fits, check_isolation
 from lenvm_rl.domains import domain_metrics, domains_of_prompts, metrics_for_card
@@ -38,6 +37,7 @@ from lenvm_rl.packing import unpack
 from lenvm_rl.pretraining_arguments import LengthValueTrainingArguments
 from lenvm_rl.returns import fit_gamma
 from lenvm_rl.rollouts import RolloutMetadata
+from lenvm_rl.run_checkpoints import last_complete_checkpoint
 from lenvm_rl.shared_prompts import SharedPromptCollator, check_sharing, model_inputs
 from lenvm_rl.step_sampling import SortedSampler, StepSampler
 from lenvm_rl.target_spaces import TargetSpace
@@ -369,7 +369,7 @@ def pretrain(
     Raises:
         ValueError: if `args.output_dir` has a checkpoint and `resume` is not set; and as [`LengthValueTrainer`].
     """
-    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    checkpoint = last_complete_checkpoint(args.output_dir)
     if args.resume_from_checkpoint is not None:
         checkpoint = args.resume_from_checkpoint
     elif checkpoint and not resume:

@@ -14,9 +14,9 @@ from accelerate import PartialState
 from trl import ModelConfig, get_peft_config
 
 from eval.arms import load_reward
+from lenvm_rl.run_checkpoints import last_complete_checkpoint
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.configs import LenVMConfig
-from lenvm_rl.trainers.resuming import last_complete_checkpoint
 from recipes.arguments import StageArguments
 from recipes.stages import TRAIN_SEED, Run, console, run_stage
 from reward.checkpointing import RewardStates

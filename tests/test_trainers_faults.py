@@ -32,8 +32,8 @@ from trainer_parts import (
 from transformers.trainer_callback import TrainerState
 
 from lenvm_rl.journal import MetricsFile
+from lenvm_rl.run_checkpoints import is_complete, last_complete_checkpoint
 from lenvm_rl.trainers import LenVMPPOTrainer
-from lenvm_rl.trainers.resuming import is_complete, last_complete_checkpoint
 from lenvm_rl.trainers.stopping import StopBetweenGenerations
 from recipes.training import read_log
 

@@ -13,8 +13,9 @@ import torch
 from resume_runs import CASES, differences, run
 from trainer_parts import grpo, logged, ppo, prompts, random_lenvm, same_weights, weights
 
+from lenvm_rl.run_checkpoints import is_complete, last_complete_checkpoint
 from lenvm_rl.trainers import LenVMGRPOTrainer
-from lenvm_rl.trainers.resuming import Generations, is_complete, last_complete_checkpoint
+from lenvm_rl.trainers.resuming import Generations
 
 FAST, TWO_PROCESSES = "ppo_length_target", "ppo_refresh_two_processes"
 

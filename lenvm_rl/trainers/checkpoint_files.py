@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lenvm_rl.trainers.resuming import is_complete
+from lenvm_rl.run_checkpoints import is_complete
 
 # What torch.save writes.
 ARCHIVES = (".pt", ".pth", ".bin")

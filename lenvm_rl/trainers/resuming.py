@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -33,6 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from lenvm_rl.rollouts import atomic_file
+from lenvm_rl.run_checkpoints import is_complete, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -113,33 +113,6 @@ def check_save_steps(args, generations: Generations, end: int) -> None:
             "after that, with random numbers that a resumed run would not draw: set save_strategy='epoch', or "
             "eval_strategy='steps'."
         )
-
-
-def is_complete(checkpoint: str | os.PathLike) -> bool:
-    """Whether a checkpoint was written to its end, which is its trainer state."""
-    path = Path(checkpoint, TRAINER_STATE_NAME)
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
-
-
-def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The checkpoint of the most steps in a run's folder that was written to its end, or `None`.
-
-    Args:
-        folder (`str` or path): `output_dir` of the run; it need not be there.
-    """
-    if not os.path.isdir(folder):
-        return None
-    found = (re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name) for name in os.listdir(folder))
-    for match in sorted(filter(None, found), key=lambda match: int(match[1]), reverse=True):
-        checkpoint = os.path.join(folder, match[0])
-        if is_complete(checkpoint):
-            return checkpoint
-        logger.warning("'%s' is passed over: the run died while it was written", checkpoint)
-    return None
 
 
 class ResumableTrainer(GRPOTrainer):
