@@ -34,7 +34,7 @@ from lenvm_rl.domains import domain_metrics, domains_of_prompts, metrics_for_car
 from lenvm_rl.journal import MetricsFile
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.packing import unpack
-from lenvm_rl.pretraining_arguments import LengthValueTrainingArguments
+from lenvm_rl.pretraining_arguments import LengthValueTrainingArguments, check_precision
 from lenvm_rl.returns import fit_gamma
 from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.run_checkpoints import last_complete_checkpoint
@@ -235,6 +235,7 @@ class LengthValueTrainer(Trainer):
                 **kwargs,
             },
         )
+        check_precision(args, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         # Otherwise the Trainer hands num_items_in_batch to the backbone as well.
         self.model_accepts_loss_kwargs = False
 

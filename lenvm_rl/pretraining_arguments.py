@@ -112,3 +112,17 @@ class LengthValueTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter takes part in every value
+
+
+def check_precision(args: TrainingArguments, sharded: bool) -> None:
+    """Raise a `ValueError` if FSDP or DeepSpeed would cast the float32 head to a smaller precision.
+
+    Args:
+        args (`transformers.TrainingArguments`): of the run.
+        sharded (`bool`): whether one of the two is at work.
+    """
+    if sharded and (args.bf16 or args.fp16):
+        raise ValueError(
+            "FSDP and DeepSpeed cast all that they hold to the precision of training, the head of a length value model "
+            "as well, which has to stay float32: set bf16=False and fp16=False, or launch with DDP."
+        )

@@ -4,6 +4,7 @@ import json
 import resource
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -14,6 +15,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from lenvm_rl.journal import Journal
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.pretraining import LengthValueTrainer, pretrain
+from lenvm_rl.pretraining_arguments import check_precision
 from lenvm_rl.returns import fit_gamma
 from lenvm_rl.rollouts import metadata_path, read_rollouts, rejected_path, write_rollouts
 from recipes import pretrain_lenvm
@@ -188,6 +190,15 @@ def test_a_disk_that_fills_leaves_the_checkpoint_to_go_on_from(tmp_path):
     resumed, _ = run(resume=True)
     for name, weight in whole.state_dict().items():
         assert weight.equal(resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_head_that_would_be_cast_by_a_sharding_engine_is_refused(precision):
+    args = SimpleNamespace(**{"bf16": False, "fp16": False, precision: True})
+    check_precision(args, sharded=False)
+    check_precision(SimpleNamespace(bf16=False, fp16=False), sharded=True)
+    with pytest.raises(ValueError, match="or launch with DDP"):
+        check_precision(args, sharded=True)
 
 
 def test_the_recipe_refuses_as_the_library_does(tmp_path):
