@@ -149,13 +149,14 @@ def token_outputs(
 ) -> tuple[Tensor, Tensor]:
     """What the gradients of single tokens go back from, and the gradient of each token's log-probability there.
 
-    If the output embeddings are among the parameters, those are log-probabilities `(N, T)` and 1. Otherwise they are
+    If the output embeddings are among the parameters, or there are none, those are log-probabilities `(N, T)` and 1.
+    Otherwise they are
     the hidden states before the output embeddings `(N, T, H)` and, as a token's log-probability depends on no other
     position's, its derivative there: the way back through a large vocabulary is then gone once, and not by every
     estimator.
     """
     head = policy.get_output_embeddings()
-    if any(weight is parameter for weight in head.parameters() for parameter in parameters):
+    if head is None or any(weight is parameter for weight in head.parameters() for parameter in parameters):
         log_probs = token_log_probs(policy, batch, temperature)
         return log_probs, torch.ones_like(log_probs)
     seen: list[Tensor] = []
