@@ -150,10 +150,9 @@ def token_outputs(
     """What the gradients of single tokens go back from, and the gradient of each token's log-probability there.
 
     If the output embeddings are among the parameters, or there are none, those are log-probabilities `(N, T)` and 1.
-    Otherwise they are
-    the hidden states before the output embeddings `(N, T, H)` and, as a token's log-probability depends on no other
-    position's, its derivative there: the way back through a large vocabulary is then gone once, and not by every
-    estimator.
+    Otherwise they are the hidden states before the output embeddings `(N, T, H)` and, as a token's log-probability
+    depends on no other position's, its derivative there: the way back through a large vocabulary is then gone once, and
+    not by every estimator.
     """
     head = policy.get_output_embeddings()
     if head is None or any(weight is parameter for weight in head.parameters() for parameter in parameters):
