@@ -3,7 +3,7 @@
     make .venv-legacy/.installed
     .venv-legacy/bin/python -m eval.speed ppo
 
-The same policy, prompts, completions of one length, batches, passes over them and learning rates, with a reference
+The same policy, prompts of one length, completions of one length, batches, passes over them and learning rates, with a reference
 model in all of them; each case in a process of its own, and all in one run. Tokens are those of the completions. On a
 CPU, time is that of the process (one thread).
 
@@ -15,8 +15,9 @@ CPU, time is that of the process (one thread).
 - `head`: no task critic, and a length value model that is a head alone on the reference's forward. Asked: at least 1.4
   times as fast.
 
-Two things differ besides: TRL's trainer takes the probabilities of the old policy from sampling, the other, with more
-than one pass, from one forward more; and TRL's takes a step without gradient clipping.
+Three things differ besides: TRL's trainer takes the probabilities of the old policy from sampling, the other, with more
+than one pass, from one forward more; TRL's takes a step without gradient clipping; and where it has as many prompts as
+completions, the other has half as many with two completions each, the fewest that TRL's GRPO takes.
 """
 
 from __future__ import annotations
