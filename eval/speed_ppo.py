@@ -3,7 +3,7 @@
     make .venv-legacy/.installed
     .venv-legacy/bin/python -m eval.speed ppo
 
-The same policy, prompts of one length, completions of one length, batches, passes over them and learning rates, with a reference
+The same policy, lengths of prompts and of completions, batches, passes over them and learning rates, with a reference
 model in all of them; each case in a process of its own, and all in one run. Tokens are those of the completions. On a
 CPU, time is that of the process (one thread).
 
