@@ -19,10 +19,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.tradeoff_kl import DivergenceMeter
-from lenvm_rl.backbones import load_model
 from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
-from lenvm_rl.forms import FULL
-from lenvm_rl.modeling import LengthValueConfig, LengthValueModel
+from lenvm_rl.modeling import LengthValueModel, is_shared
 from lenvm_rl.sampling import generation_eos_ids
 from lenvm_rl.sampling_jobs import strip_completion, tokenize_prompts
 from lenvm_rl.tokenization import check_same_tokenizer
@@ -37,8 +35,7 @@ def load_length_value_model(path: str, base: str) -> LengthValueModel:
         path (`str`): a folder or a hub id.
         base (`str`): path of the policy that it was fitted on, whose decoder the forms `"adapter"` and `"head"` share.
     """
-    form = load_model(LengthValueConfig.from_pretrained, path).form
-    return LengthValueModel.from_pretrained(path, **({} if form == FULL else {"base": base})).freeze()
+    return LengthValueModel.from_pretrained(path, base=base if is_shared(path) else None).freeze()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ was measured before.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 MARK = "measured: "  # before the line of a process that holds its result
@@ -46,6 +47,17 @@ class Measurement:
     def items_per_second(self) -> float:
         """Items per second."""
         return self.items / self.seconds
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """An option for every field of a dataclass of settings."""
+    for entry in fields(settings):
+        parser.add_argument(f"--{entry.name}", type=type(entry.default), default=entry.default)
+
+
+def read_settings(args: argparse.Namespace, settings: type) -> Any:
+    """The dataclass of settings that [`add_settings`] has put into a parsed command line."""
+    return settings(**{entry.name: getattr(args, entry.name) for entry in fields(settings)})
 
 
 def resident_peak() -> int:

@@ -22,7 +22,7 @@ import argparse
 import itertools
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from eval.measurement import Measurement, Meter, measure_in_process, report
+from eval.measurement import Measurement, Meter, add_settings, measure_in_process, read_settings, report
 from eval.speed_pretraining import GAMMA, make_policy
 from eval.speed_pretraining import Settings as ModelSettings
 from lenvm_rl.completions import completion_logits
@@ -124,9 +124,7 @@ def make_trainer(settings: Settings, case: Case, folder: Path) -> LenVMGRPOTrain
     tokenizer = AutoTokenizer.from_pretrained(folder)
     draw = torch.Generator().manual_seed(settings.seed)
     words = [torch.randint(2, settings.vocab, (settings.prompt_tokens,), generator=draw).tolist() for _ in range(64)]
-    texts = [" ".join(f"w{i}" for i in ids) for ids in words]
-    if settings.model:
-        texts = [tokenizer.decode([i % len(tokenizer) for i in ids]) for ids in words]
+    texts = [tokenizer.decode([i % len(tokenizer) for i in ids]) for ids in words]
     args = LenVMGRPOConfig(
         str(folder / "run"),
         per_device_train_batch_size=settings.batch,
@@ -269,13 +267,7 @@ def measure_memory(settings: Settings, form: str) -> Measurement:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An option for every field of [`Settings`]."""
-    for entry in fields(Settings):
-        parser.add_argument(f"--{entry.name}", type=type(entry.default), default=entry.default)
-
-
-def settings_from(args: argparse.Namespace) -> Settings:
-    """The settings in a parsed command line."""
-    return Settings(**{entry.name: getattr(args, entry.name) for entry in fields(Settings)})
+    add_settings(parser, Settings)
 
 
 def show_time(measured: dict[Case, dict[str, list[float]]], settings: Settings, console: Console) -> None:
@@ -314,7 +306,7 @@ def show_memory(measured: dict[str, Measurement], console: Console) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures times in this process and memory in processes of their own, and prints them."""
-    settings, console = settings_from(args), Console(width=140)
+    settings, console = read_settings(args, Settings), Console(width=140)
     torch.set_num_threads(settings.threads)
     what = settings.model or f"Llama, hidden size {settings.hidden}, {settings.layers} layers"
     device = (
@@ -343,4 +335,4 @@ if __name__ == "__main__":
     add_arguments(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    report(measure_memory(settings_from(arguments), arguments.form))
+    report(measure_memory(read_settings(arguments, Settings), arguments.form))

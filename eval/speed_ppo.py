@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification, TrainerCallback
 
-from eval.measurement import Measurement, measure_in_process, report, resident_peak
+from eval.measurement import Measurement, add_settings, measure_in_process, read_settings, report, resident_peak
 from eval.speed_critic import Settings as ModelSettings
 from eval.speed_critic import first_token_reward, now, save_model
 from eval.speed_pretraining import GAMMA
@@ -201,13 +201,7 @@ def measure(case: str, settings: Settings) -> Measurement:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An option for every field of [`Settings`]."""
-    for entry in fields(Settings):
-        parser.add_argument(f"--{entry.name}", type=type(entry.default), default=entry.default)
-
-
-def settings_from(args: argparse.Namespace) -> Settings:
-    """The settings in a parsed command line."""
-    return Settings(**{entry.name: getattr(args, entry.name) for entry in fields(Settings)})
+    add_settings(parser, Settings)
 
 
 def print_measurements(measured: dict[str, Measurement], settings: Settings, console: Console) -> None:
@@ -239,7 +233,7 @@ def print_measurements(measured: dict[str, Measurement], settings: Settings, con
 def run(args: argparse.Namespace) -> None:
     """Measures every case in a process of its own and prints them."""
     legacy_ppo()
-    settings = settings_from(args)
+    settings = read_settings(args, Settings)
     given = {name: value for name, value in asdict(settings).items() if value != ""}
     start = time.perf_counter()
     measured = {case: measure_in_process(__name__, {"case": case, **given}) for case in CASES}
@@ -252,4 +246,4 @@ if __name__ == "__main__":
     parser.add_argument("--case", choices=CASES, required=True)
     add_arguments(parser)
     arguments = parser.parse_args()
-    report(measure(arguments.case, settings_from(arguments)))
+    report(measure(arguments.case, read_settings(arguments, Settings)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 from datasets import Dataset
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from eval.measurement import Measurement, Meter, measure_in_process, report, run_steps
+from eval.measurement import Measurement, Meter, add_settings, measure_in_process, read_settings, report, run_steps
 from lenvm_rl.modeling import LengthValueHead, LengthValueModel
 from lenvm_rl.packing import padding_share
 from lenvm_rl.pretraining import LengthValueCollator, LengthValueTrainer, LengthValueTrainingArguments
@@ -201,13 +201,7 @@ def measure(case: str, settings: Settings) -> Measurement:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An option for every field of [`Settings`]."""
-    for entry in fields(Settings):
-        parser.add_argument(f"--{entry.name}", type=type(entry.default), default=entry.default)
-
-
-def settings_from(args: argparse.Namespace) -> Settings:
-    """The settings in a parsed command line."""
-    return Settings(**{entry.name: getattr(args, entry.name) for entry in fields(Settings)})
+    add_settings(parser, Settings)
 
 
 def print_measurements(measured: dict[str, Measurement], settings: Settings, console: Console) -> None:
@@ -248,7 +242,7 @@ def print_measurements(measured: dict[str, Measurement], settings: Settings, con
 
 def run(args: argparse.Namespace) -> None:
     """Measures every case in a process of its own and prints them."""
-    settings = settings_from(args)
+    settings = read_settings(args, Settings)
     measured = {case: measure_in_process(__name__, {"case": case, **asdict(settings)}) for case in CASES}
     print_measurements(measured, settings, Console(width=120))
 
@@ -258,4 +252,4 @@ if __name__ == "__main__":
     parser.add_argument("--case", choices=CASES, required=True)
     add_arguments(parser)
     arguments = parser.parse_args()
-    report(measure(arguments.case, settings_from(arguments)))
+    report(measure(arguments.case, read_settings(arguments, Settings)))

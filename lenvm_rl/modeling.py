@@ -5,6 +5,7 @@ end of sequence counted: 0 is the end itself, -1 is infinitely far from it (arXi
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -365,6 +366,13 @@ class LengthValueModel(PreTrainedModel):
         if self.config.target != RETURN:
             return LengthOutput(logits, self.config.target, cache, rope_deltas)
         return LengthValueOutput(logits, -torch.sigmoid(logits), cache, rope_deltas)
+
+
+def is_shared(model_or_path) -> bool:
+    """Whether a length value model, or the one at a path, is of a form that shares its decoder."""
+    if isinstance(model_or_path, (str, os.PathLike)):
+        return load_model(LengthValueConfig.from_pretrained, model_or_path).form != FULL
+    return isinstance(model_or_path, LengthValueModel) and model_or_path.config.form != FULL
 
 
 def _fingerprint(tokenizer, decoder) -> dict | None:

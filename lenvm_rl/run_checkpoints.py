@@ -22,18 +22,21 @@ def is_complete(checkpoint: str | os.PathLike) -> bool:
     return True
 
 
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoints in a run's folder, which need not be there: those of the most steps first."""
+    found = ((re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(folder).glob("*"))
+    steps = [(int(match[1]), path) for match, path in found if match]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     """The checkpoint of the most steps in a run's folder that was written to its end, or `None`.
 
     Args:
         folder (`str` or path): `output_dir` of the run; it need not be there.
     """
-    if not os.path.isdir(folder):
-        return None
-    found = (re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name) for name in os.listdir(folder))
-    for match in sorted(filter(None, found), key=lambda match: int(match[1]), reverse=True):
-        checkpoint = os.path.join(folder, match[0])
+    for checkpoint in checkpoints_in(folder):
         if is_complete(checkpoint):
-            return checkpoint
+            return str(checkpoint)
         logger.warning("'%s' is passed over: the run died while it was written", checkpoint)
     return None

@@ -3,15 +3,13 @@
 import contextlib
 import json
 import os
-import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lenvm_rl.run_checkpoints import is_complete
+from lenvm_rl.run_checkpoints import checkpoints_in, is_complete
 
 # What torch.save writes.
 ARCHIVES = (".pt", ".pth", ".bin")
@@ -75,13 +73,8 @@ def explained_failure(checkpoint: str) -> Iterator[None]:
 
 def _way_out(checkpoint: str | os.PathLike) -> str:
     """What to do instead of going on from a checkpoint that is of no use."""
-    folder, bad = Path(checkpoint).absolute().parent, Path(checkpoint).absolute()
-    steps = [
-        (int(match[1]), path)
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path != bad
-    ]
-    for _, path in sorted(steps, reverse=True):
-        if is_complete(path) and not damaged_files(path):
+    bad = Path(checkpoint).absolute()
+    for path in checkpoints_in(bad.parent):
+        if path != bad and is_complete(path) and not damaged_files(path):
             return f"resume from '{path}'"
     return "start anew, since there is no complete checkpoint beside it"

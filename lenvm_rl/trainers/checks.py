@@ -8,9 +8,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.modeling import LengthValueModel, is_shared
 from lenvm_rl.trainers.sharding import loaded_whole
-from lenvm_rl.trainers.shared_base import is_shared
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.modeling import LengthValueModel, is_shared
 from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.drift import Drift
@@ -15,7 +15,7 @@ from lenvm_rl.trainers.metrics import value_metrics
 from lenvm_rl.trainers.pictures import check_sees_pictures, check_text_only_arguments
 from lenvm_rl.trainers.refresh import LengthValueRefresh
 from lenvm_rl.trainers.sharding import place_sharded
-from lenvm_rl.trainers.shared_base import is_reference_forward, is_shared, on_shared_base, reference_states
+from lenvm_rl.trainers.shared_base import is_reference_forward, on_shared_base, reference_states
 from lenvm_rl.trainers.streams import Completions
 
 

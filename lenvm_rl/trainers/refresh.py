@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lenvm_rl.advantages import length_advantage
 from lenvm_rl.completions import completion_logits
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.modeling import LengthValueModel, is_shared
 from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.trainers.refresh_config import RefreshConfig
 from lenvm_rl.trainers.streams import Completions
@@ -271,8 +271,8 @@ class LengthValueRefresh:
                 )
         with open(os.path.join(folder, STATE_FILE), encoding="utf-8") as file:
             self.last_step = json.load(file)["last_step"]
-        base = {} if self.model.config.form == "full" else {"base": self.model.backbone}
-        saved = LengthValueModel.from_pretrained(os.path.join(folder, MODEL_FOLDER), **base)
+        base = self.model.backbone if is_shared(self.model) else None
+        saved = LengthValueModel.from_pretrained(os.path.join(folder, MODEL_FOLDER), base=base)
         self.model.load_state_dict(saved.state_dict())
         self.rows.clear()
         self.rows.extend(_from_tensors(load_file(self._rows_file(folder))))

@@ -18,9 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lenvm_rl.backbones import load_model
-from lenvm_rl.configuration import LengthValueConfig
-from lenvm_rl.forms import FULL, HEAD, shared_decoder
+from lenvm_rl.forms import HEAD, shared_decoder
 from lenvm_rl.modeling import LengthValueModel
 
 logger = logging.getLogger(__name__)
@@ -29,13 +27,6 @@ logger = logging.getLogger(__name__)
 _SHIFT = 7
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 _ROUNDING_OF_HALF = 5e-2
-
-
-def is_shared(model_or_path) -> bool:
-    """Whether a length value model, or the one at a path, is of a form that shares its decoder."""
-    if isinstance(model_or_path, (str, os.PathLike)):
-        return load_model(LengthValueConfig.from_pretrained, model_or_path).form != FULL
-    return isinstance(model_or_path, LengthValueModel) and model_or_path.config.form != FULL
 
 
 def on_shared_base(model_or_path, trainer) -> LengthValueModel:
@@ -71,6 +62,7 @@ def on_shared_base(model_or_path, trainer) -> LengthValueModel:
 
 
 def _frozen_base(policy, trainer):
+    """The reference model, or without one the policy, whose base is the reference where it has adapters."""
     if trainer.ref_model is not None:
         return trainer.accelerator.unwrap_model(trainer.ref_model)
     return policy
@@ -145,14 +137,13 @@ def reference_states(model, trainer) -> ReferenceStates | None:
     which rotary positions do not see).
 
     Args:
-        model ([`LengthValueModel`] or `None`): of the run, unwrapped.
+        model ([`LengthValueModel`]): of the run, unwrapped.
         trainer (`trl.GRPOTrainer`): constructed.
     """
-    if model is None or model.config.form != HEAD or trainer.beta == 0.0:
+    if model.config.form != HEAD or trainer.beta == 0.0:
         return None
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    reference = policy if trainer.ref_model is None else trainer.accelerator.unwrap_model(trainer.ref_model)
-    decoder = shared_decoder(reference)
+    decoder = shared_decoder(_frozen_base(policy, trainer))
     if model.backbone is not decoder:
         reason = "its base is not the reference's"
     elif trainer.ref_model is None and "ref" in policy.peft_config:
