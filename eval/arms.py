@@ -20,9 +20,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from eval.tradeoff_kl import DivergenceMeter
 from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
+from lenvm_rl.endings import end_token_ids, padding_id, strip_completion
 from lenvm_rl.modeling import LengthValueModel, is_shared
-from lenvm_rl.sampling import generation_eos_ids
-from lenvm_rl.sampling_jobs import strip_completion, tokenize_prompts
+from lenvm_rl.sampling_jobs import tokenize_prompts
 from lenvm_rl.tokenization import check_same_tokenizer
 
 CORRECT_ABOVE = 0.5
@@ -192,9 +192,9 @@ class Sampler:
         """Completions of a batch with their finish reasons, and each one's divergence from the policy itself."""
         inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        ends = generation_eos_ids(policy, self.tokenizer)
+        ends = end_token_ids(self.tokenizer, policy.generation_config)
         # Nothing but the guidance acts: a repetition penalty of the model's own would set its arm apart from training.
-        bare = GenerationConfig(eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id)
+        bare = GenerationConfig(eos_token_id=ends, pad_token_id=padding_id(self.tokenizer, ends))
         policy.generation_config = bare
         guidance = replace(self.guidance, strength=strength)
         if strength == 0 or guidance.temperature == 0:

@@ -32,10 +32,10 @@ from eval.length_control_figures import plot_length_control
 from eval.length_control_prompts import read_tasks, with_length
 from eval.length_control_report import ALL, print_tables, summarise_cell, write_csv
 from eval.length_scores import SCORED_MODES
+from lenvm_rl.endings import end_token_ids, padding_id
 from lenvm_rl.guidance import RULES, LengthGuidance
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.sampling import generation_eos_ids
 from lenvm_rl.sampling_jobs import tokenize_prompts
 from lenvm_rl.sandbox import distinct_problems
 from lenvm_rl.tokenization import check_same_tokenizer
@@ -214,6 +214,7 @@ def make_sampler(args: LengthControlArguments) -> tuple[LengthSampler, Prompts]:
     value_model = LengthValueModel.from_pretrained(value_path).to(device).freeze()
     check_same_tokenizer(value_model.config.tokenizer_fingerprint, tokenizer)
     prompts = load_prompts(args, tokenizer)
+    ends = end_token_ids(tokenizer, policy.generation_config)
     sampler = LengthSampler(
         policy=policy,
         length_value_model=value_model,
@@ -223,9 +224,8 @@ def make_sampler(args: LengthControlArguments) -> tuple[LengthSampler, Prompts]:
         candidates=LengthGuidance(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p),
         rule=args.rule,
         tolerance=args.tolerance,
-        eos_token_ids=generation_eos_ids(policy, tokenizer),
-        # Padding is masked, so that the end may stand for it.
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_ids=ends,
+        pad_token_id=padding_id(tokenizer, ends),
         num_samples=args.num_samples,
         batch_size=args.batch_size,
         seed=args.seed,

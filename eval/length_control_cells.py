@@ -20,9 +20,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lenvm_rl.completions import position_ids_from_mask
 from lenvm_rl.decoding import generate_guided
+from lenvm_rl.endings import strip_completion
 from lenvm_rl.guidance import AT_LEAST, EQUAL_TO, FEASIBLE, PATIENT, LengthGuidance
 from lenvm_rl.journal import Journal
-from lenvm_rl.sampling_jobs import batch_seed, strip_completion
+from lenvm_rl.sampling_jobs import batch_seed
 
 # Tokens in one forward that scores texts: their logits over a large vocabulary fill the memory.
 SCORED_TOKENS = 1024

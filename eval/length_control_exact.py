@@ -35,12 +35,13 @@ from eval.length_control_cells import BASE, LengthSampler
 from eval.length_control_report import cell_text, describe
 from eval.length_scores import length_deviation
 from eval.statistics import mean_interval, statistic_interval
+from lenvm_rl.endings import strip_completion
 from lenvm_rl.guidance import EQUAL_TO, RULES, LengthGuidance
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.pretraining import LengthValueTrainer, LengthValueTrainingArguments, fit_gamma_to_rollouts
 from lenvm_rl.returns import remaining_from_logits
 from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.sampling_jobs import batch_seed, strip_completion
+from lenvm_rl.sampling_jobs import batch_seed
 from lenvm_rl.sandbox.scripted import (
     EOS,
     PAD,

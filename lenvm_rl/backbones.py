@@ -7,8 +7,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from lenvm_rl.tokenization import check_pad_is_not_eos
-
 
 def load_model(loader, path, *args, **kwargs):
     """`loader(path, …)`, with an error that says first whether the path was taken for a folder or for a hub id.
@@ -134,9 +132,8 @@ def check_tokenizer_fits(tokenizer, decoder) -> None:
     """Raise unless the decoder can read what the tokenizer writes.
 
     Raises:
-        `ValueError`: the tokenizer pads with its end-of-sequence token, or has ids that the decoder does not embed.
+        `ValueError`: the tokenizer has ids that the decoder does not embed.
     """
-    check_pad_is_not_eos(tokenizer)
     largest = max(tokenizer.get_vocab().values())
     embedded = decoder.get_input_embeddings().num_embeddings
     if largest >= embedded:

@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lenvm_rl.endings import end_token_ids, strip_completion
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.prediction import (
     boundary_logits,
@@ -36,7 +37,6 @@ from lenvm_rl.sampling_jobs import (
     batch_seed,
     in_order,
     run_to_file,
-    strip_completion,
 )
 from lenvm_rl.tokenization import check_same_tokenizer
 
@@ -156,18 +156,6 @@ def load_prompts(
     return dataset
 
 
-def generation_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the tokenizer's and those of the model's generation config, ascending."""
-    return end_ids(model.generation_config, tokenizer)
-
-
-def end_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the tokenizer's and those of a generation config, ascending."""
-    configured = config.eos_token_id
-    ids = set(configured) if isinstance(configured, list) else {configured}
-    return sorted((ids | {tokenizer.eos_token_id}) - {None})
-
-
 class RolloutSampler(SamplingJob):
     """A sampling job with transformers' `generate`; a step is a batch, whose completions share a random stream.
 
@@ -187,7 +175,7 @@ class RolloutSampler(SamplingJob):
         extra_columns: dict[str, Sequence[Any]] | None = None,
         length_value_model: LengthValueModel | None = None,
     ):
-        ends = generation_eos_ids(model, tokenizer)
+        ends = end_token_ids(tokenizer, model.generation_config)
         super().__init__(tokenizer, prompts, settings, seed=seed, extra_columns=extra_columns, eos_token_ids=ends)
         self.model, self.length_value_model = model, length_value_model
         self._predicted: list[float] | None = None
@@ -262,7 +250,7 @@ class RolloutSampler(SamplingJob):
     @torch.no_grad()
     def _generate(self, prompt_ids: list[list[int]], index: int) -> list[list[int]]:
         width = max(len(row) for row in prompt_ids)
-        pad = self.tokenizer.pad_token_id
+        pad = self.pad_token_id
         device = self.model.device
         input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompt_ids], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
@@ -276,7 +264,7 @@ class RolloutSampler(SamplingJob):
         common = {
             "max_new_tokens": settings.max_new_tokens,
             "eos_token_id": self.eos_token_ids,
-            "pad_token_id": self.tokenizer.pad_token_id,
+            "pad_token_id": self.pad_token_id,
         }
         if settings.temperature == 0:
             return GenerationConfig(do_sample=False, **common)

@@ -21,6 +21,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lenvm_rl.endings import end_token_ids, padding_id
 from lenvm_rl.journal import Journal
 from lenvm_rl.rollouts import (
     REQUIRED_COLUMNS,
@@ -30,7 +31,7 @@ from lenvm_rl.rollouts import (
     set_aside,
     write_rollouts,
 )
-from lenvm_rl.tokenization import check_pad_is_not_eos, tokenizer_fingerprint
+from lenvm_rl.tokenization import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,8 @@ class SamplingJob(ABC):
         eos_token_ids (`Sequence[int]`, *optional*, defaults to the tokenizer's): every id that ends a completion.
 
     Raises:
-        ValueError: if there is no prompt, a prompt has no tokens, an extra column has another length, or the tokenizer
-            pads with an end-of-sequence token.
+        ValueError: if there is no prompt, a prompt has no tokens, an extra column has another length, or nothing ends a
+            completion.
     """
 
     engine = ""
@@ -108,7 +109,6 @@ class SamplingJob(ABC):
         extra_columns: dict[str, Sequence[Any]] | None = None,
         eos_token_ids: Sequence[int] | None = None,
     ):
-        check_pad_is_not_eos(tokenizer)
         if not len(prompts):
             raise ValueError("There is no prompt to sample from.")
         self.tokenizer, self.settings, self.seed = tokenizer, settings, seed
@@ -120,8 +120,8 @@ class SamplingJob(ABC):
         for name, column in self.extra_columns.items():
             if len(column) != len(self.prompts):
                 raise ValueError(f"Column {name!r} has {len(column)} entries for {len(self.prompts)} prompts.")
-        self.eos_token_ids = sorted({tokenizer.eos_token_id} if eos_token_ids is None else set(eos_token_ids))
-        # A pad token among the model's further end ids is harmless: a completion is over at the first end id.
+        self.eos_token_ids = end_token_ids(tokenizer if eos_token_ids is None else None, eos_token_ids)
+        self.pad_token_id = padding_id(tokenizer, self.eos_token_ids)
         self.prompt_ids = tokenize_prompts(tokenizer, self.prompts)
 
     def __len__(self) -> int:
@@ -291,32 +291,6 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Promp
             raise ValueError(f"Prompt {index} has no tokens ({prompt!r}): the first value is read at its last token.")
         ids.append(list(row))
     return ids
-
-
-def strip_completion(row: Sequence[int], eos_token_ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], str]:
-    """A generated row without the padding after its end, and its finish reason.
-
-    Args:
-        row (`Sequence[int]`): generated ids, padded to the width of the batch.
-        eos_token_ids (`Sequence[int]`): ids that end a completion; the first of them is kept.
-        max_new_tokens (`int`): width of a row that was cut.
-
-    Returns:
-        `tuple[list[int], str]`: the ids as sampled, and `"stop"` or `"length"`.
-
-    Raises:
-        ValueError: if a row without an end is shorter than `max_new_tokens`: something else stopped it.
-    """
-    ends = set(eos_token_ids)
-    for place, token in enumerate(row):
-        if token in ends:
-            return list(row[: place + 1]), "stop"
-    if len(row) != max_new_tokens:
-        raise ValueError(
-            f"A completion stopped after {len(row)} of {max_new_tokens} tokens without any of the end-of-sequence ids "
-            f"{sorted(ends)}; remove the stopping criterion that did it, or add its token to the ids."
-        )
-    return list(row), "length"
 
 
 def batch_seed(seed: int, index: int) -> int:

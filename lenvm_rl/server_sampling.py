@@ -15,9 +15,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lenvm_rl.endings import strip_completion
 from lenvm_rl.retokenization import retokenization_columns, retokenization_report, retokenize
 from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.sampling_jobs import Prompt, SamplingJob, SamplingSettings, run_to_file, strip_completion
+from lenvm_rl.sampling_jobs import Prompt, SamplingJob, SamplingSettings, run_to_file
 from lenvm_rl.servers import CompletionServer, ServerAnswer, ServerError
 
 

@@ -17,8 +17,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lenvm_rl.endings import strip_completion
 from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.sampling_jobs import Prompt, SamplingJob, SamplingSettings, run_to_file, strip_completion
+from lenvm_rl.sampling_jobs import Prompt, SamplingJob, SamplingSettings, run_to_file
 
 
 def sample_with_vllm(

@@ -27,9 +27,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl import TrlParser
 
+from lenvm_rl.endings import end_token_ids
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.sampling import end_ids, load_prompts, sample_to_file
+from lenvm_rl.sampling import load_prompts, sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings
 from lenvm_rl.server_sampling import sample_from_server
 from lenvm_rl.servers import SERVERS, connect
@@ -175,7 +176,7 @@ def find_eos_ids(args: SampleArguments, tokenizer: PreTrainedTokenizerBase) -> l
             f"{args.model_name_or_path} has no generation_config.json, so it is not known which tokens end a "
             f"completion: give --eos_token_ids (the tokenizer's is {tokenizer.eos_token_id})."
         ) from error
-    return end_ids(config, tokenizer)
+    return end_token_ids(tokenizer, config)
 
 
 def sample_with_transformers(

@@ -15,7 +15,7 @@ LIBRARY = ROOT / "lenvm_rl"
 # Lower layers first: a module imports from layers strictly below its own. A package of several files (trainers,
 # sandbox) counts as one module here; a new module needs a place in this list.
 LAYERS = (
-    ("controllers", "domains", "guidance", "journal", "returns", "run_checkpoints"),
+    ("controllers", "domains", "endings", "guidance", "journal", "returns", "run_checkpoints"),
     ("advantages", "shaping", "target_spaces", "value_references"),
     ("targets", "tokenization", "value_metrics"),
     ("backbones", "cards", "completions", "heads", "outputs", "retokenization"),
@@ -32,7 +32,7 @@ LAYERS = (
     ("recipes",),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-PURE = ("returns", "advantages", "shaping", "target_spaces", "targets", "value_metrics", "value_references")
+PURE = ("endings", "returns", "advantages", "shaping", "target_spaces", "targets", "value_metrics", "value_references")
 FOLDERS = ("lenvm_rl", "reward", "eval", "recipes")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 # What is installed, downloaded, produced or kept by tools (in a linked work tree, .git is a file).

@@ -13,16 +13,15 @@ from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig
 
 from lenvm_rl import sampling
+from lenvm_rl.endings import end_token_ids
 from lenvm_rl.prediction import predict_length, weights_fingerprint
 from lenvm_rl.rollouts import find_problem, read_rollouts
 from lenvm_rl.sampling import (
     RolloutSampler,
     SamplingSettings,
-    generation_eos_ids,
     load_prompts,
     sample_rollouts,
     sample_to_file,
-    strip_completion,
 )
 
 PROMPTS = ["w6 w7 w8 w9 w10 w11", "w12", "w20 w21 w22", "w30 w31 w32 w33"]
@@ -37,17 +36,6 @@ def policy():
 def sample(policy, **changes):
     settings = {"num_samples": 4, "max_new_tokens": 40, "batch_size": 5, "seed": 1, **changes}
     return sample_rollouts(*policy, PROMPTS, **settings)
-
-
-def test_padding_after_the_end_is_stripped_exactly():
-    assert strip_completion([7, 1, 0, 0], [1], 4) == ([7, 1], "stop")
-    assert strip_completion([1, 0, 0, 0], [1], 4) == ([1], "stop")
-    # A pad token that was sampled before the end is a token.
-    assert strip_completion([0, 7, 0, 2], [1, 2], 4) == ([0, 7, 0, 2], "stop")
-    assert strip_completion([7, 8, 9, 1], [1], 4) == ([7, 8, 9, 1], "stop")
-    assert strip_completion([7, 8, 0, 0], [1], 4) == ([7, 8, 0, 0], "length")
-    with pytest.raises(ValueError, match="after 3 of 4 tokens"):
-        strip_completion([7, 8, 9], [1], 4)
 
 
 def test_records_are_valid_ordered_and_carry_extra_columns(policy):
@@ -203,7 +191,7 @@ def test_messages_go_through_the_chat_template(policy):
 def test_every_end_of_sequence_id_of_the_model_ends_a_completion(policy):
     model, tokenizer = policy
     model.generation_config.eos_token_id = [9, 4]
-    assert generation_eos_ids(model, tokenizer) == [EOS, 4, 9]
+    assert end_token_ids(tokenizer, model.generation_config) == [EOS, 4, 9]
     ends = {
         record["completion_ids"][-1] for record in sample(policy, num_samples=40) if record["finish_reason"] == "stop"
     }
@@ -243,9 +231,17 @@ def test_bad_prompts_and_tokenizers_are_refused(policy):
         sample_rollouts(model, tokenizer, [], **settings)
     with pytest.raises(ValueError, match="Prompt 1 has no tokens"):
         sample_rollouts(model, tokenizer, ["w6", ""], **settings)
-    tokenizer.pad_token = tokenizer.eos_token
-    with pytest.raises(ValueError, match="pad"):
+    tokenizer.eos_token = None
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="eos_token"):
         sample_rollouts(model, tokenizer, ["w6"], **settings)
+
+
+@pytest.mark.parametrize("pad", ["<eos>", None])
+def test_a_tokenizer_that_pads_with_its_end_or_not_at_all_samples_the_same(policy, pad):
+    expected = [record["completion_ids"] for record in sample(policy)]
+    policy[1].pad_token = pad
+    assert [record["completion_ids"] for record in sample(policy)] == expected
 
 
 def test_a_file_is_sampled_once_and_goes_on_from_its_journal(policy, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from eval.tradeoff import TradeoffArguments, main, read_run
 from eval.tradeoff_arms import ask, measure_trained, shortest_of
 from eval.tradeoff_kl import DivergenceMeter, completion_logits, policy_divergence, token_divergence
 from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
-from lenvm_rl.sampling_jobs import strip_completion
+from lenvm_rl.endings import strip_completion
 from lenvm_rl.sandbox.scripted import EOS, START, ScriptedLengthValue, ScriptedPolicy, TokenChain, random_chain
 
 DATA = Path(os.environ.get("LENVM_RL_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from lenvm_rl.decoding import LengthGuidedLogitsProcessor
+from lenvm_rl.endings import end_token_ids
 from lenvm_rl.guidance import TILT, LengthGuidance
 from lenvm_rl.logits_processor import MAX_UNTRUNCATED_VOCABULARY
 from lenvm_rl.returns import remaining_from_logits
-from lenvm_rl.sampling import generation_eos_ids
 from lenvm_rl.sampling_jobs import tokenize_prompts
 from lenvm_rl.serve.protocol import GenerationRequest, RequestError
 from lenvm_rl.serve.text import IncrementalText
@@ -139,7 +139,7 @@ class Engine:
         if self.context is None and max_new_tokens_limit is None:
             raise ValueError("The models' configs name no max_position_embeddings: give max_new_tokens_limit.")
         self.model, self.length_value_model, self.name = model.eval(), length_value_model, name
-        self.eos_token_ids = generation_eos_ids(model, tokenizer)
+        self.eos_token_ids = end_token_ids(tokenizer, model.generation_config)
         # A prompt is read by both.
         self.vocab_size = min(one.get_input_embeddings().weight.shape[0] for one in (model, length_value_model))
         self.max_new_tokens_limit, self.max_waiting, self.max_choices = max_new_tokens_limit, max_waiting, max_choices
