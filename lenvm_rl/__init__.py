@@ -6,6 +6,7 @@ mathematics needs torch alone, and only the trainers need TRL.
 """
 
 import importlib
+import pkgutil
 
 __version__ = "0.1.0"
 
@@ -49,39 +50,7 @@ _NAMES_OF_MODULE = {
     "trainers": ("LenVMGRPOConfig", "LenVMGRPOTrainer", "LenVMPPOConfig", "LenVMPPOTrainer"),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
-_MODULES = (
-    *_NAMES_OF_MODULE,
-    "backbones",
-    "cards",
-    "collation",
-    "completions",
-    "configuration",
-    "domains",
-    "endings",
-    "forms",
-    "guidance",
-    "heads",
-    "journal",
-    "logits_processor",
-    "outputs",
-    "packing",
-    "positions",
-    "pretraining_arguments",
-    "programs",
-    "retokenization",
-    "run_checkpoints",
-    "sandbox",
-    "scoring",
-    "serve",
-    "servers",
-    "shared_prompts",
-    "step_sampling",
-    "target_spaces",
-    "targets",
-    "traces",
-    "value_metrics",
-    "value_references",
-)
+_MODULES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 __all__ = ["__version__", *sorted(_MODULE_OF_NAME)]
 

@@ -140,13 +140,6 @@ def with_unknown_tokenizer(maker, folder):
     return maker(folder, lenvm=LengthValueModel.from_backbone(tiny_llama(VOCAB), gamma=0.9))
 
 
-def with_pad_as_end(maker, folder):
-    tokenizer = tiny_tokenizer(VOCAB)
-    tokenizer.pad_token = tokenizer.eos_token
-    arguments = CONFIGS[maker](**settings(folder)), prompts(), None, tokenizer
-    return TRAINERS[maker](tiny_llama(VOCAB), counts_of_w8, *arguments)
-
-
 def with_another_gamma(maker, folder):
     return maker(folder, lenvm=random_lenvm(), shaping_coef=0.5, shaping_gamma=0.9, task_gamma=0.99)
 
@@ -193,11 +186,6 @@ FAULTS = {
     "a reward function that returns None": Stops(
         SAYS + "None, not one reward .*return a list of 8 numbers", REWARD_FILE, rewards=reward_is(lambda right: None)
     ),
-    "a reward function that returns None for all": Stops(
-        r"Every reward function \(counts_of_w8\) returned None .*return a number",
-        rewards=reward_is(lambda right: [None] * 8),
-        makers=(grpo,),
-    ),
     "the wrong number of rewards": Stops(
         SAYS + "7 rewards, but 8 were expected: return one", REWARD_FILE, rewards=reward_is(lambda right: right[1:])
     ),
@@ -233,7 +221,6 @@ FAULTS = {
     ),
     "a vocabulary that differs": Refused(with_tokenizer_of_20, "20 tokens"),
     "a vocabulary that nobody knows": Refused(with_unknown_tokenizer, "cannot be compared"),
-    "pad = eos": Refused(with_pad_as_end, "pad token and the end-of-sequence token are the same"),
     "gamma mismatch": Refused(with_another_gamma, "differs from task_gamma=0.99.*allow_gamma_mismatch"),
     "half of the weights": Cut("model.safetensors"),
     "half of the optimizer": Cut("optimizer.pt"),

@@ -10,9 +10,9 @@ from trl.trainer.utils import get_config_model_id
 
 from lenvm_rl.advantages import combine, length_advantage
 from lenvm_rl.completions import completion_logits
+from lenvm_rl.endings import through_first_end
 from lenvm_rl.journal import MetricsFile
 from lenvm_rl.shaping import length_potential, value_potential
-from lenvm_rl.tokenization import check_pad_is_not_eos
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.base_config import LenVMConfig
 from lenvm_rl.trainers.checkpoint_files import check_files, explained_failure
@@ -23,6 +23,14 @@ from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics
 from lenvm_rl.trainers.pictures import picture_inputs
 from lenvm_rl.trainers.resuming import ResumableTrainer
 from lenvm_rl.trainers.reward_calls import check_reward_models, watched_rewards
+from lenvm_rl.trainers.rollout_ends import (
+    Sampled,
+    check_ends,
+    completion_budget,
+    ends_in_stop_string,
+    read_sampled,
+    run_end_ids,
+)
 from lenvm_rl.trainers.sharding import check_shards
 from lenvm_rl.trainers.stopping import stop_between_generations
 from lenvm_rl.trainers.streams import (
@@ -99,7 +107,7 @@ class LenVMTrainer(ResumableTrainer):
             args = self.config_class(f"{name.split('/')[-1]}-{type(self).__name__.removesuffix('Trainer')}")
         checks.check_config_class(args, self.config_class)
         checks.check_model_path(model, "the policy")
-        checks.check_dataset(train_dataset, args)
+        checks.check_dataset(train_dataset, args, grpo_arguments.get("environment_factory") is not None)
         if self.always_dense or args.needs_length_value_model:
             checks.check_loss(args)
         length_value_model = checks.load_length_value_model(length_value_model, args)
@@ -117,14 +125,17 @@ class LenVMTrainer(ResumableTrainer):
         self._gate_index = checks.gate_index(args.gate_reward, self.reward_func_names)
         checks.check_steering(args, self._gate_index)
         self._coefficient = LengthCoefficient(args)
-        check_pad_is_not_eos(self._tokenizer)
         self.length_value_model = self._length_values = None
         if length_value_model is not None:
             self.length_value_model = place_length_value_model(length_value_model, self)
             self._length_values = LengthValues(self.length_value_model, self)
             self.length_gamma = self._length_values.gamma
-        # TRL 1.12 knows the tokenizer's end of sequence only; later ones, every end that the model declares.
-        self._ends = self.eos_token_ids if hasattr(self, "eos_token_ids") else [self._tokenizer.eos_token_id]
+        # TRL cuts what stands behind an end off by these: it knows none of `generation_kwargs`, and before 1.16 the
+        # tokenizer's only.
+        self.eos_token_ids = self._ends = run_end_ids(self)
+        if self.always_dense or args.needs_length_value_model:
+            check_ends(self)
+        self._sampled: Sampled | None = None
         self._raw_rewards: Tensor | None = None
         self._guidance = read_guidance(args)
         self._guidance_report = None
@@ -154,7 +165,18 @@ class LenVMTrainer(ResumableTrainer):
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
 
+    def _generate(self, prompts):
+        generated = super()._generate(prompts)
+        self._sampled = read_sampled(generated, self._ends)
+        return generated
+
     def _generate_single_turn(self, *args, **kwargs):
+        completion_ids, logprobs = self._sample_turn(*args, **kwargs)
+        if not self.use_vllm:
+            completion_ids = [through_first_end(ids, self._ends) for ids in completion_ids]
+        return completion_ids, logprobs
+
+    def _sample_turn(self, *args, **kwargs):
         if self._guidance is None or self._mode != "train":
             return super()._generate_single_turn(*args, **kwargs)
         model, values = (self.accelerator.unwrap_model(each) for each in (self.model_wrapped, self.length_value_model))
@@ -276,7 +298,7 @@ class LenVMTrainer(ResumableTrainer):
         if self._length_values is not None and self._mode == "train":
             self._log_all(self._length_values.refresh_if_due())
         batch = super()._generate_and_score_completions(inputs)
-        completions = read_completions(batch, self._ends, self._tokenizer.pad_token_id)
+        completions = self._read_completions(batch)
         outcomes = self._outcomes(len(completions.mask))
         reduce = self._sum_over_processes
         measured = completion_metrics(completions, outcomes.correct, reduce)
@@ -300,6 +322,18 @@ class LenVMTrainer(ResumableTrainer):
             means = batch["advantages"].sum(dim=1) / completions.actions.sum(dim=1).clamp(min=1)
             self._logs["extra"]["policy_advantage"].extend(self.accelerator.gather(means).tolist())
         return batch
+
+    def _read_completions(self, batch: dict) -> Completions:
+        """The completions of a generation batch: which tokens are the policy's, and how each row ended."""
+        sampled, prompt_lengths = self._sampled, batch["prompt_mask"].sum(dim=1)
+        said, device = None, prompt_lengths.device
+        if sampled.finished is not None:
+            said = torch.tensor(sampled.finished, device=device)
+        budget = completion_budget(self, prompt_lengths, sampled)
+        if budget is not None:
+            stopped = ends_in_stop_string(self, batch["completion_ids"], batch["completion_mask"])
+            budget = budget.masked_fill(stopped, torch.iinfo(budget.dtype).max)
+        return read_completions(batch, self._ends, budget, said, torch.tensor(sampled.lengths, device=device))
 
     def _add_streams(
         self,

@@ -34,18 +34,19 @@ def check_model_path(name_or_path, what: str) -> None:
         raise FileNotFoundError(f"There is no folder '{path}' for {what} (looked from {os.getcwd()}): check the path.")
 
 
-def check_dataset(train_dataset, args) -> None:
+def check_dataset(train_dataset, args, has_environment: bool = False) -> None:
     """Raise a `ValueError` if the training set holds too few prompts for a single step.
 
     Args:
         train_dataset (`datasets.Dataset` or any): only a dataset with a length can be checked.
         args (`trl.GRPOConfig`): says how many prompts one generation batch takes.
+        has_environment (`bool`, *optional*, defaults to `False`): whether an environment may write the prompts.
     """
     if not isinstance(train_dataset, Dataset):
         return
     if len(train_dataset) == 0:
         raise ValueError("The training set is empty: give at least one row with a `prompt`.")
-    if "prompt" not in train_dataset.column_names:
+    if "prompt" not in train_dataset.column_names and not has_environment:
         raise ValueError(f"The training set has no column `prompt`, only {train_dataset.column_names}: rename one.")
     prompts = args.generation_batch_size // args.num_generations
     if len(train_dataset) < prompts:
@@ -192,17 +193,14 @@ def check_no_critic(args) -> None:
 
 
 def check_rewards(rewards: torch.Tensor, names: list[str]) -> None:
-    """Raise a `ValueError` if no reward function scored anything, or one gave an infinite reward.
+    """Raise a `ValueError` if a reward function gave an infinite reward.
+
+    A completion that no function scored has no advantage, as in TRL, which warns of it.
 
     Args:
         rewards (`torch.Tensor` of shape `(N, F)`): one column per function; NaN where a function returned `None`.
         names (`list[str]`): of the functions.
     """
-    if rewards.numel() and bool(torch.isnan(rewards).all()):
-        raise ValueError(
-            f"Every reward function ({', '.join(names)}) returned None for every completion of the batch, so there is "
-            "nothing to learn from: return a number for each completion that the function applies to."
-        )
     infinite = torch.isinf(rewards).any(dim=0).tolist()
     if any(infinite):
         culprits = [name for name, bad in zip(names, infinite, strict=True) if bad]

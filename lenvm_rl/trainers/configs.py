@@ -20,14 +20,21 @@ class LenVMGRPOConfig(LenVMConfig):
     """
 
 
+class _GroupOfOne(int):
+    """A 1 that passes for 2 where TRL asks: it refuses groups of one, which leave its own advantage nothing."""
+
+    def __lt__(self, other):
+        return int(self) < other and other != 2
+
+
 @dataclass
 class LenVMPPOConfig(LenVMConfig):
     """Arguments of [`LenVMPPOTrainer`]: those of `trl.GRPOConfig` and [`LenVMConfig`], and those of the task critic.
 
     Args:
         num_generations (`int`, *optional*, defaults to `2`):
-            Completions per prompt. PPO needs no groups, and TRL takes no fewer than 2. Raise it where groups are
-            used: `length_gate_center`, or `critic="lenvm"` with `task_baseline="group"`.
+            Completions per prompt. PPO needs no groups, so 1 is enough. Raise it where groups are used:
+            `length_gate_center`, `length_gate="pass_rate"`, or `critic="lenvm"` with `task_baseline="group"`.
         critic_init (`str`, *optional*, defaults to `"policy"`):
             Whose decoder a learned critic starts from: `"policy"`, `"lenvm"`, or a folder or hub id.
         critic_learning_rate (`float`, *optional*, defaults to `1e-5`):
@@ -73,8 +80,8 @@ class LenVMPPOConfig(LenVMConfig):
     num_generations: int | None = field(
         default=2,
         metadata={
-            "help": "Completions per prompt. PPO needs no groups, and TRL takes no fewer than 2; raise it where groups "
-            "are used (length_gate_center, or critic='lenvm' with task_baseline='group')."
+            "help": "Completions per prompt; 1 is enough, as PPO needs no groups. Raise it where groups are used "
+            "(length_gate_center, length_gate='pass_rate', or critic='lenvm' with task_baseline='group')."
         },
     )
     critic_init: str = field(
@@ -138,7 +145,11 @@ class LenVMPPOConfig(LenVMConfig):
     )
 
     def __post_init__(self):
+        if self.num_generations == 1:
+            self.num_generations = _GroupOfOne(1)
         super().__post_init__()
+        self.num_generations = int(self.num_generations)
+        self._check_groups()
         require_positive(self, "critic_learning_rate", "vf_coef")
         if self.cliprange_value is not None:
             require_positive(self, "cliprange_value")
@@ -162,6 +173,22 @@ class LenVMPPOConfig(LenVMConfig):
     def target_lam(self) -> float:
         """Lambda of the critic's targets."""
         return self.task_lam if self.critic_lam is None else self.critic_lam
+
+    def _check_groups(self) -> None:
+        """Refuse what compares the completions of a prompt where there is one of each."""
+        if self.num_generations > 1:
+            return
+        compared = {
+            "length_gate_center=True": self.length_gate_center,
+            "length_gate='pass_rate'": self.length_gate == "pass_rate",
+            "length_gate_pass_rate": self.length_gate_pass_rate is not None,
+        }
+        used = [name for name, is_used in compared.items() if is_used]
+        if used:
+            raise ValueError(
+                f"num_generations=1 leaves nothing to compare a completion with, as {', '.join(used)} does: set "
+                "num_generations to 2 or more, or leave it out."
+            )
 
     def _check_lambdas(self) -> None:
         if self.critic_lam is not None:

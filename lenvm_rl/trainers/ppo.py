@@ -129,6 +129,11 @@ class LenVMPPOTrainer(LenVMTrainer):
             )
         if not has_critic:
             checks.check_no_critic(args)
+            if args.num_generations == 1 and args.task_baseline == "group":
+                raise ValueError(
+                    "task_baseline='group' compares the completions of a prompt, and num_generations=1 samples one of "
+                    "each: set task_baseline='batch', or num_generations to 2 or more."
+                )
             return
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(

@@ -73,10 +73,10 @@ class Generations:
         return (step if self.epoch is None else step % self.epoch) % self.period == 0
 
     def fits(self, every: int, end: int) -> bool:
-        """Whether nothing is left over after every `every` steps of a run of `end` steps."""
+        """Whether nothing is left over after every `every` steps of a run of `end` steps, its last step aside."""
         if self.epoch is None or self.epoch % self.period == 0:
-            return every % self.period == 0
-        return all(self.are_used_up(step) for step in range(every, max(end, every + 1), every))
+            return every >= end or every % self.period == 0
+        return all(self.are_used_up(step) for step in range(every, end, every))
 
     def next_fit(self, every: int, end: int) -> int:
         """The least number of steps above `every` that fits."""
@@ -85,6 +85,8 @@ class Generations:
 
 def check_save_steps(args, generations: Generations, end: int) -> None:
     """Raise a `ValueError` if the settings would write checkpoints that no run can go on from exactly.
+
+    TRL's default, which nobody chose, is moved to the next number of steps that fits.
 
     Args:
         args (`trl.GRPOConfig`): of the run. Other checkpoints than those of every so many steps are seen on resuming.
@@ -99,6 +101,13 @@ def check_save_steps(args, generations: Generations, end: int) -> None:
     if every < 1:
         return
     if not generations.fits(every, end):
+        if given == type(args).__dataclass_fields__[steps].default and not args.load_best_model_at_end:
+            setattr(args, steps, generations.next_fit(every, end))
+            logger.warning(
+                "%s=%s, the default, would leave completions over, which no checkpoint keeps: set to %d.",
+                *(steps, given, getattr(args, steps)),
+            )
+            return
         raise ValueError(
             f"{steps}={given}{f', every {every} of {end} steps,' if given < 1 else ''} leaves completions over, which "
             f"no checkpoint keeps, so that it could not be resumed exactly: they are used up every "

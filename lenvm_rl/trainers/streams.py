@@ -7,7 +7,7 @@ actions: across them the discount and lambda are 1, the reward is 0 and the valu
 their advantage is 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lenvm_rl.advantages import carry_values, gae
 from lenvm_rl.completions import bootstrap_values
+from lenvm_rl.endings import finished_rows, own_lengths
 from lenvm_rl.returns import td_residual
 from lenvm_rl.shaping import potential_shaping
 
@@ -30,8 +31,8 @@ class Completions:
         mask (`torch.BoolTensor` of shape `(B, T)`): where a token exists, a prefix of ones; empty rows were left out
             of the loss by `mask_truncated_completions`.
         actions (`torch.BoolTensor` of shape `(B, T)`): where the policy chose the token.
-        finished (`torch.BoolTensor` of shape `(B,)`): whether the last token ends the sequence.
-        lengths (`torch.LongTensor` of shape `(B,)`): tokens that the policy wrote, the end of sequence not counted.
+        finished (`torch.BoolTensor` of shape `(B,)`): whether nothing follows the last token; else the row was cut.
+        lengths (`torch.LongTensor` of shape `(B,)`): tokens that the policy wrote, an end id not counted.
     """
 
     mask: Tensor
@@ -52,25 +53,31 @@ class Completions:
         return torch.where(self.actions, at_action, elsewhere).to(dtype)
 
 
-def read_completions(batch: dict, eos_token_ids: list[int], pad_token_id: int) -> Completions:
+def read_completions(
+    batch: dict,
+    end_ids: Sequence[int],
+    budget: int | Tensor | None = None,
+    said: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Completions:
     """Read [`Completions`] off what TRL's `_generate_and_score_completions` returns.
 
     Args:
         batch (`dict`): with `completion_ids`, `completion_mask` `(B, T)`, and `tool_mask` where there are tools.
-        eos_token_ids (`list[int]`): tokens that end a completion.
-        pad_token_id (`int`): none of them.
+        end_ids (`Sequence[int]`), budget, said: what ends a completion, as in [`lenvm_rl.endings.finished_rows`].
+        lengths (`torch.LongTensor` of shape `(B,)`, *optional*):
+            Tokens that the policy wrote. Read off the mask where omitted, which is empty for the cut rows that
+            `mask_truncated_completions` leaves out of the loss.
     """
     ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
     actions = mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
-    kept = mask.any(dim=1)
-    last = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0)
-    ends = torch.isin(ids.gather(1, last).squeeze(1), torch.tensor(eos_token_ids, device=ids.device))
-    finished = kept & ends
-    # A row left out of the loss has no mask, but it was written all the same; it was cut, so it ends in no padding.
-    steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    written = torch.where(ids != pad_token_id, steps, 0).amax(dim=1)
-    lengths = torch.where(kept, actions.sum(dim=1), written) - finished.long()
-    return Completions(mask=mask, actions=actions, finished=finished, lengths=lengths)
+    own = own_lengths(ids, mask, end_ids, actions)
+    return Completions(
+        mask=mask,
+        actions=actions,
+        finished=finished_rows(ids, mask, end_ids, actions, budget, said),
+        lengths=own if lengths is None else torch.where(mask.any(dim=1), own, lengths.to(own)),
+    )
 
 
 def action_gae(
