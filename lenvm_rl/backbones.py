@@ -1,11 +1,16 @@
 """A length value model's decoder: loaded from a folder or the hub, or copied from a model, and checked."""
 
 import copy
+import logging
 import os
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(loader, path, *args, **kwargs):
@@ -132,15 +137,66 @@ def check_tokenizer_fits(tokenizer, decoder) -> None:
     """Raise unless the decoder can read what the tokenizer writes.
 
     Raises:
-        `ValueError`: the tokenizer has ids that the decoder does not embed.
+        `ValueError`: the tokenizer has ids that the decoder does not embed: see [`check_embeds`], ordinary tokens
+            included.
     """
-    largest = max(tokenizer.get_vocab().values())
-    embedded = decoder.get_input_embeddings().num_embeddings
-    if largest >= embedded:
+    check_embeds(tokenizer, decoder, "the model", ordinary=True)
+
+
+RESIZE = "give the model's own tokenizer, or add rows with `model.resize_token_embeddings(len(tokenizer))`"
+
+
+def check_embeds(
+    tokenizer, model, what: str, ordinary: bool = False, padding: bool = True, remedy: str = RESIZE
+) -> None:
+    """Raise unless a model embeds the tokens that it will read, where they go beyond its table in a bare `IndexError`.
+
+    Other tokens beyond the table are only warned of: some models come with tokens that stand for pictures and are
+    never embedded.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): what writes the ids.
+        model (`PreTrainedModel` or `peft.PeftModel`): what reads them.
+        what (`str`): what the error calls the model, such as `"the policy"`.
+        ordinary (`bool`, *optional*, defaults to `False`): whether it reads all tokens but those that were added as
+            special ones. The end of sequence and what the chat template writes are read in any case.
+        padding (`bool`, *optional*, defaults to `True`): whether it reads the pad token.
+        remedy (`str`, *optional*): what to change.
+
+    Raises:
+        `ValueError`: names the tokens and what to change.
+    """
+    rows = _embedding_rows(model)
+    beyond = {} if rows is None else {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if not beyond:
+        return
+    special = {i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
+    template = str(tokenizer.chat_template or "")
+    read = {tokenizer.eos_token_id} | ({tokenizer.pad_token_id} if padding else set())
+    read |= {i for i, token in beyond.items() if token in template or (ordinary and i not in special)}
+    if not padding:
+        read -= {tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    missing = sorted(beyond.keys() & read)
+    shown = ", ".join(f"{beyond[i]!r}" for i in (missing or sorted(beyond))[:5])
+    if missing:
         raise ValueError(
-            f"The tokenizer has ids up to {largest}, but the model embeds {embedded} tokens (ids 0 to {embedded - 1}): "
-            "give the model's own tokenizer, or resize the model's embeddings."
+            f"The tokenizer has ids up to {missing[-1]}, but {what} embeds {rows} tokens (ids 0 to {rows - 1}), and "
+            f"not {shown}: {remedy}."
         )
+    logger.warning(
+        "%s embeds %d tokens, and the tokenizer has more (%s): a text that holds one of them ends in an error.",
+        what[0].upper() + what[1:],
+        rows,
+        shown,
+    )
+
+
+def _embedding_rows(model) -> int | None:
+    """Rows of the table that a model looks ids up in; `None` where it has no such table."""
+    table = model.get_input_embeddings()
+    while isinstance(table, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        table = table.get_base_layer() if isinstance(table, BaseTunerLayer) else table.original_module
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
 def cache_of(decoder, outputs):

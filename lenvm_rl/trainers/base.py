@@ -9,11 +9,13 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
 from lenvm_rl.advantages import combine, length_advantage
+from lenvm_rl.backbones import check_embeds
 from lenvm_rl.completions import completion_logits
 from lenvm_rl.endings import through_first_end
 from lenvm_rl.journal import MetricsFile
 from lenvm_rl.shaping import length_potential, value_potential
 from lenvm_rl.trainers import checks
+from lenvm_rl.trainers.arguments import trainer_keywords
 from lenvm_rl.trainers.base_config import LenVMConfig
 from lenvm_rl.trainers.checkpoint_files import check_files, explained_failure
 from lenvm_rl.trainers.coefficient import LengthCoefficient
@@ -21,6 +23,7 @@ from lenvm_rl.trainers.guided_rollouts import check_guided_rollouts, guided_gene
 from lenvm_rl.trainers.length_values import LengthValues, place_length_value_model
 from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics
 from lenvm_rl.trainers.pictures import picture_inputs
+from lenvm_rl.trainers.reference import check_reference_path, warn_of_another_reference
 from lenvm_rl.trainers.resuming import ResumableTrainer
 from lenvm_rl.trainers.reward_calls import check_reward_models, watched_rewards
 from lenvm_rl.trainers.rollout_ends import (
@@ -73,8 +76,8 @@ class LenVMTrainer(ResumableTrainer):
     """[`trl.GRPOTrainer`] with a frozen length value model: the common part of the two trainers, not for use by itself.
 
     Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, grpo_arguments:
-            As in [`trl.GRPOTrainer`]. `args` is of the trainer's own config class.
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, further, grpo_arguments:
+            As in [`trl.GRPOTrainer`], by position or by name. `args` is of the trainer's own config class.
         length_value_model ([`LengthValueModel`] or `str`, *optional*):
             The model or its path. It is frozen, and placed like TRL's reference model. Needed where `length_coef` or
             `shaping_coef` is not 0; otherwise it is only logged. One of form `"adapter"` or `"head"` shares the
@@ -84,6 +87,7 @@ class LenVMTrainer(ResumableTrainer):
     Raises:
         `ValueError`: what [`lenvm_rl.trainers.checks`] and [`lenvm_rl.trainers.resuming`] refuse.
         `FileNotFoundError`: a model's path does not exist.
+        `TypeError`: an argument is one of an older trainer; what stands for it is said.
     """
 
     config_class = LenVMConfig
@@ -98,16 +102,20 @@ class LenVMTrainer(ResumableTrainer):
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
-        *,
+        *further,
         length_value_model=None,
         **grpo_arguments,
     ):
+        grpo_arguments = trainer_keywords(type(self).__name__, 6, further, grpo_arguments)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{name.split('/')[-1]}-{type(self).__name__.removesuffix('Trainer')}")
         checks.check_config_class(args, self.config_class)
         checks.check_model_path(model, "the policy")
+        checks.check_not_tokenized(train_dataset, "training set")
+        checks.check_not_tokenized(eval_dataset, "evaluation set")
         checks.check_dataset(train_dataset, args, grpo_arguments.get("environment_factory") is not None)
+        check_reference_path(model, args, grpo_arguments)
         if self.always_dense or args.needs_length_value_model:
             checks.check_loss(args)
         length_value_model = checks.load_length_value_model(length_value_model, args)
@@ -121,6 +129,8 @@ class LenVMTrainer(ResumableTrainer):
             **grpo_arguments,
         )
         check_shards(self)
+        check_embeds(self._tokenizer, self.model, "the policy")
+        warn_of_another_reference(model, self)
         # Known from here on: the tokenizer and the reward functions, as TRL sees them.
         self._gate_index = checks.gate_index(args.gate_reward, self.reward_func_names)
         checks.check_steering(args, self._gate_index)

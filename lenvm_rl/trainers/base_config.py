@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from lenvm_rl.shaping import check_shaping_gamma
+from lenvm_rl.trainers.arguments import check_config_names
 from lenvm_rl.trainers.config_checks import require_choice, require_finite, require_unit
 from lenvm_rl.trainers.refresh_config import RefreshConfig
 
@@ -65,6 +66,7 @@ class LenVMConfig(RefreshConfig):
 
     Raises:
         `ValueError`: a value is out of its bounds, or two values exclude each other.
+        `TypeError`: a field is one of an older PPO config; what stands for it is said.
     """
 
     # What may come from the command line as JSON.
@@ -160,6 +162,10 @@ class LenVMConfig(RefreshConfig):
             "for a reward that comes only at the end."
         },
     )
+
+    def __new__(cls, *arguments, **fields):
+        check_config_names(cls.__name__, fields)
+        return super().__new__(cls)
 
     def __post_init__(self):
         super().__post_init__()

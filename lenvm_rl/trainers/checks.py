@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
 
 from lenvm_rl.modeling import LengthValueModel, is_shared
@@ -32,6 +32,22 @@ def check_model_path(name_or_path, what: str) -> None:
     is_path = path.startswith((".", "/", "\\")) or path.count("/") > 1 or "\\" in path
     if is_path and not os.path.isdir(path):
         raise FileNotFoundError(f"There is no folder '{path}' for {what} (looked from {os.getcwd()}): check the path.")
+
+
+def check_not_tokenized(dataset, what: str) -> None:
+    """Raise a `ValueError` if a set of prompts holds token ids, as older PPO trainers take them.
+
+    Args:
+        dataset (`Dataset`, `IterableDataset`, a `dict` of them, or any): others are let through.
+        what (`str`): what the error calls it, such as `"training set"`.
+    """
+    for each in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        columns = (each.column_names or []) if isinstance(each, (Dataset, IterableDataset)) else []
+        if "prompt" not in columns and "input_ids" in columns:
+            raise ValueError(
+                f"The {what} is tokenized (it has a column `input_ids` and none called `prompt`), and TRL tokenizes "
+                "prompts itself: give their texts or messages in a column `prompt`."
+            )
 
 
 def check_dataset(train_dataset, args, has_environment: bool = False) -> None:

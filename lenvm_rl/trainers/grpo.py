@@ -30,7 +30,8 @@ class LenVMGRPOTrainer(LenVMTrainer):
     multimodal processor, a length value model whose decoder does not see the policy's pictures.
 
     Args:
-        model, reward_funcs, train_dataset, eval_dataset, processing_class, grpo_arguments: as in [`trl.GRPOTrainer`].
+        model, reward_funcs, train_dataset, eval_dataset, processing_class, further, grpo_arguments:
+            As in [`trl.GRPOTrainer`], by position or by name.
         args ([`LenVMGRPOConfig`], *optional*): a default one if omitted.
         length_value_model ([`LengthValueModel`] or `str`, *optional*):
             The model or its path; frozen for good. Needed unless `length_coef` and `shaping_coef` are 0.

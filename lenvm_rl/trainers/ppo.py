@@ -61,7 +61,8 @@ class LenVMPPOTrainer(LenVMTrainer):
     without a critic.
 
     Args:
-        model, reward_funcs, train_dataset, eval_dataset, processing_class, grpo_arguments: as in [`trl.GRPOTrainer`].
+        model, reward_funcs, train_dataset, eval_dataset, processing_class, further, grpo_arguments:
+            As in [`trl.GRPOTrainer`], by position or by name.
         args ([`LenVMPPOConfig`], *optional*): a default one if omitted.
         length_value_model ([`LengthValueModel`] or `str`, *optional*): as in [`LenVMGRPOTrainer`].
         critic (`str` or `PreTrainedModel`, *optional*, defaults to `"learned"`):
@@ -101,7 +102,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
-        *,
+        *further,
         length_value_model=None,
         critic="learned",
         **grpo_arguments,
@@ -110,9 +111,10 @@ class LenVMPPOTrainer(LenVMTrainer):
             model,
             reward_funcs,
             args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            *further,
             length_value_model=length_value_model,
             **grpo_arguments,
         )
