@@ -7,6 +7,7 @@ of ``values``, give 0 at masked slots, and do not read what stands there.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lenvm_rl.returns import check_gamma, check_mask, discounted_return, next_values
@@ -27,6 +28,7 @@ def gae(
     gamma: float | Tensor,
     lam: float | Tensor,
     bootstrap: Tensor | None = None,
+    action_mask: Tensor | None = None,
 ) -> Tensor:
     """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, equation 16) over ragged rows.
 
@@ -42,55 +44,43 @@ def gae(
         lam (`float` or `torch.Tensor` of shape `(B, T)`): bias-variance trade-off, in [0, 1].
         bootstrap (`torch.Tensor` of shape `(B,)`, *optional*):
             value after the last token: 0 for a finished row, ``V(s_L)`` for a truncated one. All 0 when omitted.
+        action_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+            1 where the policy chose token `t`. Across the others (tool output, environment text) gamma and lambda are
+            1, nothing is paid, and the value is carried from the next action.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, 0 at masked slots.
+        `torch.Tensor` of shape `(B, T)`, 0 at masked slots and at tokens that are not actions.
 
     Example: rewards ``[0, 0, 1]``, values ``[.5, .5, .5]``, gamma = 1, lam = 0.5 give deltas ``[0, 0, .5]`` and
     advantages ``[.125, .25, .5]``.
     """
     exists = check_mask(mask)
+    actions = exists if action_mask is None else exists & action_mask.bool()
     zero = torch.zeros_like(values)
-    rewards = torch.where(exists, rewards.to(values.dtype), zero)
-    following = next_values(values, mask, bootstrap)
-    values = torch.where(exists, values, zero)
-    discount = torch.where(exists, _per_step(gamma, values, "gamma"), zero)
-    trace = torch.where(exists, discount * _per_step(lam, values, "lam"), zero)
-    deltas = rewards + discount * following - values
-
-    advantage = torch.zeros_like(values[:, 0]) if values.shape[1] else values.new_zeros(values.shape[0])
-    advantages = []
-    for t in reversed(range(values.shape[1])):
-        advantage = deltas[:, t] + trace[:, t] * advantage
-        advantages.append(advantage)
-    if not advantages:
-        return zero
-    return torch.stack(advantages[::-1], dim=1)
+    rewards = torch.where(actions, rewards.to(values.dtype), zero)
+    if isinstance(gamma, (int, float)) and isinstance(lam, (int, float)) and gamma == lam == 1:
+        # Closed form: all that is still to be paid, and the value after the end.
+        end = zero[:, :1] if bootstrap is None else bootstrap.to(values.dtype).unsqueeze(1)
+        return torch.where(actions, rewards.flip(1).cumsum(dim=1).flip(1) + end - values, zero)
+    following = next_values(values, mask, bootstrap, action_mask)
+    discount = torch.where(actions, _per_step(gamma, values, "gamma"), zero)
+    deltas = torch.where(actions, rewards + discount * following - values, zero)
+    # Tokens that are no actions pass the advantage on as it is.
+    trace = torch.where(actions, discount * _per_step(lam, values, "lam"), exists.to(values.dtype))
+    return torch.where(actions, _discounted_sums(deltas, trace), zero)
 
 
-def carry_values(values: Tensor, mask: Tensor, action_mask: Tensor, bootstrap: Tensor | None = None) -> Tensor:
-    """Replace the value at every token that is not an action by the value of the next state that decides.
+def _discounted_sums(x: Tensor, discount: Tensor) -> Tensor:
+    """``y_t = x_t + discount_t * y_{t+1}`` along rows `(B, T)`, in log2(T) steps instead of T.
 
-    The transition from one action to the next then spans the tool output or environment text between them: nothing is
-    credited to tokens that nobody chose.
-
-    Args:
-        values (`torch.Tensor` of shape `(B, T)`): value of the state before token `t`.
-        mask (`torch.Tensor` of shape `(B, T)`): 1 where token `t` exists.
-        action_mask (`torch.Tensor` of shape `(B, T)`): 1 where the policy chose token `t`.
-        bootstrap (`torch.Tensor` of shape `(B,)`, *optional*): value after the last token, 0 when omitted.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, 0 at masked slots.
+    Each step doubles the number of terms that a slot has summed up (a prefix scan, Hillis and Steele, 1986).
     """
-    exists = check_mask(mask)
-    rows, steps = values.shape
-    end = values.new_zeros(rows) if bootstrap is None else bootstrap.to(values.dtype)
-    extended = torch.cat([torch.where(exists, values, torch.zeros_like(values)), end.unsqueeze(1)], dim=1)
-    positions = torch.arange(steps, device=values.device).expand(rows, steps)
-    positions = torch.where(exists & action_mask.bool(), positions, steps)
-    following = positions.flip(1).cummin(dim=1).values.flip(1)
-    return torch.where(exists, extended.gather(1, following), torch.zeros_like(values))
+    reach = 1
+    while reach < x.shape[1]:
+        x = x + discount * F.pad(x[:, reach:], (0, reach))
+        discount = discount * F.pad(discount[:, reach:], (0, reach))
+        reach *= 2
+    return x
 
 
 def length_advantage(
@@ -133,21 +123,7 @@ def length_advantage(
         if bootstrap is not None:
             returns = returns + (returns + 1.0) * bootstrap.to(values.dtype).unsqueeze(1)
         return torch.where(actions, returns - values, zero)
-    if action_mask is None:
-        return gae(torch.full_like(values, -(1.0 - gamma)), values, mask, gamma, lam, bootstrap)
-    one = torch.ones_like(values)
-    return torch.where(
-        actions,
-        gae(
-            torch.where(actions, -(1.0 - gamma) * one, zero),
-            carry_values(values, mask, actions, bootstrap),
-            mask,
-            torch.where(actions, gamma * one, one),
-            torch.where(actions, _per_step(lam, values, "lam"), one),
-            bootstrap,
-        ),
-        zero,
-    )
+    return gae(torch.full_like(values, -(1.0 - gamma)), values, mask, gamma, lam, bootstrap, action_mask)
 
 
 def combine(task: Tensor, length: Tensor, mask: Tensor, coef: float, gate: Tensor | None = None) -> Tensor:

@@ -46,25 +46,33 @@ def check_mask(mask: Tensor) -> Tensor:
     return exists
 
 
-def next_values(values: Tensor, mask: Tensor, bootstrap: Tensor | None = None) -> Tensor:
-    """Value of the state *after* each token, ``V(s_{t+1})``.
+def next_values(
+    values: Tensor, mask: Tensor, bootstrap: Tensor | None = None, action_mask: Tensor | None = None
+) -> Tensor:
+    """Value of the state *after* each token, ``V(s_{t+1})``; after an action, of the next state that decides.
 
     Args:
         values (`torch.Tensor` of shape `(B, T)`): ``V(s_t)`` before each token.
         mask (`torch.Tensor` of shape `(B, T)`): 1 where the token exists.
         bootstrap (`torch.Tensor` of shape `(B,)`, *optional*): value after the last token; 0 (terminal) when omitted.
+        action_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+            1 where the policy chose the token. The transition from one action to the next then spans the tool output
+            or environment text between them, whose own states count for nothing.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: 0 at masked slots.
     """
     exists = check_mask(mask)
-    clean = torch.where(exists, values, torch.zeros_like(values))
-    following = torch.cat([clean[:, 1:], torch.zeros_like(clean[:, :1])], dim=1)
-    if bootstrap is None:
-        return following
-    lengths = exists.sum(dim=1)
-    last = F.one_hot((lengths - 1).clamp(min=0), values.shape[1]).bool() & exists
-    return torch.where(last, bootstrap.to(values.dtype).unsqueeze(1), following)
+    rows, steps = values.shape
+    zero = torch.zeros_like(values)
+    end = values.new_zeros(rows) if bootstrap is None else bootstrap.to(values.dtype)
+    extended = torch.cat([torch.where(exists, values, zero), end.unsqueeze(1)], dim=1)
+    decides = exists if action_mask is None else exists & action_mask.bool()
+    # The slot of the next state that decides; `steps`, the slot of the end, where none follows.
+    slots = torch.where(decides, torch.arange(steps, device=values.device), steps)
+    slots = torch.cat([slots, slots.new_full((rows, 1), steps)], dim=1)[:, 1:]
+    following = slots.flip(1).cummin(dim=1).values.flip(1)
+    return torch.where(exists, extended.gather(1, following), zero)
 
 
 def discounted_return(remaining: Tensor, gamma: float) -> Tensor:
@@ -145,7 +153,13 @@ def fit_gamma(lengths: Tensor | Sequence[int], quantile: float = 0.99, coverage:
     return (1.0 - coverage) ** (1.0 / longest)
 
 
-def td_residual(values: Tensor, mask: Tensor, gamma: float | Tensor, bootstrap: Tensor | None = None) -> Tensor:
+def td_residual(
+    values: Tensor,
+    mask: Tensor,
+    gamma: float | Tensor,
+    bootstrap: Tensor | None = None,
+    action_mask: Tensor | None = None,
+) -> Tensor:
     """Temporal-difference residual ``d_t = -(1 - gamma) + gamma * V(s_{t+1}) - V(s_t)`` of the length return.
 
     Positive: token `t` brought the end nearer than the model expected. (The paper's equation 16 calls positive
@@ -156,20 +170,29 @@ def td_residual(values: Tensor, mask: Tensor, gamma: float | Tensor, bootstrap: 
         mask (`torch.Tensor` of shape `(B, T)`): 1 where the token exists.
         gamma (`float` or `torch.Tensor` of shape `(B, T)`): discount of the length return.
         bootstrap (`torch.Tensor` of shape `(B,)`, *optional*): value after the last token; 0 (finished) when omitted.
+        action_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 where the policy chose the token, see
+            [`next_values`]; the others have no residual.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, 0 at masked slots.
+        `torch.Tensor` of shape `(B, T)`, 0 at masked slots and at tokens that are not actions.
     """
     exists = check_mask(mask)
     if isinstance(gamma, Tensor):
         gamma = torch.where(exists, gamma.to(values.dtype), torch.ones_like(values))
-    residual = -(1.0 - gamma) + gamma * next_values(values, mask, bootstrap) - values
-    return torch.where(exists, residual, torch.zeros_like(values))
+    residual = -(1.0 - gamma) + gamma * next_values(values, mask, bootstrap, action_mask) - values
+    counts = exists if action_mask is None else exists & action_mask.bool()
+    return torch.where(counts, residual, torch.zeros_like(values))
 
 
-def horizon_shift(values: Tensor, mask: Tensor, gamma: float | Tensor, bootstrap: Tensor | None = None) -> Tensor:
+def horizon_shift(
+    values: Tensor,
+    mask: Tensor,
+    gamma: float | Tensor,
+    bootstrap: Tensor | None = None,
+    action_mask: Tensor | None = None,
+) -> Tensor:
     """``-td_residual``: positive where a token made the completion longer than expected (arXiv 2604.27039, eq. 16).
 
     Arguments and shape as in [`td_residual`].
     """
-    return -td_residual(values, mask, gamma, bootstrap)
+    return -td_residual(values, mask, gamma, bootstrap, action_mask)

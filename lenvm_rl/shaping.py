@@ -21,7 +21,11 @@ from lenvm_rl.returns import check_mask, next_values, remaining_from_logits
 
 
 def potential_shaping(
-    potential: Tensor, mask: Tensor, gamma: float | Tensor, bootstrap: Tensor | None = None
+    potential: Tensor,
+    mask: Tensor,
+    gamma: float | Tensor,
+    bootstrap: Tensor | None = None,
+    action_mask: Tensor | None = None,
 ) -> Tensor:
     """Shaping reward ``F_t = gamma * Phi(s_{t+1}) - Phi(s_t)`` (Ng et al., 1999; arXiv 2604.27039, appendix C.3).
 
@@ -32,16 +36,20 @@ def potential_shaping(
         bootstrap (`torch.Tensor` of shape `(B,)`, *optional*):
             potential after the last token. It must follow the task stream: 0 wherever the task treats the end as
             terminal (the default everywhere), ``Phi(s_L)`` only where the task itself bootstraps.
+        action_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 where the policy chose the token, see
+            [`~lenvm_rl.returns.next_values`]; the others are paid nothing.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, 0 at masked slots. ``sum_t gamma^t F_t = -Phi(s_0)`` for terminal rows.
+        `torch.Tensor` of shape `(B, T)`, 0 at masked slots and at tokens that are not actions.
+        ``sum_t gamma^t F_t = -Phi(s_0)`` for terminal rows.
     """
     exists = check_mask(mask)
     potential = potential.detach()
     if isinstance(gamma, Tensor):
         gamma = gamma.to(potential.dtype)
-    following = next_values(potential, mask, None if bootstrap is None else bootstrap.detach())
-    return torch.where(exists, gamma * following - potential, torch.zeros_like(potential))
+    following = next_values(potential, mask, None if bootstrap is None else bootstrap.detach(), action_mask)
+    counts = exists if action_mask is None else exists & action_mask.bool()
+    return torch.where(counts, gamma * following - potential, torch.zeros_like(potential))
 
 
 def value_potential(logits: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lenvm_rl.advantages import carry_values, combine, gae, length_advantage
-from lenvm_rl.returns import discounted_return
+from lenvm_rl.advantages import combine, gae, length_advantage
+from lenvm_rl.returns import discounted_return, next_values
 
 
 def naive_gae(rewards, values, lengths, gamma, lam, bootstrap):
@@ -127,10 +127,48 @@ def test_tokens_that_are_not_actions_do_not_count(lam):
         assert bool((out[row, ~kept] == 0).all())
 
 
-def test_carried_values_come_from_the_next_action_or_the_end():
-    values = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
-    out = carry_values(values, torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([[1, 0, 1, 0, 1]]), torch.tensor([9.0]))
-    assert out.tolist() == [[1.0, 3.0, 3.0, 9.0, 0.0]]
+def test_what_follows_a_token_is_the_next_action_or_the_end():
+    values, mask, end = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]), torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([9.0])
+    assert next_values(values, mask, end).tolist() == [[2.0, 3.0, 4.0, 9.0, 0.0]]
+    assert next_values(values, mask).tolist() == [[2.0, 3.0, 4.0, 0.0, 0.0]]
+    actions = torch.tensor([[1, 0, 1, 0, 1]])
+    assert next_values(values, mask, end, actions).tolist() == [[3.0, 3.0, 9.0, 9.0, 0.0]]
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1, 1), (0.99, 0.95), (1.0, 0.0), (0.0, 1.0)])
+def test_gae_of_long_rows_is_the_recursion_from_the_end(gamma, lam):
+    torch.manual_seed(3)
+    mask = torch.arange(700) < torch.tensor([700, 1, 513, 512]).unsqueeze(1)
+    rewards, values = torch.randn(4, 700, dtype=torch.float64), torch.randn(4, 700, dtype=torch.float64)
+    end = torch.tensor([0.0, 0.5, -0.5, 0.0], dtype=torch.float64)
+    expected, following = torch.zeros_like(values), torch.zeros(4, dtype=torch.float64)
+    for t in reversed(range(700)):
+        last = mask.sum(1) - 1 == t
+        after = torch.where(last, end, values[:, t + 1] if t + 1 < 700 else end)
+        following = rewards[:, t] + gamma * after - values[:, t] + gamma * lam * torch.where(last, 0.0, following)
+        following = torch.where(mask[:, t], following, 0.0)
+        expected[:, t] = following
+    torch.testing.assert_close(gae(rewards, values, mask, gamma, lam, end), expected)
+
+
+def test_gae_takes_no_step_a_token():
+    """16384 tokens are 14 doublings: fewer calls of torch than there are tokens by far, and none more at lambda 1."""
+
+    class Count(torch.overrides.TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            Count.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    rewards, values, mask = torch.zeros(2, 16384), torch.zeros(2, 16384), torch.ones(2, 16384)
+    with Count():
+        gae(rewards, values, mask, 0.99, 0.95)
+    assert Count.calls < 400
+    Count.calls = 0
+    with Count():
+        gae(rewards, values, mask, 1.0, 1.0)
+    assert Count.calls < 50
 
 
 def test_combine_adds_gated_streams():

@@ -5,8 +5,9 @@ import torch
 from test_trainers_ppo import MASK, REWARDS, VALUES, scripted_ppo
 from trainer_parts import batch_of, logged, ppo, random_lenvm, same_weights, settings, weights
 
+from lenvm_rl.advantages import gae
 from lenvm_rl.trainers import LenVMPPOConfig
-from lenvm_rl.trainers.streams import Completions, action_gae, length_adaptive_lambda
+from lenvm_rl.trainers.streams import Completions, length_adaptive_lambda
 
 KEYS = ("advantages", "critic_returns", "critic_values")
 
@@ -61,9 +62,10 @@ def test_tokens_that_nobody_chose_do_not_lengthen_a_completion():
 def test_each_completion_has_the_advantage_of_its_own_lambda():
     completions = completions_of([6, 4], 6)
     rewards, values, end = torch.randn(2, 6), torch.randn(2, 6), torch.zeros(2)
-    both = action_gae(rewards, values, completions, 0.9, torch.tensor([0.3, 0.8]), end)
+    each = torch.tensor([[0.3], [0.8]]).expand(2, 6)
+    both = gae(rewards, values, completions.mask, 0.9, each, end)
     for row, lam in enumerate([0.3, 0.8]):
-        torch.testing.assert_close(both[row], action_gae(rewards, values, completions, 0.9, lam, end)[row])
+        torch.testing.assert_close(both[row], gae(rewards, values, completions.mask, 0.9, lam, end)[row])
 
 
 def test_adaptive_advantages_by_hand(tmp_path):

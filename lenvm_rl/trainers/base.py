@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
-from lenvm_rl.advantages import combine, length_advantage
+from lenvm_rl.advantages import combine, gae, length_advantage
 from lenvm_rl.backbones import check_embeds
 from lenvm_rl.completions import completion_logits
 from lenvm_rl.endings import through_first_end
 from lenvm_rl.journal import MetricsFile
-from lenvm_rl.shaping import length_potential, value_potential
+from lenvm_rl.shaping import length_potential, potential_shaping, value_potential
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.arguments import trainer_keywords
 from lenvm_rl.trainers.base_config import LenVMConfig
@@ -38,11 +38,9 @@ from lenvm_rl.trainers.sharding import check_shards
 from lenvm_rl.trainers.stopping import stop_between_generations
 from lenvm_rl.trainers.streams import (
     Completions,
-    action_gae,
     centered_gated_advantage,
     group_pass_rate,
     read_completions,
-    shaping_rewards,
 )
 
 # The length value model's paper, beside the one that introduced the algorithm, in the card of a trained model.
@@ -299,10 +297,16 @@ class LenVMTrainer(ResumableTrainer):
         if args.shaping_form == "critic_offset":
             rewards, values = torch.zeros_like(potential[:, :-1]), potential[:, :-1]
         else:
-            rewards = shaping_rewards(potential, completions, args.shaping_discount, terminal_cut=True)
+            rewards = self._shaping_rewards(potential, completions, terminal_cut=True)
             values = torch.zeros_like(rewards)
-        end = torch.zeros_like(potential[:, 0])
-        return action_gae(rewards, values, completions, args.task_gamma, args.task_lam, end)
+        return gae(rewards, values, completions.mask, args.task_gamma, args.task_lam, action_mask=completions.actions)
+
+    def _shaping_rewards(self, potential: Tensor, completions: Completions, terminal_cut: bool) -> Tensor:
+        """``F_t``, `(B, T)`, of a potential at every state, `(B, T + 1)`, which is 0 wherever the task ends."""
+        following = completions.following(potential, terminal_cut)
+        return potential_shaping(
+            potential[:, :-1], completions.mask, self.args.shaping_discount, following, completions.actions
+        )
 
     def _generate_and_score_completions(self, inputs):
         if self._length_values is not None and self._mode == "train":

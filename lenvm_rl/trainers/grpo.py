@@ -23,10 +23,14 @@ class LenVMGRPOTrainer(LenVMTrainer):
 
     Tokens that nobody chose get 0, and so do completions that no reward function scored. A group whose rewards are all
     equal has no task advantage, but still learns from the length stream. With both coefficients at 0 this *is*
-    `GRPOTrainer`: the batch is not touched.
+    `GRPOTrainer`: the batch is not touched. (But a row ends at every id that ends it, those of `generation_kwargs`
+    included, where TRL would train on the padding behind.)
+
+    How completions ended is decided by `lenvm_rl.endings`: by an id, by stopping short of the budget (vLLM's `stop`, an
+    environment), or by the field `finished` of a `rollout_func`, one flag for each completion.
 
     Refused at construction: losses that know one advantage per completion ([`lenvm_rl.trainers.checks.check_loss`]), a
-    policy with another tokenizer than the length value model's, a pad token that is the end of sequence, and with a
+    policy with another tokenizer than the length value model's, `max_time` (cuts that nobody can see), and with a
     multimodal processor, a length value model whose decoder does not see the policy's pictures.
 
     Args:

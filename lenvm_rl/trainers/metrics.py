@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from lenvm_rl.returns import discounted_return, remaining_from_logits
-from lenvm_rl.trainers.streams import Completions, action_residuals
+from lenvm_rl.returns import discounted_return, remaining_from_logits, td_residual
+from lenvm_rl.trainers.streams import Completions
 
 # Relative variance of numbers that only float32 rounding tells apart.
 ROUNDING_VARIANCE = 1e-10
@@ -124,7 +124,7 @@ def value_metrics(logits: Tensor, completions: Completions, gamma: float, reduce
     actions = completions.actions
     extended = -torch.sigmoid(logits)
     values = extended[:, :-1]
-    residuals = action_residuals(values, completions, gamma, completions.following(extended))
+    residuals = td_residual(values, completions.mask, gamma, completions.following(extended), actions)
     to_come = actions.flip(1).long().cumsum(dim=1).flip(1)
     returns = discounted_return(to_come.to(values.dtype), gamma)
     ended = actions & completions.finished.unsqueeze(1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import disable_dropout_in_model
 
+from lenvm_rl.advantages import gae
 from lenvm_rl.completions import completion_logits
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer, Outcomes
@@ -18,10 +19,8 @@ from lenvm_rl.trainers.metrics import Moments, critic_metrics, kl_reward_metrics
 from lenvm_rl.trainers.pictures import check_sees_pictures, picture_inputs
 from lenvm_rl.trainers.streams import (
     Completions,
-    action_gae,
     final_rewards,
     length_adaptive_lambda,
-    shaping_rewards,
     whiten,
 )
 
@@ -217,7 +216,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         rewards = final_rewards(outcomes.rewards, completions)
         if args.shaping_coef != 0.0 and args.shaping_form == "rewards":
             terminal_cut = args.truncation == "terminal"
-            rewards += shaping_rewards(self._potential(logits), completions, args.shaping_discount, terminal_cut)
+            rewards += self._shaping_rewards(self._potential(logits), completions, terminal_cut)
         if args.kl_in_reward:
             log_ratio = torch.where(completions.actions, self._log_ratio(batch), 0.0)
             self._log_all(kl_reward_metrics(log_ratio, args.kl_reward_coef, completions, self._sum_over_processes))
@@ -249,7 +248,10 @@ class LenVMPPOTrainer(LenVMTrainer):
         following = completions.following(values, args.truncation == "terminal")
 
         def advantages(lam: float | Tensor) -> Tensor:
-            return action_gae(rewards, values[:, :-1], completions, args.task_gamma, lam, following)
+            if isinstance(lam, Tensor):
+                lam = lam.unsqueeze(1).expand_as(rewards)
+            actions = completions.actions
+            return gae(rewards, values[:, :-1], completions.mask, args.task_gamma, lam, following, actions)
 
         if args.length_adaptive_lam:
             policy = advantages(length_adaptive_lambda(completions, args.length_adaptive_alpha))

@@ -3,8 +3,7 @@
 Shapes and conventions are those of [`lenvm_rl.returns`]: arrays are `(B, T)` and aligned with the completion, entry
 ``t`` of ``values`` is read before token ``t`` was chosen; value models give `(B, T + 1)`, the last entry of a row's
 states being the one after its last token. Tokens that nobody chose (tool output, environment text) exist but are no
-actions: across them the discount and lambda are 1, the reward is 0 and the value is carried from the next action, and
-their advantage is 0.
+actions (`action_mask` of [`lenvm_rl.gae`]): their advantage is 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lenvm_rl.advantages import carry_values, gae
 from lenvm_rl.completions import bootstrap_values
 from lenvm_rl.endings import finished_rows, own_lengths
 from lenvm_rl.returns import td_residual
-from lenvm_rl.shaping import potential_shaping
 
 # As in TRL's group-relative advantage: differences far below any real reward are not blown up to size 1.
 WHITEN_EPSILON = 1e-4
@@ -48,10 +45,6 @@ class Completions:
         ends = torch.ones_like(self.finished) if terminal_cut else self.finished
         return bootstrap_values(values, self.mask, ends)
 
-    def per_action(self, at_action: float | Tensor, elsewhere: float, dtype=torch.float32) -> Tensor:
-        """A `(B, T)` tensor with one number (of each row, `(B, 1)`) at actions and another at all other slots."""
-        return torch.where(self.actions, at_action, elsewhere).to(dtype)
-
 
 def read_completions(
     batch: dict,
@@ -80,35 +73,6 @@ def read_completions(
     )
 
 
-def action_gae(
-    rewards: Tensor, values: Tensor, completions: Completions, gamma: float, lam: float | Tensor, following: Tensor
-) -> Tensor:
-    """[`lenvm_rl.gae`] from one action to the next.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(B, T)`): 0 at tokens that are no actions.
-        values (`torch.Tensor` of shape `(B, T)`): value before each token.
-        completions ([`Completions`]): which tokens exist and which are actions.
-        gamma (`float`): discount per action, in (0, 1].
-        lam (`float` or `torch.Tensor` of shape `(B,)`): in [0, 1], for all completions or for each.
-        following (`torch.Tensor` of shape `(B,)`): value after the last token.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, 0 where no action is.
-    """
-    if isinstance(lam, Tensor):
-        lam = lam.unsqueeze(1)
-    advantages = gae(
-        rewards,
-        carry_values(values, completions.mask, completions.actions, following),
-        completions.mask,
-        completions.per_action(gamma, 1.0, values.dtype),
-        completions.per_action(lam, 1.0, values.dtype),
-        following,
-    )
-    return torch.where(completions.actions, advantages, 0.0)
-
-
 def length_adaptive_lambda(completions: Completions, alpha: float) -> Tensor:
     """Lambda of each completion by its length, ``1 - 1 / (alpha * L)`` (VAPO, arXiv 2504.05118, equation 5).
 
@@ -127,38 +91,11 @@ def length_adaptive_lambda(completions: Completions, alpha: float) -> Tensor:
     return (1.0 - 1.0 / reach.clamp(min=1.0)).float()
 
 
-def action_residuals(values: Tensor, completions: Completions, gamma: float, following: Tensor) -> Tensor:
-    """[`lenvm_rl.td_residual`] of the length return from one action to the next: `(B, T)`, 0 where no action is."""
-    carried = carry_values(values, completions.mask, completions.actions, following)
-    discounts = completions.per_action(gamma, 1.0, values.dtype)
-    return torch.where(completions.actions, td_residual(carried, completions.mask, discounts, following), 0.0)
-
-
 def final_rewards(rewards: Tensor, completions: Completions) -> Tensor:
     """The reward of each completion `(B,)` at its last action, 0 elsewhere: `(B, T)`."""
     actions = completions.actions
     is_last = actions & (actions.long().flip(1).cumsum(dim=1).flip(1) == 1)
     return torch.where(is_last, rewards.unsqueeze(1), 0.0)
-
-
-def shaping_rewards(potential: Tensor, completions: Completions, gamma: float, terminal_cut: bool) -> Tensor:
-    """Potential-based shaping ``F_t = gamma * Phi(s_{t+1}) - Phi(s_t)`` from one action to the next.
-
-    Args:
-        potential (`torch.Tensor` of shape `(B, T + 1)`): Phi at every state.
-        completions ([`Completions`]): which tokens exist and which are actions.
-        gamma (`float`): discount of the task return.
-        terminal_cut (`bool`): whether the task takes a cut for an end. Phi after a cut is then 0, as after an end; it
-            is Phi of the last state only where the task itself goes on from there.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, 0 where no action is.
-    """
-    following = completions.following(potential, terminal_cut)
-    carried = carry_values(potential[:, :-1], completions.mask, completions.actions, following)
-    discounts = completions.per_action(gamma, 1.0, potential.dtype)
-    shaped = potential_shaping(carried, completions.mask, discounts, following)
-    return torch.where(completions.actions, shaped, 0.0)
 
 
 def centered_gated_advantage(
@@ -192,7 +129,10 @@ def centered_gated_advantage(
     This is exact for finished completions. At a cut, ``V(s_L)`` stands in for the rest, with its error.
 
     Args:
-        values, completions, gamma, following: as in [`action_gae`], of the length value model.
+        values (`torch.Tensor` of shape `(B, T)`): of the length value model, before each token.
+        completions ([`Completions`]): which tokens exist and which are actions.
+        gamma (`float`): of the length return.
+        following (`torch.Tensor` of shape `(B,)`): value after the last token.
         correct (`torch.Tensor` of shape `(B,)`): 1 where the completion is correct.
         group_size (`int`): completions of one prompt, neighbours in the rows of all processes put together.
         gather (`Callable`, *optional*): puts the rows of all processes together; a single process needs none.
@@ -202,8 +142,8 @@ def centered_gated_advantage(
         `torch.Tensor` of shape `(B, T)`, 0 where no action is. The only correct completion of a group has nothing to be
         compared with: its first term is 0.
     """
-    residuals = action_residuals(values, completions, gamma, following)
-    discounts = completions.per_action(gamma, 1.0, values.dtype)
+    residuals = td_residual(values, completions.mask, gamma, following, completions.actions)
+    discounts = torch.where(completions.actions, gamma, 1.0).to(values.dtype)
     weights = discounts.cumprod(dim=1) / discounts
     earned = (weights * residuals).cumsum(dim=1)
     before = earned - weights * residuals
