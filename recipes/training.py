@@ -111,8 +111,6 @@ def train_stage(algorithm: str, run: Run, make_trainer: Callable[..., Any], **se
                 f"Training was stopped after {done} of {wanted} steps: run the same command again, and it goes on."
             )
         trainer.save_model(str(target))
-        if getattr(trainer, "critic", None) is not None and PartialState().is_main_process:
-            trainer.save_critic(str(target / "critic"))
         if config.refresh_steps > 0 and PartialState().is_main_process:
             # The run's own is that of the base policy, and stays; this one knows the trained policy.
             bare = trainer.accelerator.unwrap_model(trainer.length_value_model)

@@ -29,6 +29,19 @@ def test_resuming_restores_the_critic_and_goes_on_exactly(tmp_path):
     assert not same_weights(weights(part.critic), start)
 
 
+def test_a_saved_policy_has_its_critic_beside_it(tmp_path):
+    trainer = ppo(tmp_path / "run", max_steps=1, critic_learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.save_model()
+    for folder in (tmp_path / "saved", tmp_path / "run"):
+        assert same_weights(weights(load_critic(folder / "critic")), weights(trainer.critic))
+        assert (folder / "model.safetensors").is_file()
+    grpo(tmp_path / "grpo").save_model(str(tmp_path / "grpo"))
+    ppo(tmp_path / "lenvm", lenvm=random_lenvm(), critic="lenvm").save_model(str(tmp_path / "lenvm"))
+    assert not [*tmp_path.glob("*/critic/model*")][2:]
+
+
 def test_a_checkpoint_without_a_critic_is_refused(tmp_path):
     changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     grpo(tmp_path, **changes).train()

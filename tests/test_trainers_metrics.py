@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from test_trainers_coefficient import table
-from trainer_parts import grpo, prompts, random_lenvm
+from test_trainers_ppo import scripted_ppo
+from trainer_parts import batch_of, grpo, prompts, random_lenvm
 
 from lenvm_rl.trainers.metrics import critic_metrics
 
@@ -20,6 +21,27 @@ def test_explained_variance_of_equal_targets_is_not_a_number_but_rounding():
     # Var(error) = Var(target) / 4 for a critic that gets half of it.
     metrics = critic_metrics(values, 2 * values, mask, lambda sums: sums)
     assert metrics["critic/explained_variance"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("changes", [{}, {"task_lam": 0.0}, {"task_lam": 0.5, "critic_lam": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    ("truncation", "mean", "explained"), [("terminal", 0.7, -0.17578125), ("bootstrap", 4 / 7, 1 - 11.75 / 8.5)]
+)
+def test_the_critic_is_measured_by_the_return_and_not_by_itself(tmp_path, changes, truncation, mean, explained):
+    # Rewards 1, 0, 1, 1/2 over 3, 2, 3, 2 tokens have mean .7 and variance .16; what the values miss, .188125. Row
+    # three was cut: where it goes on with the critic's value, nobody knows its return.
+    trainer = scripted_ppo(tmp_path, truncation=truncation, **changes)
+    batch_of(trainer)
+    logged = {name: trainer._metrics["train"][f"critic/{name}"] for name in ("return_mean", "explained_variance")}
+    assert logged == {"return_mean": [pytest.approx(mean)], "explained_variance": [pytest.approx(explained)]}
+    assert trainer._metrics["train"]["critic/value_mean"] == [pytest.approx(0.375)]
+
+
+def test_the_return_that_the_critic_is_measured_by_is_discounted(tmp_path):
+    # gamma 1/2: 1/4, 1/2, 1 in the rows of reward 1, then 0, 0 and 1/4, 1/2.
+    trainer = scripted_ppo(tmp_path, task_gamma=0.5, task_lam=0.3)
+    batch_of(trainer)
+    assert trainer._metrics["train"]["critic/return_mean"] == [pytest.approx((1.75 + 1.75 + 0.75) / 10)]
 
 
 def test_the_page_lists_what_guided_rollouts_log(tmp_path):

@@ -187,16 +187,25 @@ def kl_reward_metrics(log_ratio: Tensor, coef: float, completions: Completions, 
     return {"kl_reward/per_token": moments.mean("token"), "kl_reward/per_completion": moments.mean("completion")}
 
 
-def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor, reduce) -> dict[str, float]:
+def critic_metrics(
+    values: Tensor, returns: Tensor, mask: Tensor, reduce, realised: Tensor | None = None
+) -> dict[str, float]:
     """`critic/…`, at sampling time: `critic/value_mean`, `critic/return_mean`, `critic/explained_variance`.
 
+    The returns are those of lambda 1, whatever the critic's targets are: a target of a lower lambda is made of the
+    critic's own values, which explain it however wrong they are.
+
     Args:
-        values, returns, mask (`torch.Tensor` of shape `(B, T)`): of the critic, its targets, and where they count.
+        values, returns, mask (`torch.Tensor` of shape `(B, T)`): of the critic, what was paid from there on, and where
+            they count.
+        realised (`torch.BoolTensor` of shape `(B,)`, *optional*): rows whose return is made of rewards alone; the
+            others, which go on with the critic's own value, are left out of the last two. All rows by default.
     """
+    known = mask if realised is None else mask & realised.unsqueeze(1)
     moments = Moments(reduce)
     moments.add("value", values, mask)
-    moments.add("return", returns, mask)
-    moments.add("error", returns - values, mask)
+    moments.add("return", returns, known)
+    moments.add("error", returns - values, known)
     moments.exchange()
     return {
         "critic/value_mean": moments.mean("value"),

@@ -52,7 +52,7 @@ class LenVMPPOTrainer(LenVMTrainer):
     The critic has its own parameter group and learning rate (weight decay as for the policy), and its gradient is
     clipped by itself to `max_grad_norm`. Its loss is the mean over the tokens of the whole optimizer step,
     accumulation and processes included. In the first `critic_warmup_steps` it alone learns. Dropout is off in it. It
-    is saved in every checkpoint, in `critic/`, and restored on resume.
+    is saved with the policy, in `critic/` of every checkpoint and of what `save_model` writes, and restored on resume.
 
     Refused at construction, beside what [`LenVMGRPOTrainer`] refuses: a learned critic under FSDP or DeepSpeed (its
     weights are not sharded), with an optimizer that steps layer by layer, or with
@@ -188,13 +188,14 @@ class LenVMPPOTrainer(LenVMTrainer):
             offset = torch.zeros_like(values)
             if self.args.shaping_coef != 0.0 and self.args.shaping_form == "critic_offset":
                 offset = self._potential(logits)
-            task, targets = self._critic_streams(values + offset, completions, rewards)
+            task, targets, errors = self._critic_streams(values + offset, completions, rewards)
             mask = completions.actions & scored
             batch["critic_mask"] = mask
             batch["critic_values"] = values[:, :-1]
             batch["critic_returns"] = targets + values[:, :-1]
             shown = (values + offset)[:, :-1]
-            self._log_all(critic_metrics(shown, targets + shown, mask, self._sum_over_processes))
+            realised = completions.finished if self.args.truncation == "bootstrap" else None
+            self._log_all(critic_metrics(shown, errors + shown, mask, self._sum_over_processes, realised))
         task = torch.where(scored, task, 0.0)
         return self._whiten(task, completions, outcomes) if self.args.whiten in ("task", "streams") else task
 
@@ -239,10 +240,11 @@ class LenVMPPOTrainer(LenVMTrainer):
                 )[0]
         return policy - batch["ref_per_token_logps"]
 
-    def _critic_streams(self, values: Tensor, completions: Completions, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """GAE of the rewards from the critic's values at every state, `(B, T + 1)`: of the policy and the critic.
+    def _critic_streams(self, values: Tensor, completions: Completions, rewards: Tensor) -> tuple[Tensor, ...]:
+        """GAE of the rewards from the critic's values at every state, `(B, T + 1)`: of the policy, of the critic, and
+        of lambda 1, how far the return was from the value.
 
-        Two tensors `(B, T)`, which are one where policy and critic have the same lambda.
+        Three tensors `(B, T)`; those of one lambda are one tensor.
         """
         args = self.args
         following = completions.following(values, args.truncation == "terminal")
@@ -253,13 +255,11 @@ class LenVMPPOTrainer(LenVMTrainer):
             actions = completions.actions
             return gae(rewards, values[:, :-1], completions.mask, args.task_gamma, lam, following, actions)
 
+        known = {lam: advantages(lam) for lam in {1.0, args.target_lam, args.task_lam}}
+        policy = known[args.task_lam]
         if args.length_adaptive_lam:
             policy = advantages(length_adaptive_lambda(completions, args.length_adaptive_alpha))
-        else:
-            policy = advantages(args.task_lam)
-            if args.target_lam == args.task_lam:
-                return policy, policy
-        return policy, advantages(args.target_lam)
+        return policy, known[args.target_lam], known[1.0]
 
     def _baseline_stream(
         self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None
@@ -358,10 +358,15 @@ class LenVMPPOTrainer(LenVMTrainer):
             self._log_all({"critic/grad_norm": critic_norm.item()})
         return norm
 
-    def _write_state(self, folder: str) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with a learned critic in the folder `critic` beside the policy.
+
+        So it is in every checkpoint, and `critic="<output_dir>/critic"` takes it up again in another run.
+        """
+        # First: what follows may upload the folder.
         if self.critic is not None and self.args.should_save:
-            self.save_critic(os.path.join(folder, CRITIC_FOLDER))
-        super()._write_state(folder)
+            self.save_critic(os.path.join(output_dir or self.args.output_dir, CRITIC_FOLDER))
+        super().save_model(output_dir, _internal_call)
 
     def save_critic(self, folder: str) -> None:
         """Write the learned critic to `folder`: `critic=folder` takes it up again in another run."""
