@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 # Set to anything, it makes a program that fails show the whole traceback instead of a sentence.
 TRACEBACK_VARIABLE = "LENVM_TRACEBACK"
 INTERRUPTED = "Interrupted. What was finished is kept: run the same command again, and it goes on from there."
+AGAIN = "Interrupted. Run the same command again: it starts over."
 
 # Who sets one of these has said how many threads a process is to have. In the order in which torch asks them.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -100,8 +101,9 @@ def _sentence_of_the_system(error: OSError) -> str | None:
 
 
 def _while_arguments_were_read(error: Exception) -> bool:
-    reader = HfArgumentParser.parse_args_into_dataclasses.__code__
-    return any(frame.f_code is reader for frame, _ in traceback.walk_tb(error.__traceback__))
+    # By its name: TRL has a copy of the class.
+    reader = HfArgumentParser.parse_args_into_dataclasses.__qualname__
+    return any(frame.f_code.co_qualname == reader for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _raised_on_purpose(trace: TracebackType | None) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
+
+from recipes.command_line import ProgramParser, read_config
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -83,8 +85,8 @@ class StageArguments:
 def read_arguments(config_class: type, sandbox_config: str, *more: type, description: str) -> tuple[Any, ...]:
     """Arguments from the command line and from `--config`.
 
-    Without a model and a config of one's own, the sandbox's config stands in; on a machine without a GPU, `use_cpu` is
-    on and `bf16` off unless they are given.
+    Without a model, a dataset and a config of one's own, the sandbox's config stands in; on a machine without a GPU,
+    `use_cpu` is on and `bf16` off unless they are given.
 
     Returns:
         `tuple`: [`StageArguments`], the trainer's config, `trl.ModelConfig`, and those of `more`.
@@ -92,15 +94,16 @@ def read_arguments(config_class: type, sandbox_config: str, *more: type, descrip
     Raises:
         ValueError: the sandbox is asked for with settings that are not made for it.
     """
-    given = sys.argv[1:]
-    names = {argument.split("=", 1)[0] for argument in given}
-    if not names & {"--config", "--model_name_or_path", "--help", "-h"}:
-        given = ["--config", str(CONFIGS / sandbox_config), *given]
-    if not torch.cuda.is_available() and "--use_cpu" not in names:
-        given += ["--use_cpu", "true"]
-        given += [] if "--bf16" in names else ["--bf16", "false"]
-    parser = TrlParser((StageArguments, config_class, ModelConfig, *more), description=description)
-    parsed = parser.parse_args_and_config(given)
+
+    def defaults(given: Set[str], config: str | None) -> dict[str, Any]:
+        of_sandbox = config is None and not given & {"model_name_or_path", "dataset_name"}
+        found = read_config(str(CONFIGS / sandbox_config)) if of_sandbox else {}
+        if not torch.cuda.is_available():
+            found |= {"use_cpu": True, "bf16": False}
+        return {name: value for name, value in found.items() if name not in given}
+
+    parser = ProgramParser((StageArguments, config_class, ModelConfig, *more), defaults, description=description)
+    parsed = parser.parse_args_and_config()
     args, config, model = parsed[:3]
     if model.model_name_or_path is None and args.dataset_name is None and config.shuffle_dataset:
         raise ValueError(

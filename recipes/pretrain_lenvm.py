@@ -28,15 +28,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
-from trl import TrlParser
 
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
+from lenvm_rl.programs import run_program
 from lenvm_rl.rollouts import read_rollouts, split_by_prompt, write_rollouts
+from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)
 
 # Where the rollouts of held-out prompts are kept, for other evaluations of the model.
 HELD_OUT = "held_out.jsonl"
+
+INTERRUPTED = "Interrupted. The same command with --resume true goes on from the last checkpoint, if one was saved."
 
 # Rows of the table, and for each of its columns the metric (without `eval_`) that stands there.
 COLUMNS = ("MAE, tokens", "MRE", "MRE, return-consistent", "MRE, half of the samples")
@@ -139,18 +142,22 @@ def print_comparison(metrics: dict[str, float], console: Console) -> None:
     console.print(f"Between-prompt variance of the return explained at the prompt: {explained:.3f}.")
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> ProgramParser:
     """The command line: every field of the two argument classes, also read from YAML with `--config`."""
-    return TrlParser(
+    return ProgramParser(
         (PretrainArguments, LengthValueTrainingArguments),
         usage="accelerate launch recipes/pretrain_lenvm.py --rollouts FILE --model_name_or_path PATH --output_dir DIR",
         description=__doc__.partition("\n")[0],
-        epilog="--config FILE reads any of these options from YAML; the command line overrides it.",
     )
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The program: reads the command line, and says on the first process what it does."""
     script_args, training_args = make_parser().parse_args_and_config()
     level = logging.INFO if training_args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s")
     main(script_args, training_args)
+
+
+if __name__ == "__main__":
+    run_program(run, INTERRUPTED)

@@ -25,16 +25,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from trl import TrlParser
 
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.programs import run_program
 from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.sampling import load_prompts, sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings
 from lenvm_rl.server_sampling import sample_from_server
 from lenvm_rl.servers import SERVERS, connect
 from lenvm_rl.vllm_sampling import sample_with_vllm
+from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)
 
@@ -272,16 +273,15 @@ def main(args: SampleArguments) -> None:
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> ProgramParser:
     """The command line: every field of [`SampleArguments`], also read from YAML with `--config`."""
-    return TrlParser(
+    return ProgramParser(
         SampleArguments,
         usage="python recipes/sample_rollouts.py --model_name_or_path PATH --dataset_name FILE_OR_ID --output FILE ...",
         description=__doc__.partition("\n")[0],
-        epilog="--config FILE reads any of these options from YAML; the command line overrides it.",
     )
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(*make_parser().parse_args_and_config())
+    run_program(lambda: main(*make_parser().parse_args_and_config()))

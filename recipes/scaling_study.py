@@ -26,7 +26,6 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
-from trl import TrlParser
 
 from eval import prompt_boundary
 from eval.statistics import Interval
@@ -37,10 +36,12 @@ from lenvm_rl.pretraining import (
     fit_gamma_to_rollouts,
     make_length_value_model,
 )
+from lenvm_rl.programs import choose_threads, run_program
 from lenvm_rl.rollouts import RolloutMetadata, atomic_file
 from lenvm_rl.sampling import sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
+from recipes.command_line import ProgramParser
 from recipes.scaling_cells import Cell, GroupedTrainer, RoundedHead, make_axes, rate_factor
 from recipes.scaling_report import write_report
 from recipes.stages import run_stage
@@ -356,13 +357,13 @@ def main(args: ScalingArguments) -> None:
     console.print(write_report(rows, Path(args.output_dir)), soft_wrap=True)
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> ProgramParser:
     """The command line: every field of [`ScalingArguments`], also read from YAML with `--config`."""
-    return TrlParser(ScalingArguments, description=__doc__.partition("\n")[0])
+    return ProgramParser(ScalingArguments, description=__doc__.partition("\n")[0])
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    main(*make_parser().parse_args_and_config())
+    choose_threads(1)
+    run_program(lambda: main(*make_parser().parse_args_and_config()))

@@ -1,5 +1,6 @@
 """How programs end, and with how many threads they compute."""
 
+import ast
 import errno
 import os
 import subprocess
@@ -14,6 +15,8 @@ from transformers import AutoConfig, HfArgumentParser
 from lenvm_rl import programs
 from lenvm_rl.programs import TRACEBACK_VARIABLE, choose_threads, run_program, sentence_of, usable_cores
 from lenvm_rl.returns import fit_gamma
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -214,3 +217,17 @@ def test_the_environment_says_how_many_threads(variables, asked, expected, threa
         monkeypatch.setenv(name, value)
     choose_threads(asked)
     assert threads == [expected]
+
+
+PROGRAMS = sorted(path for path in (ROOT / "recipes").glob("*.py") if '__name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_every_program_ends_so(path):
+    [start] = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+    ]
+    last = start.body[-1]
+    assert isinstance(last, ast.Expr) and ast.unparse(last.value).startswith("run_program(")

@@ -1,0 +1,141 @@
+"""What the command line of a recipe means, in every spelling that it accepts."""
+
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from lenvm_rl.programs import sentence_of
+from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
+from recipes import import_sharegpt, pretrain_lenvm, sample_rollouts
+from recipes.arguments import read_arguments
+from recipes.command_line import ProgramParser
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def read(monkeypatch, *line, config_class=LenVMGRPOConfig, sandbox_config="sandbox_grpo.yaml"):
+    monkeypatch.setattr(sys, "argv", ["recipes/grpo_shaped.py", *map(str, line)])
+    return read_arguments(config_class, sandbox_config, description="")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+DATA = ("--dataset_name", "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("--model_name_or_path", "mine", *DATA),
+        ("--model-name-or-path", "mine", *DATA),
+        ("--model_name_or_path=mine", *DATA),
+        ("--model-name-or-path=mine", "--dataset-name=data.jsonl"),
+        ("--model_name", "mine", *DATA),
+        ("--model-name", "mine", *DATA),
+        ("--model-n=mine", "--dataset-na", "data.jsonl"),
+        (*DATA, "--model_name_or_path", "mine"),
+    ],
+)
+@pytest.mark.parametrize(
+    "config_class, sandbox_config", [(LenVMGRPOConfig, "sandbox_grpo.yaml"), (LenVMPPOConfig, "sandbox_ppo.yaml")]
+)
+def test_the_sandboxs_settings_stay_away_from_a_model_of_ones_own(line, config_class, sandbox_config, monkeypatch):
+    line = (*line, "--output_dir", "out")
+    args, config, model = read(monkeypatch, *line, config_class=config_class, sandbox_config=sandbox_config)
+    assert (model.model_name_or_path, args.dataset_name) == ("mine", "data.jsonl")
+    assert (config.length_coef, config.learning_rate, config.shuffle_dataset) == (0.0, 1e-6, True)
+    assert config.use_cpu and not config.bf16
+
+
+def test_without_one_they_are_the_sandboxs(monkeypatch):
+    args, config, model = read(monkeypatch)
+    assert model.model_name_or_path is None and args.pretrain_learning_rate == 1e-3
+    assert (config.length_coef, config.learning_rate, config.shuffle_dataset) == (6.0, 6e-4, False)
+    # What is given counts, in any spelling.
+    _, config, _ = read(monkeypatch, "--length-coef=2", "--learning-r", "1e-5", "--use_cpu", "false")
+    assert (config.length_coef, config.learning_rate, config.use_cpu) == (2.0, 1e-5, False)
+
+
+@pytest.mark.parametrize("spelling", ["--config {}", "--config={}"])
+@pytest.mark.parametrize("name", ["model_name_or_path", "model-name-or-path"])
+def test_a_model_in_yaml_counts(spelling, name, tmp_path, monkeypatch):
+    path = write(tmp_path / "c.yaml", f"{name}: mine\ndataset_name: data.jsonl\noutput_dir: out\nbf16: true\n")
+    _, config, model = read(monkeypatch, *spelling.format(path).split())
+    assert model.model_name_or_path == "mine" and (config.length_coef, config.learning_rate) == (0.0, 1e-6)
+    assert config.bf16 and config.use_cpu
+    _, config, _ = read(monkeypatch, "--config", path, "--bf16=false", "--use-cpu", "true")
+    assert config.use_cpu and not config.bf16
+
+
+def test_half_a_setup_is_no_sandbox(monkeypatch):
+    with pytest.raises(ValueError, match="--model_name_or_path"):
+        read(monkeypatch, "--dataset-name", "data.jsonl", "--output_dir", "out")
+    with pytest.raises(ValueError, match="--dataset_name"):
+        read(monkeypatch, "--model-name-or-path", "mine", "--output_dir", "out")
+
+
+@dataclass
+class Options:
+    size: int = 1
+    rate: float = 0.5
+    columns: list[str] = field(default_factory=list)
+    kind: str = field(default="a", metadata={"choices": ["a", "b"], "help": "Kind."})
+
+
+def parse(*line):
+    return ProgramParser(Options).parse_args_and_config([str(each) for each in line])[0]
+
+
+def test_yaml_says_what_the_command_line_says(tmp_path):
+    path = write(tmp_path / "c.yaml", "size: 3\nrate: 1e-3\ncolumns: answer\nkind: b\n")
+    assert parse("--config", path) == Options(3, 1e-3, ["answer"], "b")
+    assert parse("--config", path, "--columns", "x", "y", "--size", 2) == Options(2, 1e-3, ["x", "y"], "b")
+    assert parse("--config", write(path, "columns: [a, b]\nsize: 4.0\n")) == Options(4, columns=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("size: [1]\n", "size"),
+        ("size: 1.5\n", "size"),
+        ("rate: {a: 1}\n", "rate"),
+        ("kind: c\n", "kind"),
+        ("sise: 1\n", "--size"),
+        ("a: b: c\n", "no YAML"),
+        ("\t- a\n", "no YAML"),
+        ("", "name: value"),
+        ("- size\n", "name: value"),
+        ("1: 2\n", "name: value"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_meant_is_refused(text, problem, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        parse("--config", write(tmp_path / "c.yaml", text))
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nope.yaml"):
+        parse("--config", tmp_path / "nope.yaml")
+    with pytest.raises(ValueError, match="--seize.*--size"):
+        parse("--seize", "1")
+    with pytest.raises(ValueError, match="a.yaml, b.yaml"):
+        parse("--config", "a.yaml", "--config=b.yaml")
+
+
+@pytest.mark.parametrize("program", [sample_rollouts, pretrain_lenvm, import_sharegpt])
+def test_every_recipe_reads_its_command_line_so(program):
+    assert isinstance(program.make_parser(), ProgramParser)
+
+
+def test_what_an_option_may_not_be_is_told_in_a_sentence(monkeypatch):
+    with pytest.raises(ValueError) as caught:
+        read(monkeypatch, "--num_generations", 3, "--generation_batch_size", 8)
+    assert "generation_batch_size" in sentence_of(caught.value)
