@@ -1,16 +1,23 @@
 """A length value model's decoder: loaded from a folder or the hub, or copied from a model, and checked."""
 
 import copy
+import inspect
+import itertools
 import logging
 import os
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, PretrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.initialization import no_init_weights
 
 logger = logging.getLogger(__name__)
+
+# What decoders call their cache: since transformers 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 def load_model(loader, path, *args, **kwargs):
@@ -199,18 +206,92 @@ def _embedding_rows(model) -> int | None:
     return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
+@torch.no_grad()
+def check_causal(decoder) -> None:
+    """Raise if a token's hidden state depends on the tokens after it, as in encoders: it would tell the length.
+
+    One short forward says so, whatever the config does. It is left out where the weights are not all here (on the
+    device "meta", or held in parts by DeepSpeed).
+
+    Raises:
+        `ValueError`: see above.
+    """
+    weights = list(decoder.parameters())
+    if any(weight.is_meta or not weight.numel() for weight in weights):
+        logger.info("%s holds its weights elsewhere: not asked whether it is causal", type(decoder).__name__)
+        return
+    embedding = decoder.get_input_embeddings().weight
+    configs = (decoder.config, decoder.config.get_text_config(decoder=True))
+    named = [value for config in configs for name, value in config.to_dict().items() if name.endswith("token_id")]
+    # Ids of pictures, padding and the like may be treated otherwise.
+    plain = list(itertools.islice((token for token in range(embedding.shape[0]) if token not in named), 9))
+    first, others, half = plain[:1], plain[1:], len(plain) // 2
+    ids = torch.tensor([first + others[:half], first + others[-half:]], device=embedding.device)
+    modes = [(module, module.training) for module in decoder.modules()]
+    decoder.eval()
+    hidden = decoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0].float()
+    for module, training in modes:
+        module.training = training
+    # Equal but for rounding; an encoder with random weights of the usual size differs by 0.003 and more.
+    if float((hidden[0] - hidden[1]).norm()) > 1e-3 * float(hidden[0].norm()):
+        raise ValueError(
+            f"In {type(decoder).__name__}, a token sees the tokens after it (a bidirectional encoder), so its state "
+            "would tell how long the completion is: a length value model needs a causal decoder. Give one, or set what "
+            "makes this one causal in its config (`is_decoder=True`, `use_bidirectional_attention=False`, …)."
+        )
+
+
+def cache_argument(decoder) -> str:
+    """What the decoder's forward calls the cache of the tokens before.
+
+    Raises:
+        `ValueError`: it takes none.
+    """
+    taken = inspect.signature(decoder.forward).parameters
+    name = next((name for name in CACHE_NAMES if name in taken), None)
+    if name is None:
+        raise ValueError(f"{type(decoder).__name__} takes no `past_key_values`: give it whole sequences.")
+    return name
+
+
 def cache_of(decoder, outputs):
     """The cache of keys and values in what the decoder returned, `use_cache=True` being given.
 
     Raises:
-        `ValueError`: the decoder keeps no such cache.
+        `ValueError`: the decoder keeps no such cache, or more than that.
     """
-    if "past_key_values" not in outputs:
-        raise ValueError(
-            f"{type(decoder).__name__} returns no `past_key_values` (a recurrent decoder keeps a state instead), so "
-            "use_cache=True has nothing to return: leave it out, and decode with scoring='full'."
-        )
-    return outputs.past_key_values
+    # Asked for by the old name, outputs that know the new one would warn.
+    returned = set(outputs)
+    name = next((name for name in CACHE_NAMES if name in returned), None)
+    cache = None if name is None else outputs[name]
+    check_cache(decoder, cache)
+    return cache
+
+
+def check_cache(decoder, cache) -> None:
+    """Raise unless a cache holds keys and values and nothing else.
+
+    A recurrent state, or the cache of a model's own, cannot be taken for granted: several decoders go on from theirs
+    with other values than those of the whole sequence, and without a word.
+
+    Args:
+        decoder (`PreTrainedModel`): whose cache it is, for the message.
+        cache (`Any`): what the decoder returned or is to be given.
+
+    Raises:
+        `ValueError`: see above.
+    """
+    kinds = [] if cache is None else [type(cache).__name__]
+    if type(cache) in (DynamicCache, StaticCache):
+        recurrent = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        kinds = sorted({type(layer).__name__ for layer in recurrent})
+        if not kinds:
+            return
+    raise ValueError(
+        f"{type(decoder).__name__} returns no `past_key_values` of keys and values alone (a recurrent decoder keeps a "
+        f"state instead{': ' if kinds else ''}{', '.join(kinds)}), so use_cache=True has nothing to return: leave it "
+        "out, and decode with scoring='full'."
+    )
 
 
 def decoder_config_from_dict(settings: dict) -> PretrainedConfig:

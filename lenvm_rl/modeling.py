@@ -13,7 +13,15 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from lenvm_rl.backbones import cache_of, check_tokenizer_fits, copy_decoder, load_model
+from lenvm_rl.backbones import (
+    cache_argument,
+    cache_of,
+    check_cache,
+    check_causal,
+    check_tokenizer_fits,
+    copy_decoder,
+    load_model,
+)
 from lenvm_rl.cards import write_model_card
 from lenvm_rl.completions import bootstrap_values, completion_logits, position_ids_from_mask
 from lenvm_rl.configuration import HOW_TO_ADD_GAMMA, LengthValueConfig, check_complete, checked_gamma
@@ -171,11 +179,13 @@ class LengthValueModel(PreTrainedModel):
 
         Raises:
             `FileNotFoundError`: the path does not exist.
-            `ValueError`: gamma is not in (0, 1), the tokenizer pads with its end or has ids that the decoder lacks, or
-                the model is a length value model, has adapters (form="full"), or is no plain decoder.
+            `ValueError`: gamma is not in (0, 1), the tokenizer has ids that the decoder lacks, or the model is a length
+                value model, has adapters (form="full"), or is no plain decoder: see
+                [`~lenvm_rl.backbones.check_decoder`] and [`~lenvm_rl.backbones.check_causal`].
         """
         gamma = checked_gamma(gamma)
         backbone = decoder_for(form, model_or_path, dtype, **load_kwargs)
+        check_causal(backbone)
         config = cls.config_class(
             backbone_config=backbone.config if form == FULL else copy.deepcopy(backbone.config),
             gamma=gamma,
@@ -301,7 +311,7 @@ class LengthValueModel(PreTrainedModel):
                 the sequence alone, or made by a decoder that sees pictures. For packed sequences, give them and no
                 mask.
             past_key_values (`Cache`, *optional*):
-                The decoder's cache of the tokens before.
+                The decoder's cache of the tokens before: keys and values, no recurrent state.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, H)`, *optional*):
                 Embedded tokens.
             use_cache (`bool`, *optional*, defaults to `False`):
@@ -312,11 +322,18 @@ class LengthValueModel(PreTrainedModel):
         Returns:
             [`LengthValueOutput`]: what stands at masked positions means nothing. A [`LengthOutput`], which has no
             values, if the model was fitted to another target than the return.
+
+        Raises:
+            `ValueError`: a cache is given or asked for, and the decoder keeps none of keys and values alone; or
+                positions cannot be told.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         position_ids = decoder_positions(
             self.backbone, inputs, attention_mask, position_ids, past_key_values, backbone_kwargs
         )
+        if past_key_values is not None:
+            check_cache(self.backbone, past_key_values)
+            backbone_kwargs[cache_argument(self.backbone)] = past_key_values
         shared = self._shared
         # The owner may have made the embeddings ask for gradients by a hook.
         detached = self.config.form == HEAD or (shared is not None and self.frozen)
@@ -328,7 +345,6 @@ class LengthValueModel(PreTrainedModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 **backbone_kwargs,

@@ -14,8 +14,17 @@ from tiny import (
     tiny_tokenizer,
 )
 from torch import nn
-from transformers import LlamaModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from lenvm_rl.backbones import check_causal
 from lenvm_rl.modeling import LengthValueConfig, LengthValueModel
 
 # `LlamaForCausalLM` with dropout, tied embeddings, or neither.
@@ -115,6 +124,42 @@ def test_a_decoder_that_could_not_be_loaded_again_is_refused():
     policy.model = OtherModel(policy.config)
     with pytest.raises(ValueError, match="is a OtherModel, but `AutoModel` makes a LlamaModel"):
         LengthValueModel.from_backbone(policy, gamma=0.9)
+
+
+def tiny_bert(**config):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertModel(BertConfig(**sizes, intermediate_size=32, **config)).eval()
+
+
+def tiny_gemma3(**config):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 32, "sliding_window": 8}
+    return Gemma3TextModel(Gemma3TextConfig(**sizes, **config)).eval()
+
+
+@pytest.mark.parametrize("form", ["full", "adapter", "head"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decoder_that_looks_ahead_is_refused(form, dtype):
+    settings = {"dtype": dtype} if form == "full" else {}
+    for encoder, name in ((tiny_bert(), "BertModel"), (tiny_gemma3(use_bidirectional_attention=True), "Gemma3")):
+        with pytest.raises(ValueError, match=f"In {name}.*causal"):
+            LengthValueModel.from_backbone(encoder.to(getattr(torch, dtype)), gamma=0.9, form=form, **settings)
+    for decoder in (tiny_bert(is_decoder=True), tiny_gemma3()):
+        LengthValueModel.from_backbone(decoder.to(getattr(torch, dtype)), gamma=0.9, form=form, **settings)
+
+
+def test_asking_whether_a_decoder_is_causal_leaves_it_as_it_was():
+    decoder = tiny_bert(is_decoder=True, hidden_dropout_prob=0.5).train()
+    decoder.encoder.layer[0].eval()
+    before, state = [module.training for module in decoder.modules()], torch.get_rng_state()
+    check_causal(decoder)
+    assert [module.training for module in decoder.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_decoder_without_its_weights_is_not_asked():
+    with torch.device("meta"):
+        check_causal(BertModel(BertConfig(num_hidden_layers=1)))
 
 
 def rewrite(folder, change):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -19,7 +20,7 @@ from tiny import (
     tokens,
 )
 from torch import nn
-from transformers import AutoConfig, AutoModel, LlamaConfig, MambaConfig, MambaModel
+from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, MambaConfig, MambaModel
 
 from lenvm_rl.modeling import LengthValueConfig, LengthValueHead, LengthValueModel
 from lenvm_rl.tokenization import check_same_tokenizer, tokenizer_fingerprint
@@ -51,6 +52,9 @@ def test_a_recurrent_decoder_has_values_but_no_cache(recurrent, tmp_path):
     torch.testing.assert_close(output.logits[0, 2:], recurrent(ids[:1, 2:]).logits[0], rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="MambaModel returns no `past_key_values`.*scoring='full'"):
         recurrent(ids, use_cache=True)
+    # A state that somebody made otherwise is refused as well, and not left out without a word.
+    with pytest.raises(ValueError, match="MambaModel.*past_key_values"):
+        recurrent(ids[:, :1], past_key_values=DynamicCache(config=recurrent.backbone.config))
     recurrent.save_pretrained(tmp_path)
     assert_same_logits(recurrent, LengthValueModel.from_pretrained(tmp_path))
 
@@ -105,6 +109,16 @@ def test_a_cache_gives_the_values_of_the_whole_sequence_padding_included(model):
     torch.testing.assert_close(torch.cat([start.values, rest.values], dim=1)[:, 3:], whole[:, 3:], rtol=0, atol=1e-5)
     assert rest.past_key_values.get_seq_length() == 8
     assert model(ids[:, :1], past_key_values=rest.past_key_values).past_key_values is None, "none was asked for"
+
+
+def test_the_cache_goes_by_the_name_that_the_decoder_has_for_it(model):
+    """Whatever transformers calls it: a name that the decoder does not know would be swallowed without a word."""
+    ids = tokens(1, 6)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        rest = model(ids[:, 5:], past_key_values=cache)
+    torch.testing.assert_close(rest.values[0, 0], model(ids).values[0, 5], rtol=0, atol=1e-5)
 
 
 def test_packed_sequences_do_not_see_each_other(model):
