@@ -241,17 +241,20 @@ def check_causal(decoder) -> None:
         )
 
 
-def cache_argument(decoder) -> str:
-    """What the decoder's forward calls the cache of the tokens before.
+def cache_keyword(decoder, cache) -> dict:
+    """A cache of the tokens before, by the name that the decoder's forward has for it; nothing where there is none.
 
     Raises:
-        `ValueError`: it takes none.
+        `ValueError`: the decoder takes no cache, or see [`check_cache`].
     """
+    if cache is None:
+        return {}
+    check_cache(decoder, cache)
     taken = inspect.signature(decoder.forward).parameters
     name = next((name for name in CACHE_NAMES if name in taken), None)
     if name is None:
         raise ValueError(f"{type(decoder).__name__} takes no `past_key_values`: give it whole sequences.")
-    return name
+    return {name: cache}
 
 
 def cache_of(decoder, outputs):

@@ -14,9 +14,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lenvm_rl.backbones import (
-    cache_argument,
+    cache_keyword,
     cache_of,
-    check_cache,
     check_causal,
     check_tokenizer_fits,
     copy_decoder,
@@ -331,9 +330,6 @@ class LengthValueModel(PreTrainedModel):
         position_ids = decoder_positions(
             self.backbone, inputs, attention_mask, position_ids, past_key_values, backbone_kwargs
         )
-        if past_key_values is not None:
-            check_cache(self.backbone, past_key_values)
-            backbone_kwargs[cache_argument(self.backbone)] = past_key_values
         shared = self._shared
         # The owner may have made the embeddings ask for gradients by a hook.
         detached = self.config.form == HEAD or (shared is not None and self.frozen)
@@ -347,6 +343,7 @@ class LengthValueModel(PreTrainedModel):
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **cache_keyword(self.backbone, past_key_values),
                 **backbone_kwargs,
             )
             deltas = grid_offsets(self.backbone) if position_ids is None else None
