@@ -310,7 +310,7 @@ class LengthValueModel(PreTrainedModel):
                 the sequence alone, or made by a decoder that sees pictures. For packed sequences, give them and no
                 mask.
             past_key_values (`Cache`, *optional*):
-                The decoder's cache of the tokens before: keys and values, no recurrent state.
+                The decoder's cache of the tokens before; a `ValueError` if it holds a recurrent state.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, H)`, *optional*):
                 Embedded tokens.
             use_cache (`bool`, *optional*, defaults to `False`):
@@ -321,10 +321,6 @@ class LengthValueModel(PreTrainedModel):
         Returns:
             [`LengthValueOutput`]: what stands at masked positions means nothing. A [`LengthOutput`], which has no
             values, if the model was fitted to another target than the return.
-
-        Raises:
-            `ValueError`: a cache is given or asked for, and the decoder keeps none of keys and values alone; or
-                positions cannot be told.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         position_ids = decoder_positions(

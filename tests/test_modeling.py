@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from fractions import Fraction
 
 import pytest
@@ -20,7 +19,7 @@ from tiny import (
     tokens,
 )
 from torch import nn
-from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, MambaConfig, MambaModel
+from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from lenvm_rl.modeling import LengthValueConfig, LengthValueHead, LengthValueModel
 from lenvm_rl.tokenization import check_same_tokenizer, tokenizer_fingerprint
@@ -34,29 +33,6 @@ def model(request):
 
 
 # ---- what it computes
-
-
-@pytest.fixture
-def recurrent():
-    """On a decoder without attention, which keeps a state and no `past_key_values`."""
-    config = MambaConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.2, pad_token_id=0
-    )
-    return tiny_length_value_model(MambaModel(config).eval())
-
-
-def test_a_recurrent_decoder_has_values_but_no_cache(recurrent, tmp_path):
-    ids, mask = tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
-    output = recurrent(ids, attention_mask=mask)
-    assert output.past_key_values is None and output.logits.std() > 0.1
-    torch.testing.assert_close(output.logits[0, 2:], recurrent(ids[:1, 2:]).logits[0], rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="MambaModel returns no `past_key_values`.*scoring='full'"):
-        recurrent(ids, use_cache=True)
-    # A state that somebody made otherwise is refused as well, and not left out without a word.
-    with pytest.raises(ValueError, match="MambaModel.*past_key_values"):
-        recurrent(ids[:, :1], past_key_values=DynamicCache(config=recurrent.backbone.config))
-    recurrent.save_pretrained(tmp_path)
-    assert_same_logits(recurrent, LengthValueModel.from_pretrained(tmp_path))
 
 
 def test_the_value_is_minus_the_sigmoid_of_the_head_on_the_last_hidden_state(model):
@@ -98,27 +74,6 @@ def test_padding_changes_no_value_whatever_stands_in_it(model, side):
         torch.testing.assert_close(padded[row, there], alone, rtol=0, atol=1e-5)
         torch.testing.assert_close(poisoned[row, there], padded[row, there], rtol=0, atol=1e-6)
     assert padded[mask.bool()].std() > 0.05, "values that are all alike would pass this test for any positions"
-
-
-def test_a_cache_gives_the_values_of_the_whole_sequence_padding_included(model):
-    ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
-    mask[0, :3] = 0
-    whole = model(ids, attention_mask=mask).values
-    start = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
-    rest = model(ids[:, 5:], attention_mask=mask, past_key_values=start.past_key_values, use_cache=True)
-    torch.testing.assert_close(torch.cat([start.values, rest.values], dim=1)[:, 3:], whole[:, 3:], rtol=0, atol=1e-5)
-    assert rest.past_key_values.get_seq_length() == 8
-    assert model(ids[:, :1], past_key_values=rest.past_key_values).past_key_values is None, "none was asked for"
-
-
-def test_the_cache_goes_by_the_name_that_the_decoder_has_for_it(model):
-    """Whatever transformers calls it: a name that the decoder does not know would be swallowed without a word."""
-    ids = tokens(1, 6)
-    cache = model(ids[:, :5], use_cache=True).past_key_values
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        rest = model(ids[:, 5:], past_key_values=cache)
-    torch.testing.assert_close(rest.values[0, 0], model(ids).values[0, 5], rtol=0, atol=1e-5)
 
 
 def test_packed_sequences_do_not_see_each_other(model):
