@@ -19,13 +19,12 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.tradeoff_kl import DivergenceMeter
+from lenvm_rl.correctness import are_correct
 from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import end_token_ids, padding_id, strip_completion
 from lenvm_rl.modeling import LengthValueModel, is_shared
 from lenvm_rl.sampling_jobs import tokenize_prompts
 from lenvm_rl.tokenization import check_same_tokenizer
-
-CORRECT_ABOVE = 0.5
 
 
 def load_length_value_model(path: str, base: str) -> LengthValueModel:
@@ -132,7 +131,9 @@ class Sampler:
         length_value_model (`LengthValueModel`): frozen; what tilted arms lean on.
         prompts (list): texts or lists of messages.
         columns (`dict`): one list per column, an entry per prompt: what the reward function needs.
-        reward (callable): a TRL reward function; a completion is correct where it pays more than 0.5.
+        reward (callable):
+            A TRL reward function; a completion is correct where it pays more than 0.5, or where the task reward inside
+            a length penalty does.
         num_samples (`int`): completions per prompt.
         max_new_tokens (`int`): longest completion, end-of-sequence counted.
         batch_size (`int`): completions per `generate` call.
@@ -246,7 +247,7 @@ class Sampler:
             completions,
             {name: [column[index] for index in rows] for name, column in self.columns.items()},
         )
-        return np.array([value is not None and value > CORRECT_ABOVE for value in paid])
+        return np.array(are_correct(self.reward, paid))
 
     def truncate(self, base: Arm, name: str, budget: int) -> Arm:
         """The base arm with every completion cut off after `budget` tokens: the baseline of a hard limit.

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from eval.arms import CORRECT_ABOVE, call_reward, load_reward
+from eval.arms import call_reward, load_reward
 from eval.datasets import EvaluationPrompts
 from eval.gradient_batches import (
     ExplainedVariance,
@@ -44,6 +44,7 @@ from eval.gradient_estimators import LENGTH_GRADIENT, TASK_GRADIENT, GradedBatch
 from eval.gradient_report import all_cosines, compare_penalties, plot_gradients, print_report, summarise, write_csv
 from eval.gradient_statistics import GradientStatistics, inner_products
 from eval.tradeoff_arguments import TradeoffArguments, read_run
+from lenvm_rl.correctness import are_correct
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.prediction import weights_fingerprint
 from lenvm_rl.rollouts import atomic_file
@@ -177,14 +178,16 @@ def sample(args: GradientArguments, data: EvaluationPrompts, policy: PreTrainedM
             f"beside {args.output_dir}/rollouts.jsonl, and take another seed or policy."
         )
     groups = rollouts["group"][:]
+    reward = load_reward(args.reward)
     paid = call_reward(
-        load_reward(args.reward),
+        reward,
         tokenizer,
         [data.prompts[group] for group in groups],
         rollouts["completion_ids"][:],
         {name: [column[group] for group in groups] for name, column in data.columns.items()},
     )
-    return rollouts.add_column("correct", [float(reward is not None and reward > CORRECT_ABOVE) for reward in paid])
+    correct = are_correct(reward, paid)
+    return rollouts.add_column("correct", [float(flag) for flag in correct])
 
 
 def load_value_model(path: str, tokenizer: Any, device: torch.device | str) -> LengthValueModel:

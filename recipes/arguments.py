@@ -49,7 +49,7 @@ class StageArguments:
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["reward.sandbox.sandbox_reward"],
-        metadata={"help": "Dotted paths of reward functions. The first says what is correct, unless gate_reward does."},
+        metadata={"help": "Dotted paths of reward functions. gate_reward names the one that says what is correct."},
     )
     policy_tokens: int = field(default=5_000_000, metadata={"help": "Sandbox: tokens the policy is fitted on."})
     sample_prompts: int = field(default=480, metadata={"help": "Prompts to sample rollouts for."})

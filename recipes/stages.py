@@ -25,12 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import ModelConfig
 
 from eval.arms import call_reward, load_reward
+from lenvm_rl.correctness import are_correct, name_of
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
 from lenvm_rl.rollouts import atomic_file, read_rollouts, split_by_prompt
 from lenvm_rl.sampling import load_prompts, sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 from lenvm_rl.trainers.configs import LenVMConfig
+from lenvm_rl.trainers.gate import gate_index
 from recipes.arguments import StageArguments, model_kwargs
 from recipes.sample_rollouts import make_prompts
 
@@ -39,6 +41,18 @@ console = Console(width=120, highlight=False)
 
 # The sandbox's seeds, so that no stage repeats another's draw.
 ROLLOUT_SEED, TRAIN_SEED = 1, 2
+
+
+def gate_reward_path(args: StageArguments, config: LenVMConfig) -> str:
+    """The dotted path of the reward function that says what is correct; of the first one where nothing needs to know.
+
+    Raises:
+        ValueError: what [`~lenvm_rl.trainers.gate.gate_index`] refuses.
+    """
+    functions = [load_reward(path) for path in args.reward_funcs]
+    users = ["pretrain_only_correct"] if args.pretrain_only_correct else []
+    index = gate_index(config, functions, [name_of(function) for function in functions], users)
+    return args.reward_funcs[index or 0]
 
 
 def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Callable[[], Any]) -> None:
@@ -255,15 +269,13 @@ class Run:
 
     def _grade(self, rollouts: Dataset) -> Dataset:
         """Rollouts with a column `correct`, by the function and the threshold of the length gate."""
-        rewards = [load_reward(path) for path in self.args.reward_funcs]
-        names = [reward.__name__ for reward in rewards]
-        reward = rewards[names.index(self.config.gate_reward) if self.config.gate_reward else 0]
+        path = gate_reward_path(self.args, self.config)
+        reward = load_reward(path)
         columns = {
             name: rollouts[name][:] for name in rollouts.column_names if name not in ("prompt", "completion_ids")
         }
         paid = call_reward(reward, self.tokenizer, rollouts["prompt"][:], rollouts["completion_ids"][:], columns)
-        correct = [value is not None and value > self.config.gate_threshold for value in paid]
-        return rollouts.add_column("correct", correct)
+        return rollouts.add_column("correct", are_correct(reward, paid, self.config.gate_threshold))
 
     def record(self, name: str, path: Path) -> None:
         """Write into run.json what `eval.tradeoff` needs: the models, the trained policies, data and sampling.
@@ -278,7 +290,7 @@ class Run:
             "length_value_model": self._portable(self.length_value_model),
             "trained": {**found["trained"], name: self._portable(str(path))},
             "data": {key: getattr(self.args, key) for key in names},
-            "reward": self.args.reward_funcs[0],
+            "reward": gate_reward_path(self.args, self.config),
             "temperature": self.config.temperature,
             "max_new_tokens": self.config.max_completion_length,
         }

@@ -18,7 +18,7 @@ from lenvm_rl.run_checkpoints import last_complete_checkpoint
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.configs import LenVMConfig
 from recipes.arguments import StageArguments
-from recipes.stages import TRAIN_SEED, Run, console, run_stage
+from recipes.stages import TRAIN_SEED, Run, console, gate_reward_path, run_stage
 from reward.checkpointing import RewardStates
 
 # Settings that say where a run writes and reports, not what it computes.
@@ -53,8 +53,7 @@ def check_before(args: StageArguments, config: LenVMConfig, model: ModelConfig, 
         args ([`~recipes.arguments.StageArguments`]), config, model: as parsed.
         dense (`bool`): whether advantages differ from token to token even with both coefficients at 0.
     """
-    rewards = [load_reward(path) for path in args.reward_funcs]
-    checks.gate_index(config.gate_reward, [reward.__name__ for reward in rewards])
+    gate_reward_path(args, config)
     checks.check_model_path(model.model_name_or_path, "the policy")
     checks.check_model_path(args.length_value_model, "the length value model")
     if dense or config.needs_length_value_model:

@@ -161,9 +161,15 @@ def test_every_metric_that_the_text_mentions_is_in_a_table():
 
 
 def nothing_defined(folder, **settings):
-    """PPO on completions that are all cut and none of them right."""
+    """PPO on completions that are all cut, of which two reward functions differ about what is correct."""
+
+    def no_other(completions, **kwargs):
+        return [0.0] * len(completions)
+
     cut = scripted(LenVMPPOTrainer, [[8, 9, 10]] * 8)
-    return ppo(folder, no_reward, random_lenvm(), trainer=cut, max_completion_length=3, max_steps=1, **settings)
+    return ppo(
+        folder, [no_reward, no_other], random_lenvm(), trainer=cut, max_completion_length=3, max_steps=1, **settings
+    )
 
 
 def nulls(folder):

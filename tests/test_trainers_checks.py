@@ -161,7 +161,7 @@ def test_a_gate_reward_that_is_not_there(tmp_path):
         grpo(tmp_path, [counts_of_w8, first_is_w8], gate_reward="nobody")
     with pytest.raises(ValueError, match="several of them are called that"):
         grpo(tmp_path, [first_is_w8, first_is_w8], gate_reward="first_is_w8")
-    assert grpo(tmp_path, [counts_of_w8, first_is_w8], gate_reward="first_is_w8")._gate_index == 1
+    assert grpo(tmp_path, [counts_of_w8, first_is_w8], gate_reward="first_is_w8")._gate.index == 1
 
 
 def test_arguments_of_another_trainer(tmp_path):

@@ -19,6 +19,7 @@ from lenvm_rl.trainers.arguments import trainer_keywords
 from lenvm_rl.trainers.base_config import LenVMConfig
 from lenvm_rl.trainers.checkpoint_files import check_files, explained_failure
 from lenvm_rl.trainers.coefficient import LengthCoefficient
+from lenvm_rl.trainers.gate import Gate
 from lenvm_rl.trainers.guided_rollouts import check_guided_rollouts, guided_generation, importance_ratio, read_guidance
 from lenvm_rl.trainers.length_values import LengthValues, place_length_value_model
 from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics
@@ -62,12 +63,14 @@ class Outcomes:
     Args:
         rewards (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards, 0 where nothing was scored.
         scored (`torch.BoolTensor` of shape `(B,)`): where at least one function returned a number.
-        correct (`torch.BoolTensor` of shape `(B,)`): where `gate_reward` is above `gate_threshold`.
+        correct (`torch.BoolTensor` of shape `(B,)`): which are correct, as [`~lenvm_rl.trainers.gate.Gate`] knows it.
+        judged (`torch.BoolTensor` of shape `(B,)`): of which that is known; the others are not wrong.
     """
 
     rewards: Tensor
     scored: Tensor
     correct: Tensor
+    judged: Tensor
 
 
 class LenVMTrainer(ResumableTrainer):
@@ -130,8 +133,8 @@ class LenVMTrainer(ResumableTrainer):
         check_embeds(self._tokenizer, self.model, "the policy")
         warn_of_another_reference(model, self)
         # Known from here on: the tokenizer and the reward functions, as TRL sees them.
-        self._gate_index = checks.gate_index(args.gate_reward, self.reward_func_names)
-        checks.check_steering(args, self._gate_index)
+        self._gate = Gate(args, self.reward_funcs, self.reward_func_names)
+        checks.check_steering(args)
         self._coefficient = LengthCoefficient(args)
         self.length_value_model = self._length_values = None
         if length_value_model is not None:
@@ -213,16 +216,15 @@ class LenVMTrainer(ResumableTrainer):
 
     def _outcomes(self, rows: int) -> Outcomes:
         first = self.accelerator.process_index * rows
-        rewards = self._raw_rewards[first : first + rows]
+        mine = slice(first, first + rows)
+        correct, judged = self._gate.read(self._raw_rewards, self.reward_funcs, mine)
+        rewards = self._raw_rewards[mine]
         weights = self.reward_weights.to(rewards.device)
-        if self._gate_index is None:
-            correct = torch.zeros(rows, dtype=torch.bool, device=rewards.device)
-        else:
-            correct = rewards[:, self._gate_index] > self.args.gate_threshold
         return Outcomes(
             rewards=(rewards * weights).nansum(dim=1),
             scored=~torch.isnan(rewards).all(dim=1),
             correct=correct,
+            judged=judged,
         )
 
     def _get_per_token_logps_and_entropies(
@@ -262,7 +264,7 @@ class LenVMTrainer(ResumableTrainer):
         }
         if args.length_gate_center:
             length = centered_gated_advantage(
-                values, completions, self.length_gamma, following, outcomes.correct, **group
+                values, completions, self.length_gamma, following, outcomes.correct, judged=outcomes.judged, **group
             )
         else:
             length = length_advantage(
@@ -271,7 +273,7 @@ class LenVMTrainer(ResumableTrainer):
             if args.length_gate == "correct":
                 length = torch.where(outcomes.correct.unsqueeze(1), length, 0.0)
             if args.length_gate == "pass_rate" or args.length_gate_pass_rate is not None:
-                rate = group_pass_rate(outcomes.correct, outcomes.scored, **group).unsqueeze(1)
+                rate = group_pass_rate(outcomes.correct, outcomes.judged, **group).unsqueeze(1)
                 if args.length_gate == "pass_rate":
                     length = rate.to(length.dtype) * length
                 if args.length_gate_pass_rate is not None:
@@ -315,13 +317,13 @@ class LenVMTrainer(ResumableTrainer):
         completions = self._read_completions(batch)
         outcomes = self._outcomes(len(completions.mask))
         reduce = self._sum_over_processes
-        measured = completion_metrics(completions, outcomes.correct, reduce)
+        measured = completion_metrics(completions, outcomes.correct, outcomes.judged, reduce)
         self._log_all(measured)
         logits = length = coefficient = None
         if self._length_values is not None:
             logits = self._length_values.logits(batch)
             length = self._length_stream(logits, completions, outcomes)
-            coefficient = self._take_coefficient(measured)
+            coefficient = self._take_coefficient(measured, *self._any(outcomes.scored, length != 0.0))
             training = self._mode == "train"
             self._log_all(self._length_values.measure(logits, batch, completions, outcomes.correct, training))
         task = self._task_stream(batch, completions, outcomes, logits)
@@ -360,12 +362,23 @@ class LenVMTrainer(ResumableTrainer):
         """The advantages `(B, T)` that the policy learns from."""
         return combine(task, length, completions.mask, coefficient) if self.args.has_length_stream else task
 
-    def _take_coefficient(self, measured: dict[str, float]) -> float:
-        """The coefficient of this batch; what the batch measured moves that of the next one."""
+    def _any(self, *flags: Tensor) -> list[bool]:
+        """Whether any entry of each tensor is on, on any process."""
+        return (self._sum_over_processes(torch.stack([each.any().float() for each in flags])) > 0).tolist()
+
+    def _take_coefficient(self, measured: dict[str, float], is_scored: bool, is_paid: bool) -> float:
+        """The coefficient of this batch; what the batch measured moves that of the next one.
+
+        Args:
+            measured (`dict[str, float]`): of [`~lenvm_rl.trainers.metrics.completion_metrics`].
+            is_scored, is_paid (`bool`): whether any completion was scored, and whether any is paid for length.
+        """
         coefficient = self._coefficient.at(self._policy_step)
         self._log_all({"length/coef": coefficient})
+        if self._mode == "train":
+            self._gate.watch(measured["length/correct"], is_paid)
         # A policy that stands still answers no coefficient.
-        if self._mode == "train" and self._policy_learns:
+        if self._mode == "train" and self._policy_learns and is_scored:
             self._log_all(self._coefficient.observe(measured))
         return coefficient
 

@@ -33,9 +33,11 @@ class LenVMConfig(RefreshConfig):
             threshold turns on a single completion, so here the own part is a gate in full. Both need groups: with few
             generations p takes few values.
         gate_reward (`str`, *optional*):
-            Name of the reward function that says what is correct; the first one when unset.
+            Name of the reward function that says what is correct. It may be left out where there is no doubt: one
+            function, or penalties around one and the same task reward, with or without that beside them.
         gate_threshold (`float`, *optional*, defaults to `0.5`):
-            A completion is correct where the raw value of that function, without weight, is above this.
+            A completion is correct where the raw value of that function, without weight, is above this. A penalty that
+            keeps its task reward's flags ([`~lenvm_rl.trainers.gate.ShapedReward`]) is asked for those instead.
         length_gate_center (`bool`, *optional*, defaults to `False`):
             Whether the gated stream is centred over the group's correct completions, see
             [`~lenvm_rl.trainers.streams.centered_gated_advantage`]. Needs `length_gate="correct"`, `length_lam=1`.
@@ -95,8 +97,8 @@ class LenVMConfig(RefreshConfig):
     gate_reward: str | None = field(
         default=None,
         metadata={
-            "help": "Name of the reward function whose raw value says what is correct. Default: the first one. It is "
-            "also used for the metrics of correct completions."
+            "help": "Name of the reward function whose raw value says what is correct, needed where there are several "
+            "that differ in that. It is also used for the metrics of correct completions."
         },
     )
     gate_threshold: float = field(
@@ -211,6 +213,19 @@ class LenVMConfig(RefreshConfig):
     def shaping_discount(self) -> float:
         """The discount F is computed with."""
         return self.task_gamma if self.shaping_gamma is None else self.shaping_gamma
+
+    @property
+    def gate_users(self) -> list[str]:
+        """The settings, as a person writes them, that have to know which completions are correct."""
+        gated = self.has_length_stream and self.length_gate != "all"
+        thresholded = self.has_length_stream and self.length_gate_pass_rate is not None
+        users = {
+            f"length_gate='{self.length_gate}'": gated,
+            f"length_gate_pass_rate={self.length_gate_pass_rate}": thresholded,
+            f"accuracy_floor={self.accuracy_floor}": self.accuracy_floor is not None,
+            "refresh_only_correct=True": self.refresh_steps > 0 and self.refresh_only_correct,
+        }
+        return [name for name, is_one in users.items() if is_one]
 
     @property
     def needs_length_value_model(self) -> bool:

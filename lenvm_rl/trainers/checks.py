@@ -158,31 +158,12 @@ def load_length_value_model(model_or_path, args):
     return model_or_path
 
 
-def gate_index(gate_reward: str | None, names: list[str]) -> int | None:
-    """Which reward function says what is correct: the one called `gate_reward`, by default the first; `None` if none.
-
-    Raises:
-        `ValueError`: no function has that name, or several have.
-    """
-    if gate_reward is None:
-        return 0 if names else None
-    if names.count(gate_reward) != 1:
-        found = "several of them are called that" if gate_reward in names else "none of them is called that"
-        raise ValueError(
-            f"gate_reward='{gate_reward}' has to name one of the reward functions ({', '.join(names)}), but {found}."
-        )
-    return names.index(gate_reward)
-
-
-def check_steering(args, gate: int | None) -> None:
-    """Raise a `ValueError` if a steered coefficient would measure nothing, or completions of another policy.
+def check_steering(args) -> None:
+    """Raise a `ValueError` if a steered coefficient would measure completions of another policy.
 
     Args:
         args (`LenVMConfig`): of the run.
-        gate (`int`, *optional*): index of the reward function that says what is correct, `None` if there is none.
     """
-    if args.accuracy_floor is not None and gate is None:
-        raise ValueError("accuracy_floor measures the share of correct completions: give a reward function.")
     if args.steering is not None and args.rollout_guidance is not None:
         raise ValueError(
             "length_target and accuracy_floor measure completions of the policy, which those of rollout_guidance are "

@@ -1,6 +1,7 @@
 """The weight of the length stream while a run goes on: a constant, warmed up, or steered by what the run measures."""
 
 import json
+import math
 import os
 
 from lenvm_rl.controllers import FloorController, TargetController
@@ -43,10 +44,10 @@ class LengthCoefficient:
         return self.args.length_coef
 
     def observe(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Move the coefficient of the batches to come by what this one measured.
+        """Move the coefficient of the batches to come by what this one measured; nothing measured moves nothing.
 
         Args:
-            metrics (`dict`): what [`~lenvm_rl.trainers.metrics.completion_metrics`] says of it.
+            metrics (`dict`): what [`~lenvm_rl.trainers.metrics.completion_metrics`] says of it, NaN for nothing.
 
         Returns:
             `dict[str, float]`: `steering/accuracy`, the moving average, where accuracy is what steers.
@@ -54,7 +55,8 @@ class LengthCoefficient:
         if self.args.steering == "target":
             self.controller.update(metrics["length/mean"])
         elif self.args.steering == "floor":
-            self.controller.update(metrics["length/correct"])
+            if not math.isnan(metrics["length/correct"]):
+                self.controller.update(metrics["length/correct"])
             return {"steering/accuracy": self.controller.average}
         return {}
 

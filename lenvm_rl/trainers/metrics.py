@@ -83,20 +83,23 @@ class Moments:
         return 1.0 - self.variance(error) / variance
 
 
-def completion_metrics(completions: Completions, correct: Tensor, reduce) -> dict[str, float]:
+def completion_metrics(completions: Completions, correct: Tensor, judged: Tensor, reduce) -> dict[str, float]:
     """`length/…`, of every run.
 
     - `length/mean`: mean length of all completions, cut ones at the length they were cut at.
     - `length/mean_correct`: mean length of the correct completions.
-    - `length/correct`: share of correct completions, those that `gate_reward` puts above `gate_threshold`.
+    - `length/correct`: share of correct completions among those that were judged, NaN if none was.
     - `length/truncated`: share of completions that did not end by themselves.
+
+    Args:
+        correct, judged (`torch.BoolTensor` of shape `(B,)`): as [`~lenvm_rl.trainers.gate.Gate.read`] gives them.
     """
     lengths, correct = completions.lengths.float(), correct.bool()
     everyone = torch.ones_like(correct)
     moments = Moments(reduce)
     moments.add("length", lengths, everyone)
     moments.add("correct", lengths, correct)
-    moments.add("correct share", correct.float(), everyone)
+    moments.add("correct share", correct.float(), judged)
     moments.add("truncated", (~completions.finished).float(), everyone)
     moments.exchange()
     return {

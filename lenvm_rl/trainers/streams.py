@@ -107,6 +107,7 @@ def centered_gated_advantage(
     group_size: int,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     first_row: int = 0,
+    judged: Tensor | None = None,
 ) -> Tensor:
     """Length stream of the correct completions, centred over each group so that no V can bias it.
 
@@ -119,24 +120,24 @@ def centered_gated_advantage(
 
         ``A_t = C (D_L - mean of D_L over the group's other correct completions) - p D_t``
 
-    with ``p`` the share of correct ones among the others. In the first term V cancels: in expectation it is a positive
-    multiple of the gradient of ``E[G_0 | correct]``, so correct completions get shorter, and being correct is neither
-    paid nor punished. The second term is the baseline, which takes from each token what the tokens before it have
-    earned. Its expectation is 0 for any V, because nothing in it depends on the token; for the same reason it has to
-    act on the incorrect completions too. Where all are correct, ``A_t`` is ``gamma^t`` times the plain length
-    advantage, less its mean. (Baselines from the others of a group: arXiv 1602.06725, arXiv 2402.14740.)
-
-    This is exact for finished completions. At a cut, ``V(s_L)`` stands in for the rest, with its error.
+    with ``p`` the share of correct ones among the others that were judged. In the first term V cancels: in expectation
+    it is a positive multiple of the gradient of ``E[G_0 | correct]``, so correct completions get shorter, and being
+    correct is neither paid nor punished. The second term is the baseline, which takes from each token what the tokens
+    before it have earned. Its expectation is 0 for any V, because nothing in it depends on the token; for the same
+    reason it acts on the incorrect completions too, and on those that were not judged. Where all are correct, ``A_t``
+    is ``gamma^t`` times the plain length advantage, less its mean. (Baselines from the others of a group:
+    arXiv 1602.06725, arXiv 2402.14740.) Exact for finished completions; at a cut, ``V(s_L)`` stands in for the rest.
 
     Args:
         values (`torch.Tensor` of shape `(B, T)`): of the length value model, before each token.
         completions ([`Completions`]): which tokens exist and which are actions.
         gamma (`float`): of the length return.
         following (`torch.Tensor` of shape `(B,)`): value after the last token.
-        correct (`torch.Tensor` of shape `(B,)`): 1 where the completion is correct.
+        correct (`torch.Tensor` of shape `(B,)`): 1 where the completion is correct, which is then judged.
         group_size (`int`): completions of one prompt, neighbours in the rows of all processes put together.
         gather (`Callable`, *optional*): puts the rows of all processes together; a single process needs none.
         first_row (`int`, *optional*, defaults to `0`): where the rows of this process start among them.
+        judged (`torch.Tensor` of shape `(B,)`, *optional*): 1 where that is known; everywhere when omitted.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, 0 where no action is. The only correct completion of a group has nothing to be
@@ -148,12 +149,12 @@ def centered_gated_advantage(
     earned = (weights * residuals).cumsum(dim=1)
     before = earned - weights * residuals
     whole = earned[:, -1]
-
-    gates = gather(correct.to(values.dtype)).view(-1, group_size)
+    judged = torch.ones_like(correct) if judged is None else judged
+    gates, counted = (gather(rows.to(values.dtype)).view(-1, group_size) for rows in (correct, judged))
     totals = gather(whole * correct.to(values.dtype)).view(-1, group_size)
     others = gates.sum(dim=1, keepdim=True) - gates
     mean = (totals.sum(dim=1, keepdim=True) - totals) / others.clamp(min=1.0)
-    share = others / max(group_size - 1, 1)
+    share = others / (counted.sum(dim=1, keepdim=True) - counted).clamp(min=1.0)
     rows = slice(first_row, first_row + len(whole))
     others, mean, share = (column.reshape(-1)[rows] for column in (others, mean, share))
     first = torch.where(correct.bool() & (others > 0), whole - mean, 0.0)
@@ -162,21 +163,21 @@ def centered_gated_advantage(
 
 def group_pass_rate(
     correct: Tensor,
-    scored: Tensor,
+    judged: Tensor,
     group_size: int,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     first_row: int = 0,
 ) -> Tensor:
-    """Share of correct completions among the scored ones of each completion's group, itself included.
+    """Share of correct completions among the judged ones of each completion's group, itself included.
 
     Args:
-        correct, scored (`torch.BoolTensor` of shape `(B,)`): of each completion.
+        correct, judged (`torch.BoolTensor` of shape `(B,)`): of each completion.
         group_size, gather, first_row: as in [`centered_gated_advantage`].
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, float64, 0 where nothing of the group was scored.
+        `torch.Tensor` of shape `(B,)`, float64, 0 where nothing of the group was judged.
     """
-    counts = gather(torch.stack([correct & scored, scored], dim=1).long()).view(-1, group_size, 2).sum(dim=1)
+    counts = gather(torch.stack([correct & judged, judged], dim=1).long()).view(-1, group_size, 2).sum(dim=1)
     rates = counts[:, 0].double() / counts[:, 1].clamp(min=1)
     return rates.repeat_interleave(group_size)[first_row : first_row + len(correct)]
 
