@@ -22,7 +22,6 @@ from eval.statistics import Interval, mean_interval, statistic_interval
 from eval.token_values import state_logits
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
-from lenvm_rl.target_spaces import TargetSpace
 from lenvm_rl.value_metrics import POINTS, point_index, sequence_statistics, summarize
 from lenvm_rl.value_references import mean_by_group, reference_metrics, relative_errors
 
@@ -65,13 +64,11 @@ def read_completions(model: LengthValueModel, rollouts: Dataset, forward_tokens:
     """Runs the model along every completion.
 
     Args:
-        model (`LengthValueModel`): in eval mode; of any target, which is measured as if it were a return model that
-            says the same lengths.
+        model (`LengthValueModel`): in eval mode.
         rollouts (`datasets.Dataset`): as `read_rollouts` gives them.
         forward_tokens (`int`, *optional*, defaults to `16384`): most tokens in a forward, padding counted (more where
             one completion is longer).
     """
-    space = TargetSpace(model.config.target, model.config.gamma, model.config.target_scale)
     prompts, completions = rollouts["prompt_ids"][:], rollouts["completion_ids"][:]
     prompt_tokens, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, completions))
     finished = torch.tensor([reason == "stop" for reason in rollouts["finish_reason"][:]])
@@ -79,7 +76,7 @@ def read_completions(model: LengthValueModel, rollouts: Dataset, forward_tokens:
     ends = finished.tolist()
     for batch, states in state_logits(model, prompts, completions, finished=ends, max_tokens=forward_tokens):
         # The state after a cut, where there is one, is past the length and so not read.
-        logits = space.return_logits(pad_sequence(states, batch_first=True))
+        logits = pad_sequence(states, batch_first=True)
         rows = sequence_statistics(logits, lengths[batch], finished[batch], model.config.gamma)
         statistics[batch] = rows.float()
     return Completions(

@@ -213,7 +213,6 @@ def main(args: PredictionArguments) -> dict[str, Any]:
             logger.warning("%s: none of its %d completions ended, so no length is known", name, len(rows))
     report: dict[str, Any] = {
         "arguments": asdict(args),
-        "target": model.config.target,
         "gamma": data.gamma,
         "prompts": {name: len(set(data.groups[rows].tolist())) for name, rows in domains.items()},
         "domains": report_of(measured),
@@ -226,7 +225,7 @@ def main(args: PredictionArguments) -> dict[str, Any]:
     console = Console(width=170, highlight=False)
     print_tables(report["domains"], console)
     console.print(
-        f"{report['prompts'][ALL]} prompts, gamma {data.gamma:.5f}, target {report['target']}; 95 % intervals over "
+        f"{report['prompts'][ALL]} prompts, gamma {data.gamma:.5f}; 95 % intervals over "
         f"prompts. Written to {folder}/length_prediction.json, .csv and .png"
     )
     return report

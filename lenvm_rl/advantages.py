@@ -7,10 +7,9 @@ of ``values``, give 0 at masked slots, and do not read what stands there.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lenvm_rl.returns import check_gamma, check_mask, discounted_return, next_values
+from lenvm_rl.returns import check_gamma, check_mask, discounted_return, discounted_sums, next_values
 
 
 def _per_step(x: float | Tensor, like: Tensor, name: str) -> Tensor:
@@ -67,20 +66,7 @@ def gae(
     deltas = torch.where(actions, rewards + discount * following - values, zero)
     # Tokens that are no actions pass the advantage on as it is.
     trace = torch.where(actions, discount * _per_step(lam, values, "lam"), exists.to(values.dtype))
-    return torch.where(actions, _discounted_sums(deltas, trace), zero)
-
-
-def _discounted_sums(x: Tensor, discount: Tensor) -> Tensor:
-    """``y_t = x_t + discount_t * y_{t+1}`` along rows `(B, T)`, in log2(T) steps instead of T.
-
-    Each step doubles the number of terms that a slot has summed up (a prefix scan, Hillis and Steele, 1986).
-    """
-    reach = 1
-    while reach < x.shape[1]:
-        x = x + discount * F.pad(x[:, reach:], (0, reach))
-        discount = discount * F.pad(discount[:, reach:], (0, reach))
-        reach *= 2
-    return x
+    return torch.where(actions, discounted_sums(deltas, trace), zero)
 
 
 def length_advantage(

@@ -79,11 +79,6 @@ def _meaning(config) -> str:
         return (
             "## What the values mean\n\nγ is not recorded. Without it they mean nothing, and the model does not load."
         )
-    if config.target != "return":
-        return (
-            f"## What the numbers mean\n\nFitted to `target={config.target}`, an ablation: the logits predict lengths, "
-            f"there are no values. γ = {gamma!r}."
-        )
     return (
         "## What the values mean\n\n"
         f"`V = -sigmoid(logit)` estimates the return `G = -(1 - γ^n)` with **γ = {gamma!r}**, where n tokens follow, "

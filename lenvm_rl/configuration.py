@@ -6,7 +6,6 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lenvm_rl.backbones import decoder_config_from_dict
 from lenvm_rl.forms import FULL, check_form
-from lenvm_rl.target_spaces import RETURN, check_target
 
 
 class LengthValueConfig(PretrainedConfig):
@@ -35,15 +34,10 @@ class LengthValueConfig(PretrainedConfig):
             head alone on a base that is shared.
         lora (`dict`, *optional*):
             Settings of the adapter, see [`~lenvm_rl.forms.lora_settings`].
-        target (`str`, *optional*, defaults to `"return"`):
-            What the logits were fitted to, see [`lenvm_rl.target_spaces`]: all but `"return"` are for ablation, and
-            have no values.
-        target_scale (`float`, *optional*):
-            The tokens that `target="normalized_length"` calls 1.
 
     Raises:
-        `ValueError`: gamma is not a number strictly between 0 and 1, there is no such target or form, or transformers
-            does not know the decoder's type.
+        `ValueError`: gamma is not a number strictly between 0 and 1, there is no such form, transformers does not know
+            the decoder's type, or the model was fitted to another target than the return.
     """
 
     model_type = "length_value"
@@ -62,11 +56,16 @@ class LengthValueConfig(PretrainedConfig):
         metrics=None,
         form=FULL,
         lora=None,
-        target=RETURN,
-        target_scale=None,
         **kwargs,
     ):
         self.backbone_config = None
+        # Models of earlier versions say what they were fitted to; those of an ablation have no values.
+        target, _ = kwargs.pop("target", "return"), kwargs.pop("target_scale", None)
+        if target != "return":
+            raise ValueError(
+                f"This model was fitted to target={target!r}, an ablation that has no values: pretrain one on the "
+                "length return."
+            )
         super().__init__(**kwargs)
         # Set only now: the inherited method hands its own settings to every sub-configuration, so the decoder's choice
         # of attention would be lost, and a model would compute otherwise before saving than after loading.
@@ -85,9 +84,6 @@ class LengthValueConfig(PretrainedConfig):
         check_form(form, lora)
         self.form = form
         self.lora = lora
-        check_target(target, target_scale)
-        self.target = target
-        self.target_scale = target_scale
 
     def get_text_config(self, decoder=None, encoder=None):
         """The decoder's text configuration, where generic code looks for the hidden size, the vocabulary and the like.

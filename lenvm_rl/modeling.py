@@ -35,13 +35,11 @@ from lenvm_rl.forms import (
     shared_decoder,
 )
 from lenvm_rl.heads import LengthValueHead
-from lenvm_rl.outputs import LengthOutput, LengthValueOutput
+from lenvm_rl.outputs import LengthValueOutput
 from lenvm_rl.positions import decoder_positions, grid_offsets
-from lenvm_rl.target_spaces import RETURN, check_return_target
 from lenvm_rl.tokenization import tokenizer_fingerprint as fingerprint_of
 
 __all__ = [
-    "LengthOutput",
     "LengthValueConfig",
     "LengthValueHead",
     "LengthValueModel",
@@ -258,12 +256,7 @@ class LengthValueModel(PreTrainedModel):
         return self._frozen
 
     def freeze(self) -> "LengthValueModel":
-        """For good: no parameter takes a gradient, and `train()`, even of a parent, leaves the model in eval mode.
-
-        Raises:
-            `ValueError`: the model was fitted to another target than the return, so it is no critic.
-        """
-        check_return_target(self.config.target, "a frozen critic")
+        """For good: no parameter takes a gradient, and `train()`, even of a parent, leaves the model in eval mode."""
         self._frozen = True
         return self.requires_grad_(False).eval()
 
@@ -319,8 +312,7 @@ class LengthValueModel(PreTrainedModel):
                 Further arguments of the decoder: for pictures, all else that the processor returns.
 
         Returns:
-            [`LengthValueOutput`]: what stands at masked positions means nothing. A [`LengthOutput`], which has no
-            values, if the model was fitted to another target than the return.
+            [`LengthValueOutput`]: what stands at masked positions means nothing.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         position_ids = decoder_positions(
@@ -372,8 +364,6 @@ class LengthValueModel(PreTrainedModel):
 
     def _output(self, hidden_states, cache=None, rope_deltas=None):
         logits = self.head(hidden_states)
-        if self.config.target != RETURN:
-            return LengthOutput(logits, self.config.target, cache, rope_deltas)
         return LengthValueOutput(logits, -torch.sigmoid(logits), cache, rope_deltas)
 
 

@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from lenvm_rl.target_spaces import check_return_target
-
 
 class LengthValueOutput(NamedTuple):
     """What a [`LengthValueModel`] says about a batch, in float32.
@@ -29,29 +27,3 @@ class LengthValueOutput(NamedTuple):
     values: torch.FloatTensor
     past_key_values: object | None = None
     rope_deltas: torch.LongTensor | None = None
-
-
-class LengthOutput(NamedTuple):
-    """What a model says that was fitted to another target than the return: logits, but no values.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(B, S)`):
-            The head's output z. `lenvm_rl.target_spaces.TargetSpace` reads lengths off it.
-        target (`str`):
-            What it was fitted to.
-        past_key_values (`Cache`, *optional*):
-            The decoder's cache, if `use_cache=True` was given.
-        rope_deltas (`torch.LongTensor` of shape `(B, 1)`, *optional*):
-            With pictures, in a decoder that places them on a grid: how far the next position is ahead of the number of
-            tokens.
-    """
-
-    logits: torch.FloatTensor
-    target: str
-    past_key_values: object | None = None
-    rope_deltas: torch.LongTensor | None = None
-
-    @property
-    def values(self) -> torch.FloatTensor:
-        """Raises a `ValueError` that names the target."""
-        check_return_target(self.target, "reading values")

@@ -32,7 +32,6 @@ from lenvm_rl.forms import FULL
 from lenvm_rl.returns import remaining_from_logits
 from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.sampling_jobs import Prompt, tokenize_prompts
-from lenvm_rl.target_spaces import check_return_target
 from lenvm_rl.tokenization import check_same_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -147,8 +146,6 @@ def check_predictor(length_value_model: nn.Module) -> None:
     """Raises a `ValueError` if dropout is on, or the model was fitted to another target than the return."""
     if length_value_model.training:
         raise ValueError("the length value model is in training mode: call `.freeze()` or `.eval()` before predicting.")
-    if isinstance(length_value_model.config, LengthValueConfig):
-        check_return_target(length_value_model.config.target, "predicting lengths")
 
 
 def _check_sizes(length_value_model: nn.Module, sizes: Sequence[int]) -> None:

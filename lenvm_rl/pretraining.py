@@ -40,8 +40,7 @@ from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.run_checkpoints import last_complete_checkpoint
 from lenvm_rl.shared_prompts import SharedPromptCollator, check_sharing, model_inputs
 from lenvm_rl.step_sampling import SortedSampler, StepSampler
-from lenvm_rl.target_spaces import TargetSpace
-from lenvm_rl.targets import IGNORED, length_value_loss, predictions_and_targets, value_targets
+from lenvm_rl.targets import IGNORED, length_value_loss, value_targets
 from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.value_metrics import length_value_metrics, sequence_statistics, summarize
 from lenvm_rl.value_references import reference_metrics
@@ -178,8 +177,6 @@ def make_length_value_model(
         sampling=metadata.sampling,
         truncated_share=metadata.truncated_share,
     )
-    model.config.target = args.target
-    model.config.target_scale = fit["percentiles"]["100"] if args.target == "normalized_length" else None
     return model
 
 
@@ -257,8 +254,9 @@ class LengthValueTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _token_mean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-        pair = predictions_and_targets(outputs.logits, labels, self._endings, self._space, self.args.lam)
-        loss = length_value_loss(*pair, labels != IGNORED, num_items_in_batch)
+        values = outputs.values
+        targets = value_targets(values, labels, self._endings, self._gamma, self.args.lam)
+        loss = length_value_loss(values, targets, labels != IGNORED, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"The loss is {loss.item()} after {self.state.global_step} steps: lower the learning rate, or look for "
@@ -291,9 +289,8 @@ class LengthValueTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     @property
-    def _space(self) -> TargetSpace:
-        config = self._unwrapped.config
-        return TargetSpace(config.target, config.gamma, config.target_scale)
+    def _gamma(self) -> float:
+        return self._unwrapped.config.gamma
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One row of statistics per completion instead of logits, so that nothing padded crosses processes."""
@@ -303,10 +300,8 @@ class LengthValueTrainer(Trainer):
             if prediction_loss_only:
                 return loss, None, None
             row_of, first, lengths, finished, groups, prompts = inputs["sequences"].unbind(1)
-            # Whatever was fitted, the metrics are those of a return model that says the same lengths.
-            gamma, logits = self._space.gamma, self._space.return_logits(outputs.logits)
-            lam = self.args.lam
-            targets = value_targets(-torch.sigmoid(logits), inputs["labels"], inputs["endings"], gamma, lam)
+            gamma, logits, lam = self._gamma, outputs.logits, self.args.lam
+            targets = value_targets(outputs.values, inputs["labels"], inputs["endings"], gamma, lam)
             logits, targets = (unpack(each, row_of, first, lengths) for each in (logits, targets))
             statistics = sequence_statistics(logits, lengths, finished, gamma, targets)
         return loss, statistics, torch.stack([lengths, finished, groups, prompts], dim=1)
@@ -320,8 +315,8 @@ class LengthValueTrainer(Trainer):
 
     def _metrics_of(self, statistics: Tensor, labels: Tensor) -> dict[str, float]:
         lengths, finished, groups, prompts = labels.unbind(1)
-        metrics = summarize(statistics, lengths, finished, groups, self._space.gamma)
-        return {**metrics, **reference_metrics(lengths, prompts, finished, groups, self._space.gamma)}
+        metrics = summarize(statistics, lengths, finished, groups, self._gamma)
+        return {**metrics, **reference_metrics(lengths, prompts, finished, groups, self._gamma)}
 
 
 def _make_collator(

@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 
 from lenvm_rl.collation import TRUNCATED_ENDINGS
 from lenvm_rl.returns import check_gamma
-from lenvm_rl.target_spaces import RETURN, TARGETS
 
 
 @dataclass
@@ -32,15 +31,6 @@ class LengthValueTrainingArguments(TrainingArguments):
     )
     gamma_quantile: float = field(default=0.99, metadata={"help": "Which quantile of the lengths gamma is fitted to."})
     gamma_coverage: float = field(default=0.99, metadata={"help": "Magnitude of the return at that quantile."})
-    target: str = field(
-        default=RETURN,
-        metadata={
-            "help": "What is fitted: the length return; or, for ablation only, the number of tokens to come (length), "
-            "over the longest of the rollouts (normalized_length), or its logarithm (log_length). A model of those "
-            "predicts lengths, and has no values for reinforcement learning or decoding.",
-            "choices": list(TARGETS),
-        },
-    )
     lam: float = field(
         default=1.0,
         metadata={"help": "Lambda of the lambda-returns, in [0, 1]; 1 is plain Monte Carlo returns."},
@@ -92,12 +82,6 @@ class LengthValueTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}.")
-        if self.target != RETURN and (self.lam != 1.0 or self.truncated == "infinite"):
-            raise ValueError(
-                f"lam < 1 and truncated='infinite' exist for target='return' only, not for {self.target!r}."
-            )
         if self.share_prompts and not self.packing:
             raise ValueError("share_prompts=True puts completions in one row, so it needs packing=True.")
         if self.truncated not in TRUNCATED_ENDINGS:

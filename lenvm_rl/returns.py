@@ -75,6 +75,19 @@ def next_values(
     return torch.where(exists, extended.gather(1, following), zero)
 
 
+def discounted_sums(x: Tensor, discount: Tensor) -> Tensor:
+    """``y_t = x_t + discount_t * y_{t+1}`` along rows `(B, T)`, in log2(T) steps instead of T.
+
+    Each step doubles the number of terms that a slot has summed up (a prefix scan, Hillis and Steele, 1986).
+    """
+    reach = 1
+    while reach < x.shape[1]:
+        x = x + discount * F.pad(x[:, reach:], (0, reach))
+        discount = discount * F.pad(discount[:, reach:], (0, reach))
+        reach *= 2
+    return x
+
+
 def discounted_return(remaining: Tensor, gamma: float) -> Tensor:
     """Length return ``G = -(1 - gamma**n)`` for `n` tokens still to come (arXiv 2604.27039, section 3.1).
 

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from lenvm_rl.modeling import LengthValueConfig
-from lenvm_rl.target_spaces import check_return_target
-
 MASKABLE_ATTENTION = ("eager", "sdpa")
 
 
@@ -26,8 +23,6 @@ def check_scorable(length_value_model: nn.Module) -> None:
     """Raises a `ValueError` if dropout is on, a gradient could reach the model, or it was fitted to no values."""
     if length_value_model.training:
         raise ValueError("the length value model is in training mode: call `.freeze()` or `.eval()` before scoring.")
-    if isinstance(length_value_model.config, LengthValueConfig):
-        check_return_target(length_value_model.config.target, "scoring candidates")
 
 
 class CandidateScorer:

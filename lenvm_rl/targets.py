@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lenvm_rl.returns import discounted_return
-from lenvm_rl.target_spaces import RETURN, TargetSpace
+from lenvm_rl.returns import discounted_return, discounted_sums
 
 IGNORED = -100  # what transformers' Trainer leaves out when it counts the items of an optimiser step
 
@@ -52,46 +51,7 @@ def value_targets(values: Tensor, remaining: Tensor, endings: Tensor, gamma: flo
     following = torch.where(last, end_values, (1.0 - lam) * torch.nn.functional.pad(values[:, 1:], (0, 1)))
     target = torch.where(scored, gamma * following - (1.0 - gamma), torch.zeros_like(values))
     weight = torch.where(scored & ~last, torch.full_like(values, gamma * lam), torch.zeros_like(values))
-    # A linear recurrence by doubling (Hillis & Steele 1986): after each pass target covers twice as many steps.
-    shift, longest = 1, int(steps.max())
-    while shift < longest:
-        target = target + weight * torch.nn.functional.pad(target[:, shift:], (0, shift))
-        weight = weight * torch.nn.functional.pad(weight[:, shift:], (0, shift))
-        shift *= 2
-    return target
-
-
-def predictions_and_targets(
-    logits: Tensor, remaining: Tensor, endings: Tensor, space: TargetSpace, lam: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """What a model predicts at every column, and what that is fitted to, whatever the target.
-
-    For the return, see [`value_targets`]. For the alternatives (arXiv 2604.27039, section 5.1) the target is the number
-    of tokens to come in their space; a cut completion goes on for as long as the model says at the cut, without
-    gradient.
-
-    Args:
-        logits (`torch.Tensor` of shape `(R, C)`): the head's output.
-        remaining, endings (`torch.Tensor` of shape `(R, C)`): see [`value_targets`].
-        space (`TargetSpace`): what is fitted.
-        lam (`float`, *optional*, defaults to `1.0`): of the lambda-returns; of the return only.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: predictions with gradient and targets without, both `(R, C)`.
-
-    Raises:
-        ValueError: for `lam < 1` or an `ENDLESS` completion without the return: no length is infinite.
-    """
-    predictions = space.predict(logits)
-    if space.target == RETURN:
-        return predictions, value_targets(predictions, remaining, endings, space.gamma, lam)
-    if lam != 1.0 or bool((endings == ENDLESS).any()):
-        raise ValueError(f"lam < 1 and truncated='infinite' exist for target='return' only, not for {space.target!r}.")
-    scored = remaining != IGNORED
-    steps = torch.where(scored, remaining, torch.zeros_like(remaining))
-    following = _end_values(space.remaining(logits.detach()), steps, endings)
-    zero = torch.zeros_like(predictions)
-    return predictions, torch.where(scored, space.encode(steps + torch.where(scored, following, zero)), zero)
+    return discounted_sums(target, weight)
 
 
 def _end_values(values: Tensor, steps: Tensor, endings: Tensor) -> Tensor:

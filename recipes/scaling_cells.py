@@ -12,7 +12,6 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lenvm_rl.heads import LengthValueHead
 from lenvm_rl.pretraining import LengthValueTrainer, completion_lengths
-from lenvm_rl.target_spaces import TARGETS
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,6 @@ class Cell:
         samples (`int`): completions of each.
         seed (`int`): seed of weights and order, and of which prompts and completions are used.
         hidden_size (`int`, *optional*): width of a decoder of its own; the policy's decoder when omitted.
-        target (`str`, *optional*, defaults to `"return"`): what is fitted.
         horizon (`float`, *optional*, defaults to `1.0`): multiple of the fitted horizon of gamma.
         grouped (`bool`, *optional*, defaults to `False`): whether optimiser steps are made of similar lengths.
         rounded_head (`bool`, *optional*, defaults to `False`): whether the head computes in bfloat16.
@@ -34,7 +32,6 @@ class Cell:
     samples: int
     seed: int
     hidden_size: int | None = None
-    target: str = "return"
     horizon: float = 1.0
     grouped: bool = False
     rounded_head: bool = False
@@ -43,7 +40,7 @@ class Cell:
     def name(self) -> str:
         """Name of the file of its result."""
         backbone = "policy" if self.hidden_size is None else f"h{self.hidden_size}"
-        parts = [backbone, f"p{self.prompts}", f"n{self.samples}", self.target, f"x{self.horizon:g}"]
+        parts = [backbone, f"p{self.prompts}", f"n{self.samples}", f"x{self.horizon:g}"]
         parts += ["grouped"] * self.grouped + ["bf16head"] * self.rounded_head
         return "-".join([*parts, f"seed{self.seed}"])
 
@@ -63,7 +60,6 @@ def make_axes(
         "model size": {str(width): replace(base, hidden_size=width) for width in hidden_sizes},
         "prompts": {str(count): replace(base, prompts=count) for count in prompts},
         "samples per prompt": {str(count): replace(base, samples=count) for count in samples},
-        "target": {target: replace(base, target=target) for target in TARGETS},
         "optimiser steps": {"shuffled": base, "grouped by length": replace(base, grouped=True)},
         "gamma": {f"horizon x {factor:g}": replace(base, horizon=factor) for factor in horizons},
         "precision of the head": {"float32": base, "bfloat16": replace(base, rounded_head=True)},

@@ -17,7 +17,7 @@ COLUMNS = (
     ("Kendall tau", "kendall_tau", 1, 3),
 )
 SCALES = {"model size": "parameters", "prompts": "training prompts", "samples per prompt": "completions per prompt"}
-ABLATIONS = ("target", "optimiser steps", "gamma", "precision of the head")
+ABLATIONS = ("optimiser steps", "gamma", "precision of the head")
 
 Rows = dict[str, dict[str, list[dict[str, Any]]]]
 
@@ -85,8 +85,8 @@ def plot_scaling(rows: Rows) -> Figure:
 
 def plot_ablations(rows: Rows) -> Figure:
     """Relative error in tokens along the completion, one line per choice: means, and the range of the seeds."""
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    for place, axis in zip(figure.subplots(2, 2, sharey=True, sharex=True).flat, ABLATIONS, strict=True):
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for place, axis in zip(figure.subplots(1, len(ABLATIONS), sharey=True), ABLATIONS, strict=True):
         for label, results in rows[axis].items():
             found = np.stack([values(results, f"length_mre_at_{point}") for point in POINTS])
             place.plot(POINTS, found.mean(axis=1), marker="o", label=label)

@@ -2,8 +2,8 @@
 
     python recipes/scaling_study.py --policy outputs/policy --output_dir outputs/scaling
 
-Along model size, prompts and samples per prompt, and in the four ablations of the paper (arXiv 2604.27039, section 5:
-target, shuffled or length-grouped optimiser steps, gamma, precision of the head), every model sees the same number of
+Along model size, prompts and samples per prompt, and in three ablations of the paper (arXiv 2604.27039, section 5:
+shuffled or length-grouped optimiser steps, gamma, precision of the head), every model sees the same number of
 tokens: what differs is what an axis is named after, not the time in training. All are measured on the same held-out
 prompts, in the same space. Each result is kept in `<output_dir>/cells`; killed and started again, the study goes on.
 At the end, and at any time with `--report true`, `results.md` and two figures are written. `--boundary true` trains one
@@ -178,7 +178,6 @@ class Study:
             per_device_train_batch_size=self.args.batch_size,
             per_device_eval_batch_size=256,
             gamma=settings["gamma"],
-            target=cell.target,
             seed=cell.seed,
             use_cpu=True,
             bf16=False,

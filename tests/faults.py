@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from tiny import EOS, tiny_llama, tiny_tokenizer
-from trainer_parts import VOCAB, counts_of_w8, grpo, ppo, prompts, random_lenvm, settings
+from trainer_parts import VOCAB, counts_of_w8, grpo, ppo, random_lenvm
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lenvm_rl.modeling import LengthValueModel

@@ -53,8 +53,6 @@ def test_what_is_not_known_is_said_to_be_so():
     assert text.count("| not recorded |") == 5 and "Results" not in text
     unknown = model_card(LengthValueConfig(backbone_config=tiny_llama().config))
     assert "γ is not recorded" in unknown and "does not load" in unknown
-    ablation = LengthValueConfig(backbone_config=tiny_llama().config, gamma=0.9, target="length")
-    assert "there are no values" in model_card(ablation) and "Sign" not in model_card(ablation)
 
 
 def test_metrics_without_domains_are_one():

@@ -16,7 +16,7 @@ LIBRARY = ROOT / "lenvm_rl"
 # sandbox) counts as one module here; a new module needs a place in this list.
 LAYERS = (
     ("controllers", "domains", "endings", "guidance", "journal", "programs", "returns", "run_checkpoints"),
-    ("advantages", "correctness", "shaping", "target_spaces", "value_references"),
+    ("advantages", "correctness", "shaping", "value_references"),
     ("targets", "tokenization", "value_metrics"),
     ("backbones", "cards", "completions", "heads", "outputs", "retokenization"),
     ("forms", "positions"),
@@ -32,7 +32,7 @@ LAYERS = (
     ("recipes",),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-PURE = ("endings", "returns", "advantages", "shaping", "target_spaces", "targets", "value_metrics", "value_references")
+PURE = ("endings", "returns", "advantages", "shaping", "targets", "value_metrics", "value_references")
 FOLDERS = ("lenvm_rl", "reward", "eval", "recipes")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 # What is installed, downloaded, produced or kept by tools (in a linked work tree, .git is a file).

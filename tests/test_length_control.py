@@ -14,8 +14,6 @@ from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 
 from eval.length_control import LengthControlArguments, main
 from eval.length_control_cells import ARMS, Completion, LengthSampler, cell_completions, completion_nll
-from eval.length_control_exact import EXACT, TRAINED, ExactArguments, compare, make_world
-from eval.length_control_exact import main as compare_with_exact
 from eval.length_control_prompts import read_tasks, split_off_length, with_length
 from eval.length_control_report import summarise_cell
 from lenvm_rl.guidance import LengthGuidance
@@ -339,44 +337,3 @@ def test_arguments_that_make_no_sense(fields, message):
 def test_a_missing_run_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"run `accelerate launch recipes/ppo_shaped.py` first"):
         main(LengthControlArguments(run_dir=str(tmp_path)))
-
-
-# Trained against exact values
-
-
-@pytest.mark.parametrize("name", ["ladder-3", "topics-3", "random-3"])
-def test_worlds_end_and_differ_in_how_far_the_end_is(name):
-    lengths = make_world(name).mean_length()[START + 1 :]
-    assert 3 < lengths.mean() < 60
-    assert lengths.max() / lengths.min() > (1.1 if name.startswith("random") else 3)
-
-
-def test_comparison_with_the_exact_value_by_hand():
-    def rows(lengths):
-        return [{"target": 10, "length": length} for length in lengths]
-
-    ways = {"base": [30, 30, 0, 10], f"paper, {EXACT}": [9, 10, 11, 8], f"paper, {TRAINED}": [8, 10, 12, 7]}
-    numbers = compare({key: rows(lengths) for key, lengths in ways.items()}, [0, 0, 1, 1], "paper", seed=0)
-    assert [numbers[key]["estimate"] for key in ("base", "exact", "trained")] == pytest.approx([125, 10, 17.5])
-    assert (numbers["exact_tokens"], numbers["trained_tokens"]) == (1.0, 1.75)
-    # Either prompt alone: 10 / 5 and 25 / 15.
-    ratio = numbers["ratio"]
-    assert (ratio["estimate"], ratio["low"], ratio["high"]) == pytest.approx((1.75, 25 / 15, 2.0))
-    ways[f"paper, {EXACT}"] = [10] * 4
-    perfect = compare({key: rows(lengths) for key, lengths in ways.items()}, [0, 0, 1, 1], "paper", seed=0)
-    assert perfect["ratio"] is None and perfect["exact"]["estimate"] == 0
-
-
-def test_exact_and_trained_values_are_compared_in_each_world(tmp_path, capsys):
-    small = {"rollouts": 200, "epochs": 1.0, "targets": [8], "num_prompts": 8, "num_samples": 1}
-    report = compare_with_exact(ExactArguments(worlds=["ladder-0", "ladder-1"], output_dir=str(tmp_path), **small))
-    assert list(report["worlds"]) == ["ladder-0", "ladder-1", "all ladder", "all"]
-    numbers = report["worlds"]["all"]["paper"]
-    # In a world of levels the exact value leads near the target; a value that has hardly been trained does not.
-    assert numbers["exact_tokens"] < 0.5 * numbers["base_tokens"]
-    assert numbers["ratio"]["estimate"] > 2
-    assert report["worlds"]["ladder-0"]["error_tokens"] > 0
-    assert json.loads((tmp_path / "length_control_exact.json").read_text())["worlds"] == report["worlds"]
-    assert "trained / exact" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="a world is one of random, ladder, topics"):
-        make_world("maze-0")

@@ -266,9 +266,6 @@ def test_the_selection_of_completions(tmp_path):
         ({"lam": 1.5}, "lam must be in"),
         ({"gamma": 1.0}, "gamma must lie strictly"),
         ({"average_tokens_across_devices": False}, "must stay true"),
-        ({"target": "lenght"}, "target must be one of return, length"),
-        ({"target": "length", "lam": 0.9}, "lam < 1 .* exist for target='return' only"),
-        ({"target": "log_length", "truncated": "infinite"}, "truncated='infinite' exist for target='return' only"),
         ({"share_prompts": True, "packing": False}, "needs packing=True"),
     ],
 )

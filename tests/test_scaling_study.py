@@ -23,10 +23,10 @@ from recipes.scaling_study import ScalingArguments, Study
 def test_axes_share_their_base_and_differ_in_one_thing():
     axes = make_axes([8, 16], [1, 2, 4], [4, 8, 16, 32], [0.5, 1.0, 2.0])
     base = Cell(16, 4, 0)
-    assert axes["prompts"]["16"] == axes["samples per prompt"]["4"] == axes["target"]["return"] == base
+    assert axes["prompts"]["16"] == axes["samples per prompt"]["4"] == base
     assert axes["optimiser steps"]["shuffled"] == axes["gamma"]["horizon x 1"] == base
     cells = {cell for axis in axes.values() for cell in axis.values()}
-    assert len(cells) == 4 + 1 + 1 + 2 + 3 + 1 + 2 + 1
+    assert len(cells) == 4 + 1 + 1 + 2 + 1 + 2 + 1
     assert len({replace(cell, seed=seed).name for cell in cells for seed in range(3)}) == 3 * len(cells)
     for cell in cells:
         changed = [entry.name for entry in fields(Cell) if getattr(cell, entry.name) != getattr(base, entry.name)]
@@ -118,15 +118,15 @@ def test_a_smoke_study_is_reported_and_resumed(tmp_path, policy, monkeypatch, ca
     assert len(first) == 3
     monkeypatch.setattr(Study, "run", lambda self, cell: trained.append(cell) or original(self, cell))
     run(tmp_path, policy)
-    # 2 sizes, 2 numbers of prompts, 2 of samples, 4 targets, grouped, 2 gammas, rounded: 11 of them distinct.
-    assert len(trained) == len(set(trained)) == 2 * 11
+    # 2 sizes, 2 numbers of prompts, 2 of samples, grouped, 2 gammas, rounded: 8 of them distinct.
+    assert len(trained) == len(set(trained)) == 2 * 8
     assert all(path.read_bytes() == content for path, content in first.items())
     shown = capsys.readouterr().out
     table = (tmp_path / "study" / "results.md").read_text()
-    assert table in shown and table.count("\n") == 2 + 2 + 2 + 2 + 4 + 2 + 2 + 2
+    assert table in shown and table.count("\n") == 2 + 2 + 2 + 2 + 2 + 2 + 2
     assert {"scaling.png", "ablations.png"} <= {path.name for path in (tmp_path / "study").iterdir()}
     run(tmp_path, policy, "--report", "true")
-    assert len(trained) == 22
+    assert len(trained) == 16
     with pytest.raises(ValueError, match="was made with other settings"):
         run(tmp_path, policy, "--batch_size", "16")
 

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
-from lenvm_rl.trainers.checks import check_rewards, load_length_value_model
+from lenvm_rl.trainers.checks import check_rewards
 from lenvm_rl.trainers.configs import LenVMConfig
 from lenvm_rl.trainers.length_values import place_length_value_model
 
@@ -256,10 +256,3 @@ def test_the_common_part_is_no_trainer(tmp_path):
     )
     with pytest.raises(TypeError, match="use LenVMGRPOTrainer or LenVMPPOTrainer"):
         trainer.train()
-
-
-def test_value_models_that_the_trainers_cannot_read_are_refused(tmp_path):
-    model = random_lenvm()
-    model.config.target = "log_length"
-    with pytest.raises(ValueError, match="log_length"):
-        load_length_value_model(model, LenVMGRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
