@@ -13,11 +13,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lenvm_rl.endings import end_token_ids, strip_completion
@@ -29,9 +28,9 @@ from lenvm_rl.prediction import (
     lengths_from_logits,
     weights_fingerprint,
 )
+from lenvm_rl.prompts import Prompt, load_prompts
 from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.sampling_jobs import (
-    Prompt,
     SamplingJob,
     SamplingSettings,
     batch_seed,
@@ -39,6 +38,8 @@ from lenvm_rl.sampling_jobs import (
     run_to_file,
 )
 from lenvm_rl.tokenization import check_same_tokenizer
+
+__all__ = ["RolloutSampler", "load_prompts", "sample_rollouts", "sample_to_file"]
 
 
 def sample_rollouts(
@@ -123,39 +124,6 @@ def sample_to_file(
     return run_to_file(path, sampler, generator or model.config.name_or_path or f"{type(model).__name__} in memory")
 
 
-def load_prompts(
-    name_or_path: str, config: str | None = None, split: str = "train", limit: int | None = None
-) -> Dataset:
-    """Loads a data set of prompts, from the hub or from a local file.
-
-    Args:
-        name_or_path (`str`): a path that ends in `.jsonl`, `.json`, `.parquet` or `.csv`, or a hub id.
-        config (`str`, *optional*): configuration of a data set from the hub.
-        split (`str`, *optional*, defaults to `"train"`): split of a data set from the hub; a file has no splits.
-        limit (`int`, *optional*): keep the first so many rows.
-
-    Raises:
-        FileNotFoundError: if a path does not exist.
-        ValueError: if there is no row.
-    """
-    suffix = Path(name_or_path).suffix
-    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    if suffix in builders:
-        if not Path(name_or_path).is_file():
-            raise FileNotFoundError(f"There is no data file {name_or_path}.")
-        with open(name_or_path, "rb") as file:
-            if not file.read(4096).strip():
-                raise ValueError(f"{name_or_path} is empty: it needs a row per prompt.")
-        dataset = load_dataset(builders[suffix], data_files=str(name_or_path), split="train")
-    else:
-        dataset = load_dataset(name_or_path, config, split=split)
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    if not len(dataset):
-        raise ValueError(f"{name_or_path} holds no rows (limit {limit}).")
-    return dataset
-
-
 class RolloutSampler(SamplingJob):
     """A sampling job with transformers' `generate`; a step is a batch, whose completions share a random stream.
 
@@ -179,7 +147,7 @@ class RolloutSampler(SamplingJob):
         super().__init__(tokenizer, prompts, settings, seed=seed, extra_columns=extra_columns, eos_token_ids=ends)
         self.model, self.length_value_model = model, length_value_model
         self._predicted: list[float] | None = None
-        self._check_room()
+        self.check_room(getattr(model.config.get_text_config(), "max_position_embeddings", None))
         if length_value_model is not None:
             check_predictor(length_value_model)
             check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
@@ -203,17 +171,6 @@ class RolloutSampler(SamplingJob):
             kept = [{"predicted_length": length} for length in predicted]
         self._predicted = [entry["predicted_length"] for entry in kept]
         return kept
-
-    def _check_room(self) -> None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(range(len(self.prompts)), key=lambda index: len(self.prompt_ids[index]))
-        needed = len(self.prompt_ids[longest]) + self.settings.max_new_tokens
-        if context is not None and needed > context:
-            raise ValueError(
-                f"Prompt {longest} has {len(self.prompt_ids[longest])} tokens; with max_new_tokens "
-                f"{self.settings.max_new_tokens} it exceeds the model's context of {context}. Lower max_new_tokens or "
-                "leave out the prompt: prompts are never cut."
-            )
 
     def plan(self) -> list[list[tuple[int, int]]]:
         """The (prompt, sample) pairs of each batch: prompts of similar length together, in an order that is fixed.

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.endings import end_token_ids, padding_id
 from lenvm_rl.journal import Journal
+from lenvm_rl.prompts import Prompt, check_room, tokenize_prompts
 from lenvm_rl.rollouts import (
     REQUIRED_COLUMNS,
     RolloutMetadata,
@@ -37,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Under which number a journal keeps what was prepared for the steps; steps are numbered from 0.
 PREPARATION = -1
-
-Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ class SamplingJob(ABC):
     ):
         if not len(prompts):
             raise ValueError("There is no prompt to sample from.")
+        self.prompt_ids = tokenize_prompts(tokenizer, prompts)
         self.tokenizer, self.settings, self.seed = tokenizer, settings, seed
         self.prompts = list(prompts)
         self.extra_columns = {name: list(column) for name, column in (extra_columns or {}).items()}
@@ -120,9 +120,14 @@ class SamplingJob(ABC):
         for name, column in self.extra_columns.items():
             if len(column) != len(self.prompts):
                 raise ValueError(f"Column {name!r} has {len(column)} entries for {len(self.prompts)} prompts.")
+            for index, entry in enumerate(column):
+                if not is_json(entry):
+                    raise ValueError(
+                        f"Column {name!r} holds a {type(entry).__name__} at prompt {index}, and a rollout file cannot: "
+                        "leave the column out, or make text or numbers of it."
+                    )
         self.eos_token_ids = end_token_ids(tokenizer if eos_token_ids is None else None, eos_token_ids)
         self.pad_token_id = padding_id(tokenizer, self.eos_token_ids)
-        self.prompt_ids = tokenize_prompts(tokenizer, self.prompts)
 
     def __len__(self) -> int:
         """Number of completions."""
@@ -131,6 +136,14 @@ class SamplingJob(ABC):
     @abstractmethod
     def sample(self, steps: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """Yields (step, its records) for each of the steps, in any order: what an engine has to say."""
+
+    def check_room(self, context: int | None) -> None:
+        """Raise a `ValueError` if a prompt leaves no room for a completion.
+
+        Args:
+            context (`int`, *optional*): most tokens that the engine takes for both; not checked when omitted.
+        """
+        check_room([len(ids) for ids in self.prompt_ids], self.settings.max_new_tokens, context)
 
     def step_sizes(self) -> list[int]:
         """Number of completions in each step."""
@@ -279,18 +292,13 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
     return read_rollouts(path)
 
 
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: text as it is, messages through the chat template with the generation prompt."""
-    ids = []
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            row = tokenizer(prompt)["input_ids"]
-        else:
-            row = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        if not row:
-            raise ValueError(f"Prompt {index} has no tokens ({prompt!r}): the first value is read at its last token.")
-        ids.append(list(row))
-    return ids
+def is_json(value: Any) -> bool:
+    """Whether JSON holds a value as it is: text, numbers, truth values, `None`, and lists and mappings of those."""
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and is_json(each) for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(is_json, value))
+    return value is None or isinstance(value, (str, int, float, bool))
 
 
 def batch_seed(seed: int, index: int) -> int:

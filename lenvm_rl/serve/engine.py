@@ -218,7 +218,7 @@ class Engine:
         if isinstance(prompt, str) or request.chat:
             try:
                 return tokenize_prompts(self.tokenizer, [prompt])[0]
-            except TemplateError as error:
+            except (TemplateError, ValueError) as error:
                 raise RequestError(f"The model's chat template refuses these messages: {error}.", place) from error
         wrong = [token for token in prompt if not 0 <= token < self.vocab_size]
         if wrong:
