@@ -6,7 +6,6 @@ rule (top-k, top-p, min-p) holds for every arm, the base policy included.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from lenvm_rl.correctness import are_correct
 from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import end_token_ids, padding_id, strip_completion
 from lenvm_rl.modeling import LengthValueModel, is_shared
+from lenvm_rl.reward_functions import callable_at
 from lenvm_rl.sampling_jobs import tokenize_prompts
 from lenvm_rl.tokenization import check_same_tokenizer
 
@@ -80,18 +80,9 @@ def load_reward(path: str) -> Callable[..., Sequence[float]]:
     Raises:
         ValueError: there is no such module or name, or it is no function.
     """
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ValueError(f"{path!r} is not a dotted path; write it like reward.sandbox.sandbox_reward.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"There is no reward function {path!r} ({error}): check module and name.") from error
-    if not callable(found):
-        raise ValueError(f"{path!r} is a {type(found).__name__}, not a function: name a function inside it.")
-    return found
+    return callable_at(path)
 
 
 def call_reward(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
+
+from lenvm_rl.reward_functions import name_of, unwrapped
 
 # Between the flags 0 and 1.
 FLAG_THRESHOLD = 0.5
@@ -32,19 +33,6 @@ class WrappingReward(Protocol):
     """
 
     task_reward: Callable
-
-
-def unwrapped(function: Callable) -> Callable:
-    """The function under its `functools.partial`s, which is the one that TRL names."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
-
-
-def name_of(function: Callable) -> str:
-    """What TRL calls a reward function: its name, or that of its class where it is an object without one."""
-    function = unwrapped(function)
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def judge_of(function: Callable) -> Callable:

@@ -156,7 +156,7 @@ def own_length(ids: Sequence[int], end_ids: Collection[int] = (), actions: Seque
     """
     if actions is None:
         actions = [1] * len(ids)
-    ended = len(ids) > 0 and bool(actions[-1]) and ids[-1] in end_ids
+    ended = len(ids) > 0 and bool(actions[-1]) and int(ids[-1]) in end_ids
     return sum(bool(action) for action in actions) - int(ended)
 
 

@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import ModelConfig
 
 from eval.arms import call_reward, load_reward
-from lenvm_rl.correctness import are_correct, name_of
+from lenvm_rl.correctness import are_correct
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
+from lenvm_rl.reward_functions import name_of
 from lenvm_rl.rollouts import atomic_file, read_rollouts, split_by_prompt
 from lenvm_rl.sampling import load_prompts, sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings

@@ -19,7 +19,6 @@ from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.configs import LenVMConfig
 from recipes.arguments import StageArguments
 from recipes.stages import TRAIN_SEED, Run, console, gate_reward_path, run_stage
-from reward.checkpointing import RewardStates
 
 # Settings that say where a run writes and reports, not what it computes.
 NOT_PART_OF_A_RUN = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint")
@@ -96,7 +95,6 @@ def train_stage(algorithm: str, run: Run, make_trainer: Callable[..., Any], **se
             model=run.policy,
             args=config,
             reward_funcs=rewards,
-            callbacks=[RewardStates(rewards)],
             train_dataset=run.prompts(run.args.train_prompts, TRAIN_SEED),
             processing_class=run.tokenizer,
             length_value_model=run.length_value_model,

@@ -4,7 +4,8 @@ Their knobs are the papers' where there are any, and otherwise fit a `max_comple
 4096 for mathematics (`reward.mathematics`), with targets of a quarter of that. For the sandbox they fit what its base
 policy writes, 12 tokens in the mean and 48 at the 99th percentile. With other knobs, make one in a module of your own.
 
-Stateful ones (`leash`, `laser_d`) need the callback [`reward.checkpointing.RewardStates`] to resume.
+Stateful ones (`leash`, `laser_d`) need the callback [`reward.checkpointing.RewardStates`] to resume; the trainers of
+`lenvm_rl` add it themselves.
 """
 
 from trl.rewards import get_cosine_scaled_reward, get_soft_overlong_punishment

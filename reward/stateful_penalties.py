@@ -1,8 +1,8 @@
 """Length penalties with a memory: Leash's multiplier, and LASER-D's targets, which both follow the policy.
 
-Their state moves with every call. It is the same on every process, since what moves it is summed over all of them. Give
-[`reward.checkpointing.RewardStates`] to the trainer as a callback: it keeps the state in the checkpoints, takes it up
-on resuming, starts every new run from the beginning, and undoes what evaluation moved.
+Their state moves with every call. It is the same on every process, since the completions of all of them move it. The
+callback [`reward.checkpointing.RewardStates`], which the trainers of `lenvm_rl` add themselves, keeps the state in the
+checkpoints, takes it up on resuming, starts every new run from the beginning, and undoes what evaluation moved.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor
 
 from reward.group_rules import TIERS, difficulty, laser_d_length_reward
@@ -120,6 +118,7 @@ class LeashLengthReward(StatefulLengthReward):
 
     name = "leash"
     penalty = staticmethod(leash_length_reward)
+    scope = "batch"
 
     def __init__(
         self,
@@ -134,8 +133,10 @@ class LeashLengthReward(StatefulLengthReward):
         check_not_negative("rate", rate)
         if not 0 <= bounds[0] <= multiplier <= bounds[1]:
             raise ValueError(f"multiplier={multiplier} must lie within bounds={bounds}, which begin at 0 or above.")
+        # Plain numbers, which a checkpoint can hold.
+        target_length = int(target_length) if float(target_length).is_integer() else float(target_length)
         self.start = self.multiplier = float(multiplier)
-        self.rate = rate
+        self.rate = float(rate)
         self.bounds = (float(bounds[0]), float(bounds[1]))
         super().__init__(task_reward, target_length=target_length, **options)
 
@@ -145,18 +146,17 @@ class LeashLengthReward(StatefulLengthReward):
     def __call__(self, prompts: Sequence, completions: Sequence, completion_ids: Sequence, **columns) -> list:
         """As [`~reward.length_penalties.LengthReward`]; then the multiplier moves."""
         self._log(columns, "multiplier", self.multiplier)
-        rewards = super().__call__(prompts, completions, completion_ids, **columns)
-        lengths = torch.tensor([float(self._length(ids)) for ids in completion_ids], dtype=torch.float64)
-        total, count = _over_processes(torch.stack([lengths.sum(), torch.tensor(len(lengths)).double()])).tolist()
-        if count:
+        return super().__call__(prompts, completions, completion_ids, **columns)
+
+    def _move(self, lengths):
+        if lengths:
             self.multiplier = leash_multiplier(
                 self.multiplier,
-                total / count,
+                sum(lengths) / len(lengths),
                 target_length=self.knobs["target_length"],
                 rate=self.rate,
                 bounds=self.bounds,
             )
-        return rewards
 
     def state_dict(self) -> dict[str, Any]:
         """The multiplier, and the target that it belongs to."""
@@ -220,20 +220,21 @@ class LaserDLengthReward(StatefulLengthReward):
         """As [`~reward.length_penalties.LengthReward`]; then the completions are counted, and targets may change."""
         for tier, target in zip(TIERS, self.targets, strict=True):
             self._log(columns, f"target_{tier}", float(target))
-        rewards = super().__call__(prompts, completions, completion_ids, **columns)
+        return super().__call__(prompts, completions, completion_ids, **columns)
+
+    def _move(self, lengths):
         self.calls += 1
         if self.calls == self.every:
             self._change()
-        return rewards
 
-    def _shaped(self, lengths: Tensor, correct: Tensor, group: Tensor, knobs: Mapping[str, Any]) -> Tensor:
+    def _shaped(self, lengths, correct, group, knobs):
         rewards = super()._shaped(lengths, correct, group, knobs)
         tier = difficulty(correct, group)
         of_tier = torch.nn.functional.one_hot(tier, len(TIERS)).long()
         inside = (lengths[:, None] <= torch.tensor(self.candidates)).long()
         groups = torch.bincount(torch.unique(torch.stack([group, tier]), dim=1)[1], minlength=len(TIERS))
         counts = torch.cat([of_tier.T @ inside, of_tier.sum(0)[:, None], groups[:, None]], dim=1)
-        self.counts = (torch.tensor(self.counts) + _over_processes(counts)).tolist()
+        self.counts = (torch.tensor(self.counts) + counts).tolist()
         return rewards
 
     def _change(self) -> None:
@@ -271,10 +272,3 @@ class LaserDLengthReward(StatefulLengthReward):
         """Back to the longest targets, nothing counted."""
         self.targets = [self.candidates[-1]] * len(TIERS)
         self._start_counting()
-
-
-def _over_processes(values: Tensor) -> Tensor:
-    """The sum of a small tensor over all processes; itself where there is one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    return reduce(values.to(PartialState().device), "sum").to(values.device)

@@ -15,7 +15,6 @@ from tiny import tiny_llama
 from trainer_parts import VOCAB, counts_of_w8, first_is_w8, grpo, logged, ppo, prompts, random_lenvm
 from transformers.trainer_callback import TrainerState
 
-from reward.checkpointing import RewardStates
 from reward.stateful_penalties import LaserDLengthReward, LeashLengthReward
 
 KILL_AT, SAVED_AT = 12, 20
@@ -129,7 +128,6 @@ def run(case, folder, resume=None, dies=None):
     if dies is not None:
         changes["trainer"] = dying(make.__kwdefaults__ or make.__defaults__[2], dies, saved_at)
     trainer = make(folder, rewards, random_lenvm(), **changes)
-    trainer.add_callback(RewardStates(rewards))
     trainer.train(resume_from_checkpoint=resume)
     return outcome(trainer, rewards)
 

@@ -15,7 +15,18 @@ LIBRARY = ROOT / "lenvm_rl"
 # Lower layers first: a module imports from layers strictly below its own. A package of several files (trainers,
 # sandbox) counts as one module here; a new module needs a place in this list.
 LAYERS = (
-    ("controllers", "domains", "endings", "guidance", "journal", "programs", "prompts", "returns", "run_checkpoints"),
+    (
+        "controllers",
+        "domains",
+        "endings",
+        "guidance",
+        "journal",
+        "programs",
+        "prompts",
+        "returns",
+        "reward_functions",
+        "run_checkpoints",
+    ),
     ("advantages", "correctness", "shaping", "value_references"),
     ("targets", "tokenization", "value_metrics"),
     ("backbones", "cards", "completions", "heads", "outputs", "retokenization"),

@@ -94,7 +94,7 @@ def test_wrong_number_of_flags_and_asynchronous_rewards_are_refused():
     async def later(**columns):
         return [1.0]
 
-    with pytest.raises(ValueError, match="gave 1 rewards for 2"):
+    with pytest.raises(ValueError, match="returned 1 rewards, but 2"):
         KimiLengthReward(flag_column)(
             prompts=["p"] * 2, completions=[""] * 2, completion_ids=lengths_of(1, 2), right=[1]
         )

@@ -1,5 +1,6 @@
 """Leash's multiplier and LASER-D's targets: how they move, and that checkpoints, evaluation and new runs respect it."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -7,11 +8,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from trainer_parts import grpo, logged, prompts, same_weights, weights
+from trainer_parts import grpo, logged, ppo, prompts, same_weights, weights
 from transformers.trainer_utils import IntervalStrategy
 
+from lenvm_rl.trainers import LenVMGRPOTrainer
 from reward.checkpointing import FILE_NAME, RewardStates
 from reward.length_penalties import GR3LengthReward
 from reward.stateful_penalties import LaserDLengthReward, LeashLengthReward, adaptive_targets, leash_multiplier
@@ -194,8 +197,137 @@ def test_states_that_are_not_there_are_an_error_that_says_so(tmp_path):
     RewardStates([laser_d()]).on_save(*at(3, tmp_path), None)
     with pytest.raises(ValueError, match="none of flag_column_leash"):
         RewardStates([leash()]).on_train_begin(*at(3, tmp_path), None)
-    with pytest.raises(ValueError, match="names of their own"):
-        RewardStates([leash(), leash()])
+
+
+class Counting:
+    """A reward function of somebody's own with a state, which it hands out as it is; its name is that of its class."""
+
+    def __init__(self, start=0):
+        self.start, self.state = start, {"seen": [start]}
+
+    def __call__(self, completion_ids, **columns):
+        self.state["seen"].append(len(completion_ids))
+        return [float(len(self.state["seen"]))] * len(completion_ids)
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+    def reset(self):
+        self.state = {"seen": [self.start]}
+
+
+class Unkept(Counting):
+    """The same with a state that JSON cannot hold."""
+
+    def state_dict(self):
+        return {"seen": torch.tensor(self.state["seen"])}
+
+
+def kept_by(trainer):
+    """The callbacks of a trainer that keep states, and what they keep."""
+    found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, RewardStates)]
+    return found, [reward for callback in found for reward in callback.rewards.values()]
+
+
+def test_the_trainers_keep_states_by_themselves(tmp_path):
+    one, other, own = leash(), laser_d(), Counting()
+    functions = [one, GR3LengthReward(flag_column), other, functools.partial(own, unused=1), starts_low]
+    for make in (grpo, ppo):
+        (callback,), rewards = kept_by(make(tmp_path, functions))
+        assert rewards == [one, other, own]
+        assert list(callback.rewards) == ["flag_column_leash", "flag_column_laser_d", "Counting"]
+
+
+def test_a_callback_that_was_given_is_the_one_and_keeps_the_rest_too(tmp_path):
+    one, other = leash(), laser_d()
+    given = RewardStates([other], checkpoint="elsewhere")
+
+    class Given(LenVMGRPOTrainer):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, callbacks=[given], **options)
+
+    found, rewards = kept_by(grpo(tmp_path, [one, other], trainer=Given))
+    assert found == [given] and rewards == [other, one] and given.checkpoint == "elsewhere"
+
+
+def test_equal_names_are_told_apart_by_their_order(tmp_path):
+    first, second, third = leash(), leash(target_length=50), Counting()
+    callback = RewardStates([first, second, first, third, Counting(7)])
+    assert list(callback.rewards) == ["flag_column_leash", "flag_column_leash_2", "Counting", "Counting_2"]
+    called(second, [300], [1])
+    (tmp_path / "checkpoint-3").mkdir()
+    callback.on_save(*at(3, tmp_path), None)
+    again = leash(), leash(target_length=50), Counting(), Counting()
+    RewardStates(again).on_train_begin(*at(3, tmp_path), None)
+    assert [one.state_dict() for one in again] == [
+        one.state_dict() for one in (first, second, third, Counting(7))
+    ]  # fmt: skip
+    # The settings do not fit when the order is another one.
+    with pytest.raises(ValueError, match="target_length"):
+        RewardStates([second, first]).on_train_begin(*at(3, tmp_path), None)
+
+
+def test_a_state_that_json_cannot_hold_is_named(tmp_path, caplog):
+    with pytest.raises(ValueError, match="'Unkept'.*state_dict"):
+        RewardStates([leash(), Unkept()])
+    # TRL would run it, so the trainers do.
+    _, rewards = kept_by(grpo(tmp_path, [Unkept(), starts_low]))
+    assert rewards == [] and any("'Unkept'" in message for message in caplog.messages)
+
+
+def test_the_weights_of_a_model_are_no_state():
+    class Resettable(torch.nn.Linear):
+        def reset(self):
+            self.reset_parameters()
+
+    assert RewardStates([Resettable(1, 1)]).rewards == {}
+
+
+def test_evaluations_and_predictions_move_nothing_though_the_state_is_handed_out_as_it_is(tmp_path):
+    reward = Counting()
+    callback = RewardStates([reward])
+    callback.on_train_begin(*at(0, tmp_path), None)
+    reward(completion_ids=[[1]])
+    callback.on_step_end(*at(1, tmp_path), None)
+    for undo in (callback.on_evaluate, callback.on_predict, callback.on_evaluate):
+        reward(completion_ids=[[1]] * 5)
+        undo(*at(1, tmp_path), None)
+        assert reward.state == {"seen": [0, 1]}
+
+
+def test_numbers_of_any_kind_are_kept():
+    for kind in (np.int64, np.float32, torch.tensor, float):
+        reward = leash(target_length=kind(100), rate=kind(1), multiplier=kind(1))
+        called(reward, [200], [1])
+        assert json.dumps(RewardStates([reward])._states()["flag_column_leash"]) == json.dumps(
+            {"multiplier": 2.0, "target_length": 100}
+        )
+    assert leash(target_length=1.5).state_dict()["target_length"] == 1.5
+    json.dumps(laser_d(candidates=np.arange(10, 40, 10)).state_dict())
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_lies_elsewhere(tmp_path):
+    def rewards():
+        return [LaserDLengthReward(starts_low, candidates=[1, 2, 4, 6], every=2), Counting()]
+
+    changes = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    first = rewards()
+    grpo(tmp_path / "first", first, **changes).train()
+    for step in (1, 3):
+        second = rewards()
+        trainer = grpo(tmp_path / f"second{step}", second, **changes)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "first" / f"checkpoint-{step}"))
+        assert [one.state_dict() for one in second] == [one.state_dict() for one in first]
+    # What was resumed is not taken for a new run's checkpoint.
+    trainer.train()
+    assert second[1].state["seen"] == [0, 8, 8, 8]
+    # A checkpoint of TRL's own trainer has no states.
+    (tmp_path / "first" / "checkpoint-3" / FILE_NAME).unlink()
+    with pytest.raises(FileNotFoundError, match=FILE_NAME):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
 
 
 def test_a_training_run_that_was_broken_off_is_the_unbroken_one(tmp_path):
@@ -210,7 +342,6 @@ def test_a_training_run_that_was_broken_off_is_the_unbroken_one(tmp_path):
         # Evaluation after every step, from the moment that there is something to evaluate on.
         trainer.eval_dataset, trainer.args.eval_strategy = prompts(4), IntervalStrategy.STEPS
         trainer.state.eval_steps = trainer.args.eval_steps = 1
-        trainer.add_callback(RewardStates(rewards))
         trainer.train(**arguments)
         return trainer, [reward.state_dict() for reward in rewards]
 
@@ -238,11 +369,15 @@ called(reward, [100 + 100 * rank], [1])
 assert abs(reward.multiplier - 0.55) < 1e-9, reward.multiplier
 targets = laser_d(every=1)
 # Of two groups of two, half stay within 100 and all within 200. Alone, the second process would take 100.
-called(targets, [90] * 3 if rank else [190] * 3, [1, 1, None])
+called(targets, [90] * 3 if rank else [190] * 3, [1, 1, None], [str(rank)] * 3)
 assert targets.targets == [200, 300, 300], targets.targets
 # A process whose completions the task reward says nothing about takes part all the same.
-called(targets, [250], [1 if rank else None])
+called(targets, [250], [1 if rank else None], [str(rank)])
 assert targets.targets == [300, 300, 300], targets.targets
+# One group of four over both, not two of two: K = 4, at least 2 correct, and half stay within 100: 2/4 * 2 = 1.
+targets.reset()
+called(targets, [90] * 2 if rank else [190] * 2, [1, 1])
+assert targets.targets == [100, 300, 300], targets.targets
 PartialState().destroy_process_group()
 """
 

@@ -207,7 +207,7 @@ class LenVMTrainer(ResumableTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # The one place where the rewards of single functions can be had: they are not in the batch.
-        with watched_rewards(self):
+        with watched_rewards(self, None if self._sampled is None else self._sampled.tool_mask):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         check_reward_models(rewards, self)
         checks.check_rewards(rewards, self.reward_func_names)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lenvm_rl.correctness import FLAG_THRESHOLD, correctness_values, judge_of, unwrapped
+from lenvm_rl.correctness import FLAG_THRESHOLD, correctness_values, judge_of
+from lenvm_rl.reward_functions import unwrapped
 from lenvm_rl.trainers.base_config import LenVMConfig
 
 logger = logging.getLogger(__name__)

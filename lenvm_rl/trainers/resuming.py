@@ -9,6 +9,7 @@ TRL and transformers keep most of what that takes, and these are the exceptions:
 - The end. `Trainer` goes one step beyond a last step that is not the end of an epoch.
 - What was measured since the last log.
 - A reference model that follows the policy (`sync_ref_model`), which is loaded as it was at first.
+- The state of reward functions ([`lenvm_rl.trainers.reward_states`]).
 - Half of a checkpoint. `Trainer` takes up the last folder, though the run may have died while it was written.
 
 Beyond reach are the random numbers of another program (vLLM), and what is asked for by name: `ignore_data_skip` starts
@@ -33,6 +34,7 @@ from trl import GRPOTrainer
 
 from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.run_checkpoints import is_complete, last_complete_checkpoint
+from lenvm_rl.trainers.reward_states import keep_reward_states
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +138,7 @@ class ResumableTrainer(GRPOTrainer):
         super().__init__(*arguments, **options)
         self._epochs_behind = 0
         self._pending_log: dict | None = None
+        self._reward_states = keep_reward_states(self)
         check_save_steps(self.args, self._generations, self._end)
 
     @property
@@ -260,6 +263,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def _read_state(self, checkpoint: str) -> None:
         """Take up what `_write_state` wrote."""
+        self._reward_states.resume_from(checkpoint)
         path = self._log_file(checkpoint)
         self._pending_log = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         if self.args.sync_ref_model:

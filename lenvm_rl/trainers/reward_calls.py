@@ -1,30 +1,44 @@
-"""Calls of reward functions: what fails in one is named, and the completions that it failed on are kept."""
+"""Calls of reward functions: they hear more than TRL tells, what fails in one is named, its completions are kept.
+
+Functions that take them get two further keywords:
+
+- `num_generations` (`int`): completions of each prompt in this batch, which stand together in the order of rows and of
+  processes; in evaluation that of evaluation.
+- `tool_mask` (list of lists of 0 or 1, one per completion, aligned with `completion_ids`): 1 where the policy chose the
+  token, 0 in tool output and environment text. In runs that have such a mask.
+
+What one may say apart from what it pays, right after a call on this process, is
+[`lenvm_rl.correctness.ShapedReward.unshaped_flags`]; what it may keep from call to call,
+[`lenvm_rl.reward_functions.StatefulReward`].
+"""
 
 import contextlib
-import functools
-import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lenvm_rl.reward_functions import accepted, check_returned, is_asynchronous
 from lenvm_rl.rollouts import atomic_file
 
 
 @contextlib.contextmanager
-def watched_rewards(trainer) -> Iterator[None]:
+def watched_rewards(trainer, tool_mask: Sequence[Sequence[int]] | None = None) -> Iterator[None]:
     """A context in which TRL calls the reward functions of `trainer` through [`watched`]; reward models are left alone.
 
     Args:
         trainer (`trl.GRPOTrainer`): has the functions again afterwards, whatever happens.
+        tool_mask (list of lists of 0 or 1, *optional*): of this process's completions, as the functions are to get it.
     """
     functions = trainer.reward_funcs
+    group = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    further = {"num_generations": group} | ({} if tool_mask is None else {"tool_mask": tool_mask})
     trainer.reward_funcs = [
-        function if isinstance(function, nn.Module) else watched(function, name, trainer)
+        function if isinstance(function, nn.Module) else watched(function, name, trainer, further)
         for function, name in zip(functions, trainer.reward_func_names, strict=True)
     ]
     try:
@@ -33,7 +47,7 @@ def watched_rewards(trainer) -> Iterator[None]:
         trainer.reward_funcs = functions
 
 
-def watched(function: Callable, name: str, trainer) -> Callable:
+def watched(function: Callable, name: str, trainer, further: Mapping[str, Any] | None = None) -> Callable:
     """A reward function whose errors say that they are its own, and which returns one number or `None` each.
 
     TRL takes NaN for `None` ("not scored") from here on. A function that computes NaN has a fault, so it is stopped.
@@ -42,55 +56,25 @@ def watched(function: Callable, name: str, trainer) -> Callable:
         function (`Callable`): as TRL takes it, asynchronous ones too; it is called with keywords only.
         name (`str`): what TRL calls it.
         trainer (`trl.GRPOTrainer`): says at which step and where to keep the completions.
+        further (mapping, *optional*): keywords beside TRL's, for functions that take them; a column of the dataset that
+            is called the same stays.
 
     Raises:
         `ValueError`: the function returned `None`, or not one reward for each completion, or a reward that is no finite
             number. Its own errors pass, with a note.
     """
 
+    further = accepted(function, further or {})
+
     def call(**arguments):
         with _naming(name, arguments, trainer):
-            return check_returned(function(**arguments), name, len(arguments["completions"]))
+            return check_returned(function(**(further | arguments)), name, len(arguments["completions"]))
 
     async def call_asynchronously(**arguments):
         with _naming(name, arguments, trainer):
-            return check_returned(await function(**arguments), name, len(arguments["completions"]))
+            return check_returned(await function(**(further | arguments)), name, len(arguments["completions"]))
 
-    return call_asynchronously if _is_asynchronous(function) else call
-
-
-def check_returned(returned: Any, name: str, count: int) -> list:
-    """What a reward function returned, as a list; a `ValueError` if that is not `count` finite numbers or `None`s.
-
-    Args:
-        returned (any): of the function.
-        name (`str`): of the function.
-        count (`int`): completions that it was given.
-    """
-    culprit = f"The reward function '{name}' returned"
-    if not isinstance(returned, Iterable) or isinstance(returned, (str, dict)):
-        raise ValueError(
-            f"{culprit} {returned!r}, not one reward for each completion: return a list of {count} numbers, with None "
-            "for completions that it does not apply to."
-        )
-    rewards = list(returned)
-    if len(rewards) != count:
-        raise ValueError(
-            f"{culprit} {len(rewards)} rewards, but {count} were expected: return one for each completion."
-        )
-    try:
-        numbers = torch.tensor([0.0 if reward is None else reward for reward in rewards], dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{culprit} something that is no number ({error}): return numbers or None.") from error
-    if numbers.dim() != 1:
-        raise ValueError(f"{culprit} rewards of shape {tuple(numbers.shape)}: return one number for each completion.")
-    bad = (~torch.isfinite(numbers)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"{culprit} {float(numbers[bad[0]])} for completion {bad[0]} of {count} ({len(bad)} such rewards): return "
-            "finite numbers, and None for completions that it does not apply to."
-        )
-    return rewards
+    return call_asynchronously if is_asynchronous(function) else call
 
 
 def check_reward_models(rewards: Tensor, trainer) -> None:
@@ -135,9 +119,3 @@ def _keep(name: str, arguments: dict[str, Any], trainer) -> Path:
         # Pictures and the like are named, not written.
         file.write(json.dumps(rows, indent=1, default=repr).encode())
     return path
-
-
-def _is_asynchronous(function: Callable) -> bool:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

@@ -1,0 +1,123 @@
+"""What a TRL reward function is, and what one may be able to do besides: asked here by trainers and by rewards.
+
+TRL takes functions, lambdas, bound methods, `functools.partial`s of any of them, and objects that can be called. Two
+abilities are seen without knowing the class: to have a state that a resumed run needs ([`StatefulReward`]), and to say
+what is correct apart from what is paid ([`lenvm_rl.correctness.ShapedReward`]).
+"""
+
+import functools
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+
+@runtime_checkable
+class StatefulReward(Protocol):
+    """A reward function with a memory, which checkpoints hold and evaluation leaves as it was.
+
+    The state is of plain JSON types and the same on every process: the first one's is saved.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as JSON can hold it."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Take up a state that `state_dict` gave; a `ValueError` if it does not fit."""
+
+    def reset(self) -> Any:
+        """Go back to the state of a new run."""
+
+
+def unwrapped(function: Callable) -> Callable:
+    """What is called in the end, `functools.partial` taken off: the object to ask for its abilities."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def name_of(function: Callable) -> str:
+    """What TRL calls a reward function: its `__name__`, or the name of its class where it has none."""
+    function = unwrapped(function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def is_asynchronous(function: Callable) -> bool:
+    """Whether calling it gives something to be awaited."""
+    function = unwrapped(function)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def accepted(function: Callable, further: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of further keywords that a function takes: TRL does not pass them, so it need not know them.
+
+    Args:
+        function (`Callable`): a reward function. What a `functools.partial` has bound already is left to it.
+        further (mapping): keywords by name.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        # Compiled functions may have no signature to read.
+        return {}
+    named = {name for name, each in parameters.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    return {name: value for name, value in further.items() if (takes_all or name in named) and name not in bound}
+
+
+def callable_at(path: str) -> Callable:
+    """The reward function at a dotted path, such as `reward.gsm8k.gsm8k_reward` or `module.grader.method`.
+
+    Raises:
+        ValueError: nothing is there, or a class, or something that cannot be called.
+    """
+    if "." not in path:
+        raise ValueError(f"{path!r} is not a dotted path; write it like reward.gsm8k.gsm8k_reward.")
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"There is no reward function at the dotted path {path!r} ({error}): check it.") from error
+    if inspect.isclass(found):
+        raise ValueError(f"{path!r} is a class, not a function: name an object that was made from it, or a function.")
+    if not callable(found):
+        raise ValueError(f"{path!r} is a {type(found).__name__}, not a function: name a function inside it.")
+    return found
+
+
+def check_returned(returned: Any, name: str, count: int) -> list:
+    """What a reward function returned, as a list; a `ValueError` if that is not `count` finite numbers or `None`s.
+
+    Args:
+        returned (any): of the function; lists, tuples, arrays, tensors of shape `(count,)`, generators.
+        name (`str`): of the function.
+        count (`int`): completions that it was given.
+    """
+    culprit = f"The reward function '{name}' returned"
+    scalar = isinstance(returned, (np.ndarray, torch.Tensor)) and returned.ndim == 0
+    if not isinstance(returned, Iterable) or isinstance(returned, (str, Mapping)) or scalar:
+        raise ValueError(
+            f"{culprit} {returned!r}, not one reward for each completion: return a list of {count} numbers, with None "
+            "for completions that it does not apply to."
+        )
+    rewards = list(returned)
+    if len(rewards) != count:
+        raise ValueError(
+            f"{culprit} {len(rewards)} rewards, but {count} were expected: return one for each completion."
+        )
+    try:
+        numbers = torch.tensor([0.0 if reward is None else reward for reward in rewards], dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{culprit} something that is no number ({error}): return numbers or None.") from error
+    if numbers.dim() != 1:
+        raise ValueError(f"{culprit} rewards of shape {tuple(numbers.shape)}: return one number for each completion.")
+    bad = (~torch.isfinite(numbers)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{culprit} {float(numbers[bad[0]])} for completion {bad[0]} of {count} ({len(bad)} such rewards): return "
+            "finite numbers, and None for completions that it does not apply to."
+        )
+    return rewards
