@@ -209,6 +209,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
             not each.truncates and self.generation_temperature == (each.temperature or 1.0) for each in per_row
         )
         self._greedy = torch.tensor([each.temperature == 0 for each in per_row], device=device)
+        self._asks = torch.tensor([each.needs_values for each in per_row], device=device)
         self._finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self._eos = torch.tensor(self.eos_token_ids, device=device)
         self._prompt_width = input_ids.shape[1]
@@ -257,7 +258,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         chosen = input_ids[:, -1]
         self._take(chosen)
         if self._needs_values:
-            self.scorer.advance(chosen, ~self._finished)
+            self.scorer.advance(chosen, ~self._finished & self._asks)
 
     def _candidates(
         self, guidance: LengthGuidance, rows: Tensor | slice, input_ids: Tensor, scores: Tensor, written: int
@@ -277,10 +278,10 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
     def _score(self, policy: Tensor) -> tuple[Tensor, Tensor]:
         """Values of the states after each candidate and tokens still to come there, `(B, V)`.
 
-        Both are 0 at end-of-sequence. Where there is no candidate, and in rows that have nothing to choose, what stands
-        there does not matter. Lengths are left out where no row asks for one.
+        Both are 0 at end-of-sequence. Where there is no candidate, and in rows that have nothing to choose or are not
+        guided, what stands there does not matter. Lengths are left out where no row asks for one.
         """
-        candidate = torch.isfinite(policy) & ~self._finished.unsqueeze(1)
+        candidate = torch.isfinite(policy) & (~self._finished & self._asks).unsqueeze(1)
         # The only candidate of a row is chosen whatever its value; its forward waits until one is needed.
         decided = candidate.sum(dim=1) <= 1
         values = torch.zeros_like(policy)

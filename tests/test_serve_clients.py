@@ -38,8 +38,8 @@ class TestClients:
         engine, client = endless
         with complete(client, [START], stream=True, max_tokens=50_000) as stream:
             next(iter(stream))
-            assert engine._jobs
-        wait_until(lambda: not engine._jobs)
+            assert engine.jobs
+        wait_until(lambda: not engine.jobs)
 
     def test_many_at_once_each_get_their_own(self, tiny_client):
         fields = {"max_tokens": 15, "guidance": {"strength": 0.5, "top_k": 20}}
@@ -59,9 +59,9 @@ class TestClients:
         engine, client = endless
         stream = complete(client, [START], stream=True, max_tokens=50_000)
         next(iter(stream))
-        (job,) = engine._jobs
+        (job,) = engine.jobs
         stream.close()
-        wait_until(lambda: not engine._jobs, 5)
+        wait_until(lambda: not engine.jobs, 5)
         assert 0 < len(job.choices[0].token_ids) < 50_000 and job.choices[0].finish_reason is None
         assert lengths_of(complete(client, [START], max_tokens=3)) == [3]
 
@@ -69,7 +69,7 @@ class TestClients:
         engine, client = endless
         with pytest.raises(openai.APITimeoutError):
             complete(client.with_options(timeout=0.3), [START], max_tokens=50_000)
-        wait_until(lambda: not engine._jobs, 5)
+        wait_until(lambda: not engine.jobs, 5)
         assert lengths_of(complete(client, [START], max_tokens=3)) == [3]
 
     def test_the_queue_is_bounded_and_who_leaves_it_makes_room(self, endless):
@@ -78,10 +78,10 @@ class TestClients:
         next(iter(stream))
         with pytest.raises(openai.APITimeoutError):
             complete(client.with_options(timeout=0.3), [START], max_tokens=3)
-        wait_until(lambda: len(engine._jobs) == 1)
+        wait_until(lambda: len(engine.jobs) == 1)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(complete, client, [START], max_tokens=3)
-            wait_until(lambda: len(engine._jobs) == 2)
+            wait_until(lambda: len(engine.jobs) == 2)
             for streams in (False, True):
                 with pytest.raises(openai.RateLimitError, match="1 more requests wait: try again later"):
                     complete(client, [START], max_tokens=3, stream=streams)
@@ -116,7 +116,7 @@ class TestClients:
             stream = complete(client, [START], stream=True, max_tokens=50_000)
             next(iter(stream))
             waiting = pool.submit(complete, client, [START], max_tokens=3)
-            wait_until(lambda: len(engine._jobs) == 2)
+            wait_until(lambda: len(engine.jobs) == 2)
             engine.close()
             with pytest.raises(openai.APIError, match="stopped: try again later"):
                 list(stream)

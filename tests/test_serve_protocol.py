@@ -30,7 +30,7 @@ def post(client, body, endpoint="completions"):
 
 def check_sentence(message, problem):
     assert problem in message and len(message) < 500
-    assert message.rstrip().endswith((".", ")")) and " " in message
+    assert message.rstrip().endswith((".", ")", "…")) and " " in message
 
 
 KNOBS = [
@@ -43,7 +43,7 @@ KNOBS = [
     ({"strength": float("nan")}, "strength", "strength must be a number of at most 1e+09 either way, got nan"),
     ({"strength": float("-inf")}, "strength", "strength must be a number of at most 1e+09 either way, got -inf"),
     ({"strength": 1e39}, "strength", "strength must be a number of at most 1e+09 either way, got 1e+39"),
-    ({"strength": 10**400}, "strength", "strength is out of range"),
+    ({"strength": 10**400}, "strength", "strength must be a number of at most 1e+09 either way"),
     ({"strength": [1]}, "strength", "strength must be a number of at most 1e+09 either way"),
     ({"target_length": 5}, "target_length", "target_length means nothing to mode='tilt'"),
     ({"rule": "paper"}, "rule", "rule means nothing to mode='tilt'"),
@@ -52,7 +52,9 @@ KNOBS = [
     ({"mode": "at_most", "target_length": -1}, "mode", "needs target_length, a whole number"),
     ({"mode": "at_most", "target_length": 5.5}, "mode", "needs target_length, a whole number"),
     ({"mode": "at_most", "target_length": "5"}, "mode", "needs target_length, a whole number"),
-    ({"mode": "at_most", "target_length": 2**70}, "target_length", "target_length is out of range"),
+    ({"mode": "at_most", "target_length": 2**70}, "target_length", "needs max_tokens of at least"),
+    ({"mode": "x" * 5000}, "mode", "mode must be one of"),
+    ({"\ud800": 1}, "\\ud800", "no field"),
     ({"mode": "equal_to", "target_length": 16}, "target_length", "needs max_tokens of at least 17"),
     ({"mode": "at_most", "target_length": 2**62}, "target_length", "needs max_tokens of at least"),
     ({"mode": "equal_to", "target_length": 5, "strength": 1}, "strength", "strength means nothing to"),
@@ -65,7 +67,6 @@ KNOBS = [
     ({"mode": "equal_to", "target_length": 5, "enforce": {}}, "enforce", "enforce must be True or False"),
     ({"top_k": -1}, "top_k", "top_k must be an integer of at least 0 (0 for all tokens), got -1"),
     ({"top_k": 2.0}, "top_k", "top_k must be an integer of at least 0"),
-    ({"top_k": 10**30}, "top_k", "top_k is out of range"),
     ({"min_p": 1.1}, "min_p", "min_p must lie in [0, 1]"),
     ({"min_p": float("nan")}, "min_p", "min_p must lie in [0, 1]"),
     ({"temperature": 0.5}, "temperature", "temperature belongs at the top of the request"),
@@ -111,23 +112,23 @@ def test_the_client_raises_what_it_raises_for_openai(client, knobs, param, probl
 
 
 FIELDS = [
-    ({"temperature": "hot"}, "temperature", 'temperature must be a number from 0 to 2, got "hot"'),
-    ({"temperature": -0.1}, "temperature", "temperature must be a number from 0 to 2"),
-    ({"temperature": 2.5}, "temperature", "temperature must be a number from 0 to 2"),
-    ({"temperature": float("nan")}, "temperature", "temperature must be a number from 0 to 2, got NaN"),
+    ({"temperature": "hot"}, "temperature", 'temperature should be a valid number, got "hot"'),
+    ({"temperature": -0.1}, "temperature", "greater than or equal to 0, got -0.1"),
+    ({"temperature": 2.5}, "temperature", "less than or equal to 2, got 2.5"),
+    ({"temperature": float("nan")}, "temperature", "less than or equal to 2, got NaN"),
     ({"temperature": 1e-40}, "temperature", "say 0 for greedy decoding"),
-    ({"temperature": True}, "temperature", "temperature must be a number"),
-    ({"top_p": 0}, "top_p", "top_p must be above 0"),
-    ({"top_p": 1.5}, "top_p", "top_p must be a number from 0 to 1"),
-    ({"n": 0}, "n", "n must be an integer from 1 to 4"),
-    ({"n": 5}, "n", "n must be an integer from 1 to 4"),
-    ({"n": 1.0}, "n", "n must be an integer from 1 to 4"),
-    ({"max_tokens": 0}, "max_tokens", "max_tokens must be an integer from 1"),
+    ({"temperature": True}, "temperature", "a valid number, got true"),
+    ({"top_p": 0}, "top_p", "greater than 0, got 0"),
+    ({"top_p": 1.5}, "top_p", "less than or equal to 1, got 1.5"),
+    ({"n": 0}, "n", "greater than or equal to 1, got 0"),
+    ({"n": 5}, "n", "n must be at most 4, got 5"),
+    ({"n": 1.0}, "n", "a valid integer, got 1.0"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
     ({"max_tokens": 301}, "max_tokens", "this server generates at most 300 tokens"),
-    ({"max_tokens": 2**80}, "max_tokens", "max_tokens must be an integer from 1"),
+    ({"max_tokens": 2**80}, "max_tokens", "less than or equal to"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ: give one of them"),
-    ({"seed": "x"}, "seed", "seed must be an integer"),
-    ({"seed": 2**64}, "seed", "seed must be an integer"),
+    ({"seed": "x"}, "seed", "a valid integer"),
+    ({"seed": 2**64}, "seed", "less than or equal to"),
     ({"stop": ""}, "stop", "stop must be a text that is not empty"),
     ({"stop": ["a"] * 5}, "stop", "a list of at most 4"),
     ({"stop": [5]}, "stop", "stop must be a text"),
@@ -136,11 +137,16 @@ FIELDS = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
     ({"stream": True, "stream_options": 5}, "stream_options", "stream_options must be an object"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "must be true or false"),
-    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "stream_options.x is not supported"),
-    ({"user": 5}, "user", "user must be a string"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown or not supported here"),
+    ({"user": 5}, "user", "user must be a text"),
     ({"top_k": 5}, "top_k", "top_k is a knob of length guidance: write it into length_guidance"),
-    ({"beam_width": 4}, "beam_width", 'The field "beam_width" is unknown here'),
-    ({"x" * 500: 4}, "x" * 500, "is unknown here"),
+    ({"beam_width": 4}, "beam_width", 'The field "beam_width" is unknown or not'),
+    ({"stop": ["a", None]}, "stop", "stop must be a text"),
+    ({"length_guidance": "strong"}, "length_guidance", "must be an object"),
+    ({"max_completion_tokens": "7"}, "max_completion_tokens", "a valid integer"),
+    ({"return_token_ids": 1}, "return_token_ids", "must be true or false"),
+    ({"ééé": 4}, "ééé", "is unknown or not supported here"),
+    ({"x" * 500: 4}, "x" * 500, "is unknown or not supported here"),
 ]
 
 
@@ -224,9 +230,9 @@ def test_every_unsupported_option_is_covered_and_does_nothing_at_its_neutral_val
 
 
 PROMPTS = [
-    (None, "prompt must be a text or a list of token ids, got null"),
-    ("", "The prompt has no tokens"),
-    ("  ", "The prompt has no tokens"),
+    (None, "prompt is missing"),
+    ("", "has no tokens"),
+    ("  ", "has no tokens"),
     ([], "prompt must be a text or a list of token ids"),
     ({}, "prompt must be a text or a list of token ids"),
     (["w6", "w7"], "send one request for each"),
@@ -237,7 +243,7 @@ PROMPTS = [
     ([6, -1], "-1 is no token id"),
     ("w6 \ud800", "prompt is not valid Unicode"),
     ("w6 " * 497, "The prompt has 497 tokens and 16 more are asked for, but the model's context is 512: shorten"),
-    ("w6 " * 5000, "The prompt has 5000 tokens"),
+    ("w6 " * 5000, "The prompt has 15000 characters, the context holds 6656 at most"),
 ]
 
 
@@ -245,7 +251,7 @@ PROMPTS = [
 def test_bad_prompts_are_refused(client, prompt, problem):
     status, error = post(client, {"prompt": prompt})
     assert status == 400 and error["param"] == "prompt"
-    assert (error["code"] == "context_length_exceeded") == ("context" in problem or "5000" in problem)
+    assert (error["code"] == "context_length_exceeded") == ("context" in problem)
     check_sentence(error["message"], problem)
 
 
@@ -255,18 +261,18 @@ def test_a_prompt_that_just_fits_is_served(client):
 
 
 CHATS = [
-    (None, "messages", "messages must be a list of at least one message"),
-    ([], "messages", "messages must be a list of at least one message"),
-    (["w6"], "messages[0]", "must be an object with role and content"),
-    ([{"content": "w6"}], "messages[0].role", "must be one of system, user, assistant, got null"),
+    (None, "messages", "messages is missing"),
+    ([], "messages", "messages must not be empty"),
+    (["w6"], "messages[0]", "messages[0] must be an object"),
+    ([{"content": "w6"}], "messages[0].role", "messages[0].role is missing"),
     ([*MESSAGES, {"role": "tool", "content": "w6"}], "messages[2].role", 'got "tool"'),
-    ([{"role": ["user"], "content": "w6"}], "messages[0].role", "must be one of system, user, assistant"),
-    ([{"role": "user"}], "messages[0].content", "content must be a text, got null"),
+    ([{"role": ["user"], "content": "w6"}], "messages[0].role", "should be 'system', 'user' or 'assistant'"),
+    ([{"role": "user"}], "messages[0].content", "messages[0].content is missing"),
     ([{"role": "user", "content": 5}], "messages[0].content", "content must be a text, got 5"),
     ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content", "parts of type text only"),
     ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content", "parts of type text only"),
     ([{"role": "user", "content": "\udfff"}], "messages[0].content", "is not valid Unicode"),
-    ([{"role": "user", "content": "w6", "name": "Ada"}], "messages[0].name", "name is not supported"),
+    ([{"role": "user", "content": "w6", "name": "Ada"}], "messages[0].name", "unknown or not supported here"),
     ([{"role": "user", "content": "w6 " * 600}], "messages", "shorten messages or lower max_tokens"),
 ]
 
@@ -295,8 +301,8 @@ def test_an_answer_can_be_sent_back(client):
         (b'{"n": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[]", "must be a JSON object"),
         (b'"hello"', "must be a JSON object"),
-        (b"{}", "model must be a string"),
-        (b'{"model": 5}', "model must be a string, got 5"),
+        (b"{}", "model is missing"),
+        (b'{"model": 5}', "model must be a text, got 5"),
     ],
 )
 def test_bodies_that_say_nothing_are_refused(client, body, problem):
@@ -334,7 +340,7 @@ def test_chats_need_a_template_that_takes_them():
         client.chat.completions.create(model="tiny", messages=MESSAGES)
     engine = tiny_engine()
     engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with serving(engine) as client, pytest.raises(openai.BadRequestError, match="refuses.*roles must alternate"):
+    with serving(engine) as client, pytest.raises(openai.BadRequestError, match="template.*roles must alternate"):
         client.chat.completions.create(model="tiny", messages=MESSAGES)
 
 
@@ -343,10 +349,6 @@ class TestStart:
 
     def test_tokenizers(self):
         value = tiny_length_value_model(tokenizer=tiny_tokenizer()).freeze()
-        padded = tiny_tokenizer()
-        padded.pad_token = padded.eos_token
-        with pytest.raises(ValueError, match="pad token and the end-of-sequence token are the same"):
-            Engine(tiny_llama(), value, padded, "tiny")
         with pytest.raises(ValueError, match="tokenizers of the length value model and the policy differ"):
             Engine(tiny_llama(), value, tiny_tokenizer(60), "tiny")
         with pytest.raises(ValueError, match="tokenizer of the length value model is not known"):

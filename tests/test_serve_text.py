@@ -90,3 +90,30 @@ def test_what_may_become_a_stop_string_is_held_back_until_it_does_not():
     tokenizer = byte_tokenizer()
     pieces, _ = pieces_of(tokenizer, tokenizer("abXbc")["input_ids"], ("abc",))
     assert pieces == ["", "", "abX", "b", "c", ""]
+
+
+def test_bytes_that_are_no_characters_are_not_held_back_for_ever():
+    """What is held back is decoded again with every token: thousands would take minutes."""
+    tokenizer, sizes = byte_tokenizer(), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids, **options: sizes.append(len(ids)) or decode(ids, **options)
+    half, whole = tokenizer("é")["input_ids"][:1], tokenizer("a😀b")["input_ids"]
+    pieces, _ = pieces_of(tokenizer, half * 3000 + whole + half * 3000)
+    assert max(sizes) <= 10
+    assert "".join(pieces) == REPLACEMENT * 3000 + "a😀b" + REPLACEMENT * 3000
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, tiny_tokenizer])
+def test_a_special_token_can_be_named_as_a_stop_string(make):
+    tokenizer = make()
+    ids = tokenizer("w7 w8" if make is tiny_tokenizer else "ab")["input_ids"]
+    for stop, ends in (("<pad>", True), ("<eos>", False), ("pad", False)):
+        pieces, stopped = pieces_of(tokenizer, [*ids, tokenizer.pad_token_id, *ids], (stop,))
+        assert stopped == ends
+        assert "".join(pieces) == tokenizer.decode(ids if ends else ids + ids)
+
+
+def test_what_was_held_back_comes_out_before_a_special_token_that_ends():
+    tokenizer = byte_tokenizer()
+    pieces, stopped = pieces_of(tokenizer, [*tokenizer("ab")["input_ids"], 0], ("bc", "<pad>"))
+    assert (pieces, stopped) == (["a", "", "b", ""], True)

@@ -10,111 +10,87 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
-from lenvm_rl.serve.engine import Choice, Job, Piece
+from lenvm_rl.serve.generation import Choice, Job
+from lenvm_rl.serve.protocol import ChatRequest
 
 DONE = "data: [DONE]\n\n"
 
 
 class Answer:
-    """Writes the answer to one job.
+    """Writes the answer to one job, whole, or in chunks: the first ones, then what is new, then the last ones.
 
     Args:
-        job ([`~lenvm_rl.serve.engine.Job`]): what is answered.
+        job ([`~lenvm_rl.serve.generation.Job`]): what is answered.
         model (`str`): the model's name.
     """
 
     def __init__(self, job: Job, model: str):
-        self.job, self.chat = job, job.request.chat
+        self.job, self.request, self.chat = job, job.request, isinstance(job.request, ChatRequest)
         self._head = {
             "id": ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex,
             "object": "chat.completion" if self.chat else "text_completion",
             "created": int(time.time()),
             "model": model,
         }
-        self._finished = 0
+        # Of each choice: characters and tokens that are sent.
+        self._sent = [(0, 0)] * self.request.n
+        self._finished: set[int] = set()
 
     def whole(self) -> dict[str, Any]:
         """The answer in one piece, when the job is done."""
-        body = {**self._head, "choices": [self._choice(choice) for choice in self.job.choices], "usage": self._usage()}
-        body["length_guidance"] = self._guidance()
-        if self.job.request.return_token_ids:
-            body["prompt_token_ids"] = self.job.prompt_ids
-        return body
+        choices = []
+        for choice in self.job.choices:
+            said = {"role": "assistant", "content": choice.text, "refusal": None}
+            content = {"message": said} if self.chat else {"text": choice.text}
+            choices.append(self._choice(choice, content, choice.finish_reason, choice.token_ids))
+        return {**self._head, "choices": choices, "usage": self._usage(), **self._about_all()}
 
     def opening(self) -> list[dict[str, Any]]:
         """Chunks before the first piece: in a chat, they say who speaks."""
-        if not self.chat:
-            return []
-        delta = {"role": "assistant", "content": ""}
-        return [self._chunk([self._chunk_choice(index, delta, None)]) for index in range(self.job.request.n)]
+        said = {"delta": {"role": "assistant", "content": ""}}
+        return [self._chunk(self._choice(Choice(i), said, None, [])) for i in range(self.request.n if self.chat else 0)]
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        """The chunk of one piece; the one that finishes the last choice says what guidance did."""
-        choice = self._chunk_choice(piece.index, {"content": piece.text} if self.chat else piece.text, piece)
-        if piece.finish_reason is None:
-            return self._chunk([choice])
-        self._finished += 1
-        choice["length_guidance"] = _choice_guidance(self.job.choices[piece.index])
-        chunk = self._chunk([choice])
-        if self._finished == self.job.request.n:
-            chunk["length_guidance"] = self._guidance()
-            if self.job.request.return_token_ids:
-                chunk["prompt_token_ids"] = self.job.prompt_ids
-        return chunk
+    def news(self) -> Iterator[dict[str, Any]]:
+        """A chunk for each choice that went on; the one that finishes the last choice says what guidance did."""
+        for choice in [choice for choice in self.job.choices if choice.index not in self._finished]:
+            # Read before the rest, which may grow meanwhile.
+            reason = choice.finish_reason
+            characters, tokens = self._sent[choice.index]
+            text, ids = choice.text[characters:], choice.token_ids[tokens:]
+            if text or reason:
+                self._sent[choice.index] = characters + len(text), tokens + len(ids)
+                self._finished |= {choice.index} if reason else set()
+                content = {"delta": {"content": text}} if self.chat else {"text": text}
+                about = self._about_all() if len(self._finished) == self.request.n else {}
+                yield {**self._chunk(self._choice(choice, content, reason, ids)), **about}
 
     def closing(self) -> list[dict[str, Any]]:
         """Chunks after the last piece: the counts, if they are asked for."""
-        if not self.job.request.include_usage:
-            return []
-        return [{**self._chunk([]), "usage": self._usage()}]
+        return [{**self._chunk(), "usage": self._usage()}] if self.request.stream_options.include_usage else []
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
-        said = {"role": "assistant", "content": choice.text, "refusal": None}
-        body = {
-            "index": choice.index,
-            **({"message": said} if self.chat else {"text": choice.text}),
-            "finish_reason": choice.finish_reason,
-            "logprobs": None,
-            "length_guidance": _choice_guidance(choice),
-        }
-        if self.job.request.return_token_ids:
-            body["token_ids"] = choice.token_ids
-        return body
+    def _choice(self, choice: Choice, content: dict, reason: str | None, ids: list[int]) -> dict[str, Any]:
+        ids = {"token_ids": ids} if self.request.return_token_ids else {}
+        about = {"length_guidance": {"length": choice.length, "forced": choice.forced}} if reason else {}
+        return {"index": choice.index, **content, "finish_reason": reason, "logprobs": None, **ids, **about}
 
-    def _chunk_choice(self, index: int, content: Any, piece: Piece | None) -> dict[str, Any]:
-        body = {
-            "index": index,
-            **({"delta": content} if self.chat else {"text": content}),
-            "finish_reason": None if piece is None else piece.finish_reason,
-            "logprobs": None,
-        }
-        if self.job.request.return_token_ids and piece is not None:
-            body["token_ids"] = piece.token_ids
-        return body
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        chunk = {**self._head, "choices": choices}
-        if self.chat:
-            chunk["object"] = "chat.completion.chunk"
-        if self.job.request.include_usage:
-            chunk["usage"] = None
-        return chunk
+    def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
+        kind = {"object": "chat.completion.chunk"} if self.chat else {}
+        usage = {"usage": None} if self.request.stream_options.include_usage else {}
+        return {**self._head, **kind, "choices": list(choices), **usage}
 
     def _usage(self) -> dict[str, int]:
         prompt, written = len(self.job.prompt_ids), sum(len(choice.token_ids) for choice in self.job.choices)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-    def _guidance(self) -> dict[str, Any]:
+    def _about_all(self) -> dict[str, Any]:
         forced = sum(choice.forced for choice in self.job.choices)
-        return {"predicted_length": self.job.predicted_length, "forced": forced}
+        about = {"length_guidance": {"predicted_length": self.job.predicted_length, "forced": forced}}
+        return about | ({"prompt_token_ids": self.job.prompt_ids} if self.request.return_token_ids else {})
 
 
 def event(body: dict[str, Any]) -> str:
     """A server-sent event; in ASCII, since some clients take other characters than newlines for ends of lines."""
     return f"data: {json.dumps(body, ensure_ascii=True)}\n\n"
-
-
-def _choice_guidance(choice: Choice) -> dict[str, int]:
-    return {"length": choice.length, "forced": choice.forced}

@@ -6,27 +6,31 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from lenvm_rl.modeling import LengthValueModel
-from lenvm_rl.serve.answers import DONE, Answer, event
-from lenvm_rl.serve.engine import Engine, Job, Piece
-from lenvm_rl.serve.protocol import RequestError, read_json, read_model, read_request
+from functools import partial
 
 try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise ImportError(f"The server needs FastAPI and uvicorn ({error}): pip install 'lenvm-rl[serving]'") from error
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.serve.answers import DONE, Answer, event
+from lenvm_rl.serve.engine import Engine
+from lenvm_rl.serve.generation import Job
+from lenvm_rl.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, RequestError, check_model
 
 logger = logging.getLogger(__name__)
 
 # Seconds between two looks at whether a client that waits for a whole answer is still there.
 PATIENCE = 0.1
+# Status of an answer to a client that has gone.
+NOBODY_READS = 499
 # Seconds that answers under way are given when the server is told to stop.
 GRACE = 5
 
@@ -37,29 +41,16 @@ class ServeArguments:
 
     model: str = field(metadata={"help": "Policy: a folder or hub id."})
     length_value_model: str = field(metadata={"help": "Length value model: a folder or hub id."})
-    length_value_base: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model that a length value model of form 'adapter' or 'head' was fitted on; the policy's name for "
-            "the policy itself."
-        },
-    )
-    served_model_name: str | None = field(
-        default=None, metadata={"help": "What requests call the model. Default: --model as given."}
-    )
+    length_value_base: str | None = field(default=None, metadata={"help": "What an adapter or head was fitted on."})
+    served_model_name: str | None = field(default=None, metadata={"help": "What requests call it. Default: --model."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
     dtype: str = field(default="float32", metadata={"help": "Dtype of both models: float32, float16 or bfloat16."})
     device: str = field(default="cpu", metadata={"help": "Device of both models, e.g. cuda."})
-    max_new_tokens_limit: int | None = field(
-        default=None, metadata={"help": "Most tokens of a choice, whatever a request asks. Default: the context."}
-    )
-    max_waiting: int = field(default=16, metadata={"help": "Requests that may wait while one is served."})
-    max_choices: int = field(default=16, metadata={"help": "Largest n of a request."})
-    scoring: str = field(
-        default="cached",
-        metadata={"help": "'cached', or 'full' for a length value model whose cache cannot be shared (slow)."},
-    )
+    max_new_tokens_limit: int | None = field(default=None, metadata={"help": "Most tokens of a choice, if not all."})
+    max_waiting: int = field(default=64, metadata={"help": "Requests that may wait while others are served."})
+    max_choices: int = field(default=16, metadata={"help": "Most choices generated together; the largest n."})
+    scoring: str = field(default="cached", metadata={"help": "'full' where the value model's cache cannot be shared."})
 
 
 def load_engine(args: ServeArguments) -> Engine:
@@ -69,8 +60,7 @@ def load_engine(args: ServeArguments) -> Engine:
         FileNotFoundError: a path does not exist.
         ValueError: see [`~lenvm_rl.serve.engine.Engine`] and [`~lenvm_rl.modeling.LengthValueModel.from_pretrained`].
     """
-    load_kwargs = {"dtype": args.dtype, "use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(args.model, **load_kwargs).to(args.device)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, use_safetensors=True).to(args.device)
     base = model if args.length_value_base == args.model else args.length_value_base
     length_value_model = LengthValueModel.from_pretrained(args.length_value_model, base=base, dtype=args.dtype)
     return Engine(
@@ -94,8 +84,7 @@ def create_app(engine: Engine) -> FastAPI:
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="lenvm_rl.serve", lifespan=lifespan, openapi_url=None)
-    started = int(time.time())
-    card = {"id": engine.name, "object": "model", "created": started, "owned_by": "lenvm_rl"}
+    card = {"id": engine.name, "object": "model", "created": int(time.time()), "owned_by": "lenvm_rl"}
 
     @app.get("/health")
     async def health() -> Response:
@@ -107,31 +96,25 @@ def create_app(engine: Engine) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        read_model({"model": name}, engine.name)
+        check_model(name, engine.name)
         return JSONResponse(card)
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await answer(engine, request, chat=False)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        return await answer(engine, request, chat=True)
+    app.add_route("/v1/completions", partial(answer, engine, CompletionRequest), methods=["POST"])
+    app.add_route("/v1/chat/completions", partial(answer, engine, ChatRequest), methods=["POST"])
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         return error_response(error)
 
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=NOBODY_READS)
+
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def no_such_endpoint(request: Request, error) -> Response:
-        return error_response(
-            RequestError(
-                f"There is no {request.method} {request.url.path} here: see GET /v1/models, POST /v1/completions and "
-                "POST /v1/chat/completions.",
-                status=error.status_code,
-            )
-        )
+        message = f"There is no {request.method} {request.url.path} here: see GET /v1/models, and POST /v1/completions "
+        return error_response(RequestError(f"{message}and /v1/chat/completions.", status=error.status_code))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
@@ -144,47 +127,55 @@ def create_app(engine: Engine) -> FastAPI:
     return app
 
 
-async def answer(engine: Engine, request: Request, *, chat: bool) -> Response:
+async def answer(engine: Engine, kind: type[GenerationRequest], request: Request) -> Response:
     """Serve one request, whole or in pieces; a client that goes away ends its generation.
 
     Raises:
-        RequestError: the request is refused.
+        RequestError: the request is refused, or the server is stopped.
     """
-    body = read_json(await request.body())
-    read_model(body, engine.name)
-    asked = read_request(body, chat=chat, max_choices=engine.max_choices)
-    if asked.stream:
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
-
-        def pass_on(piece: Piece | None) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        job = engine.submit(engine.prepare(asked, pass_on))
-        job.future.add_done_callback(lambda future: pass_on(None))
-        return StreamingResponse(stream(job, engine.name, pieces), media_type="text/event-stream")
-    job = engine.submit(engine.prepare(asked))
+    body = await read_body(request, engine.max_body_bytes)
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    job = await asyncio.wrap_future(engine.submit(body, kind, lambda: loop.call_soon_threadsafe(news.set)))
+    if job.request.stream:
+        return StreamingResponse(stream(job, engine.name, news), media_type="text/event-stream")
     try:
-        done = asyncio.wrap_future(job.future)
-        # Below, a failure is read from the job: where the client has gone, nobody asks for it.
-        done.add_done_callback(lambda future: future.cancelled() or future.exception())
-        while not (await asyncio.wait({done}, timeout=PATIENCE))[0]:
+        while not job.future.done():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), PATIENCE)
             if await request.is_disconnected():
-                # Nobody reads this.
-                return Response(status_code=499)
+                return Response(status_code=NOBODY_READS)
         check_not_failed(job)
     finally:
         job.cancel()
     return JSONResponse(Answer(job, engine.name).whole())
 
 
-async def stream(job: Job, name: str, pieces: asyncio.Queue) -> AsyncIterator[str]:
+async def read_body(request: Request, most: int) -> bytes:
+    """The body of a request; a [`RequestError`] with status 413 as soon as it is known to exceed `most` bytes."""
+    message = f"The request's body is longer than {most} bytes, more than the model's context needs: shorten it."
+    too_long = RequestError(message, code="request_too_large", status=413)
+    if int(request.headers.get("Content-Length", 0)) > most:
+        raise too_long
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise too_long
+    return bytes(body)
+
+
+async def stream(job: Job, name: str, news: asyncio.Event) -> AsyncIterator[str]:
     """The events of a streamed answer."""
-    writer = Answer(job, name)
+    writer, done = Answer(job, name), False
     try:
         for chunk in writer.opening():
             yield event(chunk)
-        while (piece := await pieces.get()) is not None:
-            yield event(writer.chunk(piece))
+        while not done:
+            await news.wait()
+            news.clear()
+            done = job.future.done()
+            for chunk in writer.news():
+                yield event(chunk)
         check_not_failed(job)
         for chunk in writer.closing():
             yield event(chunk)
@@ -198,8 +189,8 @@ async def stream(job: Job, name: str, pieces: asyncio.Queue) -> AsyncIterator[st
 
 def check_not_failed(job: Job) -> None:
     """Raises a [`RequestError`] if a job ended because the server is being stopped, or its generation failed."""
-    if job.cancelled.is_set():
-        raise RequestError("The server was stopped: try again later.", status=503, kind="server_error")
+    if job.cancelled:
+        raise RequestError("The server was stopped: try again later.", status=503)
     if (failure := job.future.exception()) is not None:
         logger.error("An answer failed.", exc_info=failure)
         raise server_error(failure)
@@ -207,11 +198,8 @@ def check_not_failed(job: Job) -> None:
 
 def server_error(error: BaseException) -> RequestError:
     """What a client is told when generation fails."""
-    return RequestError(
-        f"Generation failed ({type(error).__name__}: {error}). The server goes on; its log says more.",
-        status=500,
-        kind="server_error",
-    )
+    message = f"Generation failed ({type(error).__name__}: {error}). The server goes on; its log says more."
+    return RequestError(message, status=500)
 
 
 def error_response(error: RequestError) -> Response:

@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 # What a decoder writes for bytes that are no character, or not yet one.
 REPLACEMENT = "\ufffd"
+# Tokens that an unfinished character may have: it has four bytes at most, and a token one at least.
+UNFINISHED = 3
 
 
 class IncrementalText:
@@ -37,26 +39,34 @@ class IncrementalText:
 
     def push(self, token_id: int) -> str:
         """The text that is certain now that `token_id` was chosen; often a token more or less."""
-        if self.stopped or token_id in self._special:
+        if self.stopped:
             return ""
+        if token_id in self._special:
+            # It is no text, and can be named as a stop string all the same.
+            ends = self._tokenizer.convert_ids_to_tokens(token_id) in self._stop
+            text, self.stopped = self.finish() if ends else "", self.stopped or ends
+            return text
         self._ids.append(token_id)
-        text = self._new_text()
-        if not text or text.endswith(REPLACEMENT):
+        certain = len(self._ids)
+        text = self._new_text(certain)
+        if text.endswith(REPLACEMENT):
+            certain = max(self._decoded, certain - UNFINISHED)
+            text = self._new_text(certain)
+        if not text:
             return ""
-        self._ids = self._ids[self._decoded :]
-        self._decoded = len(self._ids)
+        self._ids, self._decoded = self._ids[self._decoded :], certain - self._decoded
         return self._without_stop(text, last=False)
 
     def finish(self) -> str:
         """What was held back, now that no token follows."""
         if self.stopped:
             return ""
-        text, self._decoded = self._new_text(), len(self._ids)
+        text, self._decoded = self._new_text(len(self._ids)), len(self._ids)
         return self._without_stop(text, last=True)
 
-    def _new_text(self) -> str:
-        before, after = self._decode(self._ids[: self._decoded]), self._decode(self._ids)
-        return after[len(before) :]
+    def _new_text(self, end: int) -> str:
+        """What the tokens up to `end` add to those that are decoded."""
+        return self._decode(self._ids[:end])[len(self._decode(self._ids[: self._decoded])) :]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
