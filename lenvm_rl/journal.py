@@ -20,7 +20,8 @@ class Journal:
     """Finished batches of records, one JSON line each, after a first line that names the job.
 
     A line counts once it is whole: it is synced to disk before [`Journal.append`] returns, and a half-written last line
-    is cut off by [`Journal.open`].
+    is cut off by [`Journal.open`]. Batches are numbered from 0; what is kept under a number below is a note on how they
+    are made, of no worth without one of them.
 
     Args:
         path (`Path`): the file.
@@ -34,26 +35,46 @@ class Journal:
         """Starts the journal, or goes on with it.
 
         Returns:
-            `dict[int, list[dict]]`: records of each finished batch.
+            `dict[int, list[dict]]`: records of each finished batch, and notes.
 
         Raises:
-            ValueError: if the file belongs to another job.
+            ValueError: if the file holds batches of another job, or is damaged.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = self.path.read_bytes() if self.path.exists() else b""
-        lines = content.split(b"\n")[:-1]
-        if not lines:
+        job, batches, size = self._read()
+        finished = sum(number >= 0 for number in batches)
+        if job != self.job:
+            if finished:
+                raise ValueError(
+                    f"{self.path} was begun with other prompts or settings, and {finished} batches are there: finish "
+                    "that job with its own arguments, or remove the file to start over."
+                )
             self._write("wb", {"job": self.job})
             return {}
-        if json.loads(lines[0])["job"] != self.job:
-            raise ValueError(
-                f"{self.path} was begun with other prompts or settings: finish that job with its own arguments, or "
-                "remove the file to start over."
-            )
-        os.truncate(self.path, content.rfind(b"\n") + 1)
-        entries = [json.loads(line) for line in lines[1:]]
-        logger.info("%s: %d batches are finished already", self.path, len(entries))
-        return {entry["batch"]: entry["records"] for entry in entries}
+        os.truncate(self.path, size)
+        logger.info("%s: %d batches are finished already", self.path, finished)
+        return batches
+
+    def has_batches(self) -> bool:
+        """Whether there is a finished batch, of whatever job."""
+        return any(number >= 0 for number in self._read()[1])
+
+    def _read(self) -> tuple[str | None, dict[int, list[dict[str, Any]]], int]:
+        """The name of the job in the file (`None` if there is none), what is kept there, and bytes of whole lines."""
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        entries = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entries.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.path} is damaged in line {number} ({error}): remove that line, whose batch is then done "
+                    "again, or the file to start over."
+                ) from error
+        if not entries:
+            return None, {}, 0
+        batches = {entry["batch"]: entry["records"] for entry in entries[1:]}
+        return entries[0]["job"], batches, sum(len(line) + 1 for line in lines)
 
     def append(self, batch: int, records: list[dict[str, Any]]) -> None:
         """Adds a finished batch."""
@@ -68,6 +89,14 @@ class Journal:
             file.write(json.dumps(entry).encode("ascii") + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a small file of this library holds; a `ValueError` names one that is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and what it describes.") from error
 
 
 class MetricsFile(TrainerCallback):

@@ -24,6 +24,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".tsv": ("csv", {"sep": "\t"}),
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+MIXED = "is of another kind than row 0: one of them is text, the other holds messages"
 
 
 def load_prompts(
@@ -95,16 +96,23 @@ def find_prompt_problem(prompt: Any) -> str | None:
     return None
 
 
-def check_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, source: str, chat: bool = False) -> None:
+def check_prompts(
+    prompts: Sequence[Any], source: str, tokenizer: PreTrainedTokenizerBase | None = None, chat: bool = False
+) -> None:
     """Raise a `ValueError` that names the first row of a data set which has no prompt in it, before time is spent.
 
     Args:
         prompts (sequence): a column of the data set, in its order.
-        tokenizer (`PreTrainedTokenizerBase`): of the policy.
         source (`str`): the data set and its column, for the error.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the policy; says whether empty text is a prompt.
         chat (`bool`, *optional*, defaults to `False`): whether they are to be put into messages, and so are texts.
     """
-    wrong = [(row, problem) for row, prompt in enumerate(prompts) if (problem := _problem(prompt, tokenizer, chat))]
+    kinds = [isinstance(prompt, str) for prompt in prompts]
+    wrong = [
+        (row, problem)
+        for row, prompt in enumerate(prompts)
+        if (problem := _problem(prompt, tokenizer, chat) or (MIXED if kinds[row] != kinds[0] else None))
+    ]
     if wrong:
         row, problem = wrong[0]
         others = f", and {len(wrong) - 1} further rows are no better" if len(wrong) > 1 else ""
@@ -114,15 +122,16 @@ def check_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, so
         )
 
 
-def _problem(prompt: Any, tokenizer: PreTrainedTokenizerBase, chat: bool) -> str | None:
+def _problem(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, chat: bool) -> str | None:
     problem = find_prompt_problem(prompt)
     if problem is not None:
         return problem
     if not isinstance(prompt, str):
         return "holds messages already: --chat is for texts, leave it out" if chat else None
+    if prompt.strip():
+        return None
     # A tokenizer that puts a token before every text makes a prompt of nothing.
-    nothing = not prompt.strip() and (chat or not tokenizer(prompt)["input_ids"])
-    return "is empty" if nothing else None
+    return "is empty" if chat or (tokenizer is not None and not tokenizer(prompt)["input_ids"]) else None
 
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -156,17 +165,50 @@ def _from_messages(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Mapping[
         ) from error
 
 
-def check_room(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> None:
+def check_context(
+    prompts: Sequence[Prompt], source: str, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, context: int | None
+) -> None:
+    """Raise a `ValueError` that names the longest prompt of a data set if it leaves no room for a completion.
+
+    Those alone are tokenised that are long enough: a token stands for a byte at least, but for what a chat template
+    puts around, which is taken to be no more than four times the tokens of the first prompt.
+
+    Args:
+        prompts, source, tokenizer: as in [`check_prompts`].
+        max_new_tokens, context: as in [`check_room`].
+    """
+    if context is None:
+        return
+    room = context - max_new_tokens - 4 * len(tokenize_prompts(tokenizer, prompts[:1])[0])
+    rows = [row for row, prompt in enumerate(prompts) if _bytes(prompt) > room]
+    lengths = [len(ids) for ids in tokenize_prompts(tokenizer, [prompts[row] for row in rows])]
+    if rows:
+        longest = max(range(len(rows)), key=lambda place: lengths[place])
+        check_room([lengths[longest]], max_new_tokens, context, name=f"{source}: row {rows[longest]} (the first is 0)")
+
+
+def _bytes(prompt: Any) -> int:
+    """Bytes of all text in a prompt."""
+    if isinstance(prompt, str):
+        return len(prompt.encode(errors="surrogatepass"))
+    if isinstance(prompt, Mapping):
+        return sum(map(_bytes, prompt.values()))
+    return sum(map(_bytes, prompt)) if isinstance(prompt, (list, tuple)) else 0
+
+
+def check_room(lengths: Sequence[int], max_new_tokens: int, context: int | None, name: str | None = None) -> None:
     """Raise a `ValueError` that names the longest prompt if it leaves no room for a completion.
 
     Args:
         lengths (`Sequence[int]`): tokens of each prompt.
         max_new_tokens (`int`): most tokens of a completion.
         context (`int`, *optional*): most tokens of both; not checked when omitted.
+        name (`str`, *optional*, defaults to `"Prompt"` and its place): what the error calls the longest.
     """
     longest = max(range(len(lengths)), key=lambda index: lengths[index])
     if context is not None and lengths[longest] + max_new_tokens > context:
         raise ValueError(
-            f"Prompt {longest} has {lengths[longest]} tokens; with {max_new_tokens} of a completion it exceeds the "
-            f"model's context of {context}. Lower max_new_tokens or leave out the prompt: prompts are never cut."
+            f"{name or f'Prompt {longest}'} has {lengths[longest]} tokens; with a completion of {max_new_tokens} "
+            f"(max_new_tokens, max_completion_length) it exceeds the model's context of {context}. Allow fewer, or "
+            "leave out the prompt: prompts are never cut."
         )

@@ -6,13 +6,22 @@ what is correct apart from what is paid ([`lenvm_rl.correctness.ShapedReward`]).
 """
 
 import functools
+import importlib
 import inspect
+import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+
+# What a reward function is called with, by keyword: by TRL beside the columns of the dataset, all but some of them, and
+# by the trainers of this library.
+BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+NO_COLUMNS = {"prompt", "completion", "completion_ids"}
+BY_US = {"num_generations"}
 
 
 @runtime_checkable
@@ -80,12 +89,60 @@ def callable_at(path: str) -> Callable:
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"There is no reward function at the dotted path {path!r} ({error}): check it.") from error
+        raise ValueError(
+            f"There is no reward function at the dotted path {path!r} ({error}; {_where_it_was_looked_for(path)}): "
+            "check it. A module of your own is hidden by another one of its name, so give it a name of its own."
+        ) from error
     if inspect.isclass(found):
         raise ValueError(f"{path!r} is a class, not a function: name an object that was made from it, or a function.")
     if not callable(found):
         raise ValueError(f"{path!r} is a {type(found).__name__}, not a function: name a function inside it.")
     return found
+
+
+def _where_it_was_looked_for(path: str) -> str:
+    """The file of the last module on a dotted path; one that is there and cannot be imported raises its own error."""
+    last = None
+    for place, part in enumerate(path.split(".")[:-1]):
+        name = ".".join(path.split(".")[: place + 1])
+        if name not in sys.modules:
+            folders = sys.path if last is None else getattr(last, "__path__", [])
+            if any(os.path.exists(os.path.join(folder, part + end)) for folder in folders for end in (".py", "")):
+                importlib.import_module(name)
+            break
+        last = sys.modules[name]
+    if last is None:
+        return f"no module of that name is in {os.getcwd()}, or where Python looks for modules"
+    return f"looked in {getattr(last, '__file__', None) or 'a module without a file'}"
+
+
+def check_columns(function: Callable, columns: Iterable[str], source: str = "the dataset") -> None:
+    """Raise a `ValueError` if a trainer could not call a reward function with the columns of a dataset.
+
+    Args:
+        function (`Callable`): a reward function; one without a signature can be called with anything.
+        columns (iterable of `str`): of the dataset.
+        source (`str`, *optional*): what the error calls it.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return
+    columns = list(columns)
+    given = BY_TRL | set(columns) - NO_COLUMNS
+    named = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    needed = {each.name for each in parameters if each.name in named and each.default is each.empty}
+    lacking = sorted(needed - given - BY_US)
+    if lacking:
+        raise ValueError(
+            f"The reward function '{name_of(function)}' needs {', '.join(lacking)}, and {source} has the columns "
+            f"{', '.join(columns)}: rename the one that it means, or give its parameter a default."
+        )
+    if given - named and not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        raise ValueError(
+            f"The reward function '{name_of(function)}' takes no {', '.join(sorted(given - named))}, and every reward "
+            "function is handed all of that: end its parameters with **kwargs."
+        )
 
 
 def check_returned(returned: Any, name: str, count: int) -> list:

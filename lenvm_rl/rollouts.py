@@ -30,6 +30,8 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
+from lenvm_rl.journal import read_json
+
 logger = logging.getLogger(__name__)
 
 REQUIRED_COLUMNS = ("prompt", "prompt_ids", "completion_ids", "finish_reason", "group")
@@ -79,7 +81,7 @@ class RolloutMetadata:
     @classmethod
     def load(cls, path: str | os.PathLike) -> RolloutMetadata:
         """Reads what [`RolloutMetadata.save`] wrote; a `ValueError` names a missing or an unknown field."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         known = {entry.name for entry in fields(cls)}
         if not isinstance(content, dict) or not set(content) <= known:
             raise ValueError(f"{path} is not rollout metadata: it may hold only the fields {sorted(known)}.")
@@ -188,8 +190,7 @@ def write_rollouts(
     Raises:
         ValueError: for another file type, no record at all, or a bad record (named by its number, from 1).
     """
-    path = Path(path)
-    _check_suffix(path)
+    path = check_suffix(path)
     groups: set[int] = set()
     reasons: Counter[str] = Counter()
     find = _Validator(metadata)
@@ -213,8 +214,8 @@ def write_rollouts(
         total = sum(reasons.values())
         if not total:
             raise ValueError(f"There is no record to write to {path}.")
-        cut = reasons["length"] / total
-        metadata = replace(metadata, num_prompts=len(groups), num_completions=total, truncated_share=cut)
+        counts = {"num_prompts": len(groups), "num_completions": total, "truncated_share": reasons["length"] / total}
+        metadata = replace(metadata, **counts)
         # On the disk, not only in a buffer: the old metadata must stay if the disk fills here.
         file.flush()
         os.fsync(file.fileno())
@@ -240,8 +241,7 @@ def read_rollouts(path: str | os.PathLike, metadata: RolloutMetadata | None = No
         FileNotFoundError: if the file, or its metadata, does not exist.
         ValueError: for another file type, or if no good record is left.
     """
-    path = Path(path)
-    _check_suffix(path)
+    path = check_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no rollout file {path}; sample one with recipes/sample_rollouts.py.")
     if metadata is None:
@@ -257,7 +257,10 @@ def read_rollouts(path: str | os.PathLike, metadata: RolloutMetadata | None = No
         raise ValueError(f"{path} holds no valid rollout ({total} records read, {len(rejected)} rejected).")
     if metadata.num_completions and metadata.num_completions != total:
         logger.warning("%s has %d records, but its metadata says %d", path, total, metadata.num_completions)
-    dataset = Dataset(_concat(tables, path))
+    try:
+        dataset = Dataset(pa.concat_tables(tables, promote_options="permissive"))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"A column of {path} changes its type within the file: {error}.") from error
     return dataset, replace(metadata, **count_rollouts(dataset))
 
 
@@ -272,10 +275,9 @@ def set_aside(path: str | os.PathLike, rejected: list[dict[str, Any]], total: in
     if not rejected:
         logger.info("%s: %d records, all valid", path, total)
         return
-    for entry in rejected:
-        logger.warning("%s, line %d: %s", path, entry["line"], entry["reason"])
     with atomic_file(rejected_path(path)) as file:
         for entry in rejected:
+            logger.warning("%s, line %d: %s", path, entry["line"], entry["reason"])
             file.write(json.dumps(entry).encode("ascii") + b"\n")
     logger.warning("%s: %d of %d records set aside in %s", path, len(rejected), total, rejected_path(path).name)
 
@@ -331,9 +333,11 @@ class _Validator:
         return problem
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in (".jsonl", ".parquet"):
+def check_suffix(path: str | os.PathLike) -> Path:
+    """The path; a `ValueError` unless a file of rollouts can have that name."""
+    if Path(path).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"Rollouts are kept as .jsonl or .parquet, but the path is {path}.")
+    return Path(path)
 
 
 def _iterate_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:
@@ -350,11 +354,12 @@ def _iterate_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:
 
 
 def _iterate_parquet(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    number = 0
-    for batch in pq.ParquetFile(path).iter_batches(_CHUNK):
-        for record in batch.to_pylist():
-            number += 1
-            yield number, record, None
+    try:
+        batches = pq.ParquetFile(path).iter_batches(_CHUNK)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no parquet file, or a damaged one: {error}") from error
+    for number, record in enumerate((record for batch in batches for record in batch.to_pylist()), start=1):
+        yield number, record, None
 
 
 def _read_tables(path: Path, metadata: RolloutMetadata) -> tuple[list[pa.Table], list[dict[str, Any]], int]:
@@ -382,19 +387,13 @@ def _read_tables(path: Path, metadata: RolloutMetadata) -> tuple[list[pa.Table],
 
 def _build_table(records: list[dict[str, Any]]) -> pa.Table:
     """Records as arrow columns. A column that some records lack is null there; none is dropped."""
-    names = list(dict.fromkeys(name for record in records for name in record))
-    columns = {}
-    for name in names:
-        values = [record.get(name) for record in records]
-        try:
-            columns[name] = pa.array(values, type=_ID_TYPE if name in ("prompt_ids", "completion_ids") else None)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise ValueError(f"Column {name!r} mixes types and cannot be stored as a table: {error}.") from error
-    return pa.table(columns)
+    names = dict.fromkeys(name for record in records for name in record)
+    return pa.table({name: as_column(name, [record.get(name) for record in records]) for name in names})
 
 
-def _concat(tables: list[pa.Table], path: Path) -> pa.Table:
+def as_column(name: str, values: list[Any]) -> pa.Array:
+    """Values as an arrow column; a `ValueError` that names it if they are of several kinds."""
     try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"A column of {path} changes its type within the file: {error}.") from error
+        return pa.array(values, type=_ID_TYPE if name in ("prompt_ids", "completion_ids") else None)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise ValueError(f"Column {name!r} mixes types and cannot be stored as a table: {error}.") from error

@@ -14,7 +14,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -27,6 +26,8 @@ from lenvm_rl.prompts import Prompt, check_room, tokenize_prompts
 from lenvm_rl.rollouts import (
     REQUIRED_COLUMNS,
     RolloutMetadata,
+    as_column,
+    check_suffix,
     find_problem,
     read_rollouts,
     set_aside,
@@ -120,12 +121,9 @@ class SamplingJob(ABC):
         for name, column in self.extra_columns.items():
             if len(column) != len(self.prompts):
                 raise ValueError(f"Column {name!r} has {len(column)} entries for {len(self.prompts)} prompts.")
-            for index, entry in enumerate(column):
-                if not is_json(entry):
-                    raise ValueError(
-                        f"Column {name!r} holds a {type(entry).__name__} at prompt {index}, and a rollout file cannot: "
-                        "leave the column out, or make text or numbers of it."
-                    )
+            problem = find_column_problem(name, column)
+            if problem is not None:
+                raise ValueError(f"{problem}: leave the column out, or make text or numbers of it.")
         self.eos_token_ids = end_token_ids(tokenizer if eos_token_ids is None else None, eos_token_ids)
         self.pad_token_id = padding_id(tokenizer, self.eos_token_ids)
 
@@ -256,7 +254,7 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
         ValueError: if a finished file or a journal under this name was begun with other arguments, or no completion
             makes a valid record.
     """
-    path = Path(path)
+    path = check_suffix(path)
     metadata = job.metadata(generator)
     plan = metadata.sampling["plan"]
     journal = Journal(path.with_suffix(".journal"), plan)
@@ -264,8 +262,8 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
         dataset, found = read_rollouts(path)
         if found.sampling.get("plan") != plan:
             raise ValueError(
-                f"{path} exists and was sampled with other arguments (then {found.sampling}, seed {found.seed}; now "
-                f"{metadata.sampling}, seed {metadata.seed}). Give another path, or remove it to sample again."
+                f"{path} exists and was sampled with other arguments ({_differences(found, metadata)}). Give another "
+                "path, or remove it to sample again."
             )
         # A kill between the last two steps leaves it behind.
         journal.path.unlink(missing_ok=True)
@@ -290,6 +288,25 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
     write_rollouts(path, good, replace(metadata, sampling=sampling))
     journal.remove()
     return read_rollouts(path)
+
+
+def _differences(then: RolloutMetadata, now: RolloutMetadata) -> str:
+    """Which settings of two jobs differ."""
+    before, after = ({"seed": each.seed, "policy": each.generator, **each.sampling} for each in (then, now))
+    names = [name for name in after if name != "plan" and before.get(name) != after[name]]
+    return ", ".join(f"{name} {before.get(name)}, now {after[name]}" for name in names) or "other prompts or columns"
+
+
+def find_column_problem(name: str, column: Sequence[Any]) -> str | None:
+    """Why a column cannot be kept with rollouts, in words, or `None`."""
+    for index, entry in enumerate(column):
+        if not is_json(entry):
+            return f"Column {name!r} holds a {type(entry).__name__} at prompt {index}, and a rollout file cannot"
+    try:
+        as_column(name, list(column))
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def is_json(value: Any) -> bool:

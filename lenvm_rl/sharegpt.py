@@ -104,7 +104,10 @@ def _read_objects(path: Path) -> Iterator[tuple[int, Any, str | None]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}).") from error
         if not isinstance(content, list):
             raise ValueError(f"{path} must hold a list of objects, but holds a {type(content).__name__}.")
         for number, item in enumerate(content, start=1):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer
 
 from lenvm_rl.programs import AGAIN, run_program
-from lenvm_rl.rollouts import RolloutMetadata, write_rollouts
+from lenvm_rl.rollouts import RolloutMetadata, check_suffix, write_rollouts
 from lenvm_rl.traces import read_traces
 from recipes.command_line import ProgramParser
 
@@ -46,6 +46,7 @@ class ImportArguments:
 
 def main(args: ImportArguments) -> RolloutMetadata:
     """Reads the answers and writes the rollouts; what was lost or assumed is logged by the reader."""
+    check_suffix(args.output)
     rollouts, metadata = read_traces(
         args.traces,
         AutoTokenizer.from_pretrained(args.tokenizer_name_or_path),

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lenvm_rl.programs import AGAIN, run_program
+from lenvm_rl.rollouts import atomic_file
 from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,14 @@ def read_prompts(data_dir: Path, domain: str) -> list[str]:
     path = data_dir / name
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: --data_dir needs the published files {sorted(SOURCES)} under it.")
+    prompts = []
     # By newline only: U+2028 occurs inside strings.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [prompt_of(json.loads(line)) for line in lines if line.strip()]
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        try:
+            prompts += [prompt_of(json.loads(line))] if line.strip() else []
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"Line {number} of {path} is none of the published file: {error!r}.") from error
+    return prompts
 
 
 def draw_prompts(args: PromptArguments) -> list[dict[str, str]]:
@@ -72,10 +78,9 @@ def draw_prompts(args: PromptArguments) -> list[dict[str, str]]:
 
 def main(args: PromptArguments) -> None:
     """Draws and writes."""
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in draw_prompts(args))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in draw_prompts(args)]
+    with atomic_file(args.output) as file:
+        file.write("".join(lines).encode())
 
 
 def make_parser() -> ProgramParser:

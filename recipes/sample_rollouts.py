@@ -26,11 +26,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from lenvm_rl.backbones import load_model
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.programs import run_program
+from lenvm_rl.prompts import check_prompts, load_prompts
 from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.sampling import load_prompts, sample_to_file
+from lenvm_rl.sampling import sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings
 from lenvm_rl.server_sampling import sample_from_server
 from lenvm_rl.servers import SERVERS, connect
@@ -157,11 +159,7 @@ class SampleArguments:
 def make_prompts(column: list, chat: bool, system_prompt: str | None) -> list:
     """Prompts as they are, or each text as a user message after the system prompt."""
     if not chat:
-        if system_prompt is not None:
-            raise ValueError("system_prompt needs --chat: without messages there is no place for it.")
         return column
-    if not all(isinstance(prompt, str) for prompt in column):
-        raise ValueError("--chat is for prompts of text; these are messages already, leave it out.")
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return [[*system, {"role": "user", "content": prompt}] for prompt in column]
 
@@ -185,7 +183,7 @@ def sample_with_transformers(
 ) -> tuple[Dataset, RolloutMetadata]:
     """Loads the policy and samples in this process."""
     device = args.device or torch.accelerator.current_accelerator() or "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(device)
+    model = load_model(AutoModelForCausalLM.from_pretrained, args.model_name_or_path, dtype=args.dtype).to(device)
     if args.length_value_model is not None:
         predictor = LengthValueModel.from_pretrained(args.length_value_model, dtype=args.dtype)
         options["length_value_model"] = predictor.to(device).freeze()
@@ -237,13 +235,17 @@ def main(args: SampleArguments) -> None:
             f"--length_value_model makes the batches of --backend transformers; {args.backend} makes its own: leave "
             "it out."
         )
+    if args.system_prompt is not None and not args.chat:
+        raise ValueError("system_prompt needs --chat: without messages there is no place for it.")
     dataset = load_prompts(args.dataset_name, args.dataset_config, args.dataset_split, args.limit)
     missing = {args.prompt_column, *args.keep_columns} - set(dataset.column_names)
     if missing:
         raise ValueError(f"{args.dataset_name} has no column {sorted(missing)}; it has {dataset.column_names}.")
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    tokenizer = load_model(AutoTokenizer.from_pretrained, args.model_name_or_path)
     if args.pad_token is not None:
         tokenizer.pad_token = args.pad_token
+    column = dataset[args.prompt_column][:]
+    check_prompts(column, f"{args.dataset_name}, column {args.prompt_column!r}", tokenizer, args.chat)
     settings = SamplingSettings(
         num_samples=args.num_samples,
         max_new_tokens=args.max_new_tokens,
@@ -255,7 +257,7 @@ def main(args: SampleArguments) -> None:
     rollouts, metadata = BACKENDS[args.backend](
         args,
         tokenizer,
-        make_prompts(dataset[args.prompt_column][:], args.chat, args.system_prompt),
+        make_prompts(column, args.chat, args.system_prompt),
         settings,
         seed=args.seed,
         extra_columns={name: dataset[name][:] for name in args.keep_columns},

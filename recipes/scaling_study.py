@@ -44,7 +44,7 @@ from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 from recipes.command_line import ProgramParser
 from recipes.scaling_cells import Cell, GroupedTrainer, RoundedHead, make_axes, rate_factor
 from recipes.scaling_report import write_report
-from recipes.stages import run_stage
+from recipes.stage_records import run_stage
 
 logger = logging.getLogger(__name__)
 console = Console(width=120, highlight=False)

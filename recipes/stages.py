@@ -1,9 +1,7 @@
 """The stages before reinforcement learning, each with an artefact on disk that the next run reuses.
 
-policy (the sandbox's, or given) -> rollouts -> length value model (with gamma from the rollouts). A stage is finished
-when its record beside the artefact says so; a later run with the same settings reuses it, one with other settings is
-refused, since artefacts that other stages were made from must not change under them. The settings of a stage hold those
-of the stages it was made from.
+policy (the sandbox's, or given) -> rollouts -> length value model (with gamma from the rollouts). The settings of a
+stage hold those of the stages it was made from.
 """
 
 from __future__ import annotations
@@ -11,37 +9,40 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
-from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from eval.arms import call_reward, load_reward
+from lenvm_rl.backbones import load_model
 from lenvm_rl.correctness import are_correct
+from lenvm_rl.journal import read_json
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
+from lenvm_rl.prompts import check_context, check_prompts, load_prompts
 from lenvm_rl.reward_functions import name_of
-from lenvm_rl.rollouts import atomic_file, read_rollouts, split_by_prompt
-from lenvm_rl.sampling import load_prompts, sample_to_file
-from lenvm_rl.sampling_jobs import SamplingSettings
+from lenvm_rl.rollouts import REQUIRED_COLUMNS, atomic_file, read_rollouts, split_by_prompt
+from lenvm_rl.sampling import sample_to_file
+from lenvm_rl.sampling_jobs import SamplingSettings, find_column_problem
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
+from lenvm_rl.sandbox.tokenizer import sandbox_tokenizer
 from lenvm_rl.trainers.configs import LenVMConfig
 from lenvm_rl.trainers.gate import gate_index
 from recipes.arguments import StageArguments, model_kwargs
+from recipes.reward_trial import try_rewards
 from recipes.sample_rollouts import make_prompts
+from recipes.stage_records import console, read_record, run_stage
 
 logger = logging.getLogger(__name__)
-console = Console(width=120, highlight=False)
 
 # The sandbox's seeds, so that no stage repeats another's draw.
 ROLLOUT_SEED, TRAIN_SEED = 1, 2
+RECORD = "run.json"
 
 
 def gate_reward_path(args: StageArguments, config: LenVMConfig) -> str:
@@ -54,51 +55,6 @@ def gate_reward_path(args: StageArguments, config: LenVMConfig) -> str:
     users = ["pretrain_only_correct"] if args.pretrain_only_correct else []
     index = gate_index(config, functions, [name_of(function) for function in functions], users)
     return args.reward_funcs[index or 0]
-
-
-def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Callable[[], Any]) -> None:
-    """Make an artefact unless it is there already.
-
-    Args:
-        title (`str`): what the stage does, for the console.
-        artefact (`pathlib.Path`): the file or folder that `make` writes.
-        settings (mapping): everything that the artefact depends on; kept in `<artefact>.stage.json`.
-        make (callable): writes the artefact, or goes on with what an interrupted run left of it.
-
-    Raises:
-        ValueError: the artefact was made, or begun, with other settings, or several processes would make it at once.
-    """
-    record = artefact.with_name(artefact.name + ".stage.json")
-    settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
-    if record.exists():
-        found = json.loads(record.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            before = found["settings"]
-            changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
-            raise ValueError(
-                f"{artefact} was made with other settings ({', '.join(changed)} differ). Give another --output_dir, or "
-                "another --trained_name if only training differs; or remove the artefact, its .stage.json, and what "
-                "was made from it."
-            )
-        if found["finished"]:
-            console.print(f"[bold]{title}[/bold]: done before, {artefact}")
-            return
-    if PartialState().num_processes > 1 and title != "training":
-        raise ValueError(
-            f"{artefact} is not there yet, and this stage runs in one process: run recipes/sample_rollouts.py and "
-            "recipes/pretrain_lenvm.py first and give --length_value_model, or start once with one process."
-        )
-    console.print(f"[bold]{title}[/bold] -> {artefact}")
-    write_record(record, settings, finished=False)
-    make()
-    write_record(record, settings, finished=True)
-
-
-def write_record(record: Path, settings: Mapping[str, Any], finished: bool) -> None:
-    """Write a stage's record, on the main process."""
-    if PartialState().is_main_process:
-        with atomic_file(record) as file:
-            file.write(json.dumps({"finished": finished, "settings": settings}, indent=1, sort_keys=True).encode())
 
 
 class Run:
@@ -125,13 +81,38 @@ class Run:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, padding with `pad_token` if one is given."""
-        revision = {"revision": self.load_kwargs["revision"]} if "revision" in self.load_kwargs else {}
-        tokenizer = AutoTokenizer.from_pretrained(self.policy, **revision)
+        tokenizer = load_model(AutoTokenizer.from_pretrained, self.policy, **self._revision)
         if self.args.pad_token is not None:
             if self.args.pad_token not in tokenizer.get_vocab():
                 raise ValueError(f"pad_token {self.args.pad_token!r} is not in the vocabulary of {self.policy}.")
             tokenizer.pad_token = self.args.pad_token
         return tokenizer
+
+    @property
+    def _revision(self) -> dict[str, str]:
+        return {name: value for name, value in self.load_kwargs.items() if name == "revision"}
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """A dataset of one's own, in its order: column `prompt`, and what the rewards need.
+
+        Raises:
+            ValueError: it lacks the column of the prompts, or a row has none.
+        """
+        name, column = self.args.dataset_name, self.args.prompt_column
+        dataset = load_prompts(name, self.args.dataset_config, self.args.dataset_split)
+        if column not in dataset.column_names:
+            raise ValueError(f"{name} has no column {column!r}; it has {dataset.column_names}. Set --prompt_column.")
+        prompts = dataset[column][:]
+        check_prompts(prompts, f"{name}, column {column!r}", chat=self.args.chat)
+        if column != "prompt" and "prompt" in dataset.column_names:
+            dataset = dataset.remove_columns("prompt")
+        if not self.args.chat:
+            return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+        # The new column comes before the old one goes: without any column there would be no rows.
+        dataset = dataset.rename_column(column, "text of the prompt")
+        dataset = dataset.add_column("prompt", make_prompts(prompts, self.args.chat, None))
+        return dataset.remove_columns("text of the prompt")
 
     def prompts(self, count: int | None, seed: int) -> Dataset:
         """Training prompts: column `prompt` and what the rewards need, in random order (sandbox: stratified)."""
@@ -140,22 +121,32 @@ class Run:
             problems = distinct_problems(count or 2048, seed, "train")
             rows = [{"prompt": p.prompt, "answer": p.answer, "difficulty": p.difficulty} for p in problems]
             return Dataset.from_list(rows)
-        name, column = self.args.dataset_name, self.args.prompt_column
-        dataset = load_prompts(name, self.args.dataset_config, self.args.dataset_split)
-        if column not in dataset.column_names:
-            raise ValueError(f"{name} has no column {column!r}; it has {dataset.column_names}. Set --prompt_column.")
-        if column != "prompt":
-            if "prompt" in dataset.column_names:
-                dataset = dataset.remove_columns("prompt")
-            dataset = dataset.rename_column(column, "prompt")
-        dataset = dataset.shuffle(seed=seed)
-        if count is not None:
-            dataset = dataset.select(range(min(count, len(dataset))))
-        prompts = make_prompts(dataset["prompt"][:], self.args.chat, None)
-        bad = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, (str, list))]
-        if bad:
-            raise ValueError(f"{len(bad)} prompts of {name} are neither text nor messages (column {column!r}).")
-        return dataset.remove_columns("prompt").add_column("prompt", prompts)
+        dataset = self.dataset.shuffle(seed=seed)
+        return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+    def check(self) -> None:
+        """Look at all that a person handed over, before the first stage spends time on it.
+
+        Raises:
+            ValueError: a prompt is none or too long, a reward function lacks a column, or the folder is another run's.
+        """
+        rewards = [load_reward(path) for path in self.args.reward_funcs]
+        if self.sandbox:
+            try_rewards(rewards, self.prompts(4, TRAIN_SEED), sandbox_tokenizer(), self.config, "the sandbox")
+        else:
+            name, column = self.args.dataset_name, self.args.prompt_column
+            source, prompts = f"{name}, column {column!r}", self.dataset["prompt"][:]
+            check_prompts(prompts, source, self.tokenizer)
+            check_context(prompts, source, self.tokenizer, self.config.max_completion_length, self._context())
+            try_rewards(rewards, self.dataset, self.tokenizer, self.config, name)
+        self._earlier_record()
+
+    def _context(self) -> int | None:
+        """Most tokens of a prompt and its completion, `None` if the policy's config does not say."""
+        config = load_model(AutoConfig.from_pretrained, self.policy, **self._revision).get_text_config()
+        bounds = [getattr(config, "max_position_embeddings", None)]
+        bounds += [self.config.vllm_max_model_length] if self.config.use_vllm else []
+        return min((bound for bound in bounds if bound is not None), default=None)
 
     def policy_settings(self) -> dict[str, Any]:
         """What the base policy depends on."""
@@ -203,21 +194,34 @@ class Run:
 
         def make() -> None:
             dataset = self.prompts(self.args.sample_prompts, ROLLOUT_SEED)
-            extra = {name: dataset[name][:] for name in dataset.column_names if name != "prompt"}
             device = "cuda" if torch.cuda.is_available() and not self.config.use_cpu else "cpu"
-            model = AutoModelForCausalLM.from_pretrained(self.policy, **self.load_kwargs).to(device).eval()
+            model = load_model(AutoModelForCausalLM.from_pretrained, self.policy, **self.load_kwargs)
             sample_to_file(
                 self.rollouts,
-                model,
+                model.to(device).eval(),
                 self.tokenizer,
                 dataset["prompt"][:],
                 self.sampling(),
                 seed=self.config.seed,
-                extra_columns=extra,
+                extra_columns=self._kept_columns(dataset),
                 generator=self.policy,
             )
 
         run_stage("sampling rollouts of the policy", self.rollouts, self.rollout_settings(), make)
+
+    def _kept_columns(self, dataset: Dataset) -> dict[str, list[Any]]:
+        """Columns that are kept with the rollouts: those that a file of rollouts holds, if nobody needs the others."""
+        columns = {name: dataset[name][:] for name in dataset.column_names if name != "prompt"}
+        if self.args.pretrain_only_correct:
+            return columns
+        kept = {
+            name: column
+            for name, column in columns.items()
+            if name not in REQUIRED_COLUMNS and find_column_problem(name, column) is None
+        }
+        if len(kept) < len(columns):
+            logger.info("columns not kept with the rollouts: %s", ", ".join(sorted(set(columns) - set(kept))))
+        return kept
 
     def value_settings(self) -> dict[str, Any]:
         """What the length value model depends on."""
@@ -232,8 +236,11 @@ class Run:
         """Stage 3: fit gamma to the rollouts and pretrain a length value model from the policy's decoder."""
         if self.args.length_value_model is not None:
             return
-        self.make_rollouts()
         target = self.output_dir / "length_value_model"
+        found = read_record(target)
+        # Rollouts are large, and need not stay where they have served.
+        if self.rollouts.exists() or found is None or not found["finished"]:
+            self.make_rollouts()
         run_stage(
             "fitting gamma and pretraining the length value model",
             target,
@@ -283,22 +290,30 @@ class Run:
 
         Paths inside the run's folder are kept relative to it, so that the folder can be moved.
         """
-        target = self.output_dir / "run.json"
-        found = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"trained": {}}
         names = ("dataset_name", "dataset_config", "prompt_column", "chat", "pad_token")
         content = {
-            "policy": self._portable(self.policy),
+            "policy": self._recorded_policy,
             "length_value_model": self._portable(self.length_value_model),
-            "trained": {**found["trained"], name: self._portable(str(path))},
+            "trained": {**self._earlier_record()["trained"], name: self._portable(str(path))},
             "data": {key: getattr(self.args, key) for key in names},
             "reward": gate_reward_path(self.args, self.config),
             "temperature": self.config.temperature,
             "max_new_tokens": self.config.max_completion_length,
         }
-        if found.get("policy", content["policy"]) != content["policy"]:
-            raise ValueError(f"{target} belongs to the policy {found['policy']}: give another --output_dir.")
-        with atomic_file(target) as file:
+        with atomic_file(self.output_dir / RECORD) as file:
             file.write(json.dumps(content, indent=1).encode())
+
+    def _earlier_record(self) -> dict[str, Any]:
+        """What earlier runs wrote into run.json; a `ValueError` if they were of another policy."""
+        path = self.output_dir / RECORD
+        found = read_json(path) if path.exists() else {"trained": {}}
+        if found.get("policy", self._recorded_policy) != self._recorded_policy:
+            raise ValueError(f"{path} belongs to the policy {found['policy']}: give another --output_dir.")
+        return found
+
+    @property
+    def _recorded_policy(self) -> str:
+        return "policy" if self.sandbox else self._portable(self.policy)
 
     def _portable(self, path: str) -> str:
         """Paths that exist, relative to the run's folder; hub ids as they are."""

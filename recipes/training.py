@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from accelerate import PartialState
 from trl import ModelConfig, get_peft_config
 
 from eval.arms import load_reward
+from lenvm_rl.programs import choose_threads
 from lenvm_rl.run_checkpoints import last_complete_checkpoint
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.configs import LenVMConfig
 from recipes.arguments import StageArguments
-from recipes.stages import TRAIN_SEED, Run, console, gate_reward_path, run_stage
+from recipes.stage_records import console, run_stage
+from recipes.stages import TRAIN_SEED, Run, gate_reward_path
 
 # Settings that say where a run writes and reports, not what it computes.
 NOT_PART_OF_A_RUN = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint")
@@ -28,13 +29,13 @@ def prepare_process(sandbox: bool) -> None:
     """Library messages to the console, on the main process, and the threads of a single process on a CPU.
 
     The sandbox runs in one thread: for models of its size that is as fast as two, and gives the same numbers on any
-    machine of the kind. A model of one's own gets all cores: `accelerate launch` would leave it one.
+    machine of the kind. A model of one's own gets all cores. What the environment says about threads goes before both.
     """
     logging.basicConfig(level=logging.INFO if PartialState().is_main_process else logging.ERROR, format="%(message)s")
     for noisy in ("httpx", "datasets", "fsspec", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if PartialState().num_processes == 1 and not torch.cuda.is_available():
-        torch.set_num_threads(1 if sandbox else len(os.sched_getaffinity(0)))
+        choose_threads(1 if sandbox else None)
 
 
 def smoke_sizes(config: LenVMConfig) -> None:
@@ -69,6 +70,7 @@ def make_run(args: StageArguments, config: LenVMConfig, model: ModelConfig, dens
     if args.smoke:
         smoke_sizes(config)
     run = Run(args, config, model)
+    run.check()
     run.make_policy()
     run.make_length_value_model()
     return run

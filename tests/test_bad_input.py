@@ -112,6 +112,12 @@ def test_a_half_written_last_line_is_set_aside_and_the_rest_is_fitted(tmp_path):
     assert entry["record"].encode() == before.splitlines()[-1] and path.read_bytes() == before
 
 
+def test_a_parquet_file_that_is_none_is_named(tmp_path):
+    path = write(tmp_path / "rollouts.parquet", GOOD)
+    with pytest.raises(ValueError, match="rollouts.parquet is no parquet file"):
+        read_rollouts(path)
+
+
 def test_an_evaluation_without_a_finished_completion_is_refused_before_training(tmp_path, monkeypatch):
     def trained(*args, **kwargs):
         raise AssertionError("training began, and its result would be lost")

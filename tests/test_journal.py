@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lenvm_rl.journal import Journal, MetricsFile
+from lenvm_rl.journal import Journal, MetricsFile, read_json
 
 
 def test_a_journal_gives_back_what_was_finished(tmp_path):
@@ -43,6 +43,44 @@ def test_a_journal_that_broke_in_its_first_line_starts_over(tmp_path):
     path.write_bytes(b'{"jo')
     assert Journal(path, "job").open() == {}
     assert json.loads(path.read_text()) == {"job": "job"}
+
+
+def test_a_job_that_finished_nothing_binds_nobody(tmp_path):
+    path = tmp_path / "job.journal"
+    first = Journal(path, "job 1")
+    assert not first.has_batches()
+    first.open()
+    first.append(-1, [{"note": 1}])
+    assert not first.has_batches() and Journal(path, "job 1").open() == {-1: [{"note": 1}]}
+    second = Journal(path, "job 2")
+    assert second.open() == {}
+    second.append(0, [{"n": 0}])
+    assert first.has_batches()
+    with pytest.raises(ValueError, match="job.journal"):
+        first.open()
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "job.journal"
+    journal = Journal(path, "job")
+    journal.open()
+    journal.append(0, [])
+    journal.append(1, [])
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = lines[1][:5]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match="job.journal is damaged in line 2"):
+        Journal(path, "job").open()
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "r.metadata.json"
+    path.write_text('{"seed": 1}')
+    assert read_json(path) == {"seed": 1}
+    for content in (b'{"seed"', b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="r.metadata.json is damaged"):
+            read_json(path)
 
 
 def test_metrics_go_to_a_file_from_the_first_process_only(tmp_path):

@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny import tiny_tokenizer
 
-from lenvm_rl.prompts import check_prompts, check_room, load_prompts, tokenize_prompts
+from lenvm_rl.prompts import check_context, check_prompts, check_room, load_prompts, tokenize_prompts
 from lenvm_rl.sampling_jobs import SamplingJob, SamplingSettings
 
 ROWS = [{"prompt": "w7 w8", "answer": 1}, {"prompt": "w9", "answer": 2}]
@@ -80,24 +80,29 @@ BAD = [
 @pytest.mark.parametrize("bad, problem", BAD)
 def test_what_is_no_prompt_is_named_by_its_row(bad, problem):
     tokenizer = tiny_tokenizer(chat=True)
-    check_prompts(GOOD, tokenizer, "data.jsonl, column 'q'")
+    check_prompts(GOOD, "data.jsonl, column 'q'", tokenizer)
     for prompts in (["w7", "w8", bad], ["w7", "w8", bad, bad]):
         with pytest.raises(ValueError, match=f"data.jsonl, column 'q': row 2 .*{problem}") as caught:
-            check_prompts(prompts, tokenizer, "data.jsonl, column 'q'")
+            check_prompts(prompts, "data.jsonl, column 'q'", tokenizer)
         assert ("1 further rows" in str(caught.value)) == (len(prompts) == 4)
     with pytest.raises(ValueError, match=f"Prompt 2 .*{problem}"):
         tokenize_prompts(tokenizer, ["w7", "w8", bad])
 
 
+def test_texts_and_messages_do_not_mix():
+    with pytest.raises(ValueError, match="data: row 2 .*another kind"):
+        check_prompts([*GOOD, "w7"], "data")
+
+
 def test_texts_are_for_chat_and_messages_are_not():
     tokenizer = tiny_tokenizer(chat=True)
-    check_prompts(["w7"], tokenizer, "data", chat=True)
+    check_prompts(["w7"], "data", tokenizer, chat=True)
     # One of the two is at fault, and it is not --chat.
     with pytest.raises(ValueError, match="row 1 .*missing") as caught:
-        check_prompts(["w7", None], tokenizer, "data", chat=True)
+        check_prompts(["w7", None], "data", tokenizer, chat=True)
     assert "--chat" not in str(caught.value)
     with pytest.raises(ValueError, match="row 0 .*--chat"):
-        check_prompts(GOOD, tokenizer, "data", chat=True)
+        check_prompts(GOOD, "data", tokenizer, chat=True)
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
@@ -105,15 +110,15 @@ def test_an_empty_prompt_is_one_where_something_is_put_before_it(text):
     tokenizer = tiny_tokenizer(chat=True)
     for chat in (False, True):
         with pytest.raises(ValueError, match="row 1 .*empty"):
-            check_prompts(["w7", text], tokenizer, "data", chat)
+            check_prompts(["w7", text], "data", tokenizer, chat)
 
     class WithBeginning:
         def __call__(self, text):
             return {"input_ids": [5, *tokenizer(text)["input_ids"]]}
 
-    check_prompts(["w7", text], WithBeginning(), "data")
+    check_prompts(["w7", text], "data", WithBeginning())
     with pytest.raises(ValueError, match="row 1 .*empty"):
-        check_prompts(["w7", text], WithBeginning(), "data", chat=True)
+        check_prompts(["w7", text], "data", WithBeginning(), chat=True)
 
 
 def test_messages_that_make_no_tokens_are_named():
@@ -142,6 +147,28 @@ def test_the_longest_prompt_leaves_room():
         check_room([3, 5, 2], max_new_tokens=6, context=10)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_row_that_is_too_long_is_found_where_few_are_tokenised(chat):
+    tokenizer = tiny_tokenizer(chat=True)
+    texts = ["w7", "w7 " * 30, "w8 " * 40, "w9 " * 35]
+    # The template puts one token before a message and one behind all.
+    prompts = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+    longest = 42 if chat else 40
+    check_context(prompts, "data", tokenizer, max_new_tokens=10, context=longest + 10)
+    check_context(prompts, "data", tokenizer, max_new_tokens=10, context=None)
+    with pytest.raises(ValueError, match=f"data: row 2 .* {longest} tokens"):
+        check_context(prompts, "data", tokenizer, max_new_tokens=10, context=longest + 9)
+
+    def counting(asked):
+        lengths.append(len(asked))
+        return tokenizer(asked)
+
+    lengths = []
+    if not chat:
+        check_context(["w7", *["w9 w9"] * 1000, "w8 " * 40], "data", counting, max_new_tokens=10, context=60)
+        assert lengths == [2, 120]
+
+
 class Job(SamplingJob):
     def sample(self, steps):
         raise AssertionError("nothing is sampled")
@@ -151,5 +178,7 @@ class Job(SamplingJob):
 def test_a_column_that_no_file_of_rollouts_holds_is_refused_before_sampling(bad):
     with pytest.raises(ValueError, match="Column 'c' holds a .* at prompt 1"):
         Job(tiny_tokenizer(), ["w7", "w8"], SamplingSettings(1, 4, 1), seed=0, extra_columns={"c": [None, bad]})
-    for good in (None, 1.5, {"a": [True, "b"]}):
+    with pytest.raises(ValueError, match="Column 'c' mixes types"):
+        Job(tiny_tokenizer(), ["w7", "w8"], SamplingSettings(1, 4, 1), seed=0, extra_columns={"c": [1, "1"]})
+    for good in (None, 1.5, {"a": [True, False]}):
         Job(tiny_tokenizer(), ["w7", "w8"], SamplingSettings(1, 4, 1), seed=0, extra_columns={"c": [None, good]})

@@ -1,20 +1,25 @@
 """The training recipes: stages are reused and never changed under each other, and a smoke run leaves every artefact."""
 
 import dataclasses
+import datetime
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny import tiny_llama, tiny_tokenizer
 from trl import GRPOConfig, ModelConfig
 
+from lenvm_rl.journal import Journal
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
 from recipes import grpo_shaped, ppo_shaped
 from recipes.arguments import StageArguments, check_setup
-from recipes.stages import Run, run_stage
+from recipes.stage_records import run_stage
+from recipes.stages import Run
 from recipes.training import read_log, show_progress
+from reward.length_penalties import LinearLengthReward
 
 CONFIGS = Path(ppo_shaped.__file__).parent / "configs"
 
@@ -29,33 +34,70 @@ def make_run(tmp_path, model=None, settings=None, **arguments):
 def test_a_stage_is_made_once_and_refused_with_other_settings(tmp_path):
     made = []
     artefact = tmp_path / "thing"
+
+    def make():
+        made.append(1)
+        artefact.write_text("made")
+
     for _ in range(2):
-        run_stage("making", artefact, {"size": 1, "path": tmp_path}, lambda: made.append(1))
+        run_stage("making", artefact, {"size": 1, "path": tmp_path}, make)
     assert made == [1]
-    with pytest.raises(ValueError, match=r"other settings \(size differ\)"):
-        run_stage("making", artefact, {"size": 2, "path": tmp_path}, lambda: made.append(2))
+    with pytest.raises(ValueError, match=r"thing was made with other settings \(size differ\)"):
+        run_stage("making", artefact, {"size": 2, "path": tmp_path}, make)
     assert made == [1]
+    # Who removes it has it made again, and otherwise if that is wanted.
+    artefact.unlink()
+    run_stage("making", artefact, {"size": 2, "path": tmp_path}, make)
+    assert made == [1, 1] and json.loads((tmp_path / "thing.stage.json").read_text())["finished"]
 
 
-def test_an_interrupted_stage_is_made_again(tmp_path):
-    def interrupted():
-        raise KeyboardInterrupt
+def interrupted():
+    raise KeyboardInterrupt
 
+
+@pytest.mark.parametrize("again", [{"length_coef": 6}, {"length_coef": 0}])
+def test_a_stage_that_left_nothing_is_made_with_any_settings(again, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run_stage("making", tmp_path / "thing", {}, interrupted)
+        run_stage("making", tmp_path / "thing", {"length_coef": 6}, interrupted)
+    # What a trainer writes before its first checkpoint, and what a run dumps that fails, is nothing to go on from.
+    (tmp_path / "thing").mkdir()
+    for name in ("metrics.jsonl", "nonfinite_critic_step0_rank0.safetensors", "checkpoint-3/model.safetensors"):
+        (tmp_path / "thing" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "thing" / name).touch()
+    Journal(tmp_path / "thing.journal", "job").open()
     made = []
-    run_stage("making", tmp_path / "thing", {}, lambda: made.append(1))
+    run_stage("making", tmp_path / "thing", again, lambda: made.append(1))
     assert made == [1]
 
 
-def test_an_interrupted_stage_does_not_go_on_with_other_settings(tmp_path):
-    def interrupted():
-        raise KeyboardInterrupt
-
+@pytest.mark.parametrize(
+    "left",
+    ["thing", "thing/model.safetensors", "thing/adapter_model.safetensors", "thing/checkpoint-3/trainer_state.json"],
+)
+def test_a_stage_that_left_something_does_not_go_on_with_other_settings(left, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run_stage("training", tmp_path / "ppo", {"length_coef": 6}, interrupted)
-    with pytest.raises(ValueError, match="length_coef differ"):
-        run_stage("training", tmp_path / "ppo", {"length_coef": 0}, lambda: None)
+        run_stage("training", tmp_path / "thing", {"length_coef": 6}, interrupted)
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_text("{}")
+    with pytest.raises(ValueError, match="thing was begun with other settings .length_coef"):
+        run_stage("training", tmp_path / "thing", {"length_coef": 0}, lambda: None)
+    run_stage("training", tmp_path / "thing", {"length_coef": 6}, lambda: None)
+
+
+def test_batches_of_rollouts_bind_the_settings(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("sampling", tmp_path / "r.jsonl", {"seed": 1}, interrupted)
+    journal = Journal(tmp_path / "r.journal", "job")
+    journal.open()
+    journal.append(0, [])
+    with pytest.raises(ValueError, match="seed"):
+        run_stage("sampling", tmp_path / "r.jsonl", {"seed": 2}, lambda: None)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "thing.stage.json").write_text("{")
+    with pytest.raises(ValueError, match="thing.stage.json is damaged"):
+        run_stage("making", tmp_path / "thing", {}, lambda: None)
 
 
 def test_a_stage_depends_on_the_settings_of_those_before_it(tmp_path):
@@ -98,14 +140,148 @@ def test_what_training_would_refuse_is_refused_before_any_stage(arguments, probl
     assert not (tmp_path / "run").exists()
 
 
-def test_an_empty_dataset_and_null_prompts_are_refused(tmp_path):
+def own_run(tmp_path, rows, *, model=None, settings=None, tokenizer=None, **arguments):
+    """A run of a person's own model and rows."""
+    data, policy = tmp_path / "data.jsonl", tmp_path / "mine"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (model or tiny_llama(max_position_embeddings=64)).save_pretrained(policy)
+    (tokenizer or tiny_tokenizer(chat=True)).save_pretrained(policy)
+    return make_run(tmp_path, model=str(policy), settings=settings, dataset_name=str(data), **arguments)
+
+
+def always(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def by_name(completions, answer, **kwargs):
+    return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+
+
+def by_key(completions, **kwargs):
+    return [float(a in c) for c, a in zip(completions, kwargs["answer"], strict=True)]
+
+
+def closed(prompts, completions):
+    return [1.0] * len(completions)
+
+
+async def slow(completions, answer, **kwargs):
+    raise AssertionError("asynchronous functions may ask a service")
+
+
+def of_progress(completions, trainer_state, log_metric, completion_ids, **kwargs):
+    log_metric("progress", trainer_state.global_step / trainer_state.max_steps)
+    return [float(len(ids)) for ids in completion_ids]
+
+
+class Remembering:
+    """A reward function with a memory."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completions, **kwargs):
+        self.calls += 1
+        return [1.0] * len(completions)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+    def reset(self):
+        self.calls = 0
+
+
+remembering = Remembering()
+PENALTY = LinearLengthReward(by_name, alpha=0.1, max_length=10)
+
+
+def check_rewards(tmp_path, rows, *names, **arguments):
+    own_run(tmp_path, rows, reward_funcs=[f"test_recipes.{name}" for name in names], **arguments).check()
+
+
+@pytest.mark.parametrize("name", ["by_name", "by_key", "slow", "PENALTY"])
+def test_a_reward_that_needs_a_column_is_refused_without_it(name, tmp_path):
+    with pytest.raises(ValueError, match="'answer'|needs answer") as caught:
+        check_rewards(tmp_path, [{"prompt": "w7", "solution": "w8"}], "always", name)
+    assert "solution" in str(caught.value)
+    check_rewards(tmp_path, [{"prompt": "w7", "answer": "w8"}], "always", name)
+
+
+def test_a_reward_that_trainers_cannot_call_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="completion_ids.*kwargs"):
+        check_rewards(tmp_path, [{"prompt": "w7"}], "closed")
+
+
+@pytest.mark.parametrize("rows", [[3], ["w8", None]])
+def test_a_column_of_another_kind_than_a_reward_takes_is_found_by_its_row(rows, tmp_path):
+    rows = [{"prompt": "w7", "answer": answer} for answer in rows]
+    with pytest.raises(TypeError) as caught:
+        check_rewards(tmp_path, rows, "by_name")
+    assert f"row {len(rows) - 1} " in caught.value.__notes__[0] and "'by_name'" in caught.value.__notes__[0]
+
+
+def test_a_trial_leaves_no_trace_and_hands_over_what_trainers_do(tmp_path):
+    check_rewards(tmp_path, [{"prompt": "w7"}], "remembering", "of_progress")
+    assert remembering.calls == 0
+
+
+@pytest.mark.parametrize(
+    "rows, arguments, problem",
+    [
+        ([{"prompt": "w7"}, {"prompt": None}], {}, "row 1 .*missing"),
+        ([{"prompt": "w7"}, {"prompt": None}], {"chat": True}, "row 1 .*missing"),
+        ([{"prompt": "w7"}, {"prompt": 3}], {}, "row 1 .*int"),
+        ([{"prompt": "w7"}, {"prompt": " "}], {}, "row 1 .*empty"),
+        ([{"prompt": "w7"}, {"prompt": "w8 " * 49}], {}, "row 1 .*49 tokens"),
+        ([{"question": "w7"}], {}, "no column 'prompt'.*question"),
+        ([{"prompt": [{"role": "user", "content": "w7"}]}], {"chat": True}, "row 0 .*--chat"),
+        ([{"prompt": [{"role": "user", "content": "w7"}]}], {"tokenizer": tiny_tokenizer()}, "chat template"),
+    ],
+)
+def test_what_is_wrong_with_prompts_is_found_before_the_first_stage(rows, arguments, problem, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        check_rewards(tmp_path, rows, "always", **arguments)
+
+
+def test_an_empty_dataset_is_refused(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
         make_run(tmp_path, model="mine", dataset_name=str(data)).prompts(None, 0)
-    data.write_text('{"prompt": "q"}\n{"prompt": null}\n')
-    with pytest.raises(ValueError, match="1 prompts of .* are neither text nor messages"):
-        make_run(tmp_path, model="mine", dataset_name=str(data)).prompts(None, 0)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("column", ["prompt", "question"])
+def test_a_dataset_with_a_prompt_column_alone_will_do(chat, column, tmp_path):
+    run = own_run(
+        tmp_path, [{column: f"w{n}"} for n in range(7, 12)], chat=chat, prompt_column=column,
+        reward_funcs=["test_recipes.always"],
+    )  # fmt: skip
+    run.check()
+    rows = run.prompts(None, 0)
+    assert rows.column_names == ["prompt"]
+    texts = [row["prompt"][0]["content"] if chat else row["prompt"] for row in rows]
+    assert sorted(texts) == sorted(f"w{n}" for n in range(7, 12))
+
+
+def test_what_rollouts_cannot_hold_is_left_out_of_them(tmp_path):
+    rows = [{"prompt": "w7", "group": "a", "answer": "1"}]
+    run = own_run(tmp_path, rows)
+    dataset = run.prompts(None, 0).add_column("when", [datetime.datetime(2020, 1, 1)])
+    assert run._kept_columns(dataset) == {"answer": ["1"]}
+    correct = own_run(tmp_path, rows, pretrain_only_correct=True)
+    assert set(correct._kept_columns(dataset)) == {"answer", "group", "when"}
+
+
+def test_a_folder_of_another_policy_is_refused_before_the_first_stage(tmp_path):
+    run = own_run(tmp_path, [{"prompt": "w7"}], reward_funcs=["test_recipes.always"])
+    run.record("ppo", tmp_path / "ppo")
+    run.check()
+    with pytest.raises(ValueError, match="run.json belongs to the policy mine"):
+        make_run(tmp_path).check()
 
 
 def test_the_log_of_an_interrupted_run_leaves_out_lost_steps(tmp_path):

@@ -4,6 +4,8 @@ import copy
 import functools
 import logging
 import pickle
+import re
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +15,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 from trainer_parts import VOCAB, batch_of, grpo, ppo, prompts, scripted, settings
 
+import reward
 from eval.arms import load_reward
 from lenvm_rl.correctness import ShapedReward
 from lenvm_rl.reward_functions import (
@@ -393,6 +396,33 @@ def test_a_dotted_path_to_nothing_is_refused(path):
     for read in (linear, callable_at, load_reward):
         with pytest.raises(ValueError, match="dotted path"):
             read(path)
+
+
+def test_a_module_that_hides_a_persons_own_is_named_with_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.py").write_text("def mine(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    with pytest.raises(ValueError, match=f"looked in {re.escape(reward.__file__)}"):
+        load_reward("reward.mine")
+    with pytest.raises(ValueError, match=r"looked in .*reward.gsm8k\.py"):
+        load_reward("reward.gsm8k.nothing")
+    with pytest.raises(ValueError, match="looked in a module without a file"):
+        load_reward("sys.nothing")
+    with pytest.raises(ValueError, match=f"no module of that name is in {re.escape(str(tmp_path))}"):
+        load_reward("nowhere_at_all.mine")
+
+
+@pytest.mark.parametrize(
+    "name, source, kind", [("a", "import nowhere_at_all", ImportError), ("b", "def f(:", SyntaxError)]
+)
+@pytest.mark.parametrize("inside", ["", "graders_of_"])
+def test_a_module_that_cannot_be_imported_says_why_itself(name, source, kind, inside, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    folder = tmp_path / (inside and inside + name)
+    folder.mkdir(exist_ok=True)
+    (folder / f"own_{name}.py").write_text(source)
+    with pytest.raises(kind):
+        load_reward(".".join([*folder.relative_to(tmp_path).parts, f"own_{name}", "f"]))
 
 
 @pytest.mark.parametrize("path", ["Grader", "EOS", "EVERY"])

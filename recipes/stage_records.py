@@ -1,0 +1,90 @@
+"""Stages of a run, each made once: what one was made with stands beside its artefact, `<artefact>.stage.json`.
+
+A stage is finished when its record says so; a later run with the same settings reuses the artefact, one with other
+settings is refused, since artefacts that other stages were made from must not change under them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+
+from lenvm_rl.journal import Journal, read_json
+from lenvm_rl.rollouts import atomic_file
+from lenvm_rl.run_checkpoints import last_complete_checkpoint
+
+console = Console(width=120, highlight=False)
+
+
+def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Callable[[], Any]) -> None:
+    """Make an artefact unless it is there already.
+
+    Args:
+        title (`str`): what the stage does, for the console.
+        artefact (`pathlib.Path`): the file or folder that `make` writes.
+        settings (mapping): everything that the artefact depends on; kept in `<artefact>.stage.json`.
+        make (callable): writes the artefact, or goes on with what an interrupted run left of it.
+
+    Raises:
+        ValueError: the artefact was made, or begun, with other settings, or several processes would make it at once.
+    """
+    settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
+    found = read_record(artefact)
+    if found is not None and found["settings"] != settings:
+        before = found["settings"]
+        changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+        raise ValueError(
+            f"{artefact} was {'made' if found['finished'] else 'begun'} with other settings ({', '.join(changed)} "
+            "differ). Give another --output_dir, or another --trained_name if only training differs; or remove the "
+            "artefact, its .stage.json, and what was made from it."
+        )
+    if found is not None and found["finished"]:
+        console.print(f"[bold]{title}[/bold]: done before, {artefact}")
+        return
+    if PartialState().num_processes > 1 and title != "training":
+        raise ValueError(
+            f"{artefact} is not there yet, and this stage runs in one process: run recipes/sample_rollouts.py and "
+            "recipes/pretrain_lenvm.py first and give --length_value_model, or start once with one process."
+        )
+    console.print(f"[bold]{title}[/bold] -> {artefact}")
+    write_record(artefact, settings, finished=False)
+    make()
+    write_record(artefact, settings, finished=True)
+
+
+def read_record(artefact: Path) -> dict[str, Any] | None:
+    """What the record of a stage says of its artefact, `None` if there is neither that nor a part of it.
+
+    A record alone is what a first attempt leaves that failed at once, or an artefact that somebody removed to make it
+    anew: it binds nobody.
+    """
+    path = record_path(artefact)
+    found = read_json(path) if path.exists() else None
+    if found is None or (found["finished"] and artefact.exists()) or is_begun(artefact):
+        return found
+    return None
+
+
+def is_begun(artefact: Path) -> bool:
+    """Whether an interrupted stage left something to go on from: its artefact, batches of it, or a checkpoint."""
+    if artefact.is_dir():
+        weights = next(artefact.glob("*model*.safetensors"), None)
+        return weights is not None or last_complete_checkpoint(artefact) is not None
+    return artefact.exists() or Journal(artefact.with_suffix(".journal"), "").has_batches()
+
+
+def write_record(artefact: Path, settings: Mapping[str, Any], finished: bool) -> None:
+    """Write a stage's record, on the main process."""
+    if PartialState().is_main_process:
+        with atomic_file(record_path(artefact)) as file:
+            file.write(json.dumps({"finished": finished, "settings": settings}, indent=1, sort_keys=True).encode())
+
+
+def record_path(artefact: Path) -> Path:
+    """Where the record of a stage is kept."""
+    return artefact.with_name(artefact.name + ".stage.json")
