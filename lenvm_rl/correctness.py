@@ -37,8 +37,9 @@ class WrappingReward(Protocol):
 
 def judge_of(function: Callable) -> Callable:
     """The function that a reward function leaves it to, to say what is correct: itself, or the one that it wraps."""
-    function = unwrapped(function)
-    return unwrapped(function.task_reward) if isinstance(function, WrappingReward) else function
+    # A `functools.partial` stays what it is: another one of the same function may judge otherwise.
+    bare = unwrapped(function)
+    return bare.task_reward if isinstance(bare, WrappingReward) else function
 
 
 def correctness_values(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lenvm_rl.endings import end_token_ids, own_length
+from lenvm_rl.processes import number_of_processes
 from lenvm_rl.reward_functions import accepted, callable_at, check_returned, is_asynchronous, name_of
-from reward.processes import Part, Runs, knobs_of_all, number_of_processes, parts_of_all, run_starts
+from reward.processes import Part, Runs, knobs_of_all, parts_of_all, run_starts
 
 logger = logging.getLogger(__name__)
 

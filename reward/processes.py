@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lenvm_rl.processes import exchanged, fails_together, process_index
+
 
 @dataclass(frozen=True)
 class Part:
@@ -73,32 +75,12 @@ def knobs_of_all(parts: Sequence[Part]) -> dict[str, Any]:
     return {name: together(name, value) for name, value in parts[0].knobs.items()}
 
 
-def number_of_processes() -> int:
-    """How many processes work on the batches of this run."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
-
-
 def parts_of_all(make: Callable[[], Part]) -> tuple[list[Part], int]:
     """What `make` gives on each process, in their order, and the index of this one; every process has to call this.
 
     Raises:
-        RuntimeError: it failed on another process. Where it failed, its own error is raised, once all know of it.
+        RuntimeError: it failed on another process ([`~lenvm_rl.processes.fails_together`]).
     """
-    if number_of_processes() == 1:
-        return [make()], 0
-    part = failure = None
-    try:
+    with fails_together("The task reward of a length penalty"):
         part = make()
-    except Exception as error:
-        # Raised below: the others would wait for this process in vain.
-        failure = error
-    everyone: list[Any] = [None] * number_of_processes()
-    told = None if failure is None else f"{type(failure).__name__}: {failure}"
-    torch.distributed.all_gather_object(everyone, (part, told))
-    if failure is not None:
-        raise failure
-    failed = [f"process {index} ({problem})" for index, (_, problem) in enumerate(everyone) if problem is not None]
-    if failed:
-        raise RuntimeError(f"The task reward failed on {', '.join(failed)}: see what that process says.")
-    return [part for part, _ in everyone], torch.distributed.get_rank()
+    return exchanged(part), process_index()

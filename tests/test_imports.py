@@ -21,6 +21,7 @@ LAYERS = (
         "endings",
         "guidance",
         "journal",
+        "processes",
         "programs",
         "prompts",
         "returns",

@@ -4,11 +4,13 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from processes import FakeProcesses
 
+from lenvm_rl.trainers.reward_calls import watched
 from reward import length_penalties as penalties
 from reward.length_penalties import KimiLengthReward, LengthReward, LinearLengthReward
 from reward.stateful_penalties import LaserDLengthReward, LeashLengthReward
@@ -103,8 +105,8 @@ def test_every_penalty_pays_what_it_pays_on_one_process(monkeypatch, penalty, co
     assert flags == batch["right"] == alone.unshaped_flags
     if isinstance(alone, (LeashLengthReward, LaserDLengthReward)):
         assert all(one.state_dict() == alone.state_dict() != penalty.state_dict() for one in many)
-    # What looks at one completion at a time asks nobody.
-    assert processes.exchanges == (0 if penalty.scope == "completion" else 3)
+    # What looks at one completion at a time asks nobody; otherwise, whether all went well, and then what each has.
+    assert processes.exchanges == (0 if penalty.scope == "completion" else 6)
 
 
 def test_the_scope_of_each_penalty():
@@ -169,6 +171,24 @@ def test_the_unshaped_reward_is_the_mean_over_the_completions_of_all(monkeypatch
         assert FakeProcesses(monkeypatch, 2).run(call) == [None, None]
         # TRL averages what all processes logged.
         assert sum(logged) / len(logged) == pytest.approx(0.5)
+
+
+def test_an_error_of_any_reward_function_ends_the_trainers_of_all(monkeypatch, tmp_path):
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=3),
+        args=SimpleNamespace(output_dir=tmp_path),
+        accelerator=SimpleNamespace(process_index=1),
+    )
+    function = watched(flag_column, "flag_column", trainer)
+
+    def call(rank):
+        return function(**rows([10, 30], [1] if rank == 1 else [1, 0]))
+
+    first, second = FakeProcesses(monkeypatch, 2).run(call)
+    # Where it happened, the error is its own and the completions are kept.
+    assert isinstance(second, ValueError) and "1 rewards, but 2" in str(second) and len(second.__notes__) == 1
+    assert isinstance(first, RuntimeError) and "'flag_column'" in str(first) and "process 1" in str(first)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 class WantedKimi(LengthReward):

@@ -38,7 +38,15 @@ class Penalty:
         return [None if flag is None else 0.4 * flag for flag in self.unshaped_flags]
 
 
+class Grader:
+    """An object with a method that is a reward function."""
+
+    def accuracy(self, completions, **columns):
+        return list(FLAGS)
+
+
 PENALTY = Penalty(accuracy)
+GRADER, STRICT = Grader(), functools.partial(accuracy, level=2)
 MODEL = nn.Linear(1, 1)
 GATED = [
     {"length_coef": 0.1},
@@ -67,6 +75,9 @@ def index_of(functions, folder, **changes):
         ([accuracy, good_format], "gate_reward"),
         ([good_format, PENALTY], "gate_reward"),
         ([MODEL, accuracy], "gate_reward"),
+        # The same function may judge otherwise with other arguments.
+        ([functools.partial(accuracy, level=1), functools.partial(accuracy, level=2)], "gate_reward"),
+        ([Grader().accuracy, Grader().accuracy], "gate_reward"),
         ([MODEL], "gate_threshold"),
         ([], "no reward function"),
     ],
@@ -95,6 +106,10 @@ def test_what_needs_no_gate_runs_without_one(tmp_path, functions, changes):
         ([PENALTY, Penalty(accuracy, "other")], {}, 0),
         ([functools.partial(PENALTY), accuracy], {}, 1),
         ([functools.partial(PENALTY, weight=2)], {}, 0),
+        # A method is another object each time it is named.
+        ([Penalty(GRADER.accuracy), GRADER.accuracy], {}, 1),
+        ([Penalty(STRICT), STRICT], {}, 1),
+        ([STRICT], {}, 0),
         ([good_format, accuracy], {"gate_reward": "accuracy"}, 1),
         ([good_format, PENALTY], {"gate_reward": "penalty"}, 1),
         ([MODEL], {"gate_threshold": 0.0}, 0),

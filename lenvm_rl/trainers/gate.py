@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lenvm_rl.correctness import FLAG_THRESHOLD, correctness_values, judge_of
-from lenvm_rl.reward_functions import unwrapped
 from lenvm_rl.trainers.base_config import LenVMConfig
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def gate_index(
     doubt = _doubt(args, judges, names)
     if doubt is None:
         # The task reward itself where it is there: its numbers are the ones that TRL logs.
-        return next((index for index, function in enumerate(functions) if unwrapped(function) is judges[0]), 0)
+        return next((index for index, function in enumerate(functions) if function == judges[0]), 0)
     users = [*args.gate_users, *users]
     if users:
         raise ValueError(f"{' and '.join(users)} must know which completions are correct, {doubt}")
@@ -68,7 +67,7 @@ def _doubt(args: LenVMConfig, judges: list[Callable], names: Sequence[str]) -> s
     instead = "or leave out what needs it (length_gate='all' pays every completion for length)"
     if not judges:
         return f"and there is no reward function: give one that pays 1 for correct and 0 for others, {instead}."
-    if any(judge is not judges[0] for judge in judges):
+    if any(judge != judges[0] for judge in judges):
         return (
             f"and there are several reward functions ({', '.join(names)}): set gate_reward to the name of the one that "
             f"says it, {instead}."

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lenvm_rl.processes import fails_together
 from lenvm_rl.reward_functions import accepted, check_returned, is_asynchronous
 from lenvm_rl.rollouts import atomic_file
 
@@ -50,6 +51,8 @@ def watched_rewards(trainer, tool_mask: Sequence[Sequence[int]] | None = None) -
 def watched(function: Callable, name: str, trainer, further: Mapping[str, Any] | None = None) -> Callable:
     """A reward function whose errors say that they are its own, and which returns one number or `None` each.
 
+    Its error on one process ends the others too, unless it is asynchronous: those are in no order.
+
     TRL takes NaN for `None` ("not scored") from here on. A function that computes NaN has a fault, so it is stopped.
 
     Args:
@@ -67,7 +70,7 @@ def watched(function: Callable, name: str, trainer, further: Mapping[str, Any] |
     further = accepted(function, further or {})
 
     def call(**arguments):
-        with _naming(name, arguments, trainer):
+        with fails_together(f"The reward function '{name}'"), _naming(name, arguments, trainer):
             return check_returned(function(**(further | arguments)), name, len(arguments["completions"]))
 
     async def call_asynchronously(**arguments):
