@@ -3,23 +3,29 @@
 vLLM is none of this library's requirements and of none of its extras, because it insists on a torch version of its
 own: install it as its documentation says, in an environment where this library's requirements still hold.
 
-Not run where this library is developed, which has no GPU: the calls below follow vLLM's documentation and are tested
-against a stand-in.
+Tested against a stand-in; run for real with vLLM 0.32 on a CPU.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.endings import strip_completion
 from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.sampling_jobs import Prompt, SamplingJob, SamplingSettings, run_to_file
+
+logger = logging.getLogger(__name__)
 
 
 def sample_with_vllm(
@@ -50,14 +56,18 @@ def sample_with_vllm(
         eos_token_ids (`Sequence[int]`, *optional*, defaults to the tokenizer's): every id that ends a completion, such
             as those of the policy's generation config.
         generator (`str`, *optional*, defaults to `model`): what the metadata calls the policy.
-        engine_arguments: further arguments of `vllm.LLM` (`tensor_parallel_size`, `dtype`, `max_model_len`, ...).
+        engine_arguments: further arguments of `vllm.LLM` (`tensor_parallel_size`, `dtype`, `max_model_len`, ...). Left
+            to itself, vLLM computes in 16 bits where the checkpoint has 32.
 
     Returns:
-        `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them.
+        `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them. The metadata's `sampling` says with
+        which version of vLLM (`vllm_version`) and in which `dtype` they were sampled.
 
     Raises:
         ImportError: if vLLM is not installed.
-        ValueError: see [`~lenvm_rl.sampling_jobs.SamplingJob`] and [`~lenvm_rl.sampling_jobs.run_to_file`].
+        ValueError: see [`~lenvm_rl.sampling_jobs.SamplingJob`] and [`~lenvm_rl.sampling_jobs.run_to_file`]; also if a
+            prompt leaves no room for `max_new_tokens` in what vLLM takes (`max_model_len`), or a job that was begun in
+            one dtype would go on in another.
     """
     job = VLLMJob(
         model,
@@ -108,17 +118,55 @@ class VLLMJob(SamplingJob):
     ):
         super().__init__(tokenizer, prompts, settings, **others)
         self.model, self.engine_arguments = model, dict(engine_arguments or {})
+        # What is asked for, before the engine takes its minutes to load; without a word, it says itself what it takes.
+        asked = self.engine_arguments.get("max_model_len")
+        self.check_room(asked if isinstance(asked, int) and asked > 0 else None)
+        self._llm: Any = None
+        self._facts: dict[str, str] | None = None
 
     def description(self):
         """See [`~lenvm_rl.sampling_jobs.SamplingJob.description`]."""
         return {"model": self.model, "token_ids": "sampled", "engine_arguments": self.engine_arguments}
 
+    def prepare(self, kept=None):
+        """What the engine made of the settings: of no influence on the steps, but known only once it is loaded."""
+        if kept is None:
+            self._load()
+        else:
+            [self._facts] = kept
+        return [self._facts]
+
+    def report(self, records):
+        """See [`~lenvm_rl.sampling_jobs.SamplingJob.report`]."""
+        return dict(self._facts or {})
+
+    def _load(self) -> Any:
+        """The engine, loaded when it is needed first, without a trace in the caller's random numbers."""
+        if self._llm is not None:
+            return self._llm
+        vllm = import_vllm()
+        with _random_states_kept():
+            self._llm = vllm.LLM(model=self.model, seed=self.seed, **self.engine_arguments)
+        config = self._llm.llm_engine.model_config
+        self.check_room(config.max_model_len)
+        facts = {"vllm_version": vllm.__version__, "dtype": str(config.dtype).removeprefix("torch.")}
+        begun = self._facts or facts
+        if begun["dtype"] != facts["dtype"]:
+            raise ValueError(
+                f"These rollouts were begun in {begun['dtype']}, and vLLM would go on in {facts['dtype']}: give "
+                f"dtype={begun['dtype']!r} (with --engine_arguments), or start over under another path."
+            )
+        if begun != facts:
+            logger.warning("begun with vLLM %s, goes on with %s", begun["vllm_version"], facts["vllm_version"])
+        self._facts = begun
+        logger.info("vLLM %s computes in %s", facts["vllm_version"], facts["dtype"])
+        return self._llm
+
     def sample(self, steps: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """See [`~lenvm_rl.sampling_jobs.SamplingJob.sample`]."""
         if not steps:
             return
-        vllm = import_vllm()
-        llm = vllm.LLM(model=self.model, seed=self.seed, **self.engine_arguments)
+        vllm, llm = import_vllm(), self._load()
         size = self.settings.batch_size
         for start in range(0, len(steps), size):
             batch = steps[start : start + size]
@@ -148,3 +196,17 @@ class VLLMJob(SamplingJob):
             stop_token_ids=self.eos_token_ids,
             detokenize=False,
         )
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """vLLM seeds the random numbers of the process that it is loaded in: they are put back."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    # A GPU that nobody used yet has no state, and must not be touched before vLLM starts processes of its own.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
