@@ -35,9 +35,9 @@ from lenvm_rl.journal import MetricsFile
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.packing import unpack
 from lenvm_rl.pretraining_arguments import LengthValueTrainingArguments, check_precision
+from lenvm_rl.pretraining_record import begin, check_resumed, find_checkpoint, settings_of
 from lenvm_rl.returns import fit_gamma
 from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.run_checkpoints import last_complete_checkpoint
 from lenvm_rl.shared_prompts import SharedPromptCollator, check_sharing, model_inputs
 from lenvm_rl.step_sampling import SortedSampler, StepSampler
 from lenvm_rl.targets import IGNORED, length_value_loss, value_targets
@@ -363,13 +363,11 @@ def pretrain(
         without `eval_rollouts`).
 
     Raises:
-        ValueError: if `args.output_dir` has a checkpoint and `resume` is not set; and as [`LengthValueTrainer`].
+        FileNotFoundError: if `args.resume_from_checkpoint` is no checkpoint.
+        ValueError: if `args.output_dir` has a checkpoint and `resume` is not set, or the run was begun with other
+            settings or rollouts; and as [`LengthValueTrainer`].
     """
-    checkpoint = last_complete_checkpoint(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        checkpoint = args.resume_from_checkpoint
-    elif checkpoint and not resume:
-        raise ValueError(f"There is a checkpoint already, {checkpoint}: resume from it, or give another output_dir.")
+    checkpoint = find_checkpoint(args, resume)
     set_seed(args.seed)  # the head's first weights are drawn before the Trainer sets the seed
     train = prepare_rollouts(rollouts, args)
     model = make_length_value_model(model_or_path, train, metadata, args, tokenizer)
@@ -381,6 +379,11 @@ def pretrain(
         processing_class=tokenizer,
         callbacks=[MetricsFile(), *(callbacks or [])],
     )
+    settings = settings_of(args, model, train)
+    if checkpoint is not None:
+        check_resumed(os.path.dirname(checkpoint), settings)
+    elif trainer.is_world_process_zero():
+        begin(args.output_dir, settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_rollouts is not None else {}
     if metrics:

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from lenvm_rl.backbones import load_model
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import run_program
 from lenvm_rl.rollouts import read_rollouts, split_by_prompt, write_rollouts
@@ -90,11 +91,9 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
         eval_rollouts, _ = read_rollouts(args.eval_rollouts)
     elif args.eval_share > 0:
         rollouts, eval_rollouts = split_by_prompt(rollouts, args.eval_share, training_args.seed)
-        if training_args.process_index == 0:
-            write_rollouts(Path(training_args.output_dir) / HELD_OUT, eval_rollouts, metadata)
     else:
         eval_rollouts = None
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    tokenizer = load_model(AutoTokenizer.from_pretrained, args.model_name_or_path)
     if args.pad_token is not None:
         tokenizer.pad_token = args.pad_token
     _, metrics = pretrain(
@@ -106,6 +105,8 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
         eval_rollouts=eval_rollouts,
         resume=args.resume,
     )
+    if args.eval_rollouts is None and eval_rollouts is not None and training_args.process_index == 0:
+        write_rollouts(Path(training_args.output_dir) / HELD_OUT, eval_rollouts, metadata)
     if metrics and training_args.process_index == 0:
         logger.info("metrics on held-out prompts:\n%s", json.dumps(metrics, indent=2))
         print_comparison(metrics, Console(width=120))

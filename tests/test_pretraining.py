@@ -346,6 +346,8 @@ def test_a_run_is_saved_measured_and_resumed_exactly(tmp_path, layout):
         run("broken")
     # As if it had died while it wrote its second checkpoint: the trainer state comes last.
     (tmp_path / "broken" / "checkpoint-10" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="begun with other settings .learning_rate 0.001, now 0.002"):
+        run("broken", resume=True, learning_rate=2e-3)
     resumed, _ = run("broken", resume=True)
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
