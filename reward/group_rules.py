@@ -4,6 +4,10 @@ Each is a pure function ``(lengths, correct, group, **knobs) -> rewards`` over `
 the caller counts them: [`reward.length_penalties.LengthReward`] says how. `correct` holds 0 or 1. `group` holds
 integers; completions of one prompt share theirs, in any order.
 
+A prompt with one completion has nothing to compare it with. Whatever its length, a correct one then gets 0 from Kimi's
+rule, ``1 - alpha / 2`` from Arora's, `alpha` from ShorterBetter and ``1 / (1 + alpha)`` from GR³; ALP and LASER-D still
+price its length.
+
 Default everywhere: the length of a wrong answer does not matter to its own reward, since paying for it teaches to fail
 fast. Where a paper lets wrong answers pay, `penalize_wrong=True` is the paper's form.
 """
