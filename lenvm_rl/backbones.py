@@ -229,7 +229,9 @@ def check_causal(decoder) -> None:
     ids = torch.tensor([first + others[:half], first + others[-half:]], device=embedding.device)
     modes = [(module, module.training) for module in decoder.modules()]
     decoder.eval()
-    hidden = decoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0].float()
+    hidden = (
+        decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state[:, 0].float()
+    )
     for module, training in modes:
         module.training = training
     # Equal but for rounding; an encoder with random weights of the usual size differs by 0.003 and more.

@@ -13,15 +13,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StopStringCriteria,
 )
 
-from lenvm_rl.guidance import TILT, LengthGuidance, tilt
-from lenvm_rl.logits_processor import GuidanceReport, LengthGuidedLogitsProcessor, as_list
+from lenvm_rl.endings import end_token_ids
+from lenvm_rl.guidance import TILT, LengthGuidance, as_list, tilt
+from lenvm_rl.guidance_report import GuidanceReport
+from lenvm_rl.guided_inputs import check_call, new_tokens, prompt_mask, read_inputs
+from lenvm_rl.logits_processor import LengthGuidedLogitsProcessor
 from lenvm_rl.tokenization import check_same_tokenizer
 
 __all__ = [
@@ -32,10 +38,6 @@ __all__ = [
     "mean_length_at",
     "tilt",
 ]
-
-# What `generate` would apply after the guidance, and the value at which it does nothing.
-REFUSED_WARPERS = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
-REFUSED_MODES = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha", "inputs_embeds")
 
 
 def generate_guided(
@@ -61,6 +63,7 @@ def generate_guided(
         model (`transformers.PreTrainedModel`): the policy.
         length_value_model (`LengthValueModel`): frozen, in eval mode, with the policy's tokenizer.
         inputs (`torch.Tensor` of shape `(B, S)` or mapping): prompts padded on the left, ids or with `attention_mask`.
+            Without a mask, what counts as padding is for `generate` to say ([`~lenvm_rl.guided_inputs.prompt_mask`]).
         guidance ([`LengthGuidance`] or sequence of them): how to guide; one for all prompts, or one for each.
         tokenizer (*optional*): the policy's, to be compared; without it, only the sizes of the vocabularies are.
         scoring (*optional*): see [`LengthGuidedLogitsProcessor`].
@@ -72,38 +75,73 @@ def generate_guided(
         report)`, see [`GuidanceReport`].
 
     Raises:
-        ValueError: on arguments that contradict the guidance, no room for `target_length`, or tokenizers that differ.
+        ValueError: on arguments that contradict the guidance, inputs that the length value model would not see, no
+            room for `target_length`, rows that may outgrow its context, or tokenizers that differ.
     """
-    inputs = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+    inputs, arguments = read_inputs(inputs, generate_kwargs)
     several = as_list(guidance)
-    merged = _merged_generation_config(model, several, generation_config, generate_kwargs)
-    _check_call(several, merged, generation_config, inputs, generate_kwargs)
+    merged = _merged_generation_config(model, several, generation_config, arguments)
+    check_call(model, several, merged, generation_config, inputs, arguments)
+    criteria = _stopping_criteria(arguments.pop("stopping_criteria", None) or (), merged, tokenizer)
     if tokenizer is not None:
         check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
+    exists = _exists(inputs, merged)
     processor = LengthGuidedLogitsProcessor(
         length_value_model,
         several,
-        eos_token_id=merged.eos_token_id,
-        attention_mask=inputs.get("attention_mask"),
+        eos_token_id=_ends(merged, criteria),
+        attention_mask=exists,
         pad_token_id=merged.pad_token_id,
         scoring=scoring,
         same_tokenizer=tokenizer is not None,
         record=return_report,
     )
+    processor.check_length(int(exists.sum(dim=1).max()) + max(1, new_tokens(merged, exists.shape[1], criteria)))
     output = model.generate(
         **inputs,
-        **_passed_on(generate_kwargs, merged, tokenizer),
+        **_passed_on(arguments, model, merged, tokenizer),
         generation_config=merged,
+        stopping_criteria=processor.watch(criteria),
         logits_processor=LogitsProcessorList([*logits_processor, processor]),
     )
     sequences = output if isinstance(output, Tensor) else output.sequences
     return (output, processor.finish(sequences)) if return_report else output
 
 
-def _passed_on(arguments: Mapping, merged: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict:
+def _exists(inputs: Mapping[str, Tensor], merged: GenerationConfig) -> Tensor:
+    """Which prompt tokens `generate` will let the policy see, `(B, S)`."""
+    ends = end_token_ids(None, merged)
+    return prompt_mask(inputs["input_ids"], inputs.get("attention_mask"), merged.pad_token_id, ends)
+
+
+def _stopping_criteria(
+    given: Sequence[StoppingCriteria], merged: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> list[StoppingCriteria]:
+    """The given criteria, and that of `merged.stop_strings`, which `generate` then need not make."""
+    stop_strings, merged.stop_strings = merged.stop_strings, None
+    if stop_strings is None or any(type(each) is StopStringCriteria for each in given):
+        return list(given)
+    if tokenizer is None:
+        raise ValueError("stop_strings needs the tokenizer whose text is searched: give tokenizer=.")
+    return [*given, StopStringCriteria(tokenizer, stop_strings)]
+
+
+def _ends(merged: GenerationConfig, criteria: Sequence[StoppingCriteria]) -> list[int]:
+    """The ids that end a row: a given criterion takes the place of the one that `generate` would make."""
+    given = [each.eos_token_id for each in criteria if type(each) is EosTokenCriteria]
+    ends = end_token_ids(None, given[0] if given else merged)
+    if not ends:
+        raise ValueError("the policy has no eos_token_id: set it in model.generation_config, or pass eos_token_id=.")
+    return ends
+
+
+def _passed_on(
+    arguments: Mapping, model: PreTrainedModel, merged: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> dict:
     """The arguments of `generate` that are no settings, which stand in the merged ones."""
     passed_on = {name: value for name, value in arguments.items() if not hasattr(merged, name)}
-    if tokenizer is not None and merged.stop_strings is not None:
+    if tokenizer is not None and model.generation_config.stop_strings is not None:
+        # `generate` fills in what the merged settings lack.
         passed_on["tokenizer"] = tokenizer
     return passed_on
 
@@ -130,8 +168,7 @@ def mean_length_at(
     """
     if guidance.mode != TILT:
         raise ValueError(f"mode={guidance.mode!r} has no strength to be found: give a guidance with mode='tilt'.")
-    ids = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
-    devices = [ids.device] if ids.device.type == "cuda" else []
+    devices = [model.device] if model.device.type == "cuda" else []
 
     def measure(strength: float) -> float:
         with torch.random.fork_rng(devices=devices):
@@ -164,65 +201,3 @@ def _merged_generation_config(
     owned["min_p"] = None if model.generation_config.min_p is None else 0.0
     merged.update(**{**arguments, **owned})
     return merged
-
-
-def _check_call(
-    guidance: list[LengthGuidance],
-    merged: GenerationConfig,
-    given: GenerationConfig | None,
-    inputs: Mapping,
-    arguments: Mapping,
-) -> None:
-    """Refuses what cannot be done; says what to change."""
-    rows, width = inputs["input_ids"].shape
-    if len(guidance) not in (1, rows):
-        raise ValueError(f"{len(guidance)} guidances do not fit {rows} prompts: give one, or one for each.")
-    for each in dict.fromkeys(guidance):
-        _check_settings(each, len(set(guidance)) == 1, given, arguments)
-        _check_room(each, merged, width)
-    _check_generation(merged, {**arguments, **inputs})
-
-
-def _check_settings(guidance: LengthGuidance, alone: bool, given: GenerationConfig | None, arguments: Mapping) -> None:
-    """Refuses settings of sampling that contradict the guidance; rows that differ can have none but their own."""
-    owned = {"do_sample": guidance.temperature > 0, "top_k": guidance.top_k, "top_p": guidance.top_p}
-    owned |= {"min_p": guidance.min_p, "temperature": guidance.temperature}
-    stated = {} if given is None else {name: getattr(given, name) for name in owned}
-    stated |= {name: arguments[name] for name in owned if name in arguments}
-    for name, value in stated.items():
-        if value is None:
-            continue
-        if not alone:
-            raise ValueError(f"{name}={value} is for all rows, which are guided differently: set it in LengthGuidance.")
-        if value != owned[name]:
-            raise ValueError(
-                f"{name}={value} contradicts the guidance, which has {owned[name]}: set it in LengthGuidance only."
-            )
-
-
-def _check_room(guidance: LengthGuidance, merged: GenerationConfig, prompt_width: int) -> None:
-    """Refuses a target that the longest completion cannot reach; the end takes a token, too."""
-    if guidance.mode == TILT:
-        return
-    room = merged.max_new_tokens
-    if room is None:
-        room = (merged.max_length or 0) - prompt_width
-    if room < guidance.target_length + 1:
-        raise ValueError(
-            f"target_length={guidance.target_length} needs max_new_tokens of at least {guidance.target_length + 1} "
-            f"(the end-of-sequence token is one more), got {room}."
-        )
-
-
-def _check_generation(merged: GenerationConfig, arguments: Mapping) -> None:
-    """Refuses what would act on the guided scores, or breaks the order of rows."""
-    for name, neutral in REFUSED_WARPERS.items():
-        if getattr(merged, name) not in (None, neutral):
-            raise ValueError(f"{name} would act on the guided distribution: unset it, or use top_k, top_p or min_p.")
-    for name in REFUSED_MODES:
-        if arguments.get(name) is not None:
-            raise ValueError(f"{name} cannot be combined with length guidance: leave it out.")
-    if merged.num_beams not in (None, 1):
-        raise ValueError(f"num_beams={merged.num_beams}: beam search cannot be guided, use num_beams=1.")
-    if merged.eos_token_id is None:
-        raise ValueError("the policy has no eos_token_id: set it in model.generation_config, or pass eos_token_id=.")

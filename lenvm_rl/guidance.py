@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,8 @@ RULES = (PAPER, FEASIBLE, PATIENT)
 DEFAULT_TOLERANCE = 0.1
 # Far beyond this, scores would overflow in float32; far below it, only one candidate is left.
 MAX_STRENGTH = 1e9
+# Scores over a temperature below this would overflow, and no temperature has any effect beyond its inverse.
+MIN_TEMPERATURE = 1e-9
 # Predictions this near, relative to their size, are the same: float32 does not tell them apart.
 TIE = 1e-5
 
@@ -64,7 +67,7 @@ class LengthGuidance:
             asked for, as a share of the latter, in [0, 1).
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy, before the guidance. 0 means greedy: the most probable token of the guided
-            distribution, formed at temperature 1.
+            distribution, formed at temperature 1. Anything else lies in [1e-9, 1e9].
         top_k (`int`, *optional*, defaults to `0`):
             Only the `top_k` most probable tokens are candidates; 0 for all.
         top_p (`float`, *optional*, defaults to `1.0`):
@@ -103,8 +106,7 @@ class LengthGuidance:
                     raise ValueError(f"{name} means nothing to mode='tilt': leave it out, and set strength.")
         else:
             self._check_target()
-        if not (_is_number(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be finite and not negative (0 is greedy), got {self.temperature!r}.")
+        check_temperature("temperature", self.temperature, greedy=True)
         if not (_is_integer(self.top_k) and self.top_k >= 0):
             raise ValueError(f"top_k must be an integer of at least 0 (0 for all tokens), got {self.top_k!r}.")
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
@@ -136,6 +138,10 @@ class LengthGuidance:
     def truncates(self) -> bool:
         """Whether any token is barred from being a candidate."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def truncates_among(self, vocab_size: int) -> bool:
+        """Whether any of so many tokens is barred from being a candidate: `top_k` may be as large."""
+        return 0 < self.top_k < vocab_size or self.top_p < 1 or self.min_p > 0
 
     @property
     def needs_values(self) -> bool:
@@ -253,6 +259,25 @@ def keep_feasible(
     kept = scores.masked_fill(~fits, -math.inf)
     fallback = select_nearest(scores, remaining, mode, left, patient)
     return torch.where(fits.any(dim=-1, keepdim=True), kept, fallback)
+
+
+def as_list(guidance: LengthGuidance | Sequence[LengthGuidance]) -> list[LengthGuidance]:
+    """One guidance as a list, and several as they are; a `ValueError` if there is none."""
+    several = [guidance] if isinstance(guidance, LengthGuidance) else list(guidance)
+    if not several:
+        raise ValueError("no guidance is given: give one, or one for each prompt.")
+    return several
+
+
+def check_temperature(name: str, temperature, greedy: bool) -> None:
+    """Raises a `ValueError` unless scores can be divided by a temperature; 0 is allowed where it means greedy."""
+    if greedy and _is_number(temperature) and temperature == 0:
+        return
+    if not (_is_number(temperature) and MIN_TEMPERATURE <= temperature <= 1 / MIN_TEMPERATURE):
+        raise ValueError(
+            f"{name} must {'be 0 (greedy) or ' if greedy else ''}lie between {MIN_TEMPERATURE:g} and "
+            f"{1 / MIN_TEMPERATURE:g}, got {temperature!r}."
+        )
 
 
 def _is_number(value) -> bool:

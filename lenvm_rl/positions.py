@@ -1,4 +1,5 @@
-"""Position ids for a length value model's decoder: counted from the mask, or left to a decoder that sees pictures.
+"""Positions in a length value model's decoder: counted from the mask, or left to a decoder that sees pictures; and how
+many there are.
 
 Vision-language decoders with multimodal rotary positions (Qwen2-VL, Qwen2.5-VL, …) place the tokens of a picture on a
 grid, by `get_rope_index`; the text behind it goes on from the grid's larger side and not from the number of tokens.
@@ -9,6 +10,8 @@ import torch
 from lenvm_rl.completions import position_ids_from_mask
 
 _GRIDS = ("image_grid_thw", "video_grid_thw")
+_STRETCHED = ("dynamic", "yarn")
+_REACHES = ("window", "chunk", "block", "local", "span")
 
 
 def _places_on_grid(decoder) -> bool:
@@ -18,6 +21,29 @@ def _places_on_grid(decoder) -> bool:
 def grid_offsets(decoder):
     """How far the next position is ahead of the number of tokens, `(B, 1)`, if the decoder has just made its own."""
     return decoder.rope_deltas if _places_on_grid(decoder) else None
+
+
+def context_of(config) -> int | None:
+    """Tokens that a model can read, prompt included, as its config says it; `None` where it names no limit.
+
+    Args:
+        config (`PretrainedConfig`): of a decoder, or of a model around one.
+    """
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if limit is not None and rope.get("rope_type") in _STRETCHED:
+        # Their configs name what the model was trained on before its positions were stretched.
+        trained = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(trained * (rope.get("factor") or 1.0)))
+    return limit
+
+
+def window_sizes(config) -> list[int]:
+    """Numbers in a decoder's config that may be the reach of an attention, in tokens, ascending."""
+    text = config.get_text_config(decoder=True).to_dict()
+    named = [value for name, value in text.items() if any(part in name for part in _REACHES)]
+    return sorted({value for value in named if isinstance(value, int) and not isinstance(value, bool) and value > 1})
 
 
 def decoder_positions(decoder, inputs, attention_mask, position_ids, past_key_values, backbone_kwargs):

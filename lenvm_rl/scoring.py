@@ -11,12 +11,20 @@ Two scorers with one interface: `start` with the prompts, then `score` and `adva
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+
+from lenvm_rl.cached_scoring import compare_with_full_rows
+from lenvm_rl.positions import context_of, window_sizes
 
 MASKABLE_ATTENTION = ("eager", "sdpa")
+# Tokens before the candidates where cached scoring is compared with full rows, and rows that are no longer short.
+PREFIX, SHORT = 6, 16
+# Up to how many tokens cached scoring is known to be right, for each model.
+_CHECKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def check_scorable(length_value_model: nn.Module) -> None:
@@ -25,8 +33,47 @@ def check_scorable(length_value_model: nn.Module) -> None:
         raise ValueError("the length value model is in training mode: call `.freeze()` or `.eval()` before scoring.")
 
 
-class CandidateScorer:
+class Scorer:
+    """What both scorers share.
+
+    Args:
+        length_value_model (`LengthValueModel`): or a model like it, see the scorers.
+        max_tokens (`int`, *optional*, defaults to `16384`): the most candidate tokens in one forward.
+
+    Raises:
+        ValueError: see [`check_scorable`].
+    """
+
+    def __init__(self, length_value_model: nn.Module, max_tokens: int = 16384):
+        check_scorable(length_value_model)
+        self.model = length_value_model
+        self.max_tokens = max_tokens
+        self.vocab_size = length_value_model.get_input_embeddings().weight.shape[0]
+        self.context = context_of(length_value_model.config)
+        # Of the longest row so far.
+        self._length = 0
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def check_length(self, tokens: int) -> None:
+        """Raises a `ValueError` unless rows of so many tokens, prompt included, can be scored."""
+        if self.context is not None and tokens > self.context:
+            raise ValueError(
+                f"rows of {tokens} tokens, prompt included, go beyond the length value model's context of "
+                f"{self.context}: lower max_new_tokens, shorten the prompts, or use a length value model with a longer "
+                "context."
+            )
+
+
+class CandidateScorer(Scorer):
     """Scores candidates as siblings against a cached prefix: one forward for each generated token.
+
+    That is right only where a token's key and value depend on nothing that comes later. Some position schemes break
+    it (frequencies that change with the length of a row, distances counted in slots of the cache), from the start or
+    beyond some length. So cached scoring is compared with full rows: a few short forwards when a model is first used,
+    and again before rows get longer than what was compared.
 
     Args:
         length_value_model (`LengthValueModel`):
@@ -36,12 +83,13 @@ class CandidateScorer:
             The most candidate tokens in one forward; more candidates are scored in several.
 
     Raises:
-        ValueError: if the model is in training mode, its attention takes no custom mask, or its cache holds anything
-            but full attention (sliding windows, recurrent states), for which siblings cannot share a prefix.
+        ValueError: if the model is in training mode, its attention takes no custom mask, its cache holds anything
+            but full attention (sliding windows, recurrent states), for which siblings cannot share a prefix, or
+            candidates scored against it get other values than in full rows.
     """
 
     def __init__(self, length_value_model: nn.Module, max_tokens: int = 16384):
-        check_scorable(length_value_model)
+        super().__init__(length_value_model, max_tokens)
         for module in length_value_model.modules():
             if isinstance(module, PreTrainedModel):
                 attention = module.config._attn_implementation
@@ -50,38 +98,48 @@ class CandidateScorer:
                         f"{type(module).__name__} uses the attention {attention!r}, which takes no custom mask: load "
                         "it with attn_implementation='sdpa', or score with scoring='full'."
                     )
-        self.model = length_value_model
-        self.max_tokens = max_tokens
-        self.vocab_size = length_value_model.get_input_embeddings().weight.shape[0]
-        self._check_cache()
+        self.check_length(1)
 
-    @torch.no_grad()
-    def _check_cache(self) -> None:
-        probe = torch.zeros(1, 1, dtype=torch.long, device=self._device)
-        cache = self.model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=True).past_key_values
-        kinds = {type(cache).__name__} if cache is None else {type(layer).__name__ for layer in cache.layers}
-        if kinds - {DynamicLayer.__name__}:
-            raise ValueError(
-                f"the length value model caches {', '.join(sorted(kinds))}, but siblings can share a prefix only in "
-                "full attention (no sliding window, no recurrent state): score with scoring='full'."
-            )
+    def check_length(self, tokens: int) -> None:
+        """Raises a `ValueError` unless rows of so many tokens, prompt included, can be scored against a cache."""
+        super().check_length(tokens)
+        checked = _CHECKED.get(self.model, 0)
+        if tokens <= checked:
+            return
+        # Twice as far, so that a row that grows token by token is compared a few times only.
+        limit = max(tokens, 2 * checked, SHORT)
+        limit = limit if self.context is None else min(limit, self.context)
+        if limit > SHORT:
+            # A few tokens, then a leap to the end: no position in between has to be computed.
+            compare_with_full_rows(self, PREFIX, limit - 2)
+        for window in window_sizes(self.model.config):
+            if checked < 2 * window and window < 2 * limit:
+                compare_with_full_rows(self, window, window)
+        # Last, since frequencies that grow with the longest row seen are put back by a short one.
+        compare_with_full_rows(self, PREFIX, PREFIX)
+        _CHECKED[self.model] = limit
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
-
-    @torch.no_grad()
     def start(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Reads the prompts, forgetting whatever came before.
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, S)`): prompts, padded on the left.
             attention_mask (`torch.Tensor` of shape `(B, S)`): 1 where a prompt token exists.
+
+        Raises:
+            ValueError: on ids outside the vocabulary, or see [`CandidateScorer.check_length`].
         """
+        self._length = int(attention_mask.sum(dim=1).max())
+        self.check_length(self._length + 1)
+        self.read(input_ids, attention_mask)
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, attention_mask: Tensor, leap: int = 0) -> None:
+        """[`CandidateScorer.start`] without its check; the next token stands `leap` positions further than it would."""
         device = self._device
         self._exists = attention_mask.to(device).bool()
         self._rows = torch.arange(input_ids.shape[0], device=device)
-        self._next_position = self._exists.sum(dim=1)
+        self._next_position = self._exists.sum(dim=1) + leap
         self._siblings: list[tuple[Tensor, Tensor]] | None = None
         # Chosen tokens that are not in the cache yet: ids `(R, m)`, and which of them exist.
         self._waiting = torch.zeros(input_ids.shape[0], 0, dtype=torch.long, device=device)
@@ -92,7 +150,6 @@ class CandidateScorer:
         output = self.model(input_ids=ids, attention_mask=self._exists.long(), use_cache=True)
         self._cache = output.past_key_values
 
-    @torch.no_grad()
     def score(self, candidates: Tensor, valid: Tensor) -> Tensor:
         """Logits of the states after each candidate.
 
@@ -102,7 +159,16 @@ class CandidateScorer:
 
         Returns:
             `torch.Tensor` of shape `(B, k)`: float32 logits; 0 where not valid.
+
+        Raises:
+            ValueError: on ids outside the vocabulary, or see [`CandidateScorer.check_length`].
         """
+        self.check_length(self._length + 1)
+        return self.score_unchecked(candidates, valid)
+
+    @torch.no_grad()
+    def score_unchecked(self, candidates: Tensor, valid: Tensor) -> Tensor:
+        """[`CandidateScorer.score`] without its check."""
         scored = torch.zeros(candidates.shape, dtype=torch.float32, device=self._device)
         self._siblings = None
         valid_rows = valid.to(self._device)[self._rows].bool()
@@ -127,6 +193,7 @@ class CandidateScorer:
                 (another processor forced it, or there was nothing to choose) waits for the next forward.
             live (`torch.Tensor` of shape `(B,)`): 0 for rows that have finished; they stay finished.
         """
+        self._length += 1
         chosen, live = chosen.to(self._device)[self._rows], live.to(self._device)[self._rows].bool()
         if not bool(live.any()):
             self._rows = self._rows[:0]
@@ -202,7 +269,7 @@ class CandidateScorer:
         self._waiting, self._waiting_exists = self._waiting[kept], self._waiting_exists[kept]
 
 
-class FullRowScorer:
+class FullRowScorer(Scorer):
     """Scores each candidate as a complete row, prompt included: slow, but right for any backbone.
 
     Args:
@@ -214,22 +281,18 @@ class FullRowScorer:
         ValueError: if the model is in training mode.
     """
 
-    def __init__(self, length_value_model: nn.Module, max_tokens: int = 16384):
-        check_scorable(length_value_model)
-        self.model = length_value_model
-        self.max_tokens = max_tokens
-        self.vocab_size = length_value_model.get_input_embeddings().weight.shape[0]
-
     def start(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Reads the prompts, as [`CandidateScorer.start`] does."""
-        device = self.model.get_input_embeddings().weight.device
-        self._exists = attention_mask.to(device).bool()
-        self._ids = input_ids.to(device).masked_fill(~self._exists, 0)
+        self._length = int(attention_mask.sum(dim=1).max())
+        self.check_length(self._length + 1)
+        self._exists = attention_mask.to(self._device).bool()
+        self._ids = input_ids.to(self._device).masked_fill(~self._exists, 0)
         _check_ids(self._ids, self.vocab_size)
 
     @torch.no_grad()
     def score(self, candidates: Tensor, valid: Tensor) -> Tensor:
         """Logits of the states after each candidate, as [`CandidateScorer.score`] gives them."""
+        self.check_length(self._length + 1)
         row, slot = valid.to(self._ids.device).nonzero(as_tuple=True)
         ids = candidates.to(self._ids.device)[row, slot]
         _check_ids(ids, self.vocab_size)
@@ -244,6 +307,7 @@ class FullRowScorer:
 
     def advance(self, chosen: Tensor, live: Tensor) -> None:
         """Appends the chosen tokens to the prefixes, as [`CandidateScorer.advance`] does."""
+        self._length += 1
         live = live.to(self._ids.device).bool()
         chosen = chosen.to(self._ids.device).masked_fill(~live, 0)
         self._ids = torch.cat([self._ids, chosen.unsqueeze(1)], dim=1)
