@@ -75,8 +75,7 @@ def generate_guided(
         report)`, see [`GuidanceReport`].
 
     Raises:
-        ValueError: on arguments that contradict the guidance, inputs that the length value model would not see, no
-            room for `target_length`, rows that may outgrow its context, or tokenizers that differ.
+        ValueError: see `lenvm_rl.guided_inputs`; on tokenizers that differ, or rows that may outgrow the context.
     """
     inputs, arguments = read_inputs(inputs, generate_kwargs)
     several = as_list(guidance)
@@ -85,18 +84,8 @@ def generate_guided(
     criteria = _stopping_criteria(arguments.pop("stopping_criteria", None) or (), merged, tokenizer)
     if tokenizer is not None:
         check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
-    exists = _exists(inputs, merged)
-    processor = LengthGuidedLogitsProcessor(
-        length_value_model,
-        several,
-        eos_token_id=_ends(merged, criteria),
-        attention_mask=exists,
-        pad_token_id=merged.pad_token_id,
-        scoring=scoring,
-        same_tokenizer=tokenizer is not None,
-        record=return_report,
-    )
-    processor.check_length(int(exists.sum(dim=1).max()) + max(1, new_tokens(merged, exists.shape[1], criteria)))
+    settings = {"scoring": scoring, "same_tokenizer": tokenizer is not None, "record": return_report}
+    processor = _processor(length_value_model, several, inputs, merged, criteria, **settings)
     output = model.generate(
         **inputs,
         **_passed_on(arguments, model, merged, tokenizer),
@@ -108,10 +97,27 @@ def generate_guided(
     return (output, processor.finish(sequences)) if return_report else output
 
 
-def _exists(inputs: Mapping[str, Tensor], merged: GenerationConfig) -> Tensor:
-    """Which prompt tokens `generate` will let the policy see, `(B, S)`."""
-    ends = end_token_ids(None, merged)
-    return prompt_mask(inputs["input_ids"], inputs.get("attention_mask"), merged.pad_token_id, ends)
+def _processor(
+    length_value_model: nn.Module,
+    guidance: list[LengthGuidance],
+    inputs: Mapping[str, Tensor],
+    merged: GenerationConfig,
+    criteria: Sequence[StoppingCriteria],
+    **settings,
+) -> LengthGuidedLogitsProcessor:
+    """The processor of one call, which sees the prompts that `generate` will let the policy see."""
+    mask, pad = inputs.get("attention_mask"), merged.pad_token_id
+    exists = prompt_mask(inputs["input_ids"], mask, pad, end_token_ids(None, merged))
+    processor = LengthGuidedLogitsProcessor(
+        length_value_model,
+        guidance,
+        eos_token_id=_ends(merged, criteria),
+        attention_mask=exists,
+        pad_token_id=pad,
+        **settings,
+    )
+    processor.check_length(int(exists.sum(dim=1).max()) + max(1, new_tokens(merged, exists.shape[1], criteria)))
+    return processor
 
 
 def _stopping_criteria(

@@ -106,18 +106,30 @@ class CandidateScorer(Scorer):
         checked = _CHECKED.get(self.model, 0)
         if tokens <= checked:
             return
-        # Twice as far, so that a row that grows token by token is compared a few times only.
+        # Twice as far if that is right, so that rows which grow token by token are compared a few times only.
         limit = max(tokens, 2 * checked, SHORT)
         limit = limit if self.context is None else min(limit, self.context)
+        while True:
+            try:
+                self._compare(checked, limit)
+                break
+            except ValueError:
+                if limit <= max(tokens, SHORT):
+                    raise
+                limit = (max(tokens, SHORT) + limit) // 2
+        _CHECKED[self.model] = limit
+
+    def _compare(self, checked: int, limit: int) -> None:
+        """Compares with full rows what may differ between rows of `checked` and of `limit` tokens."""
+        if not checked:
+            compare_with_full_rows(self, PREFIX, PREFIX)
         if limit > SHORT:
             # A few tokens, then a leap to the end: no position in between has to be computed.
             compare_with_full_rows(self, PREFIX, limit - 2)
         for window in window_sizes(self.model.config):
+            # Siblings lie further out in the cache than they stand.
             if checked < 2 * window and window < 2 * limit:
                 compare_with_full_rows(self, window, window)
-        # Last, since frequencies that grow with the longest row seen are put back by a short one.
-        compare_with_full_rows(self, PREFIX, PREFIX)
-        _CHECKED[self.model] = limit
 
     def start(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Reads the prompts, forgetting whatever came before.
@@ -148,7 +160,7 @@ class CandidateScorer(Scorer):
         ids = input_ids.to(device).masked_fill(~self._exists, 0)
         _check_ids(ids, self.vocab_size)
         output = self.model(input_ids=ids, attention_mask=self._exists.long(), use_cache=True)
-        self._cache = output.past_key_values
+        self.cache = output.past_key_values
 
     def score(self, candidates: Tensor, valid: Tensor) -> Tensor:
         """Logits of the states after each candidate.
@@ -213,7 +225,7 @@ class CandidateScorer(Scorer):
 
     def cache_bytes(self) -> int:
         """Bytes of the keys and values that are kept: those of the prefixes, whatever was scored."""
-        kept = [each for layer in self._cache.layers for each in (layer.keys, layer.values)]
+        kept = [each for layer in self.cache.layers for each in (layer.keys, layer.values)]
         return sum(each.numel() * each.element_size() for each in kept)
 
     def _append_scored(self, chosen: Tensor, live: Tensor) -> Tensor:
@@ -226,7 +238,7 @@ class CandidateScorer(Scorer):
             place = match.int().argmax(dim=1)
             rows = torch.arange(place.shape[0], device=self._device)
             for index, (keys, values) in enumerate(self._siblings):
-                self._cache.update(keys[rows, :, place].unsqueeze(2), values[rows, :, place].unsqueeze(2), index)
+                self.cache.update(keys[rows, :, place].unsqueeze(2), values[rows, :, place].unsqueeze(2), index)
             self._exists = torch.cat([self._exists, found.unsqueeze(1)], dim=1)
             self._next_position = self._next_position + found
         return found
@@ -252,18 +264,18 @@ class CandidateScorer(Scorer):
             input_ids=torch.cat([self._waiting, ids], dim=1),
             attention_mask=mask.unsqueeze(1),
             position_ids=torch.cat([before, self._next_position.unsqueeze(1).expand(-1, width)], dim=1),
-            past_key_values=self._cache,
+            past_key_values=self.cache,
             use_cache=True,
         )
-        added = [(layer.keys[:, :, -width:], layer.values[:, :, -width:]) for layer in self._cache.layers]
-        self._cache.crop(-width)
+        added = [(layer.keys[:, :, -width:], layer.values[:, :, -width:]) for layer in self.cache.layers]
+        self.cache.crop(-width)
         self._exists = torch.cat([self._exists, self._waiting_exists], dim=1)
         self._waiting, self._waiting_exists = self._waiting[:, :0], self._waiting_exists[:, :0]
         return output.logits[:, -width:].float(), added
 
     def _keep(self, kept: Tensor) -> None:
         """Drops all rows but `kept`, indices into the rows still held."""
-        self._cache.batch_select_indices(kept)
+        self.cache.batch_select_indices(kept)
         self._rows, self._exists = self._rows[kept], self._exists[kept]
         self._next_position = self._next_position[kept]
         self._waiting, self._waiting_exists = self._waiting[kept], self._waiting_exists[kept]

@@ -18,6 +18,7 @@ from lenvm_rl.sandbox.scripted import (
     countdown_chain,
     geometric_chain,
 )
+from lenvm_rl.scoring import CandidateScorer
 
 GAMMA = 0.9
 
@@ -159,15 +160,17 @@ class TestGenerate:
 
     def test_one_forward_for_each_token_though_rows_finish(self):
         policy, value, inputs = tiny_llama(), transformer(), prompts(40)
+        # What is asked of a model once, when it is first used, is none of the forwards of a generation.
+        CandidateScorer(value).check_length(64)
         calls = []
         value.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["input_ids"]), with_kwargs=True)
         guidance = LengthGuidance(strength=2.0, top_k=8)
         out = generate_guided(policy, value, inputs, guidance, max_new_tokens=30)
         lengths = (out[:, 5:] != PAD).sum(1)
         assert lengths.min() < 10 and lengths.max() == 30
-        # A probe at construction, the prompts, and then one for each token.
-        assert len(calls) == 2 + 30
-        assert calls[-1].shape[0] < 20 and max(call.shape[1] for call in calls[2:]) == 8
+        # The prompts, and then one for each token.
+        assert len(calls) == 1 + 30
+        assert calls[-1].shape[0] < 20 and max(call.shape[1] for call in calls[1:]) == 8
 
     def test_the_temperature_of_generate_can_be_accounted_for(self):
         policy, value, inputs = tiny_llama(), transformer(), prompts()
@@ -282,9 +285,9 @@ class TestRefusals:
         scores = torch.zeros(1, 80)
         scores[0, 20:22] = 5.0
         assert set(processor(torch.tensor([[7]]), scores).isfinite().nonzero()[:, 1].tolist()) == {20, 21}
+        # A padding row of the policy's table is the likeliest: it is no candidate, and takes no candidate's place.
         scores[0, 75] = 9.0
-        with pytest.raises(ValueError, match="outside the length value model's vocabulary"):
-            processor(torch.tensor([[8]]), scores)
+        assert set(processor(torch.tensor([[8]]), scores).isfinite().nonzero()[:, 1].tolist()) == {20, 21}
         out = generate_guided(policy, value, prompts(), LengthGuidance(temperature=0), max_new_tokens=1)
         assert out.shape == (6, 6)
 

@@ -17,6 +17,7 @@ from lenvm_rl.sandbox.scripted import (
     countdown_chain,
     geometric_chain,
 )
+from lenvm_rl.scoring import CandidateScorer
 
 BARRED = -math.inf
 # Four tokens: the end, and three that leave 3, 5 and 9 tokens to come.
@@ -250,14 +251,16 @@ class TestForwards:
     def test_no_forward_where_there_is_nothing_to_choose(self):
         policy, tokenizer = tiny_llama(), tiny_tokenizer(64)
         value = tiny_length_value_model(policy, 0.9, 1, tokenizer).freeze()
+        # What is asked of a model once, when it is first used, is none of the forwards of a generation.
+        CandidateScorer(value).check_length(32)
         calls = []
         value.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["input_ids"]), with_kwargs=True)
         ids = torch.randint(6, 64, (1, 5))
         guidance = LengthGuidance(strength=4.0, top_k=1)
         guided = generate_guided(policy, value, ids, guidance, max_new_tokens=12)
         assert torch.equal(guided, policy.generate(ids, max_new_tokens=12, do_sample=False))
-        # A probe at construction and the prompt.
-        assert len(calls) == 2
+        # The prompt.
+        assert len(calls) == 1
 
     def test_a_token_in_doubt_takes_those_along_that_were_not(self):
         """A minimum length leaves one candidate at some steps; cached and full scoring still agree."""

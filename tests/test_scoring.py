@@ -102,7 +102,7 @@ def test_one_forward_for_each_token_and_the_chosen_cache_is_that_of_the_full_row
         exists = torch.cat([exists, torch.ones(ROWS, 1, dtype=torch.long)], dim=1)
     assert calls == [(ROWS, 7), (ROWS, 3), (ROWS, 3), (ROWS, 3)]
     full = model(input_ids=rows, attention_mask=exists, use_cache=True).past_key_values
-    for ours, theirs in zip(scorer._cache.layers, full.layers, strict=True):
+    for ours, theirs in zip(scorer.cache.layers, full.layers, strict=True):
         where = exists.bool()[:, None, :, None]
         torch.testing.assert_close(ours.keys * where, theirs.keys * where, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.values * where, theirs.values * where, rtol=0, atol=1e-5)
