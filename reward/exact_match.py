@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
-from reward.gsm8k import completion_text
+from reward.answers import bare, completion_texts
+
+LETTER = re.compile(r"\A\(([A-Za-z])\)\Z")
 
 
 class ExactMatchReward:
     """A TRL reward function: 1.0 where a completion's answer is the gold one, else 0.0: a correctness flag. Picklable.
 
-    Whitespace at the ends never matters, and a run of it counts as one space.
+    Whitespace, Markdown emphasis and a full stop at the ends never matter, nor do brackets around a single letter. A
+    run of whitespace counts as one space. What a model thinks between ``<think>`` and ``</think>`` is no answer; where
+    that has no end, there is none.
 
     Args:
         marker (`str`, *optional*):
@@ -52,14 +57,25 @@ class ExactMatchReward:
         if self.column not in columns:
             raise ValueError(f"{self.__name__} needs the dataset's column {self.column!r} of gold answers.")
         rewards = []
-        for completion, gold in zip(completions, columns[self.column], strict=True):
-            answers = {self._gold(one) for one in ([gold] if isinstance(gold, str) else gold)}
+        texts = completion_texts(completions, columns)
+        for text, gold in zip(texts, columns[self.column], strict=True):
+            answers = self._golds(gold)
             if not answers or "" in answers:
                 raise ValueError(f"A gold answer in column {self.column!r} is empty: {gold!r}. Leave such rows out.")
-            rewards.append(float(self._answer(completion_text(completion)) in answers))
+            rewards.append(float(self._answer(text) in answers))
         return rewards
 
-    def _answer(self, text: str) -> str | None:
+    def unreadable_golds(self, golds: Iterable) -> list[str]:
+        """The gold answers that are empty, or are no texts."""
+        return [str(gold) for gold in golds if not (answers := self._golds(gold)) or "" in answers]
+
+    def _golds(self, gold: str | Sequence[str] | None) -> set[str]:
+        golds = [gold] if isinstance(gold, str) else gold or []
+        return {self._gold(one) if isinstance(one, str) else "" for one in golds}
+
+    def _answer(self, text: str | None) -> str | None:
+        if text is None:
+            return None
         if self.marker is not None:
             before, marker, text = text.rpartition(self.marker)
             if not marker:
@@ -74,6 +90,7 @@ class ExactMatchReward:
 
     def _normal(self, text: str) -> str:
         text = " ".join(text.split())
+        text = LETTER.sub(r"\1", bare(text) or text)
         return text.casefold() if self.ignore_case else text
 
 

@@ -3,100 +3,75 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
+from reward.answers import FINAL_MARK, completion_texts, find_answer
+from reward.answers import completion_text as completion_text
+from reward.answers import last_boxed as last_boxed
 from reward.length_penalties import KimiLengthReward, LinearLengthReward
-
-FINAL_MARK = "####"
-BOXED = "\\boxed{"
-FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-# A minus after a digit, a letter or a closing bracket is a subtraction or a hyphen. A digit after ^ is an exponent.
-NUMBER = re.compile(
-    r"(?:(?<![\w)\]}.])-)?(?<!\^)(?<!\^\{)(?<![\d.])(?:\d+(?:\.\d+)?|\.\d+)(?:/0*[1-9]\d*(?![\d.]))?", re.ASCII
-)
+from reward.numerals import LONGEST_TEXT, last_number, numbers_in, value_of
 
 
-def gsm8k_reward(completions: Sequence, answer: Sequence[str], **columns) -> list[float]:
+def gsm8k_reward(completions: Sequence[str | Sequence[Mapping]], answer: Sequence[str], **columns) -> list[float]:
     """1.0 where the completion's final number equals the gold one, else 0.0: a correctness flag.
+
+    [`reward.golds.check_golds`] names gold answers that hold no number before a run meets them.
 
     Args:
         completions (sequence of `str`, or of lists of messages): texts, or conversations whose last message is graded.
         answer (sequence of `str`): the dataset's `answer` column: the gold number, alone or after ``####``.
-        columns: whatever else TRL passes; not used.
+        columns: whatever else TRL passes. Of `prompts`, see [`reward.answers.completion_texts`].
 
     Returns:
-        `list` of `float`: one reward for each completion.
+        `list` of `float`: one reward for each completion, 0 for thinking that has no end.
 
     Raises:
         ValueError: if a gold answer holds no number.
     """
+    texts = completion_texts(completions, columns)
     return [
-        float(final_number(completion_text(completion)) == gold_number(gold))
-        for completion, gold in zip(completions, answer, strict=True)
+        float(text is not None and final_number(text) == gold_number(gold))
+        for text, gold in zip(texts, answer, strict=True)
     ]
 
 
-def completion_text(completion: str | Sequence[Mapping]) -> str:
-    """The text of a completion as TRL passes it: a string, or the last message of a conversation."""
-    if isinstance(completion, str):
-        return completion
-    if not completion:
-        return ""
-    content = completion[-1]["content"]
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
-def gold_number(answer: str) -> Fraction:
+def gold_number(answer: str | float) -> Fraction:
     """The number after the last ``####`` of a GSM8K answer, or in all of it where there is no such mark."""
-    numbers = _numbers(answer.rpartition(FINAL_MARK)[2])
-    if len(numbers) != 1:
+    text = str(answer) if isinstance(answer, (str, int, float)) else ""
+    text = text.rpartition(FINAL_MARK)[2]
+    numbers = numbers_in(text) if len(text) <= LONGEST_TEXT else []
+    if len(numbers) != 1 or numbers[0] is None:
         raise ValueError(
             f"a gold answer must hold exactly one number, alone or after '{FINAL_MARK}', but this one does not: "
-            f"{answer[-80:]!r}. Pass GSM8K's answer column as it is."
+            f"{str(answer)[-80:]!r}. Pass GSM8K's answer column as it is."
         )
     return numbers[0]
 
 
+def unreadable_golds(golds: Iterable[Any]) -> list[str]:
+    """The gold answers, each once, that do not hold exactly one number."""
+    unreadable = {}
+    for gold in golds:
+        try:
+            gold_number(gold)
+        except ValueError:
+            unreadable[str(gold)] = None
+    return list(unreadable)
+
+
 def final_number(text: str) -> Fraction | None:
-    """The number that a completion ends on, or `None`.
+    """The number that a text without thinking ends on, or `None`.
 
-    It is the last one in the last ``\\boxed{}``, or else the first one after the last ``####``, or else the last one in
-    the text. Thousands commas, ``$``, ``%`` and a full stop after it do not matter; ``3/4`` and ``\\frac{3}{4}`` are
-    0.75.
+    It is the value of its answer ([`reward.answers.find_answer`], [`reward.numerals.value_of`]), or the last number in
+    the text where nothing shows an answer, or what shows it holds no digit. Thousands commas, ``$``, ``%``, units and a
+    full stop after it do not matter; ``3/4`` and ``\\frac{3}{4}`` are 0.75.
     """
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return next(iter(_numbers(boxed)[-1:]), None)
-    if FINAL_MARK in text:
-        return next(iter(_numbers(text.rpartition(FINAL_MARK)[2])), None)
-    return next(iter(_numbers(text)[-1:]), None)
-
-
-def _numbers(text: str) -> list[Fraction]:
-    text = text.replace("\u2212", "-").replace("\\$", "").replace("$", "").replace("{,}", ",").replace("\\!", "")
-    text = THOUSANDS_COMMA.sub("", FRACTION.sub(r"\1/\2", text))
-    numbers = []
-    for match in NUMBER.finditer(text):
-        above, _, under = match.group().partition("/")
-        numbers.append(Fraction(above) / Fraction(under or 1))
-    return numbers
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last ``\\boxed{}`` that is closed, braces inside it matched."""
-    begin = text.rfind(BOXED)
-    while begin >= 0:
-        depth = 1
-        for position in range(begin + len(BOXED), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[begin + len(BOXED) : position]
-        begin = text.rfind(BOXED, 0, begin)
-    return None
+    answer = find_answer(text)
+    if answer.shown_by == "nothing" or (answer.shown_by != "boxed" and not re.search(r"\d", answer.text)):
+        return last_number(text if answer.shown_by != "nothing" else answer.text)
+    return value_of(answer.text)
 
 
 # Ready for `reward_funcs`, as `reward.gsm8k.gsm8k_linear`: correct answers earn 1 down to 0.6 at 512 tokens, so that

@@ -1,30 +1,55 @@
-"""Task reward for mathematics: 1 where math-verify holds the final answer equal to the gold one, else 0.
+"""Task reward for mathematics: 1 where the final answer means the same as the gold one, else 0.
 
-math-verify parses LaTeX and plain expressions with sympy and compares what they mean: `\\frac{14}{3}` is
-`4\\frac{2}{3}`, a set is the same in any order, and units, degree signs, currency signs and thousands commas do not
-matter. It is lenient where people are: `50\\%` equals both 50 and 0.5, `x = 5` equals 5, the open interval or point
-`(-2,1)` equals the list `-2,1`, and a number in base 8 may leave out its base (naming another base is wrong).
+Numbers, words and letters of a choice are compared here, all else by math-verify: `\\frac{14}{3}` is `4\\frac{2}{3}`, a
+set is the same in any order, and units, degree signs, currency signs and thousands commas do not matter. It is lenient
+where people are: `50\\%` equals both 50 and 0.5, `x = 5` equals 5, the open interval or point `(-2,1)` equals the list
+`-2,1`, and a number in base 8 may leave out its base (naming another base is wrong). math-verify runs in processes that
+end with an answer that takes too long (`reward.timed_calls`), so nothing that a model writes can stop a run, in whatever
+thread it is graded.
 """
 
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from reward.answers import FINAL_MARK, Answer, bare, completion_texts, find_answer, last_boxed, outside_thinking
+from reward.numerals import LONGEST_TEXT, canonical, value_of
+from reward.timed_calls import call_all
 
-from reward.gsm8k import FINAL_MARK, completion_text, last_boxed
+try:
+    from reward import symbolic
+except ImportError as error:
+    raise ImportError("reward.mathematics needs math-verify: pip install 'lenvm-rl[math]'") from error
 
-# Longest time that one answer may take to be parsed, and one pair to be compared.
+# Longest time that one answer may take to be parsed and compared.
 TIME_LIMIT_SECONDS = 5
 # A longer line, in characters, is prose: as LaTeX it would only take long to parse.
 LONGEST_BARE_ANSWER = 200
 # What sets LaTeX off from prose; \$ is a dollar sign.
 DELIMITER = re.compile(r"(?<!\\)\$|\\[(\[]")
-# The base that a number names at its end, as 52_8 or 4210_{5}.
-BASE = re.compile(r"\b[0-9A-Z]*\d[0-9A-Z]*_\{?(\d+)\}?$")
+DELIMITED = re.compile(r"(?<!\\)\$([^$\n]+)(?<!\\)\$")
+DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]")
+WORDED = re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}")
+LABEL = re.compile(
+    r"\s*(?:[A-Za-z][A-Za-z' -]+:\s+"
+    r"|(?:\\text[a-z]*\s*\{)?\(\s*[A-J]\s*\)\s*\}?(?:\s|\\[ ,;:]|~|\\q?quad)+(?=[\w\\-])|[A-J][.:)]\s+)(?=\S)"
+)
+GOLD_CHOICE = re.compile(r"\s*\(?\s*([A-J])\s*\)?\s*")
+CHOICE = re.compile(
+    r"\s*(?:[Oo]ption|[Cc]hoice)?\s*"
+    r"(?:[(\[]\s*([A-Ja-j])\s*[)\]]"
+    r"|([A-J])(?:[.:)]+(?=\s|\Z)|\Z|(?=,?\s+(?:because|since|as|which)\b|\s+[-(]))"
+    r"|([a-j])\Z)(?!\s*(?:or\b|and\b|[,/&]|\(\s*[A-J]\s*\)))"
+)
+CHOSEN = re.compile(r"\(([A-J])\)|\b(?:[Oo]ption|[Cc]hoice)\s+(?:is\s+)?([A-J])\b|\$([A-J])\$")
+EMPHASIS = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(-])")
+WORDS = re.compile(r"[^\W\d_][^\d\\^_={}<>+*/|()\[\]$]*")
+ARTICLE = re.compile(r"\A(?:an?|the)\s")
+LONG_WORD = re.compile(r"(?!infinity)[^\W\d_]{4}")
+NUMBER_FIRST = re.compile(r"\s*(?:[-+(.\d$€£¥]|\\[dtc]?frac|\\\$|\\left)")
 
 
 def math_reward(
@@ -35,42 +60,31 @@ def math_reward(
 ) -> list[float]:
     """1.0 where a completion's final answer equals the gold one, else 0.0: a correctness flag.
 
-    For `reward_funcs`, as `reward.mathematics.math_reward`.
+    For `reward_funcs`, as `reward.mathematics.math_reward`. [`reward.golds.check_golds`] names gold answers that cannot
+    be read before a run meets them.
 
     Args:
         completions (sequence of `str`, or of lists of messages): texts, or conversations whose last message is graded.
         answer (sequence of `str`, *optional*): the dataset's column of gold answers, see [`grade`].
         solution (sequence of `str`, *optional*): used where there is no `answer` column.
-        columns: whatever else TRL passes; not used.
+        columns: whatever else TRL passes. Of `prompts`, see [`reward.answers.completion_texts`].
 
     Returns:
         `list` of `float`: one reward for each completion.
 
     Raises:
-        ValueError: if there is neither column, or gold answers cannot be read: all of them are named.
+        ValueError: if there is neither column, or gold answers cannot be read: they are named.
     """
-    golds = solution if answer is None else answer
-    if golds is None:
-        raise ValueError("math_reward needs the dataset's column of gold answers: name it 'answer' or 'solution'.")
-    unreadable = sorted({gold for gold in golds if not parsed_gold(gold)})
-    if unreadable:
-        raise ValueError(_unreadable(unreadable))
-    return [
-        float(grade(completion_text(completion), gold)) for completion, gold in zip(completions, golds, strict=True)
-    ]
+    golds = gold_column({"answer": answer, "solution": solution})
+    return [float(right) for right in _grade_all(completion_texts(completions, columns), golds)]
 
 
 def grade(completion_text: str, gold_text: str) -> bool:
     """Whether the final answer of a completion equals the gold one.
 
-    A completion's final answer is the last closed ``\\boxed{}``, or else the line after the last ``####``, or else the
-    last expression, in LaTeX between its delimiters or plain. A line that is nothing but the answer needs no mark;
-    at the end of a sentence, a text answer such as a name does.
-
-    An answer that takes longer than 5 s to be parsed or compared (a power tower, say) counts as wrong, and math-verify
-    logs a warning. It measures that with `SIGALRM`, which only the main thread can receive (an alarm of the program's
-    own is cancelled by it). In any other thread there is no such limit: it says so in the log, and one such answer
-    keeps that thread for good.
+    [`reward.answers.find_answer`] finds the answer. Where nothing shows it, it is the last expression, in LaTeX between
+    its delimiters or plain. A line that is nothing but the answer needs no mark; inside a sentence, a text answer such
+    as a name does. Thinking that has no end is wrong, and so is an answer that takes longer than 5 s: the log says so.
 
     Args:
         completion_text (`str`): the completion.
@@ -79,62 +93,155 @@ def grade(completion_text: str, gold_text: str) -> bool:
     Raises:
         ValueError: if the gold answer cannot be read.
     """
-    gold = parsed_gold(gold_text)
-    if not gold:
-        raise ValueError(_unreadable([gold_text]))
-    return any(_equal(gold, found) for found in _answers(completion_text))
+    return _grade_all([outside_thinking(completion_text)], [gold_text])[0]
 
 
-@lru_cache(maxsize=4096)
-def parsed_gold(text: str) -> list:
-    """What math-verify reads in a gold answer: a sympy expression and its LaTeX, or nothing."""
-    boxed = last_boxed(text)
-    found = _parse_latex(_marked_line(text).strip("$") if boxed is None else boxed)
-    return [] if all(isinstance(part, str) for part in found) else found
+def gold_column(columns: Mapping[str, Sequence | None]) -> Sequence:
+    """The column of gold answers: `answer`, or else `solution`."""
+    golds = columns.get("answer")
+    golds = columns.get("solution") if golds is None else golds
+    if golds is None:
+        raise ValueError("math_reward needs the dataset's column of gold answers: name it 'answer' or 'solution'.")
+    return golds
 
 
-def _unreadable(golds: Sequence[str]) -> str:
+def unreadable_golds(golds: Iterable[Any]) -> list[str]:
+    """The gold answers, each once, that cannot be read, do not equal themselves, or take too long."""
+    texts = {str(gold): _as_text(gold) for gold in golds}
+    readable = _readable(texts.values())
+    return [gold for gold, text in texts.items() if not readable[text]]
+
+
+# What was found out about gold answers so far.
+_known: dict[str, bool] = {}
+
+
+def _readable(golds: Iterable[str]) -> dict[str, bool | None]:
+    """Whether each gold answer can be read; `None` where that took too long."""
+    golds = list(dict.fromkeys(golds))
+    asked = []
+    for gold in golds:
+        if gold not in _known:
+            shown = _gold(gold)
+            if GOLD_CHOICE.fullmatch(_unworded(shown)) or _words(shown) or _gold_value(shown) is not None:
+                _known[gold] = True
+            else:
+                asked.append(gold)
+    found = call_all(symbolic.readable, [[_gold(gold)] for gold in asked], limit=TIME_LIMIT_SECONDS, otherwise=None)
+    _known.update((gold, answer) for gold, answer in zip(asked, found, strict=True) if answer is not None)
+    return {gold: _known.get(gold) for gold in golds}
+
+
+def _grade_all(texts: Sequence[str | None], golds: Sequence[Any]) -> list[bool]:
+    """Whether each text, `None` where thinking has no end, gives its gold answer."""
+    golds = [_as_text(gold) for gold in golds]
+    unreadable = sorted(gold for gold, found in _readable(golds).items() if found is False)
+    if unreadable:
+        raise ValueError(unreadable_message(unreadable))
+    verdicts = [_compare(text, _gold(gold)) for text, gold in zip(texts, golds, strict=True)]
+    asked = list(dict.fromkeys(verdict for verdict in verdicts if not isinstance(verdict, bool)))
+    found = call_all(symbolic.equal, asked, limit=TIME_LIMIT_SECONDS, otherwise=False)
+    answers = dict(zip(asked, found, strict=True))
+    return [verdict if isinstance(verdict, bool) else answers[verdict] for verdict in verdicts]
+
+
+def unreadable_message(golds: Sequence[str]) -> str:
+    """What to do about gold answers that cannot be read."""
     return (
         f"{len(golds)} gold answers hold nothing that can be read, such as {list(golds[:5])}: give LaTeX, a number or "
-        "a text, alone, in the last \\boxed{}, or after '####'."
+        "a text, alone, in the last \\boxed{}, or after '####', or leave their rows out."
     )
 
 
-def _answers(text: str) -> Iterator[list]:
-    """What a completion's final answer can be read as: each as [`parsed_gold`], or the LaTeX alone, or nothing."""
+def _as_text(gold: Any) -> str:
+    """A gold answer as text; what is neither text nor number holds nothing."""
+    if isinstance(gold, str):
+        return gold
+    return str(gold) if isinstance(gold, (int, float)) and not isinstance(gold, bool) else ""
+
+
+def _gold(text: str) -> str:
+    """What stands in the last ``\\boxed{}`` of a gold answer, or after its last ``####``, or all of it."""
     boxed = last_boxed(text)
-    if boxed is not None:
-        yield _parse_latex(boxed)
-        return
-    line = _marked_line(text)
-    yield _parse(line, [LatexExtractionConfig(), ExprExtractionConfig()])
-    if len(line) <= LONGEST_BARE_ANSWER and "\n" not in line and not DELIMITER.search(line):
-        yield _parse_latex(line)
+    if boxed is None and FINAL_MARK in text:
+        return _clean(text.rpartition(FINAL_MARK)[2].strip().partition("\n")[0])
+    return _clean(text if boxed is None else boxed)
 
 
-def _marked_line(text: str) -> str:
-    """The line after the last ``####``, without dollar signs, or the whole text."""
-    if FINAL_MARK in text:
-        return text.rpartition(FINAL_MARK)[2].strip().partition("\n")[0].replace("\\$", "").replace("$", "")
-    return text.strip()
+def _compare(text: str | None, gold: str) -> bool | tuple[str, tuple[tuple[str, str], ...]]:
+    """Whether a text gives a gold answer, or what to ask [`reward.symbolic.equal`]."""
+    if text is None:
+        return False
+    answer = find_answer(text)
+    choice, words, number = GOLD_CHOICE.fullmatch(_unworded(gold)), _words(gold), _gold_value(gold)
+    if answer.shown_by in ("mark", "said") and not (choice or words) and _words(answer.text):
+        # A heading or a remark, where no words are asked for.
+        answer = Answer(text, "nothing")
+    shown = answer.text if answer.shown_by != "nothing" else (text.strip().splitlines() or [""])[-1]
+    # No gold answer is as long as that, and what else a line holds is no answer.
+    shown = shown if len(shown) <= LONGEST_TEXT else ""
+    formulas = DELIMITED.findall(shown)
+    shown = _clean(shown)
+    if shown and _spaced(shown) == _spaced(gold):
+        return True
+    if wholly := WORDED.fullmatch(shown):
+        shown = _clean(wholly[1])
+    if choice:
+        chosen = CHOICE.match(_unworded(shown)) or [None, *CHOSEN.finditer(_unworded(answer.text))][-1]
+        return chosen is not None and next(filter(None, chosen.groups())).upper() == choice[1]
+    if words:
+        return words in [_parts(part) for part in (shown, *formulas[-1:])]
+    if answer.shown_by == "nothing":
+        sentence = _clean(re.split(r"[.!?]\s+(?=[A-Z])", shown)[-1])
+        if number is not None and value_of(sentence, strict=True) == number:
+            return True
+        readings = [("prose", answer.text[-symbolic.LONGEST * 2 // 3 :])]
+        if len(shown) <= LONGEST_BARE_ANSWER and not formulas:
+            readings.append(("latex", shown))
+        return gold, tuple(readings)
+    shown = LABEL.sub("", shown, count=1)
+    value = value_of(shown, strict=True) if number is not None else None
+    if value is not None:
+        return _same_number(value, number, rounded="." in shown or "." in gold)
+    readings = [("latex", shown)]
+    if formulas and DELIMITERS.sub("", answer.text).strip() != DELIMITERS.sub("", formulas[0]).strip():
+        readings.append(("prose", answer.text[-symbolic.LONGEST * 2 // 3 :]))
+    return gold, tuple(readings)
 
 
-def _parse_latex(latex: str) -> list:
-    return _parse(f"\\boxed{{{latex}}}", [LatexExtractionConfig()])
+def _same_number(value: Fraction, gold: Fraction, rounded: bool) -> bool:
+    """Whether two numbers are equal, or, where one is a decimal, alike in six places as math-verify has it."""
+    if value == gold or not rounded:
+        return value == gold
+    return round(value, 6) == round(gold, 6) and abs(value - gold) <= symbolic.ROUNDED * max(abs(value), abs(gold))
 
 
-def _parse(text: str, extraction: list) -> list:
-    found = parse(text, extraction, parsing_timeout=_time_limit())
-    # Expressions lose the base, and plain numbers end before it, so the text has the last word.
-    named = BASE.search(text.rstrip(" .$}"))
-    return [*found, named.group()] if found and named else found
+def _gold_value(gold: str) -> Fraction | None:
+    """The number that a gold answer is, with a unit or without."""
+    return value_of(gold, strict=True) if "=" not in gold and NUMBER_FIRST.match(gold) else None
 
 
-def _equal(gold: list, found: list) -> bool:
-    bases = {match.group(1) for match in (BASE.search(str(parts[-1])) for parts in (gold, found) if parts) if match}
-    # The order of gold and found matters: math-verify solves an equation for what the gold one says, not the other way.
-    return len(bases) < 2 and verify(gold, found, timeout_seconds=_time_limit())
+def _clean(text: str) -> str:
+    return bare(EMPHASIS.sub("", DELIMITERS.sub("", text)))
 
 
-def _time_limit() -> int | None:
-    return TIME_LIMIT_SECONDS if threading.current_thread() is threading.main_thread() else None
+def _spaced(text: str) -> str:
+    return " ".join(canonical(_unworded(text)).split()).casefold()
+
+
+def _unworded(text: str) -> str:
+    return WORDED.sub(r" \1 ", WORDED.sub(r" \1 ", text)).strip()
+
+
+def _words(text: str) -> tuple[str, ...] | None:
+    """The names or other words that a gold answer is, in alphabetical order; `None` where it is something else."""
+    unworded = _unworded(text)
+    letters = sum(map(str.isalpha, unworded))
+    if WORDS.fullmatch(unworded) and (LONG_WORD.search(unworded) or (unworded != text and letters > 1)):
+        return _parts(text)
+    return None
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    parts = re.split(r"[,;&]|\band\b", _unworded(text).casefold())
+    return tuple(sorted(filter(None, (ARTICLE.sub("", " ".join(part.split()).strip(".\"'")) for part in parts))))

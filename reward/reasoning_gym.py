@@ -8,8 +8,9 @@ settings, and its index. [`reasoning_gym_rows`] writes such rows:
 
     Dataset.from_list(reasoning_gym_rows("chain_sum", 1000, seed=0)).to_json("chain_sum.jsonl")
 
-Scorers of some tasks parse the answer as an expression with sympy, which evaluates it, and none has a time limit: train
-on such tasks only where running what the policy writes is acceptable.
+Scorers run in processes that end with an answer that takes too long (`reward.timed_calls`). Those of some tasks parse the
+answer as an expression with sympy, which evaluates it: train on such tasks only where running what the policy writes is
+acceptable.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from reward.gsm8k import completion_text
+from reward.answers import completion_texts
+from reward.timed_calls import call_all
 
 try:
     from reasoning_gym import create_dataset
@@ -29,6 +31,8 @@ except ImportError as error:
 
 # Scores are sums and quotients of floats.
 FULL_SCORE = 1.0 - 1e-6
+# Longest time that one answer may take to be scored.
+TIME_LIMIT_SECONDS = 5
 
 
 def reasoning_gym_rows(task: str, size: int, *, seed: int, chat: bool = True, **settings: Any) -> list[dict[str, Any]]:
@@ -91,15 +95,26 @@ def reasoning_gym_reward(
         columns: whatever else TRL passes; not used.
 
     Returns:
-        `list` of `float`: one score in [0, 1] for each completion, 0 where it has no answer.
+        `list` of `float`: one score in [0, 1] for each completion, 0 where it has no answer, or one that cannot be
+        scored, or not in 5 s: the log says so.
     """
-    made_from = zip(completions, reasoning_gym_task, reasoning_gym_settings, reasoning_gym_index, strict=True)
-    scores = []
-    for completion, task, settings, index in made_from:
-        answer = extract_answer(completion_text(completion))
-        dataset = _dataset(task, settings)
-        scores.append(0.0 if answer is None else float(dataset.score_answer(answer, _entry(task, settings, index))))
-    return scores
+    texts = completion_texts(completions, columns)
+    calls = {}
+    made_from = zip(texts, reasoning_gym_task, reasoning_gym_settings, reasoning_gym_index, strict=True)
+    for place, (text, task, settings, index) in enumerate(made_from):
+        answer = None if text is None else extract_answer(text)
+        if answer is not None:
+            # A task that cannot be made stops the run here; an answer that cannot be scored is worth nothing there.
+            _entry(task, settings, index)
+            calls[place] = (task, settings, index, answer)
+    scores = call_all(score, list(calls.values()), limit=TIME_LIMIT_SECONDS, otherwise=0.0)
+    found = dict(zip(calls, scores, strict=True))
+    return [found.get(place, 0.0) for place in range(len(texts))]
+
+
+def score(task: str, settings: str, index: int, answer: str) -> float:
+    """The score of one answer, as [`reasoning_gym_reward`] asks for it in another process."""
+    return float(_dataset(task, settings).score_answer(answer, _entry(task, settings, index)))
 
 
 def reasoning_gym_correct(completions: Sequence, **columns) -> list[float]:

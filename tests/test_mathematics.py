@@ -12,7 +12,7 @@ import pytest
 
 from eval.arms import load_reward
 from reward import mathematics
-from reward.mathematics import grade, math_reward, parsed_gold
+from reward.mathematics import grade, math_reward, unreadable_golds
 
 DATA = Path(os.environ.get("LENVM_RL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MATH500, GSM8K = DATA / "math500" / "math500_test.json", DATA / "gsm8k"
@@ -22,8 +22,6 @@ needs_math500 = pytest.mark.skipif(
 needs_gsm8k = pytest.mark.skipif(
     not GSM8K.is_dir(), reason=f"GSM8K is not at {GSM8K}: set LENVM_RL_DATA to a folder with gsm8k/test.jsonl"
 )
-# Gold answers that are graded wrong against themselves: none of MATH-500's 500 and GSM8K's 1319.
-GRADED_WRONG = ()
 # Problems of MATH-500 whose gold answer equals another problem's though it is written differently and means something
 # else. A point or an open interval against a list, and units that are dropped, are math-verify's leniency.
 SAME_TO_MATH_VERIFY = {("(-2,1)", "-2,1"), ("(-2,1)", "1,-2"), ("36^\\circ", "\\$36")}
@@ -111,7 +109,9 @@ def test_a_dotted_path_and_a_pickle_lead_to_the_reward():
 
 
 def test_gold_answers_that_cannot_be_read_are_named():
-    assert parsed_gold("\\frac{1") == parsed_gold("") == parsed_gold("\\boxed{}") == []
+    unreadable = ["\\frac{1", "", "\\boxed{}", "\\begin{cases} x \\\\ y \\end{cases}", None, ["5"]]
+    assert unreadable_golds(["5", "x", *unreadable, "\\text{east}", ""]) == [str(gold) for gold in unreadable]
+    assert unreadable_golds(["1-\\frac{1}{\\mathrm{e}}", "(C)", "x \\in [-2,7]", 5, 0.5]) == []
     with pytest.raises(ValueError, match=r"2 gold answers hold nothing that can be read, such as \['', '####'\]"):
         math_reward(["5"] * 4, answer=["5", "####", "", "####"])
     with pytest.raises(ValueError, match="1 gold answers"):
@@ -123,10 +123,15 @@ def test_gold_answers_that_cannot_be_read_are_named():
 def test_what_takes_too_long_is_wrong_and_said(monkeypatch, caplog):
     monkeypatch.setattr(mathematics, "TIME_LIMIT_SECONDS", 1)
     mine = signal.getsignal(signal.SIGALRM)
-    with caplog.at_level(logging.WARNING, logger="math_verify"):
-        assert not grade("\\boxed{9^{9^{9}} - 1}", "5")
-    assert "Timeout during comparison" in caplog.text
+    slow, right = "\\boxed{\\binom{1000000000}{500000000}}", "\\boxed{3\\sqrt{2}}"
+    with caplog.at_level(logging.WARNING, logger="reward.timed_calls"):
+        assert math_reward([slow, right, slow + "!"], answer=["\\sqrt{18}"] * 3) == [0.0, 1.0, 0.0]
+    assert caplog.text.count("took more than 1 s") == 1 and "binom" in caplog.text
     assert signal.getsignal(signal.SIGALRM) is mine
+    caplog.clear()
+    with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING, logger="reward.timed_calls"):
+        assert pool.submit(math_reward, [slow, right], answer=["\\sqrt{18}"] * 2).result(timeout=60) == [0.0, 1.0]
+    assert "took more than 1 s" in caplog.text
 
 
 def test_worker_threads_grade_as_the_main_thread_does():
@@ -141,15 +146,19 @@ def test_worker_threads_grade_as_the_main_thread_does():
 def test_every_gold_answer_of_math500_is_right_and_the_next_ones_wrong(every):
     rows = math500()
     assert len(rows) == 500
-    wrong = []
-    for row in rows[::every]:
-        gold = row["answer"]
-        forms = (gold, f"The answer is $\\boxed{{{gold}}}$.", f"So it is ${gold}$.", row["solution"])
-        if not all(grade(form, gold) for form in forms):
-            wrong.append(row["unique_id"])
-    assert tuple(wrong) == GRADED_WRONG
-    pairs = [(one["answer"], other["answer"]) for one, other in zip(rows, rows[1:], strict=False)][::every]
-    right = {(one, other) for one, other in pairs if grade(f"\\boxed{{{other}}}", one)}
+    golds = [row["answer"] for row in rows]
+    forms = [
+        golds,
+        [f"The answer is $\\boxed{{{gold}}}$." for gold in golds],
+        [f"So it is ${gold}$." for gold in golds],
+    ]
+    forms += [[f"#### Final Answer\n{gold}" for gold in golds], [row["solution"] for row in rows]]
+    for texts in forms:
+        found = math_reward(texts[::every], answer=golds[::every])
+        assert [gold for gold, right in zip(golds[::every], found, strict=True) if not right] == []
+    pairs = list(zip(golds, golds[1:], strict=False))[::every]
+    found = math_reward([f"\\boxed{{{other}}}" for _, other in pairs], answer=[one for one, _ in pairs])
+    right = {pair for pair, flag in zip(pairs, found, strict=True) if flag}
     assert right == {(one, other) for one, other in pairs if one == other or (one, other) == ("5", "x=5")}
     assert every > 1 or right == {("5", "x=5"), ("7", "7"), ("3", "3")}
 
@@ -157,11 +166,11 @@ def test_every_gold_answer_of_math500_is_right_and_the_next_ones_wrong(every):
 @needs_math500
 @pytest.mark.slow
 def test_different_gold_answers_of_math500_are_told_apart():
-    # Every pair, 30102 comparisons: 2.5 minutes.
+    # Every pair: 30102 comparisons.
     golds = sorted({row["answer"] for row in math500() if not row["answer"].removeprefix("-").isdigit()})
-    parsed = {gold: parsed_gold(gold) for gold in golds}
     pairs = [(one, other) for one in golds for other in golds if one != other]
-    same = {tuple(sorted(pair)) for pair in pairs if mathematics._equal(*(parsed[gold] for gold in pair))}
+    found = math_reward([f"\\boxed{{{other}}}" for _, other in pairs], answer=[one for one, _ in pairs])
+    same = {tuple(sorted(pair)) for pair, flag in zip(pairs, found, strict=True) if flag}
     spellings = {("2 \\sqrt{5}", "2\\sqrt{5}"), ("\\frac14", "\\frac{1}{4}"), ("-2,1", "1,-2")}
     expected = {tuple(sorted(pair)) for pair in SAME_TO_MATH_VERIFY | spellings}
     assert same == expected
@@ -185,10 +194,11 @@ def test_every_gold_answer_of_gsm8k_is_right_and_the_next_one_wrong(every, repea
 @needs_gsm8k
 @pytest.mark.parametrize(("every", "right"), [(10, 202), pytest.param(1, 2001, marks=pytest.mark.slow)])
 def test_real_completions_are_graded_as_their_authors_graded_them(every, right):
-    mine, theirs = [], []
-    for row in gsm8k("example_model_solutions.jsonl")[::every]:
-        gold = row["ground_truth"].replace("A:", "####")
-        for system in ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"):
-            mine.append(grade(row[system]["solution"], gold))
-            theirs.append(row[system]["is_correct"])
+    systems = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+    rows = [(row, system) for row in gsm8k("example_model_solutions.jsonl")[::every] for system in systems]
+    mine = math_reward(
+        [row[system]["solution"] for row, system in rows],
+        answer=[row["ground_truth"].replace("A:", "####") for row, _ in rows],
+    )
+    theirs = [float(row[system]["is_correct"]) for row, system in rows]
     assert mine == theirs and len(mine) == 4 * -(-1319 // every) and sum(theirs) == right

@@ -1,0 +1,234 @@
+"""Where in a completion its final answer stands: the one place that every grader of texts asks.
+
+What a model thinks between ``<think>`` and ``</think>`` is set aside ([`completion_texts`]). In the rest the answer is
+([`find_answer`]) the last ``\\boxed{}``, or else what follows the last ``####`` that is no heading, or else what the
+last "answer is" or "Answer:" names. All of it takes time linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from reward.numerals import plain
+
+FINAL_MARK = "####"
+# As reasoning models and their templates write them.
+NAMES = "think|thinking|thoughts?|reasoning|scratchpad"
+THINKING = re.compile(rf"[<◁]\s?(?P<ends>/)?\s?(?:{NAMES})\s?[>▷]|\[(?P<closes>/)?THINK\]", re.IGNORECASE)
+OPENED = re.compile(rf"(?:[<◁](?:{NAMES})[>▷]|\[THINK\])\s*\Z", re.IGNORECASE)
+TAG = re.compile(r"<(?P<ends>/)?answer>", re.IGNORECASE)
+# A text that was unescaped once too often has a backspace for \b. An escaped brace is none.
+BRACE = re.compile(
+    r"(?P<box>(?:\\?b|\x08)oxed\s{0,9}\{|\\fbox\s{0,9}\{)|(?P<escaped>\\[\s\S])|(?P<open>\{)|(?P<close>\})"
+)
+MARK = re.compile(r"(?<!#)####(?!#)([^\n#]*(?:#(?!###)[^\n#]*)*)")
+# What introduces an answer, with emphasis or without: "the answer to this is", "**Answer:**", "final answer =".
+SAYS = (
+    r"\b(?:answer|ans)\b[*_` ]{0,4}(?:[^\n.:=]{0,80}?\b(?:is|are|be|equals)\b[*_` ]{0,4}:?|[:=]|-(?=\s))[*_` ]{0,4}"
+    r"(?:(?:therefore|thus|then|simply|just|exactly|about|approximately)\s){0,2}"
+)
+SAID = re.compile(SAYS, re.IGNORECASE)
+INTRODUCED = re.compile(
+    rf"(?:(?:the|my|so|final|short)\s){{0,3}}(?:answer\W*\Z|{SAYS}|result[*_` ]{{0,4}}[:=][*_` ]{{0,4}})", re.IGNORECASE
+)
+TAKEN_BACK = re.compile(r"\b(?:wait|hold on|actually|correction|scratch that|oops|sorry|on second thought)\b", re.I)
+SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z]|\s*\Z)|\.(?=\s+[a-z])|,?\s(?:because|since)\b")
+# Words that a heading begins with, and an answer does not.
+HEADING = re.compile(
+    r"(?:(?:step|part|case|phase|stage|section|question|problem|task|example|method|approach|strategy|solution|proof|"
+    r"explanation|reasoning|analysis|calculations?|computation|derivation|verification|verify|checks?|checking|result|"
+    r"conclusion|summary|notes?|remarks?|final|given|find|identify|determine|calculate|compute|understand|solve|setup|"
+    r"simplify|using|let|first|second|third|next|finally|therefore|thus|overview|details?|formula|hints?)\b"
+    r"|[a-z]+ing\s+\w+\s)",
+    re.IGNORECASE,
+)
+NUMBERED = re.compile(r"(\d{1,2})[.)]\s+\W*[^\W\d_]")
+BULLET = re.compile(r"\A[-*•]\s+")
+NAMED = re.compile(r"[^\W\d_][\w ]*?\d+\W*\Z")
+BEFORE_LINE = re.compile(r"(?:\s|\$\$|\\\[)*")
+WORD = re.compile(r"[^\W\d_]{2,}")
+
+
+class Answer(NamedTuple):
+    """A final answer and what shows it.
+
+    Args:
+        text (`str`): what stands there.
+        shown_by (`str`): `"boxed"`, `"mark"` (``####``), `"said"` ("The answer is"), or `"nothing"`, where `text` is
+            all that was written.
+    """
+
+    text: str
+    shown_by: str
+
+
+def completion_text(completion: str | Sequence[Mapping]) -> str:
+    """The text of a completion as TRL passes it: a string, or the last message of a conversation.
+
+    Empty where the last message is not the assistant's: what a tool or an environment wrote is no answer.
+    """
+    if isinstance(completion, str):
+        return completion
+    if not completion or completion[-1].get("role", "assistant") != "assistant":
+        return ""
+    return _content(completion[-1])
+
+
+def completion_texts(completions: Sequence[str | Sequence[Mapping]], columns: Mapping[str, Any]) -> list[str | None]:
+    """What each completion says outside of its thinking, and `None` where that has no end.
+
+    Args:
+        completions (sequence of `str`, or of lists of messages): as TRL passes them.
+        columns (mapping): what else TRL passes. Where the text of a prompt in `prompts` ends in ``<think>``, its
+            completion begins inside. A ``<think>`` that a chat template adds to messages is not seen here: a completion
+            that is cut before ``</think>`` then looks like any other text.
+    """
+    prompts = columns.get("prompts") or [None] * len(completions)
+    return [
+        outside_thinking(completion_text(completion), opened=_opens_thinking(prompt))
+        for completion, prompt in zip(completions, prompts, strict=True)
+    ]
+
+
+def outside_thinking(text: str, *, opened: bool = False) -> str | None:
+    """`text` without its thinking, or `None` where that has no end.
+
+    A closing tag without an opening one ends thinking that began before the text.
+
+    Args:
+        text (`str`): a completion.
+        opened (`bool`, *optional*, defaults to `False`): whether it begins inside.
+    """
+    parts, begin, inside = [], 0, opened
+    for tag in THINKING.finditer(text):
+        if tag["ends"] or tag["closes"]:
+            if not inside:
+                parts.clear()
+            begin, inside = tag.end(), False
+        elif not inside:
+            parts.append(text[begin : tag.start()])
+            inside = True
+    return None if inside else "\n".join([*parts, text[begin:]])
+
+
+def find_answer(text: str) -> Answer:
+    """The final answer in a text without thinking. Where there are ``<answer>`` tags, only what they hold is read."""
+    text = _tagged(text)
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return Answer(boxed, "boxed")
+    marked = _marked(text)
+    return Answer(marked, "mark") if marked is not None else _said(text)
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last ``\\boxed{}`` that is closed and not empty, braces inside it matched."""
+    opened: list[tuple[bool, int]] = []
+    last = (-1, -1)
+    for brace in BRACE.finditer(text):
+        if brace.lastgroup in ("box", "open"):
+            opened.append((brace.lastgroup == "box", brace.end()))
+        elif brace.lastgroup == "close" and opened:
+            is_box, begin = opened.pop()
+            if is_box and begin > last[0] and text[begin : brace.start()].strip():
+                last = (begin, brace.start())
+    return None if last[0] < 0 else text[slice(*last)]
+
+
+def bare(text: str) -> str:
+    """`text` in plain characters, without Markdown, blanks and a full stop at its ends."""
+    text = plain(text).strip("*_` \n\r\t")
+    kept = text.rstrip("*_` \n\r\t.,;")
+    # A dot may belong to \right, a comma to a LaTeX blank, and dots may say that digits go on.
+    end = text[len(kept) :]
+    if end.startswith("..."):
+        return kept + "..."
+    return kept + end[0] if end and kept.endswith(("\\right", "\\")) else kept
+
+
+def _content(message: Mapping) -> str:
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
+
+
+def _opens_thinking(prompt: str | Sequence[Mapping] | None) -> bool:
+    if prompt and not isinstance(prompt, str):
+        prompt = _content(prompt[-1]) if prompt[-1].get("role") == "assistant" else ""
+    return bool(prompt) and OPENED.search(prompt[-40:]) is not None
+
+
+def _tagged(text: str) -> str:
+    """What the last ``<answer>`` that is not empty holds, up to its end tag or the end; else all of the text."""
+    begin, found = None, ""
+    for tag in TAG.finditer(text):
+        if not tag["ends"]:
+            begin = tag.end()
+        elif begin is not None:
+            found, begin = text[begin : tag.start()].strip() or found, None
+    return (begin is not None and text[begin:].strip()) or found or text
+
+
+def _marked(text: str) -> str | None:
+    """What the last ``####`` marks that does not begin a heading."""
+    marks = list(MARK.finditer(text))
+    numbers = [NUMBERED.match(mark[1].strip("*_` ")) for mark in marks]
+    steps = {0} | {int(number[1]) for number in numbers if number}
+    # Lines of words: one may be a name, several are headings.
+    titles = sum(line[:1].isalpha() and not HEADING.match(line) for line in (bare(mark[1]) for mark in marks))
+    end = len(text.rstrip())
+    for mark, number in zip(reversed(marks), reversed(numbers), strict=True):
+        line, after = bare(_sentence(mark[1])), mark.end()
+        introduced = INTRODUCED.match(line)
+        if number and int(number[1]) - 1 in steps:
+            continue
+        if introduced or not line:
+            line = bare(line[introduced.end() :]) if introduced else ""
+            if not line:
+                line, after = _first_line(text, after)
+                line = bare(_sentence(INTRODUCED.sub("", line, count=1)))
+            if line and not line.startswith("#") and not (after < end and _is_prose(line)):
+                return line
+        elif HEADING.match(line) or line.endswith(":"):
+            continue
+        elif after == end or not (_is_prose(line) or NAMED.match(line) or (titles > 1 and line[0].isalpha())):
+            return line
+    return None
+
+
+def _sentence(line: str) -> str:
+    """`line` up to where a sentence ends in it, but not without a last exclamation mark, which may be a factorial."""
+    end = SENTENCE_END.search(line)
+    return line[: end.start()] if end and line[end.start() :].strip() != "!" else line
+
+
+def _is_prose(line: str) -> bool:
+    return line[0].isalpha() and ":" not in line and len(WORD.findall(line)) > 2
+
+
+def _said(text: str) -> Answer:
+    """What the last "answer is" names: a number, an expression or a letter, or whatever ends the text."""
+    *_, last = [None, *SAID.finditer(text)]
+    if last is None:
+        return Answer(text, "nothing")
+    taken_back = TAKEN_BACK.search(text, last.end())
+    if taken_back:
+        return Answer(text[taken_back.start() :], "nothing")
+    line, after = _first_line(text, last.end())
+    end = SENTENCE_END.search(line)
+    said = bare(line[: end.start()] if end else line)
+    goes_on = bool((line[end.end() :] if end else "").strip() or text[after:].strip())
+    if said and (not said[0].isalpha() or len(said) == 1 or not goes_on):
+        return Answer(said, "said")
+    return Answer(text, "nothing")
+
+
+def _first_line(text: str, begin: int) -> tuple[str, int]:
+    """The first line from `begin` that holds more than delimiters of a formula, and where it ends."""
+    begin = BEFORE_LINE.match(text, begin).end()
+    end = text.find("\n", begin)
+    end = len(text) if end < 0 else end
+    return BULLET.sub("", text[begin:end]).strip(), end
