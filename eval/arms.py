@@ -6,6 +6,8 @@ rule (top-k, top-p, min-p) holds for every arm, the base policy included.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,26 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
+from eval.batches import context_of, left_padded
+from eval.samples import Samples, SampleStore
 from eval.tradeoff_kl import DivergenceMeter
-from lenvm_rl.correctness import are_correct
+from lenvm_rl.correctness import correctness_values
 from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
-from lenvm_rl.endings import end_token_ids, padding_id, strip_completion
-from lenvm_rl.modeling import LengthValueModel, is_shared
-from lenvm_rl.reward_functions import callable_at
-from lenvm_rl.sampling_jobs import tokenize_prompts
+from lenvm_rl.endings import end_token_ids, own_length, padding_id, strip_completion
+from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.prompts import check_room, tokenize_prompts
+from lenvm_rl.reward_functions import accepted, callable_at, check_returned, is_asynchronous, name_of
 from lenvm_rl.tokenization import check_same_tokenizer
 
-
-def load_length_value_model(path: str, base: str) -> LengthValueModel:
-    """The length value model at a path, in any of its forms, frozen.
-
-    Args:
-        path (`str`): a folder or a hub id.
-        base (`str`): path of the policy that it was fitted on, whose decoder the forms `"adapter"` and `"head"` share.
-    """
-    return LengthValueModel.from_pretrained(path, base=base if is_shared(path) else None).freeze()
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,13 +46,16 @@ class Arm:
         completions (list of lists of `int`): sampled ids, end-of-sequence kept.
         lengths (`numpy.ndarray` of shape `(N,)`): tokens, end-of-sequence not counted.
         finished (`numpy.ndarray` of shape `(N,)`): whether the completion ended.
-        correct (`numpy.ndarray` of shape `(N,)`): whether the reward function called it correct.
+        correct (`numpy.ndarray` of shape `(N,)`): whether the reward function called it correct; false where it was not
+            graded.
         prompt (`numpy.ndarray` of shape `(N,)`): index of its prompt.
         kl (`numpy.ndarray` of shape `(N,)`, *optional*):
             Each completion's estimate of the divergence from the base policy, in nats, see `eval.tradeoff_kl`.
         kl_bound (`float`, *optional*): a bound that the divergence is known not to exceed, in nats.
         sampled (`numpy.ndarray` of shape `(N,)`, *optional*):
             Tokens that were sampled for each completion, where that is more than its own.
+        graded (`numpy.ndarray` of shape `(N,)`, *optional*):
+            Whether the reward function said anything about it; it has about all of them when omitted.
     """
 
     name: str
@@ -70,6 +69,12 @@ class Arm:
     kl: np.ndarray | None = None
     kl_bound: float | None = None
     sampled: np.ndarray | None = None
+    graded: np.ndarray | None = None
+
+    @property
+    def is_graded(self) -> np.ndarray:
+        """`graded`, with one entry per completion in any case."""
+        return np.ones(len(self.lengths), dtype=bool) if self.graded is None else self.graded
 
 
 def load_reward(path: str) -> Callable[..., Sequence[float]]:
@@ -91,8 +96,9 @@ def call_reward(
     prompts: Sequence[Any],
     completion_ids: Sequence[list[int]],
     columns: Mapping[str, Sequence[Any]],
+    num_generations: int | None = None,
 ) -> list[float | None]:
-    """What a TRL reward function pays, called as TRL calls it.
+    """What a TRL reward function pays, called as TRL calls it; what it logs is logged nowhere.
 
     Args:
         reward (callable): the function.
@@ -100,17 +106,50 @@ def call_reward(
         prompts (sequence): one per completion, texts or lists of messages.
         completion_ids (sequence of lists of `int`): sampled ids.
         columns (mapping): one list per column of the dataset, an entry per completion.
+        num_generations (`int`, *optional*): completions of each prompt, side by side, for functions that ask for it.
+
+    Raises:
+        ValueError: it does not pay every completion a number or `None`.
     """
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     conversational = bool(prompts) and not isinstance(prompts[0], str)
+    further = {"trainer_state": TrainerState(), "log_extra": _log_nothing, "log_metric": _log_nothing}
+    further |= {} if num_generations is None else {"num_generations": num_generations}
     paid = reward(
         prompts=list(prompts),
         completions=chats if conversational else texts,
         completion_ids=list(completion_ids),
-        **columns,
+        **(accepted(reward, further) | dict(columns)),
     )
-    return list(paid)
+    if is_asynchronous(reward):
+        paid = asyncio.run(paid)
+    return check_returned(paid, name_of(reward), len(completion_ids))
+
+
+def _log_nothing(*arguments: Any, **named: Any) -> None:
+    pass
+
+
+def read_grades(reward: Callable[..., Any], paid: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Which completions are correct, and which were graded at all, `(N,)` each; see `lenvm_rl.correctness`.
+
+    What is no flag (0 or 1) is remarked in the log: the limit between right and wrong may be another one there.
+
+    Args:
+        reward (callable): the function, right after the call.
+        paid (sequence of `float` or `None`): what it paid.
+    """
+    found, threshold = correctness_values(reward, paid)
+    values = np.array([np.nan if value is None else float(value) for value in found])
+    graded = ~np.isnan(values)
+    others = sorted(set(values[graded].tolist()) - {0.0, 1.0})
+    if others:
+        logger.warning(
+            "%s gives other values than 0 and 1, from %g to %g: above %g counts as correct",
+            name_of(reward), others[0], others[-1], threshold,
+        )  # fmt: skip
+    return np.where(graded, values, -np.inf) > threshold, graded
 
 
 @dataclass
@@ -130,6 +169,7 @@ class Sampler:
         batch_size (`int`): completions per `generate` call.
         guidance ([`~lenvm_rl.decoding.LengthGuidance`]): temperature and candidate rule of every arm.
         seed (`int`): every arm starts from it.
+        kept ([`SampleStore`], *optional*): where sampled arms are kept; sampled anew each time without.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -142,6 +182,7 @@ class Sampler:
     batch_size: int
     guidance: LengthGuidance
     seed: int
+    kept: SampleStore | None = None
 
     def sample(self, name: str, kind: str, policy: PreTrainedModel, strength: float = 0.0) -> Arm:
         """Sample and grade an arm: a policy, tilted by `strength` (0 leaves it as it is).
@@ -150,41 +191,66 @@ class Sampler:
         where one token has all the probability.
         """
         prompt_ids = tokenize_prompts(self.tokenizer, self.prompts)
+        check_room([len(ids) for ids in prompt_ids], self.max_new_tokens, context_of(policy))
         # Prompts of similar length share a batch, so that little of it is padding.
         order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
         rows = [index for index in order for _ in range(self.num_samples)]
-        torch.manual_seed(self.seed)
-        completions, finished, divergences = [], [], []
-        with tqdm(total=len(rows), desc=name, unit="completion") as progress:
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
-                generated, divergence = self._generate(policy, [prompt_ids[index] for index in batch], strength)
-                for completion, reason in generated:
-                    completions.append(completion)
-                    finished.append(reason == "stop")
-                divergences.append(divergence)
-                progress.update(len(batch))
-        ended = np.array(finished)
+        ends = self.end_ids(policy)
+
+        def sample_all() -> Samples:
+            return self._sample_rows(name, policy, [prompt_ids[index] for index in rows], strength, ends)
+
+        if self.kept is None:
+            samples = sample_all()
+        else:
+            models = [policy] if strength == 0 else [policy, self.length_value_model]
+            settings = [self.max_new_tokens, self.batch_size, replace(self.guidance, strength=strength), self.seed]
+            samples = self.kept.get(name, models, [prompt_ids, rows, ends, repr(settings)], sample_all)
+        completions = samples.completions
+        correct, graded = self.grades(completions, rows)
         return Arm(
             name=name,
             kind=kind,
             setting=strength if kind == "tilt" else float("nan"),
             completions=completions,
-            lengths=np.array([len(completion) for completion in completions]) - ended,
-            finished=ended,
-            correct=self.grade(completions, rows),
+            lengths=np.array([own_length(completion, ends) for completion in completions]),
+            finished=np.array(samples.finished),
+            correct=correct,
             prompt=np.array(rows),
-            kl=None if any(part is None for part in divergences) else np.concatenate(divergences),
+            kl=None if samples.kl is None else np.array(samples.kl),
+            graded=graded,
+        )
+
+    def end_ids(self, policy: PreTrainedModel) -> list[int]:
+        """Ids that end a policy's completions."""
+        return end_token_ids(self.tokenizer, policy.generation_config)
+
+    def _sample_rows(
+        self, name: str, policy: PreTrainedModel, prompts: list[list[int]], strength: float, ends: list[int]
+    ) -> Samples:
+        torch.manual_seed(self.seed)
+        generated, divergences = [], []
+        with tqdm(total=len(prompts), desc=name, unit="completion") as progress:
+            for start in range(0, len(prompts), self.batch_size):
+                batch = prompts[start : start + self.batch_size]
+                rows, divergence = self._generate(policy, batch, strength, ends)
+                generated += rows
+                divergences.append(divergence)
+                progress.update(len(batch))
+        known = not any(part is None for part in divergences)
+        return Samples(
+            completions=[ids for ids, _ in generated],
+            finished=[reason == "stop" for _, reason in generated],
+            kl=np.concatenate(divergences).tolist() if known else None,
         )
 
     @torch.no_grad()
     def _generate(
-        self, policy: PreTrainedModel, prompts: list[list[int]], strength: float
+        self, policy: PreTrainedModel, prompts: list[list[int]], strength: float, ends: list[int]
     ) -> tuple[list[tuple[list[int], str]], np.ndarray | None]:
         """Completions of a batch with their finish reasons, and each one's divergence from the policy itself."""
-        inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        ends = end_token_ids(self.tokenizer, policy.generation_config)
+        ids, mask = left_padded(prompts, padding_id(self.tokenizer, ends), policy.device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
         # Nothing but the guidance acts: a repetition penalty of the model's own would set its arm apart from training.
         bare = GenerationConfig(eos_token_id=ends, pad_token_id=padding_id(self.tokenizer, ends))
         policy.generation_config = bare
@@ -231,14 +297,19 @@ class Sampler:
 
     def grade(self, completions: list[list[int]], rows: Sequence[int]) -> np.ndarray:
         """Whether each completion is correct, `(N,)`; `rows` gives the index of each completion's prompt."""
+        return self.grades(completions, rows)[0]
+
+    def grades(self, completions: list[list[int]], rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """[`Sampler.grade`], and whether each completion was graded at all, `(N,)` each."""
         paid = call_reward(
             self.reward,
             self.tokenizer,
             [self.prompts[index] for index in rows],
             completions,
             {name: [column[index] for index in rows] for name, column in self.columns.items()},
+            self.num_samples if self.num_samples > 1 else None,
         )
-        return np.array(are_correct(self.reward, paid))
+        return read_grades(self.reward, paid)
 
     def truncate(self, base: Arm, name: str, budget: int) -> Arm:
         """The base arm with every completion cut off after `budget` tokens: the baseline of a hard limit.
@@ -247,6 +318,7 @@ class Sampler:
         """
         kept = base.lengths <= budget
         completions = [ids if whole else ids[:budget] for ids, whole in zip(base.completions, kept, strict=True)]
+        correct, graded = self.grades(completions, base.prompt.tolist())
         return Arm(
             name=name,
             kind="truncation",
@@ -254,8 +326,9 @@ class Sampler:
             completions=completions,
             lengths=np.minimum(base.lengths, budget),
             finished=base.finished & kept,
-            correct=self.grade(completions, base.prompt.tolist()),
+            correct=correct,
             prompt=base.prompt,
+            graded=graded,
         )
 
 
@@ -267,9 +340,18 @@ def value_scale(model: LengthValueModel, prompt_ids: Sequence[list[int]], comple
         model (`LengthValueModel`): the value model.
         prompt_ids (sequence of lists of `int`): each completion's prompt.
         completions (sequence of lists of `int`): sampled ids.
+
+    Raises:
+        ValueError: V is the same at every state, or there is one state only.
     """
     values = []
     for prompt, completion in zip(prompt_ids, completions, strict=True):
         ids = torch.tensor([[*prompt, *completion[:-1]]], device=model.device)
         values.append(model(input_ids=ids).values[0, len(prompt) - 1 :])
-    return float(torch.cat(values).std())
+    scale = float(torch.cat(values).std()) if sum(map(len, values)) > 1 else 0.0
+    if not scale > 0:
+        raise ValueError(
+            "V is the same at every state of the base policy's completions, so there is no unit for tilts: look at "
+            "what the length value model says (`python -m eval.length_prediction`)."
+        )
+    return scale

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
-from lenvm_rl.sampling import load_prompts
-from lenvm_rl.sandbox import distinct_problems
+from lenvm_rl.prompts import find_prompt_problem, load_prompts
+from lenvm_rl.reward_functions import BY_TRL, NO_COLUMNS
+from lenvm_rl.sandbox import DIFFICULTIES, Problem, distinct_problems
+
+logger = logging.getLogger(__name__)
 
 # Seed of the sandbox's evaluation prompts: the same for every run.
 EVALUATION_SEED = 0
@@ -50,9 +54,15 @@ class EvaluationPrompts:
     difficulties: list[int] | None = None
 
 
+def sandbox_problems(count: int, seed: int = EVALUATION_SEED, split: str = "evaluation") -> list[Problem]:
+    """The first `count` problems of a split of the sandbox; as many of each difficulty, but for a rest below four."""
+    whole = -(-count // len(DIFFICULTIES)) * len(DIFFICULTIES)
+    return distinct_problems(whole, seed, split)[:count]
+
+
 def sandbox_prompts(count: int, split: str = "evaluation") -> EvaluationPrompts:
-    """`count` prompts of a split of the sandbox, all difficulties alike, always the same."""
-    problems = distinct_problems(count, EVALUATION_SEED, split)
+    """`count` prompts of a split of the sandbox, always the same."""
+    problems = sandbox_problems(count, split=split)
     return EvaluationPrompts(
         [problem.prompt for problem in problems],
         {"answer": [problem.answer for problem in problems]},
@@ -72,21 +82,35 @@ def dataset_prompts(
     """The first `count` rows of a dataset.
 
     Args:
-        name (`str`), config (`str`, *optional*), split (`str`): as for [`~lenvm_rl.sampling.load_prompts`].
+        name (`str`), config (`str`, *optional*), split (`str`): as for [`~lenvm_rl.prompts.load_prompts`].
         count (`int`): most rows.
         prompt_column (`str`): column with the prompt.
         answer_column (`str`, *optional*): handed to the reward function as `answer`.
         chat (`bool`, *optional*, defaults to `False`): wrap prompts as a user's message.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing, or a row holds no prompt.
     """
-    dataset = load_prompts(name, config, split, count)
-    for column in (prompt_column, answer_column):
+    dataset = load_prompts(name, config, split)
+    for option, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
         if column is not None and column not in dataset.column_names:
-            raise ValueError(f"{name} has no column {column!r}; it has {dataset.column_names}.")
+            raise ValueError(f"{name} has no column {column!r}; it has {dataset.column_names}. Set --{option}.")
+    if len(dataset) > count:
+        logger.info("%s: the first %d of %d prompts", name, count, len(dataset))
+        dataset = dataset.select(range(count))
     prompts = dataset[prompt_column][:]
-    columns = {column: dataset[column][:] for column in dataset.column_names if column != prompt_column}
+    for row, prompt in enumerate(prompts):
+        problem = find_prompt_problem(prompt)
+        if problem is None and chat and not isinstance(prompt, str):
+            problem = "holds messages already, which --chat would wrap once more: give --chat false"
+        if problem is not None:
+            raise ValueError(
+                f"{name}, column {prompt_column!r}: row {row} (the first is 0) {problem}. Mend or remove such rows, or "
+                "name another column with --prompt_column."
+            )
+    # What a trainer would not hand to a reward function either, or hands it of its own.
+    kept = set(dataset.column_names) - {prompt_column} - NO_COLUMNS - BY_TRL
+    columns = {column: dataset[column][:] for column in dataset.column_names if column in kept}
     if answer_column is not None:
         columns["answer"] = dataset[answer_column][:]
     return EvaluationPrompts(

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eval.report import as_label, half_widths, is_known, save_figure
 from eval.style_frontier import StyleFrontier
 
 LOOKS = {
@@ -24,15 +26,17 @@ TRAINED_COLORS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, path: Path) -> None:
     """Accuracy against mean tokens with 95 % intervals: over all completions, and against the tokens of correct ones.
 
-    In the left panel, points that are away from the base policy have their divergence from it beside them, in nats.
+    In the left panel, points that are away from the base policy have their divergence from it beside them, in nats. An
+    arm whose accuracy is not known is left out.
 
     Args:
         rows (list of `dict`): the arms, as `eval.tradeoff` summarises them.
         frontier ([`~eval.style_frontier.StyleFrontier`], *optional*): drawn in the left panel.
         path (`pathlib.Path`): where to write the PNG.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
+    known = [row for row in rows if is_known(row["accuracy"])]
     for axis, key, title in zip(
         axes,
         ("tokens", "tokens_correct"),
@@ -40,38 +44,61 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
         strict=True,
     ):
         for kind, look in LOOKS.items():
-            _draw([row for row in rows if row["kind"] == kind and row[key]], key, axis, line=kind != "base", **look)
-        trained = [row for row in rows if row["kind"] == "trained"]
+            _draw([row for row in known if row["kind"] == kind], key, axis, line=kind != "base", **look)
+        trained = [row for row in known if row["kind"] == "trained"]
         for row, color in zip(trained, cycle(TRAINED_COLORS), strict=False):
-            tilted = [other for other in rows if other["kind"] == f"tilt of {row['name']}" and other[key]]
-            _draw(tilted, key, axis, line=True, color=color, marker="o", label=f"{row['name']}, tilted")
-            if row[key]:
-                _draw([row], key, axis, line=False, color=color, marker="*", label=f"trained: {row['name']}")
+            name = as_label(row["name"])
+            tilted = [other for other in known if other["kind"] == f"tilt of {row['name']}"]
+            _draw(tilted, key, axis, line=True, color=color, marker="o", label=f"{name}, tilted")
+            _draw([row], key, axis, line=False, color=color, marker="*", label=f"trained: {name}")
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
-        axis.set_ylim(0, min(1.02, 1.25 * max(row["accuracy"]["high"] for row in rows) + 0.01))
+    highest = max([row["accuracy"]["high"] or row["accuracy"]["estimate"] for row in known], default=0.0)
+    # Room for points on the axis, and where nobody is right, an axis that says so.
+    top = min(1.04, 1.25 * highest) if highest > 0 else 1.04
+    axes[0].set_ylim(-0.04 * top, top)
     if frontier is not None:
-        longest = max(row["tokens"]["high"] for row in rows)
+        longest = max(row["tokens"]["high"] or row["tokens"]["estimate"] for row in rows)
         tokens = np.append(frontier.tokens, max(longest, frontier.tokens[-1]))
         axes[0].plot(
-            tokens, frontier.accuracy(tokens), color="#bbbbbb", linestyle="--", label="style frontier", zorder=1
+            tokens,
+            frontier.accuracy(tokens),
+            color="#bbbbbb",
+            linestyle="--",
+            label="style frontier: best mixture of the base policy's own styles",
+            zorder=1,
         )
+    _write_divergences([row for row in known if is_known(row["kl"]) and row["kind"] != "base"], axes[0])
+    if not any(row["tokens_correct"] for row in known):
+        nobody = "no completion is correct" if known else "no completion was graded"
+        axes[1].text(0.5, 0.5, nobody, ha="center", transform=axes[1].transAxes)
+    axes[0].set_ylabel("accuracy, 95 % intervals over prompts")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    save_figure(path, figure)
+
+
+def _write_divergences(rows: list[dict[str, Any]], axis: Axes) -> None:
     for row in rows:
-        if row["kl"] is not None and row["kind"] != "base":
-            place = (row["tokens"]["estimate"], row["accuracy"]["estimate"])
-            text = f"{row['kl']['estimate']:.2g}"
-            axes[0].annotate(text, place, (4, -9), textcoords="offset points", fontsize=6, color="#555555")
-    axes[0].set_ylabel("accuracy")
-    axes[0].legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=150)
+        axis.annotate(
+            f"{row['kl']['estimate']:.2g}",
+            (row["tokens"]["estimate"], row["accuracy"]["estimate"]),
+            (5, -11),
+            textcoords="offset points",
+            fontsize=7,
+            color="#444444",
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+            zorder=4,
+        )
+    if rows:
+        axis.set_title("small numbers: KL to the base policy, nats per completion", fontsize=8, color="#444444")
 
 
-def _draw(rows: list[dict[str, Any]], key: str, axis: Any, line: bool, color: str, marker: str, label: str) -> None:
+def _draw(rows: list[dict[str, Any]], key: str, axis: Axes, line: bool, color: str, marker: str, label: str) -> None:
+    rows = sorted((row for row in rows if is_known(row[key])), key=lambda row: row[key]["estimate"])
     if not rows:
         return
-    rows = sorted(rows, key=lambda row: row[key]["estimate"])
     x, y = ([row[name]["estimate"] for row in rows] for name in (key, "accuracy"))
-    errors = [_half_widths([row[name] for row in rows]) for name in (key, "accuracy")]
+    errors = [half_widths([row[name] for row in rows]) for name in (key, "accuracy")]
     axis.errorbar(
         x,
         y,
@@ -86,12 +113,3 @@ def _draw(rows: list[dict[str, Any]], key: str, axis: Any, line: bool, color: st
         label=label,
         zorder=3,
     )
-
-
-def _half_widths(entries: list[dict[str, float | None]]) -> list[list[float]]:
-    """Distances of intervals' ends from their estimates; 0 where there is no interval, or by rounding none."""
-    sides = []
-    for name, sign in (("low", 1.0), ("high", -1.0)):
-        ends = [entry["estimate"] if entry[name] is None else entry[name] for entry in entries]
-        sides.append([max(0.0, sign * (entry["estimate"] - end)) for entry, end in zip(entries, ends, strict=True)])
-    return sides

@@ -15,9 +15,9 @@ batches. Prints one table and writes gradient.json, .csv and .png.
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -28,10 +28,12 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from eval.arms import call_reward, load_reward
+from eval.arms import call_reward, load_reward, read_grades
+from eval.batches import end_ids_of
+from eval.command_line import run
 from eval.datasets import EvaluationPrompts
 from eval.gradient_batches import (
     ExplainedVariance,
@@ -41,34 +43,54 @@ from eval.gradient_batches import (
     select_parameters,
 )
 from eval.gradient_estimators import LENGTH_GRADIENT, TASK_GRADIENT, GradedBatch, estimators
-from eval.gradient_report import all_cosines, compare_penalties, plot_gradients, print_report, summarise, write_csv
+from eval.gradient_report import all_cosines, compare_penalties, plot_gradients, print_report, summarise
 from eval.gradient_statistics import GradientStatistics, inner_products
-from eval.tradeoff_arguments import TradeoffArguments, read_run
-from lenvm_rl.correctness import are_correct
-from lenvm_rl.modeling import LengthValueModel
+from eval.report import save_csv, save_json
+from eval.runs import OUTPUTS, SANDBOX_RUN, output_folder, set_threads
+from eval.tradeoff_arguments import TradeoffArguments, check_data, read_run, sampled_as_fitted
+from lenvm_rl.endings import own_length
+from lenvm_rl.loading import load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.prediction import weights_fingerprint
-from lenvm_rl.rollouts import atomic_file
+from lenvm_rl.reward_functions import check_columns
+from lenvm_rl.rollouts import RolloutMetadata
 from lenvm_rl.sampling import sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings
 from lenvm_rl.sandbox import DIFFICULTIES, stream_problems
-from lenvm_rl.tokenization import check_same_tokenizer
 
 logger = logging.getLogger(__name__)
+
+# What a measurement is about: results about others are not written over.
+MODELS = ("policy", "length_value_model")
 
 
 @dataclass
 class GradientArguments:
     """Which policy, on which prompts, in which batches, and where to write it."""
 
-    run_dir: str = field(
-        default="outputs/sandbox",
-        metadata={"help": "Folder of a recipe's run; its run.json says what was trained, on what, and how it samples."},
+    run_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a recipe's run; its run.json says what was trained, on what, and how it samples. "
+            f"Default: {SANDBOX_RUN}, or none where --policy is a model of one's own."
+        },
     )
     policy: str | None = field(
         default=None,
-        metadata={"help": "Folder or hub id, or the name of a trained policy of the run. Default: the run's base."},
+        metadata={
+            "help": "The name of a trained policy of the run; or folder or hub id, which needs --length_value_model "
+            "and --dataset_name. Default: the run's base."
+        },
     )
-    length_value_model: str | None = field(default=None, metadata={"help": "Length value model. Default: the run's."})
+    length_value_model: str | None = field(
+        default=None, metadata={"help": "Length value model, folder or hub id. Default: the run's."}
+    )
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model that length value models of form adapter or head were fitted on. Default: the run's "
+            "base, or --policy where that is none of the run's."
+        },
+    )
     correct_lenvm: str | None = field(
         default=None,
         metadata={"help": "A length value model fitted to correct completions only (--only_correct), for its gate."},
@@ -76,21 +98,39 @@ class GradientArguments:
     task: str | None = field(default=None, metadata={"help": "As for eval.tradeoff: 'gsm8k', 'math500' or 'sandbox'."})
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Prompts: a hub id or a local file, shuffled. Default: the sandbox's, for its own runs."},
+        metadata={
+            "help": "Prompts: a hub id or a local .jsonl, .json, .parquet or .csv file, shuffled. Default: the "
+            "sandbox's, for its own policies."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_split: str = field(default="test", metadata={"help": "Split of a hub dataset."})
-    prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompt. Default: the run's."})
-    answer_column: str | None = field(default=None, metadata={"help": "Column that the reward gets as 'answer'."})
-    chat: bool | None = field(default=None, metadata={"help": "Wrap text prompts as a user's message."})
-    reward: str | None = field(default=None, metadata={"help": "Dotted path of the reward; above 0.5 is correct."})
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with the prompt. Default: the task's or the run's."}
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "Column that the reward gets as 'answer'. Default: the task's."}
+    )
+    chat: bool | None = field(
+        default=None, metadata={"help": "Wrap text prompts as a user's message. Default: as in the run, or the task's."}
+    )
+    reward: str | None = field(
+        default=None,
+        metadata={"help": "Dotted path of the reward; above 0.5 is correct. Default: the task's, or the run's."},
+    )
     num_batches: int = field(default=160, metadata={"help": "Independent batches."})
     batch_size: int = field(default=64, metadata={"help": "Completions in a batch: the ratio is proportional to it."})
     group_size: int = field(default=8, metadata={"help": "Completions of a prompt."})
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest completion, end-of-sequence counted. Default: as in the run."}
+        default=None,
+        metadata={
+            "help": "Longest completion, end-of-sequence counted. Default: as in the run, or in the rollouts that the "
+            "length value model was fitted on."
+        },
     )
-    temperature: float | None = field(default=None, metadata={"help": "Of sampling. Default: as in the run."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Of sampling, above 0. Default: like that of max_new_tokens."}
+    )
     parameters: str | None = field(
         default=None,
         metadata={"help": "Regular expression: only parameters whose name holds it. Default: all of the policy's."},
@@ -102,7 +142,11 @@ class GradientArguments:
     forward_size: int = field(default=64, metadata={"help": "Completions per forward of a gradient."})
     seed: int = field(default=0, metadata={"help": "Seed of prompts, sampling and bootstrap."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Where to write. Default: RUN_DIR/gradient, or RUN_DIR/gradient_POLICY."}
+        default=None,
+        metadata={
+            "help": "Where to write. Default: RUN_DIR/gradient, or RUN_DIR/gradient_POLICY; for models of no run, in "
+            "outputs."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -123,7 +167,7 @@ def complete(args: GradientArguments) -> tuple[GradientArguments, EvaluationProm
     """The arguments completed by what the run says of itself, the prompts of all batches, and the run's pad token.
 
     Raises:
-        ValueError: the dataset has too few rows for all batches.
+        ValueError: the dataset has too few rows for all batches, or completions would not be sampled.
     """
     count = args.num_batches * args.batch_size // args.group_size
     own = args.dataset_name is not None
@@ -131,15 +175,20 @@ def complete(args: GradientArguments) -> tuple[GradientArguments, EvaluationProm
     asked = {name: value for name, value in asdict(args).items() if name in shared}
     asked["batch_size"] = args.sampling_batch_size
     # All rows of a dataset, to shuffle them; of the sandbox's distinct prompts none is used.
-    comparison = read_run(TradeoffArguments(**asked, num_prompts=2**31 if own else len(DIFFICULTIES)))
-    found = comparison.args
-    policy = comparison.trained.get(found.policy, found.policy)
+    asked["num_prompts"] = 2**31 if own else len(DIFFICULTIES)
+    comparison = read_run(TradeoffArguments(**asked), among_trained=True)
+    found = sampled_as_fitted(comparison.args)
+    if found.temperature <= 0:
+        raise ValueError(f"A policy gradient needs sampling: temperature must be above 0, got {found.temperature}.")
+    trained = comparison.trained.get(found.policy)
     default_dir = "gradient" if args.policy is None else f"gradient_{Path(args.policy).name}"
     args = replace(
         args,
-        **{name: getattr(found, name) for name in shared - {"policy", "batch_size", "output_dir"}},
-        policy=policy,
-        output_dir=args.output_dir or str(Path(args.run_dir) / default_dir),
+        **{name: getattr(found, name) for name in shared - {"policy", "base", "batch_size", "output_dir"}},
+        policy=trained or found.policy,
+        # A trained policy is no longer what its run's length value model was fitted on.
+        base=args.base or (comparison.run.model("policy") if trained else found.policy),
+        output_dir=args.output_dir or str(Path(comparison.run.folder or OUTPUTS) / default_dir),
     )
     if not own:
         # Independent draws with the sandbox's equal share of difficulties, from prompts that nothing was fitted to.
@@ -156,11 +205,13 @@ def complete(args: GradientArguments) -> tuple[GradientArguments, EvaluationProm
     return args, EvaluationPrompts([comparison.prompts[index] for index in chosen], columns), comparison.pad_token
 
 
-def sample(args: GradientArguments, data: EvaluationPrompts, policy: PreTrainedModel, tokenizer: Any) -> Dataset:
+def sample(
+    args: GradientArguments, data: EvaluationPrompts, policy: PreTrainedModel, tokenizer: Any, reward: Callable
+) -> tuple[Dataset, RolloutMetadata]:
     """Completions of all batches with their grades, `rollouts.jsonl` in the output folder; reused if it is there.
 
     Raises:
-        ValueError: some completion makes no valid record, so that batches would not be whole.
+        ValueError: some completion makes no valid record, or is not graded, so that batches would not be whole.
     """
     rollouts, metadata = sample_to_file(
         Path(args.output_dir) / "rollouts.jsonl",
@@ -185,27 +236,29 @@ def sample(args: GradientArguments, data: EvaluationPrompts, policy: PreTrainedM
         [data.prompts[group] for group in groups],
         rollouts["completion_ids"][:],
         {name: [column[group] for group in groups] for name, column in data.columns.items()},
+        args.group_size,
     )
-    correct = are_correct(reward, paid)
-    return rollouts.add_column("correct", [float(flag) for flag in correct])
-
-
-def load_value_model(path: str, tokenizer: Any, device: torch.device | str) -> LengthValueModel:
-    """A frozen length value model with the policy's tokenizer."""
-    model = LengthValueModel.from_pretrained(path).to(device).freeze()
-    check_same_tokenizer(model.config.tokenizer_fingerprint, tokenizer)
-    return model
+    correct, graded = read_grades(reward, paid)
+    if not graded.all():
+        raise ValueError(
+            f"{args.reward} did not grade {int((~graded).sum())} of {len(graded)} completions (it returned None), so "
+            "batches would not be whole: take prompts that it grades, or another --reward."
+        )
+    return rollouts.add_column("correct", correct.astype(float).tolist()), metadata
 
 
 def measure(args: GradientArguments, data: EvaluationPrompts, pad_token: str | None) -> dict[str, Any]:
     """Sample, take all gradients, and return the report."""
-    device = torch.accelerator.current_accelerator() or "cpu"
-    policy = AutoModelForCausalLM.from_pretrained(args.policy).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.policy)
-    tokenizer.pad_token = pad_token or tokenizer.pad_token
-    values = load_value_model(args.length_value_model, tokenizer, device)
-    of_correct = None if args.correct_lenvm is None else load_value_model(args.correct_lenvm, tokenizer, device)
-    rollouts = sample(args, data, policy, tokenizer)
+    tokenizer = load_tokenizer(args.policy, pad_token)
+    check_data(args, tokenizer)
+    reward = load_reward(args.reward)
+    check_columns(reward, data.columns, args.dataset_name or "the sandbox")
+    values, of_correct = (
+        None if path is None else load_length_value_model(path, args.base, tokenizer=tokenizer)
+        for path in (args.length_value_model, args.correct_lenvm)
+    )
+    policy = load_policy(args.policy)
+    rollouts, metadata = sample(args, data, policy, tokenizer, reward)
     parameters = select_parameters(policy, args.parameters)
     found = estimators(args.pass_threshold, of_correct is not None)
     shape = (len(found), args.num_batches, sum(parameter.numel() for parameter in parameters))
@@ -213,7 +266,8 @@ def measure(args: GradientArguments, data: EvaluationPrompts, pad_token: str | N
     # All gradients of the policy of the sandbox are some 2 GB; a file that has no name is gone with the process.
     with tempfile.TemporaryFile(dir=args.output_dir) as file:
         gradients = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
-        batches = zip(read_batches(rollouts, args.batch_size), correct.split(args.batch_size), strict=True)
+        ends = end_ids_of(metadata)
+        batches = zip(read_batches(rollouts, args.batch_size, ends), correct.split(args.batch_size), strict=True)
         for number, (batch, right) in enumerate(tqdm(batches, total=args.num_batches, desc="gradients", unit="batch")):
             graded = GradedBatch(
                 completions=batch.completions,
@@ -240,7 +294,7 @@ def measure(args: GradientArguments, data: EvaluationPrompts, pad_token: str | N
     names = [estimator.name for estimator in found]
     task, length = names.index(TASK_GRADIENT), names.index(LENGTH_GRADIENT)
     cut = sum(reason != "stop" for reason in rollouts["finish_reason"])
-    tokens = sum(map(len, rollouts["completion_ids"])) - (len(rollouts) - cut)
+    tokens = sum(own_length(ids, ends) for ids in rollouts["completion_ids"])
     return {
         "arguments": asdict(args),
         "measured_on": {
@@ -260,16 +314,13 @@ def measure(args: GradientArguments, data: EvaluationPrompts, pad_token: str | N
 def main(args: GradientArguments) -> dict[str, Any]:
     """Measure, print, and write `gradient.json`, `.csv` and `.png`."""
     transformers_logging.set_verbosity_error()
-    if args.dataset_name is None:
-        # For models of the sandbox's size one thread is as fast as two, and the numbers do not depend on the cores.
-        torch.set_num_threads(1)
+    set_threads(sandbox=args.dataset_name is None)
+    given = args.output_dir
     args, data, pad_token = complete(args)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = output_folder(given, args.output_dir, "gradient.json", asdict(args), MODELS)
     report = measure(args, data, pad_token)
-    with atomic_file(output_dir / "gradient.json") as file:
-        file.write(json.dumps(report, indent=1, allow_nan=False).encode())
-    write_csv(report["estimators"], output_dir / "gradient.csv")
+    save_json(output_dir / "gradient.json", report)
+    save_csv(output_dir / "gradient.csv", report["estimators"])
     plot_gradients(report["estimators"], output_dir / "gradient.png")
     console = Console(width=150, highlight=False)
     print_report(report, console)
@@ -278,5 +329,4 @@ def main(args: GradientArguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(HfArgumentParser(GradientArguments).parse_args_into_dataclasses()[0])
+    run(GradientArguments, main, "eval.gradient", __doc__)

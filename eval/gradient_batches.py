@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from datasets import Dataset
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from eval.gradient_estimators import GradedBatch, LengthValues
 from lenvm_rl.completions import completion_logits, position_ids_from_mask
+from lenvm_rl.endings import own_length
 from lenvm_rl.trainers.streams import Completions
 
 
@@ -24,7 +25,8 @@ class TokenBatch:
     Args:
         prompt_ids, prompt_mask (`torch.Tensor` of shape `(N, P)`): prompts.
         completion_ids, completion_mask (`torch.Tensor` of shape `(N, T)`): completions.
-        finished (`torch.BoolTensor` of shape `(N,)`): whether the last token ends the sequence.
+        finished (`torch.BoolTensor` of shape `(N,)`): whether nothing follows the last token.
+        lengths (`torch.LongTensor` of shape `(N,)`): tokens of each completion, an end id not counted.
     """
 
     prompt_ids: Tensor
@@ -32,38 +34,50 @@ class TokenBatch:
     completion_ids: Tensor
     completion_mask: Tensor
     finished: Tensor
+    lengths: Tensor
 
     @classmethod
     def from_rows(
-        cls, prompts: Sequence[list[int]], completions: Sequence[list[int]], finished: Sequence[bool]
+        cls,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        finished: Sequence[bool],
+        end_ids: Collection[int] | None = None,
     ) -> TokenBatch:
-        """A batch of rows of ids, none of them empty."""
+        """A batch of rows of ids, none of them empty.
+
+        Without `end_ids`, the ids that end a completion, the last token of every finished one is taken for its end.
+        """
 
         def padded(rows: Sequence[list[int]], side: str) -> tuple[Tensor, Tensor]:
             ids = [torch.tensor(row) for row in rows]
             masks = [torch.ones(len(row), dtype=torch.int64) for row in rows]
             return tuple(pad_sequence(each, batch_first=True, padding_side=side) for each in (ids, masks))
 
-        return cls(*padded(prompts, "left"), *padded(completions, "right"), torch.tensor(finished, dtype=torch.bool))
+        ended = torch.tensor(finished, dtype=torch.bool)
+        if end_ids is None:
+            lengths = torch.tensor([len(row) for row in completions]) - ended.long()
+        else:
+            lengths = torch.tensor([own_length(row, end_ids) for row in completions])
+        return cls(*padded(prompts, "left"), *padded(completions, "right"), ended, lengths)
 
     @property
     def completions(self) -> Completions:
         """What the streams of advantage read; every token is an action."""
         mask = self.completion_mask.bool()
-        return Completions(mask, mask, self.finished, mask.sum(dim=1) - self.finished.long())
+        return Completions(mask, mask, self.finished, self.lengths)
 
     def rows(self, rows: slice, device: torch.device | str) -> TokenBatch:
         """Some of the rows, on a device."""
-        fields = (self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask, self.finished)
-        return TokenBatch(*(field[rows].to(device) for field in fields))
+        return TokenBatch(*(getattr(self, each.name)[rows].to(device) for each in fields(self)))
 
 
-def read_batches(rollouts: Dataset, batch_size: int) -> Iterator[TokenBatch]:
-    """Consecutive batches of rollouts; the last one must be whole."""
+def read_batches(rollouts: Dataset, batch_size: int, end_ids: Collection[int]) -> Iterator[TokenBatch]:
+    """Consecutive batches of rollouts, whose completions end with one of `end_ids`; the last one must be whole."""
     for start in range(0, len(rollouts), batch_size):
         part = rollouts[start : start + batch_size]
         ended = [reason == "stop" for reason in part["finish_reason"]]
-        yield TokenBatch.from_rows(part["prompt_ids"], part["completion_ids"], ended)
+        yield TokenBatch.from_rows(part["prompt_ids"], part["completion_ids"], ended, end_ids)
 
 
 @torch.no_grad()

@@ -1,10 +1,7 @@
-"""What `eval.gradient` says: a table, a CSV and a figure."""
+"""What `eval.gradient` says: numbers, a table and a figure."""
 
 from __future__ import annotations
 
-import csv
-import io
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,21 @@ from eval.gradient_estimators import (
     Estimator,
 )
 from eval.gradient_statistics import GradientStatistics
-from eval.statistics import Interval
-from lenvm_rl.rollouts import atomic_file
+from eval.report import as_entry, cell_text, half_widths, is_known, save_figure
 
-INTERVALS = ("snr", "lenvm_over_it", "cosine_to_task", "cosine_to_length")
+# Share of the completions that may be cut without a word.
+MANY_CUT = 0.1
+# What the kinds are called in the figure.
+KINDS = {
+    TASK: "task",
+    SEQUENCE: "one number per completion",
+    PLAIN: "return of each token, no baseline",
+    GROUP: "baseline of the group",
+    LENVM: "length value model as baseline",
+    GATE: "gated by correctness",
+}
+# Cosines are not shown beyond this: their estimates have no bound.
+WIDEST = 1.6
 COLORS = {
     TASK: "#000000",
     SEQUENCE: "#d62728",
@@ -103,12 +111,6 @@ def _or_lowest(ratio: float | None) -> float:
     return -np.inf if ratio is None else ratio
 
 
-def as_entry(interval: Interval) -> dict[str, float | None]:
-    """Estimate and ends; `None` for what is not defined, since JSON has no NaN."""
-    ends = {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
-    return {name: value if np.isfinite(value) else None for name, value in ends.items()}
-
-
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The table, and the comparison with the penalties below it."""
     args, about = report["arguments"], report["measured_on"]
@@ -124,10 +126,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         table.add_row(
             row["name"],
             row["kind"],
-            _cell(row["snr"]),
-            _cell(row["lenvm_over_it"]),
-            _cell(row["cosine_to_task"]),
-            _cell(row["cosine_to_length"]),
+            cell_text(row["snr"], 2),
+            cell_text(row["lenvm_over_it"], 2),
+            cell_text(row["cosine_to_task"], 2),
+            cell_text(row["cosine_to_length"], 2),
         )
     console.print(table)
     explained = about["explained_variance"]
@@ -137,71 +139,51 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"returns. 'LenVM over it' is the SNR of {LENVM_GRADIENT!r} over that of the line. Cosines are to the "
         f"gradients of {TASK_GRADIENT!r} and {LENGTH_GRADIENT!r}."
     )
+    if about["cut"] > MANY_CUT:
+        console.print(
+            f"{about['cut']:.0%} of the completions were cut at {args['max_new_tokens']} tokens: beyond the cut the "
+            "length stream knows what the model says, and the task what is paid for half an answer. See "
+            "--max_new_tokens."
+        )
     for title, words in (("all", "all sequence-level penalties"), ("in_tokens", "those that count tokens")):
         entry = report["penalties"][title]
         best = "none is measured" if entry["best"] is None else entry["best"]
         console.print(
-            f"SNR of {LENVM_GRADIENT!r} over the best of {words} ({best}): {_cell(entry['ratio'])} (asked on the "
-            "sandbox: at least 5)"
+            f"SNR of {LENVM_GRADIENT!r} over the best of {words} ({best}): {cell_text(entry['ratio'], 2)} (asked on "
+            "the sandbox: at least 5)"
         )
-
-
-def _cell(entry: dict[str, float | None]) -> str:
-    if entry["estimate"] is None:
-        return "–"
-    if entry["low"] is None or entry["high"] is None:
-        return f"{entry['estimate']:.2f}"
-    return f"{entry['estimate']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
-
-
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    """One line per estimator; an interval fills three columns, and what is not defined stays empty."""
-    flat = [
-        dict(
-            chain.from_iterable(
-                [(name, entry["estimate"]), (f"{name}_low", entry["low"]), (f"{name}_high", entry["high"])]
-                if name in INTERVALS
-                else [(name, entry)]
-                for name, entry in row.items()
-            )
-        )
-        for row in rows
-    ]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def plot_gradients(rows: list[dict[str, Any]], path: Path) -> None:
     """Signal-to-noise ratios as bars with intervals, and beside them the cosines to task and length."""
     rows = rows[::-1]
-    figure = Figure(figsize=(11, 0.34 * len(rows) + 1.4), layout="constrained")
+    figure = Figure(figsize=(11, 0.34 * len(rows) + 2.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))
+    known = [(place, row) for place, row in zip(places, rows, strict=True) if is_known(row["snr"])]
     left.barh(
-        places,
-        [row["snr"]["estimate"] or 0.0 for row in rows],
-        xerr=_half_widths([row["snr"] for row in rows]),
-        color=[COLORS[row["kind"]] for row in rows],
+        [place for place, _ in known],
+        [row["snr"]["estimate"] for _, row in known],
+        xerr=half_widths([row["snr"] for _, row in known]),
+        color=[COLORS[row["kind"]] for _, row in known],
         error_kw={"elinewidth": 0.8, "ecolor": "#444444"},
     )
     for kind in dict.fromkeys(row["kind"] for row in reversed(rows)):
-        left.barh(0, 0, color=COLORS[kind], label=kind)
+        left.barh(0, 0, color=COLORS[kind], label=KINDS[kind])
     left.set_yticks(places, [row["name"] for row in rows], fontsize=8)
-    left.set_xlabel("signal-to-noise ratio of a batch's gradient")
-    left.legend(fontsize=8, loc="lower right")
+    left.set_ylim(-0.7, len(rows) - 0.3)
+    left.set_xlabel("signal-to-noise ratio of a batch's gradient\n(95 % intervals over batches)")
+    shown = []
     for key, color, marker, label in (
-        ("cosine_to_task", "#000000", "o", "to the task gradient"),
-        ("cosine_to_length", "#1f77b4", "s", "to the plain length gradient"),
+        ("cosine_to_task", "#000000", "o", "cosine to the task gradient"),
+        ("cosine_to_length", "#1f77b4", "s", "cosine to the plain length gradient"),
     ):
-        known = [(place, row[key]) for place, row in zip(places, rows, strict=True) if row[key]["estimate"] is not None]
+        measured = [(place, row[key]) for place, row in zip(places, rows, strict=True) if is_known(row[key])]
+        shown += [entry[end] for _, entry in measured for end in entry if entry[end] is not None]
         right.errorbar(
-            [entry["estimate"] for _, entry in known],
-            [place for place, _ in known],
-            xerr=_half_widths([entry for _, entry in known]),
+            [entry["estimate"] for _, entry in measured],
+            [place for place, _ in measured],
+            xerr=half_widths([entry for _, entry in measured]),
             color=color,
             marker=marker,
             markersize=4,
@@ -209,24 +191,19 @@ def plot_gradients(rows: list[dict[str, Any]], path: Path) -> None:
             elinewidth=0.8,
             label=label,
         )
-    right.axvline(0, color="#bbbbbb", linewidth=0.8)
-    right.set_xlim(-1.15, 1.15)
+    for place, color in ((0, "#bbbbbb"), (-1, "#dddddd"), (1, "#dddddd")):
+        right.axvline(place, color=color, linewidth=0.8, zorder=0)
+    right.set_xlim(max(-WIDEST, min([-1.1, *shown])) - 0.05, min(WIDEST, max([1.1, *shown])) + 0.05)
     right.set_xlabel("cosine of expected gradients")
-    right.legend(fontsize=8, loc="lower right")
+    right.set_title(
+        "unbiased estimates: one beyond 1 says about 1; without a bar, the\nsignal is too weak for an interval",
+        fontsize=8,
+    )
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="x")
-    figure.savefig(path, dpi=150)
-
-
-def _half_widths(entries: list[dict[str, float | None]]) -> list[list[float]]:
-    """Distances of intervals' ends from their estimates; 0 where there is no interval."""
-    sides = []
-    for name, sign in (("low", 1.0), ("high", -1.0)):
-        ends = [entry["estimate"] if entry[name] is None else entry[name] for entry in entries]
-        sides.append(
-            [
-                0.0 if end is None else max(0.0, sign * (entry["estimate"] - end))
-                for entry, end in zip(entries, ends, strict=True)
-            ]
-        )
-    return sides
+        axis.set_axisbelow(True)
+    handles = [axis.get_legend_handles_labels() for axis in (left, right)]
+    figure.legend(
+        *(one + other for one, other in zip(*handles, strict=True)), loc="outside lower center", ncols=4, fontsize=8
+    )
+    save_figure(path, figure)

@@ -12,58 +12,90 @@ that is killed and started again goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from eval.command_line import run
+from eval.datasets import sandbox_problems
 from eval.length_control_cells import ARMS, BASE, Completion, LengthSampler, cell_completions
 from eval.length_control_figures import plot_length_control
 from eval.length_control_prompts import read_tasks, with_length
-from eval.length_control_report import ALL, print_tables, summarise_cell, write_csv
+from eval.length_control_report import ALL, print_tables, summarise_cell
 from eval.length_scores import SCORED_MODES
+from eval.report import save_csv, save_json
+from eval.runs import (
+    CANDIDATES,
+    OUTPUTS,
+    SANDBOX_CANDIDATES,
+    SANDBOX_RUN,
+    Run,
+    check_sandbox,
+    find_run,
+    output_folder,
+    set_threads,
+)
 from lenvm_rl.endings import end_token_ids, padding_id
 from lenvm_rl.guidance import RULES, LengthGuidance
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.loading import load_length_value_model, load_policy, load_tokenizer, read_config
+from lenvm_rl.prediction import weights_fingerprint
+from lenvm_rl.prompts import tokenize_prompts
 from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.sampling_jobs import tokenize_prompts
-from lenvm_rl.sandbox import distinct_problems
-from lenvm_rl.tokenization import check_same_tokenizer
 from reward.sandbox import sandbox_reward
 
-# Seed of the sandbox's evaluation prompts: the same for every run, and those of eval.tradeoff.
-EVALUATION_SEED = 0
 SANDBOX, SANDBOX_TARGETS, LIFEBENCH_TARGETS = "sandbox", [8, 16, 32], [32, 64, 128, 256]
-# The paper's for LIFEBench; on the sandbox that of eval.tradeoff.
-LIFEBENCH_CANDIDATES = {"top_k": 15, "top_p": 0.999, "min_p": 0.0}
-SANDBOX_CANDIDATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.01}
 DEFAULT_ARMS = [BASE, "prompt", "guided", "guided+prompt"]
+REPORT = "length_control.json"
+# What a comparison is about: results about others are not written over.
+MODELS = ("policy", "length_value_model", "dataset_name")
 
 
 @dataclass
 class LengthControlArguments:
     """What to compare, on which prompts, and where to write it."""
 
-    run_dir: str = field(
-        default="outputs/sandbox", metadata={"help": "Folder of a recipe's run; read where a model is not named."}
+    run_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a recipe's run; read where a model is not named. Default: "
+            f"{SANDBOX_RUN}, or none where --policy is given."
+        },
     )
-    policy: str | None = field(default=None, metadata={"help": "The policy. Default: the run's base policy."})
-    length_value_model: str | None = field(default=None, metadata={"help": "Length value model. Default: the run's."})
+    policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "The policy, folder or hub id; needs --length_value_model and --dataset_name. Default: the run's "
+            "base policy."
+        },
+    )
+    length_value_model: str | None = field(
+        default=None, metadata={"help": "Length value model, folder or hub id. Default: the run's."}
+    )
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model that a length value model of form adapter or head was fitted on. Default: the policy."
+        },
+    )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "A LIFEBench file (JSONL). Default: the sandbox's evaluation prompts."}
+        default=None,
+        metadata={
+            "help": "A LIFEBench file (JSONL with id, category, lang and task). Default: the sandbox's evaluation "
+            "prompts, for its own policies."
+        },
     )
     languages: list[str] = field(default_factory=lambda: ["en", "zh"], metadata={"help": "Languages of the file."})
-    chat: bool = field(default=True, metadata={"help": "Wrap the dataset's prompts as a user's message."})
+    chat: bool = field(
+        default=True,
+        metadata={"help": "Wrap the dataset's prompts as a user's message, for the policy's chat template."},
+    )
     num_prompts: int | None = field(
         default=None,
         metadata={"help": "Prompts, by turns from each language and category. Default: all; sandbox: 320."},
@@ -87,7 +119,13 @@ class LengthControlArguments:
         metadata={"help": "Rule of the guidance: paper, feasible, or patient (for equal_to, feasible elsewhere)."},
     )
     tolerance: float | None = field(default=None, metadata={"help": "Tolerance of equal_to with feasible."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of every arm."})
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sampling temperature of every arm. Default: as in the run, or in the rollouts that the length "
+            "value model was fitted on, else 1."
+        },
+    )
     top_k: int | None = field(
         default=None, metadata={"help": "Candidate rule of every arm: top-k, 0 for none. Default: 15; sandbox: 0."}
     )
@@ -101,13 +139,16 @@ class LengthControlArguments:
     seed: int = field(default=0, metadata={"help": "Seed of sampling and bootstrap; the prompts do not depend on it."})
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "Where to write. Default: RUN_DIR/length_control, with a dataset outputs/length_control."},
+        metadata={
+            "help": "Where to write. Default: RUN_DIR/length_control; with a dataset, or for models of no run, "
+            "outputs/length_control."
+        },
     )
 
     def __post_init__(self) -> None:
         if min(self.num_samples, self.batch_size) < 1 or (self.num_prompts is not None and self.num_prompts < 1):
             raise ValueError("num_prompts, num_samples and batch_size must be at least 1.")
-        for name, value in (SANDBOX_CANDIDATES if self.dataset_name is None else LIFEBENCH_CANDIDATES).items():
+        for name, value in (SANDBOX_CANDIDATES if self.dataset_name is None else CANDIDATES).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.targets = self.targets or (SANDBOX_TARGETS if self.dataset_name is None else LIFEBENCH_TARGETS)
@@ -154,7 +195,7 @@ class Prompts:
 def load_prompts(args: LengthControlArguments, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """The dataset's prompts with and without each length instruction, or the sandbox's evaluation prompts."""
     if args.dataset_name is None:
-        problems = distinct_problems(args.num_prompts or 320, EVALUATION_SEED, "evaluation")
+        problems = sandbox_problems(args.num_prompts or 320)
         texts = [problem.prompt for problem in problems]
         ids = tokenize_prompts(tokenizer, texts)
         return Prompts([SANDBOX] * len(texts), texts, ids, {}, [problem.answer for problem in problems])
@@ -173,47 +214,40 @@ def load_prompts(args: LengthControlArguments, tokenizer: PreTrainedTokenizerBas
     return Prompts([task.language for task in tasks], [task.name for task in tasks], plain, asked)
 
 
-def model_paths(args: LengthControlArguments) -> tuple[str, str]:
-    """Policy and length value model: as named, or the run's.
+def complete(args: LengthControlArguments) -> tuple[LengthControlArguments, Run]:
+    """The arguments with the models that they name, or the run's, and how those sample; and the run.
 
     Raises:
-        ValueError: if one is not named and there is no run.
+        ValueError: if a model is not named and there is no run, or the run was trained on data of its own.
     """
-    path = Path(args.run_dir) / "run.json"
-    named = {"policy": args.policy, "length_value_model": args.length_value_model}
-    if None not in named.values():
-        return args.policy, args.length_value_model
-    if not path.exists():
+    run = find_run(args.run_dir, args.policy, args.length_value_model)
+    data = run.data.get("dataset_name")
+    if args.dataset_name is None and data is not None:
         raise ValueError(
-            f"{path} does not exist: run `accelerate launch recipes/ppo_shaped.py` first, name its folder with "
-            "--run_dir, or give --policy and --length_value_model."
+            f"{run.folder} was trained on {data}, and the sandbox's prompts mean nothing to its policy: name a "
+            "LIFEBench file with --dataset_name."
         )
-    run = json.loads(path.read_text(encoding="utf-8"))
-    found = []
-    for name, given in named.items():
-        inside = Path(args.run_dir) / run[name]
-        found.append(given or (str(inside) if inside.exists() else run[name]))
-    return found[0], found[1]
+    found = {"run_dir": run.folder, "policy": run.model("policy"), "temperature": run.record.get("temperature")}
+    found["length_value_model"] = run.model("length_value_model")
+    args = replace(args, **{name: value for name, value in found.items() if getattr(args, name) is None})
+    for name in ("policy", "length_value_model"):
+        if getattr(args, name) is None:
+            raise ValueError(f"the run.json of {run.folder} names no {name}: give --{name}.")
+    if args.temperature is None:
+        fitted = (read_config(args.length_value_model).sampling or {}).get("temperature")
+        args = replace(args, temperature=1.0 if fitted is None else fitted)
+    return args, run
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A hash of all weights: samples of a model are not to be taken for those of its successor of the same name."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def make_sampler(args: LengthControlArguments) -> tuple[LengthSampler, Prompts]:
+def make_sampler(args: LengthControlArguments, pad_token: str | None) -> tuple[LengthSampler, Prompts]:
     """The models, the prompts, and the sampler of both."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy_path, value_path = model_paths(args)
-    tokenizer = AutoTokenizer.from_pretrained(policy_path)
-    policy = AutoModelForCausalLM.from_pretrained(policy_path).to(device).eval()
-    value_model = LengthValueModel.from_pretrained(value_path).to(device).freeze()
-    check_same_tokenizer(value_model.config.tokenizer_fingerprint, tokenizer)
+    tokenizer = load_tokenizer(args.policy, pad_token)
+    if args.dataset_name is None:
+        instead = "Name a LIFEBench file with --dataset_name."
+        check_sandbox(tokenizer, args.policy, "The prompts are", instead)
     prompts = load_prompts(args, tokenizer)
+    value_model = load_length_value_model(args.length_value_model, args.base or args.policy, tokenizer=tokenizer)
+    policy = load_policy(args.policy)
     ends = end_token_ids(tokenizer, policy.generation_config)
     sampler = LengthSampler(
         policy=policy,
@@ -236,10 +270,10 @@ def make_sampler(args: LengthControlArguments) -> tuple[LengthSampler, Prompts]:
 
 def summarise(
     args: LengthControlArguments, prompts: Prompts, completions: Sequence[Completion]
-) -> tuple[list[dict[str, Any]], dict[tuple[str, str, int], list[int]]]:
-    """Rows of numbers for each mode, target, arm and language, targets together last, and the lengths of each cell."""
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str, int], list[Completion]]]:
+    """Rows of numbers for each mode, target, arm and language, targets together last; and each cell's completions."""
     rows: list[dict[str, Any]] = []
-    lengths: dict[tuple[str, str, int], list[int]] = {}
+    every: dict[tuple[str, str, int], list[Completion]] = {}
     languages = list(dict.fromkeys(prompts.languages))
     for mode in args.modes:
         cells = {
@@ -247,7 +281,7 @@ def summarise(
             for target in args.targets
             for arm in args.arms
         }
-        lengths |= {(arm, mode, target): [one.length for one in cell] for (arm, target), cell in cells.items()}
+        every |= {(arm, mode, target): cell for (arm, target), cell in cells.items()}
         for target in [*args.targets, ALL]:
             for arm in args.arms:
                 chosen = [(one, own) for own in args.targets if target in (own, ALL) for one in cells[arm, own]]
@@ -256,7 +290,7 @@ def summarise(
                     found, wanted = [one for one, _ in part], [own for _, own in part]
                     numbers = summarise_cell(found, wanted, mode, grade(prompts, found), args.seed)
                     rows.append({"arm": arm, "mode": mode, "target": target, "language": language, **numbers})
-    return rows, lengths
+    return rows, every
 
 
 def grade(prompts: Prompts, completions: Sequence[Completion]) -> list[bool] | None:
@@ -282,33 +316,31 @@ def completion_lines(prompts: Prompts, completions: Sequence[Completion], tokeni
 def main(args: LengthControlArguments) -> dict[str, Any]:
     """Sample, score, print and write the comparison."""
     transformers_logging.set_verbosity_error()
-    if args.dataset_name is None:
-        # For models of the sandbox's size one thread is as fast as two, and the numbers do not depend on the cores.
-        torch.set_num_threads(1)
-    sampler, prompts = make_sampler(args)
-    home = Path(args.run_dir) if args.dataset_name is None else Path("outputs")
-    output_dir = Path(args.output_dir or home / "length_control")
-    identity = [weights_digest(sampler.policy), weights_digest(sampler.length_value_model)]
+    set_threads(sandbox=args.dataset_name is None)
+    args, source = complete(args)
+    home = Path(source.folder or OUTPUTS) if args.dataset_name is None else Path(OUTPUTS)
+    output_dir = output_folder(args.output_dir, home / "length_control", REPORT, asdict(args), MODELS)
+    sampler, prompts = make_sampler(args, source.data.get("pad_token"))
+    identity = [weights_fingerprint(sampler.policy), weights_fingerprint(sampler.length_value_model)]
     completions = sampler.run(args.arms, args.modes, output_dir / "samples.journal", identity)
-    rows, lengths = summarise(args, prompts, completions)
+    rows, cells = summarise(args, prompts, completions)
     report = {"arguments": asdict(args), "caps": args.caps, "gamma": sampler.length_value_model.config.gamma}
     report |= {"prompts": len(prompts.ids), "cells": rows}
-    with atomic_file(output_dir / "length_control.json") as file:
-        file.write(json.dumps(report, indent=1, allow_nan=False).encode())
-    with atomic_file(output_dir / "length_control.csv") as file:
-        file.write(write_csv(rows).encode())
+    save_json(output_dir / REPORT, report)
+    save_csv(output_dir / "length_control.csv", rows)
     with atomic_file(output_dir / "completions.jsonl") as file:
         file.write(completion_lines(prompts, completions, sampler.tokenizer))
-    plot_length_control(rows, lengths, output_dir / "length_control.png")
+    plot_length_control(rows, cells, output_dir / "length_control.png")
     rule = f"temperature {args.temperature:g}, top-k {args.top_k}, top-p {args.top_p:g}, min-p {args.min_p:g}"
     title = f"{len(prompts.ids)} prompts x {args.num_samples} completions, rule {args.rule}; {rule}; seed {args.seed}"
     console = Console(width=190)
     print_tables(rows, title, console)
     empty = int(np.sum([one.length == 0 for one in completions]))
+    if len(prompts.ids) == 1:
+        console.print("There is one prompt, so no number has an interval: give more prompts.")
     console.print(f"{empty} of {len(completions)} completions are empty; they count. Written to {output_dir}/")
     return report
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(HfArgumentParser(LengthControlArguments).parse_args_into_dataclasses()[0])
+    run(LengthControlArguments, main, "eval.length_control", __doc__)

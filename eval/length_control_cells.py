@@ -18,11 +18,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.batches import context_of, left_padded
 from lenvm_rl.completions import position_ids_from_mask
 from lenvm_rl.decoding import generate_guided
 from lenvm_rl.endings import strip_completion
 from lenvm_rl.guidance import AT_LEAST, EQUAL_TO, FEASIBLE, PATIENT, LengthGuidance
 from lenvm_rl.journal import Journal
+from lenvm_rl.prompts import check_room
 from lenvm_rl.sampling_jobs import batch_seed
 
 # Tokens in one forward that scores texts: their logits over a large vocabulary fill the memory.
@@ -181,7 +183,8 @@ class LengthSampler:
                     for sample in range(self.num_samples)
                 ]
                 requests.sort(key=lambda request: len(self._prompt(request)))
-                self._check_room(requests[-1], cap)
+                widths = {request.prompt: len(self._prompt(request)) for request in requests}
+                check_room([widths[prompt] for prompt in sorted(widths)], cap, context_of(self.policy))
                 batches += [requests[at : at + self.batch_size] for at in range(0, len(requests), self.batch_size)]
         return batches
 
@@ -258,29 +261,12 @@ class LengthSampler:
             enforce=arm.enforced,
         )
 
-    def _check_room(self, longest: Request, cap: int) -> None:
-        context = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
-        width = len(self._prompt(longest))
-        if context is not None and width + cap > context:
-            raise ValueError(
-                f"prompt {longest.prompt} has {width} tokens; with completions of up to {cap} it exceeds the policy's "
-                f"context of {context}. Lower the targets or cap_factor and cap_extra: prompts are never cut."
-            )
-
 
 def cell_completions(completions: Sequence[Completion], arm: str, mode: str, target: int, cap: int) -> list[Completion]:
     """The completions of one cell, by prompt and sample; the base arm's are cut at `cap` tokens, the end counted."""
     wanted = (None, None) if arm == BASE else (mode, target)
     own = [each.cut(cap) for each in completions if each.arm == arm and (each.mode, each.target) == wanted]
     return sorted(own, key=lambda each: (each.prompt, each.sample))
-
-
-def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask `(B, S)` of rows padded on the left."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 @torch.no_grad()

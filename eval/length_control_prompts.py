@@ -28,6 +28,7 @@ WORDING = {
     "en": {EQUAL_TO: "equal to", AT_MOST: "at most", AT_LEAST: "at least"},
     "zh": {EQUAL_TO: "等于", AT_MOST: "至多有", AT_LEAST: "至少有"},
 }
+FIELDS = {"id", "category", "lang", "task"}
 BLANKS = ("{word_count_type}", "{word_count}")
 # The last sentence or clause, with what separates it from the text before; a header in brackets ends at "]".
 LENGTH_SENTENCE = re.compile(r"(?<=[.,;:?!。，；：？！\n\]])[^.,;:?!。，；：？！\n\]]*\{word_count_type\}[^\n]*\s*\Z")
@@ -97,8 +98,13 @@ def read_tasks(
         max_characters (`int`, *optional*): leave longer tasks out, which is logged.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: on an unknown language, a row that is no task, or fewer tasks than `limit`.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"There is no file {path}: give a LIFEBench file, JSONL with id, category, lang and task."
+        )
     unknown = sorted(set(languages) - set(LANGUAGES))
     if unknown or not languages:
         raise ValueError(f"languages must be some of {sorted(LANGUAGES)}, got {languages}.")
@@ -109,8 +115,13 @@ def read_tasks(
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
-        row: dict[str, Any] = json.loads(line)
-        missing = sorted({"id", "category", "lang", "task"} - row.keys())
+        try:
+            row: Any = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is no JSON ({error}): a LIFEBench file (JSONL) is needed."
+            ) from error
+        missing = sorted(FIELDS - row.keys()) if isinstance(row, dict) else sorted(FIELDS)
         if missing:
             raise ValueError(f"{path}, line {number} lacks {missing}: a LIFEBench file is needed.")
         language = codes.get(row["lang"])

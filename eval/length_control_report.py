@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,27 +11,10 @@ from rich.table import Table
 
 from eval.length_control_cells import Completion
 from eval.length_scores import distinct_share, length_deviation, length_score, repetition_rate
-from eval.statistics import Interval, mean_interval, statistic_interval
+from eval.report import Entry, as_entry, cell_text, estimate_text
+from eval.statistics import mean_interval, statistic_interval
 
 ALL = "all"
-# In the table, an interval as "estimate [low, high]"; in the CSV, three columns.
-INTERVALS = (
-    "tokens",
-    "length_score",
-    "deviation_percent",
-    "natural",
-    "perplexity",
-    "nll",
-    "end_nll",
-    "repetition",
-    "accuracy",
-)
-
-
-def describe(result: Interval) -> dict[str, float | None]:
-    """An interval for JSON, which has no NaN: too few prompts leave no ends."""
-    known = {name: float(value) if np.isfinite(value) else None for name, value in vars(result).items()}
-    return {name: known[name] for name in ("estimate", "low", "high")}
 
 
 def summarise_cell(
@@ -64,8 +45,8 @@ def summarise_cell(
     finished = np.array([each.finished for each in completions])
     natural = np.array([each.natural for each in completions])
 
-    def interval(values: Any, weights: Any = None) -> dict[str, float | None]:
-        return describe(mean_interval(np.asarray(values, float), prompt, weights, seed=seed))
+    def interval(values: Any, weights: Any = None) -> Entry:
+        return as_entry(mean_interval(np.asarray(values, float), prompt, weights, seed=seed))
 
     row: dict[str, Any] = {
         "completions": len(completions),
@@ -87,44 +68,10 @@ def summarise_cell(
     mean_nll = np.array([float(np.mean(each.nll[: each.length])) if each.length else 0.0 for each in completions])
     if lengths.any():
         row["nll"] = interval(mean_nll, (lengths > 0).astype(float))
-        row["perplexity"] = describe(statistic_interval(mean_nll, np.exp, prompt, lengths.astype(float), seed=seed))
+        row["perplexity"] = as_entry(statistic_interval(mean_nll, np.exp, prompt, lengths.astype(float), seed=seed))
     if finished.any():
         row["end_nll"] = interval([each.nll[-1] if each.finished else 0.0 for each in completions], finished * 1.0)
     return row
-
-
-def write_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as CSV: an interval is three columns, what is not known is empty."""
-    flat = []
-    for row in rows:
-        entry: dict[str, Any] = {}
-        for name, value in row.items():
-            if name in INTERVALS:
-                ends = value or {"estimate": None, "low": None, "high": None}
-                entry |= {name: ends["estimate"], f"{name}_low": ends["low"], f"{name}_high": ends["high"]}
-            else:
-                entry[name] = value
-        flat.append(entry)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
-
-
-def cell_text(entry: dict[str, float | None] | None, digits: int, scale: float = 1.0) -> str:
-    """An interval as "estimate [low, high]"; a dash where there is none."""
-    if entry is None:
-        return "–"
-    shown = f"{scale * entry['estimate']:.{digits}f}"
-    if entry["low"] is None or entry["high"] is None:
-        return shown
-    return f"{shown} [{scale * entry['low']:.{digits}f}, {scale * entry['high']:.{digits}f}]"
-
-
-def estimate_text(entry: dict[str, float | None] | None, digits: int, scale: float = 1.0) -> str:
-    """An interval's estimate alone; a dash where there is none."""
-    return "–" if entry is None else f"{scale * entry['estimate']:.{digits}f}"
 
 
 def print_tables(rows: Sequence[dict[str, Any]], title: str, console: Console) -> None:

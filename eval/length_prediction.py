@@ -16,36 +16,49 @@ sampled of `--policy`. Killed and started again, it goes on.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
+from eval.command_line import run
 from eval.length_measures import ALONG, Completions, boundary_table, measure, read_completions
 from eval.prompt_boundary import BoundaryArguments, find_rollouts
+from eval.report import (
+    Entry,
+    as_entry,
+    as_label,
+    cell_text,
+    half_widths,
+    is_known,
+    number_decades,
+    save_csv,
+    save_figure,
+    save_json,
+)
 from eval.statistics import Interval
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.loading import load_length_value_model
 from lenvm_rl.returns import remaining_from_logits
-from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.value_metrics import POINTS
 
 logger = logging.getLogger(__name__)
 
 ALL = "all"
+# Completions of a domain that are drawn as dots of a size to be seen one by one.
+FEW = 5000
 # What is predicted from in the table at the prompt, and the metrics that stand in its columns.
 REFERENCES = {
     "length value model": (
@@ -78,9 +91,6 @@ class PredictionArguments(BoundaryArguments):
     )
     num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples of the prompts."})
     forward_tokens: int = field(default=16384, metadata={"help": "Most tokens in a forward, padding counted."})
-    output_dir: str = field(
-        default="outputs/length_prediction", metadata={"help": "Where the results, and sampled rollouts, are written."}
-    )
 
 
 def split_domains(rollouts: Dataset, column: str | None) -> dict[str, Tensor]:
@@ -107,30 +117,13 @@ def split_domains(rollouts: Dataset, column: str | None) -> dict[str, Tensor]:
     return everything | {name: torch.tensor(rows[name]) for name in sorted(rows)}
 
 
-def report_of(measured: dict[str, dict[str, Interval]]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Numbers for JSON, which has no NaN: null stands for what is not defined, and for ends that were not computed."""
-
-    def known(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    return {
-        domain: {
-            name: {"estimate": known(entry.estimate), "low": known(entry.low), "high": known(entry.high)}
-            for name, entry in found.items()
-        }
-        for domain, found in measured.items()
-    }
+def report_of(measured: dict[str, dict[str, Interval]]) -> dict[str, dict[str, Entry]]:
+    """Numbers for JSON: null stands for what is not defined, and for ends that were not computed."""
+    return {domain: {name: as_entry(entry) for name, entry in found.items()} for domain, found in measured.items()}
 
 
-def print_tables(domains: dict[str, dict[str, dict[str, float | None]]], console: Console) -> None:
+def print_tables(domains: dict[str, dict[str, Entry]], console: Console) -> None:
     """A table of the errors at the prompt beside the references, and one of the way."""
-
-    def cell(entry: dict[str, float | None] | None, digits: int, percent: bool = False) -> str:
-        if entry is None or entry["estimate"] is None:
-            return "–"
-        ends = [f"{(100 if percent else 1) * end:.{digits}f}" for end in entry.values() if end is not None]
-        return ends[0] if len(ends) == 1 else f"{ends[0]} [{ends[1]}, {ends[2]}]"
-
     boundary = Table(title="at the prompt")
     boundary.add_column("predicted from", no_wrap=True)
     for column in ("MAE, tokens", "MRE, %", "pairs in order, %", "consistent MRE, %", "MRE to halves, %"):
@@ -141,70 +134,98 @@ def print_tables(domains: dict[str, dict[str, dict[str, float | None]]], console
     for column in ("MAE, tokens", "MRE, %", "bias, tokens", "explained", "slope", "tau-b", "pairs in order, %"):
         along.add_column(column, justify="right")
     for domain, found in domains.items():
-        title = f"{domain}: {found['completions']['estimate']:.0f} completions"
+        title = f"{escape(domain)}: {found['completions']['estimate']:.0f} completions"
         boundary.add_row(f"[bold]{title}, {found['truncated_share']['estimate']:.1%} cut[/bold]")
         for label, names in REFERENCES.items():
-            cells = [cell(found.get(name), 1, percent=place > 0) for place, name in enumerate(names)]
+            cells = [cell_text(found.get(name), 1, 100 if place else 1) for place, name in enumerate(names)]
             boundary.add_row(f"  {label}", *cells, end_section=label == list(REFERENCES)[-1])
         for percent in POINTS:
             entries = [found.get(f"{name}_at_{percent}") for name in ALONG]
-            digits, shares = (1, 1, 1, 2, 2, 2, 1), (False, True, False, False, False, False, True)
-            cells = [cell(*each) for each in zip(entries, digits, shares, strict=True)]
-            along.add_row(domain if percent == 0 else "", f"{percent}%", *cells, end_section=percent == POINTS[-1])
+            digits, scales = (1, 1, 1, 2, 2, 2, 1), (1, 100, 1, 1, 1, 1, 100)
+            cells = [cell_text(*each) for each in zip(entries, digits, scales, strict=True)]
+            along.add_row(
+                escape(domain) if percent == 0 else "", f"{percent}%", *cells, end_section=percent == POINTS[-1]
+            )
     console.print(boundary)
     console.print(along)
 
 
 def plot(data: Completions, domains: dict[str, Tensor], report: dict[str, Any], path: Path) -> None:
     """Predicted against true lengths at the prompt, and the relative error along the way, as a PNG."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
     lengths, errors = figure.subplots(1, 2)
     shown = [name for name in domains if name != ALL] or [ALL]
-    for place, name in enumerate(shown):
-        rows = data.select(domains[name])
-        rows, label = rows.select(rows.finished.bool()), name if len(shown) > 1 else None
-        if len(rows.lengths):
-            predicted = remaining_from_logits(rows.at(0)[0], data.gamma)
-            lengths.scatter(predicted, rows.lengths, s=4, alpha=0.15, color=f"C{place}", linewidths=0)
-        lengths.scatter(*boundary_table(data.select(domains[name])), s=14, color=f"C{place}", label=label)
-    low, high = lengths.get_xlim()
-    lengths.plot([max(low, 1), high], [max(low, 1), high], color="#888888", linewidth=0.8)
-    lengths.set(xscale="log", yscale="log", xlabel="predicted at the prompt, tokens", ylabel="true length, tokens")
-    lengths.set_title("dots: completions; discs: return-consistent, by prompt", fontsize=9)
-    for name in (name for name in report if "length_mre_at_0" in report[name]):
+    wheel = (
+        [f"C{place}" for place in range(10)]
+        if len(shown) <= 10
+        else list(colormaps["turbo"].resampled(len(shown)).colors)
+    )
+    colors = dict(zip(shown, wheel, strict=False))
+    for name in shown:
+        _scatter(lengths, data.select(domains[name]), colors[name])
+    # The line has no say in how far the axes reach.
+    lengths.set(xlim=lengths.get_xlim(), ylim=lengths.get_ylim())
+    lengths.axline((1, 1), (2, 2), color="#888888", linewidth=0.8, zorder=0)
+    lengths.set(xlabel="predicted at the prompt, tokens", ylabel="true length, tokens")
+    looks = [("o", 3, "completions"), ("o", 6, "return-consistent length of each prompt")]
+    if not bool(data.finished.all()):
+        looks.append((r"$\vartriangle$", 5, "cut completions: longer than shown"))
+    handles = [Line2D([], [], marker=m, markersize=size, color="#555555", linestyle="none") for m, size, _ in looks]
+    handles.append(Line2D([], [], color="#888888", linewidth=0.8))
+    lengths.legend(handles, [*(text for *_, text in looks), "as predicted"], fontsize=8, loc="upper left")
+    for name in (name for name in report if is_known(report[name].get("length_mre_at_0"))):
         entries = [report[name][f"length_mre_at_{percent}"] for percent in POINTS]
         middle = [entry["estimate"] for entry in entries]
-        ends = [
-            [entry["estimate"] if entry[end] is None else entry[end] for entry in entries] for end in ("low", "high")
-        ]
-        color = "#000000" if name == ALL else f"C{shown.index(name)}"
-        errors.plot(POINTS, middle, marker="o", color=color, label=name)
-        errors.fill_between(POINTS, *ends, color=color, alpha=0.15, linewidth=0)
+        below, above = half_widths(entries)
+        color = "#000000" if name == ALL else colors[name]
+        errors.plot(POINTS, middle, marker="o", color=color, label=as_label(name))
+        errors.fill_between(POINTS, np.subtract(middle, below), np.add(middle, above), color=color, alpha=0.15, lw=0)
     errors.set(xlabel="% of the completion that stands", ylabel="mean relative error", xticks=POINTS)
     errors.set_ylim(bottom=0)
-    errors.legend(fontsize=8)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    if errors.lines:
+        figure.legend(*errors.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
+    else:
+        errors.text(0.5, 0.5, "no completion ended", ha="center", transform=errors.transAxes)
+    save_figure(path, figure)
 
 
-def write_csv(report: dict[str, dict[str, dict[str, float | None]]], path: Path) -> None:
-    """A line for each domain and metric; an empty cell is what is null in the JSON."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["domain", "metric", "estimate", "low", "high"])
-    for domain, found in report.items():
-        writer.writerows([domain, name, *entry.values()] for name, entry in found.items())
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+def _scatter(axis: Axes, data: Completions, color: Any) -> None:
+    """A domain's completions, those that were cut as hollow triangles, and the lengths of its prompts as discs."""
+    axis.set(xscale="log", yscale="log")
+    predicted, ended = remaining_from_logits(data.at(0)[0], data.gamma), data.finished.bool()
+    few = len(predicted) <= FEW
+    axis.scatter(
+        predicted[ended], data.lengths[ended], s=9 if few else 4, alpha=0.35 if few else 0.15, color=color, linewidths=0
+    )
+    axis.scatter(
+        predicted[~ended],
+        data.lengths[~ended],
+        s=14,
+        marker="^",
+        facecolors="none",
+        edgecolors=color,
+        lw=0.6,
+        alpha=0.5,
+    )
+    axis.scatter(*boundary_table(data), s=24, color=color, edgecolors="white", linewidths=0.6, zorder=3)
+    for side in (axis.xaxis, axis.yaxis):
+        number_decades(side)
+
+
+def save_metrics(path: Path, report: dict[str, dict[str, Entry]]) -> None:
+    """A line for each domain and metric."""
+    rows = [
+        {"domain": domain, "metric": name, **entry} for domain, found in report.items() for name, entry in found.items()
+    ]
+    save_csv(path, rows)
 
 
 def main(args: PredictionArguments) -> dict[str, Any]:
     """Samples or reads, measures, prints, and writes length_prediction.json, .csv and .png."""
-    rollouts, metadata = find_rollouts(args)
+    args = args.in_folder("length_prediction", "length_prediction.json")
+    rollouts, _ = find_rollouts(args)
     domains = split_domains(rollouts, args.domain_column)
-    device = torch.accelerator.current_accelerator() or "cpu"
-    model = LengthValueModel.from_pretrained(args.length_value_model).to(device).eval()
-    check_same_tokenizer(model.config.tokenizer_fingerprint, metadata.tokenizer_fingerprint)
+    model = load_length_value_model(args.length_value_model, args.base or args.policy)
     data = read_completions(model, rollouts, args.forward_tokens)
     measured = {}
     for name, rows in tqdm(domains.items(), desc="measuring", unit="domain"):
@@ -218,12 +239,13 @@ def main(args: PredictionArguments) -> dict[str, Any]:
         "domains": report_of(measured),
     }
     folder = Path(args.output_dir)
-    with atomic_file(folder / "length_prediction.json") as file:
-        file.write(json.dumps(report, indent=1, allow_nan=False).encode())
-    write_csv(report["domains"], folder / "length_prediction.csv")
+    save_json(folder / "length_prediction.json", report)
+    save_metrics(folder / "length_prediction.csv", report["domains"])
     plot(data, domains, report["domains"], folder / "length_prediction.png")
     console = Console(width=170, highlight=False)
     print_tables(report["domains"], console)
+    if report["prompts"][ALL] == 1:
+        console.print("There is one prompt, so no number has an interval: give rollouts of more prompts.")
     console.print(
         f"{report['prompts'][ALL]} prompts, gamma {data.gamma:.5f}; 95 % intervals over "
         f"prompts. Written to {folder}/length_prediction.json, .csv and .png"
@@ -232,7 +254,4 @@ def main(args: PredictionArguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    main(*HfArgumentParser(PredictionArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses())
+    run(PredictionArguments, main, "eval.length_prediction", __doc__)

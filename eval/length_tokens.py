@@ -9,16 +9,13 @@ other, and the value after it is exactly 0. Intervals are 95 % bootstraps over p
 a ranking of many tokens are partly luck, so trust an interval that stays on its side of 0, and raise --min_count.
 
 Prints a table and writes length_tokens.json (with contexts), length_tokens.csv (every token that occurs) and
-length_tokens.png (word clouds: a word is larger for a larger product of count and mean shift). Without --rollouts,
+length_tokens.png (word clouds: a word is larger for a larger product of count and mean shift; what is blank has no
+place there). Without --rollouts,
 completions of the sandbox's evaluation prompts are sampled.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,25 +25,24 @@ import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont
+from matplotlib.font_manager import findfont, get_font
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from wordcloud import WordCloud
 
+from eval.command_line import run
 from eval.prompt_boundary import BoundaryArguments, find_rollouts
+from eval.report import cell_text, save_csv, save_figure, save_json
 from eval.statistics import percentile_interval, resampled_means
 from eval.token_values import TokenValues, token_values
-from eval.viewer_text import token_name, token_pieces, visible
-from lenvm_rl.modeling import LengthValueModel
-from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.tokenization import check_same_tokenizer
-
-logger = logging.getLogger(__name__)
+from eval.viewer_text import BLANK, LINE_END, TAB, token_name, token_pieces, tokenizer_of_rollouts, visible
+from lenvm_rl.loading import load_length_value_model
 
 # As in eval.viewer: orange is longer, blue is shorter.
 SIDES = {"longer": "#b35806", "shorter": "#2166ac"}
+FONT = findfont("DejaVu Sans")
 # Tokens whose resamples are held in memory at once.
 COLUMNS = 512
 
@@ -56,16 +52,17 @@ class TokenArguments(BoundaryArguments):
     """Which completions are read by which model, and how tokens are ranked."""
 
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the rollouts. Default: what lies with the length value model."}
+        default=None,
+        metadata={
+            "help": "Tokenizer of the rollouts: folder or hub id. Default: what lies with the length value model, "
+            "--policy or --base."
+        },
     )
     min_count: int = field(default=20, metadata={"help": "Rank tokens that occur at least this often."})
     top: int = field(default=25, metadata={"help": "Tokens shown on either side."})
     contexts: int = field(default=3, metadata={"help": "Occurrences shown of each, drawn at random."})
     context_tokens: int = field(default=12, metadata={"help": "Tokens of text before and after an occurrence."})
     forward_tokens: int = field(default=16384, metadata={"help": "Most tokens in a forward, padding counted."})
-    output_dir: str = field(
-        default="outputs/length_tokens", metadata={"help": "Where the results, and sampled rollouts, are written."}
-    )
 
     def __post_init__(self) -> None:
         if min(self.min_count, self.top, self.forward_tokens) < 1:
@@ -192,10 +189,6 @@ def rank(rows: list[dict], min_count: int, top: int) -> dict[str, list[dict]]:
 def print_table(ranked: dict[str, list[dict]], title: str, console: Console) -> None:
     """A line for each token, the lengthening ones first."""
 
-    def cell(entry: dict[str, float | None], digits: int) -> str:
-        shown = f"{entry['estimate']:+.{digits}f}"
-        return shown if entry["low"] is None else f"{shown} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
-
     table = Table(title=title)
     for name in ("token", "side"):
         table.add_column(name, no_wrap=True)
@@ -213,66 +206,74 @@ def print_table(ranked: dict[str, list[dict]], title: str, console: Console) -> 
                 side,
                 str(row["count"]),
                 str(row["prompts"]),
-                cell(row["shift_in_tokens"], 2),
-                cell(row["shift"], 4),
+                cell_text(row["shift_in_tokens"], 2, sign="+"),
+                cell_text(row["shift"], 4, sign="+"),
                 escape(example),
                 end_section=row is rows[-1],
             )
     console.print(table)
 
 
-def write_csv(rows: list[dict]) -> str:
-    """Every token that occurs; an empty cell is what is null in the JSON."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = ("shift", "shift_in_tokens")
-    ends = [name + end for name in names for end in ("", "_low", "_high")]
-    writer.writerow(["token_id", "token", "count", "prompts", *ends])
+def cloud_words(rows: list[dict], min_count: int, sign: int) -> tuple[dict[str, float], int]:
+    """Words of a cloud with their weights, count times mean shift; and how many frequent tokens are no words.
+
+    Blanks, line ends and tabs alone, and what the font has no signs for, cannot be read in a cloud. Tokens that differ
+    in the blanks around them are one word.
+
+    Args:
+        rows (list of `dict`): all tokens, as [`measure_tokens`] gives them, with their names.
+        min_count (`int`): tokens that occur less often are left out.
+        sign (`int`): 1 for tokens that make completions longer, -1 for those that make them shorter.
+    """
+    weights: dict[str, float] = {}
+    unreadable = 0
     for row in rows:
-        numbers = [row[name][end] for name in names for end in ("estimate", "low", "high")]
-        writer.writerow([row["token_id"], row["token"], row["count"], row["prompts"], *numbers])
-    return text.getvalue()
+        weight = sign * row["shift"]["estimate"] * row["count"]
+        if row["count"] < min_count or weight <= 0:
+            continue
+        word = row["token"].strip(BLANK + LINE_END + TAB)
+        if word and all(get_font(FONT).get_char_index(ord(letter)) for letter in word):
+            weights[word] = weights.get(word, 0.0) + weight
+        else:
+            unreadable += 1
+    return weights, unreadable
 
 
 def plot_clouds(rows: list[dict], min_count: int, path: Path, seed: int = 0) -> None:
     """A word cloud for either side, of all frequent tokens; sizes go by count times mean shift, as a PNG."""
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
     for axis, (side, color), sign in zip(figure.subplots(1, 2), SIDES.items(), (1, -1), strict=True):
-        weights: dict[str, float] = {}
-        for row in rows:
-            weight = sign * row["shift"]["estimate"] * row["count"]
-            if row["count"] >= min_count and weight > 0:
-                weights[row["token"]] = weights.get(row["token"], 0.0) + weight
+        weights, unreadable = cloud_words(rows, min_count, sign)
         axis.set_axis_off()
-        if not weights:
-            axis.set_title(f"make it {side}: none", fontsize=11, color=color)
-            continue
-        cloud = WordCloud(
-            width=550,
-            height=420,
-            scale=2,
-            background_color="white",
-            font_path=findfont("DejaVu Sans"),
-            color_func=lambda *_, color=color, **__: color,
-            prefer_horizontal=1.0,
-            random_state=seed,
-        )
-        axis.imshow(cloud.generate_from_frequencies(weights).to_array(), interpolation="bilinear")
-        # The smallest find no room.
-        axis.set_title(f"make it {side}: {len(cloud.layout_)} of {len(weights)} tokens", fontsize=11, color=color)
+        title = f"make it {side}: no words"
+        if weights:
+            cloud = WordCloud(
+                width=550,
+                height=420,
+                scale=2,
+                background_color="white",
+                font_path=FONT,
+                color_func=lambda *_, color=color, **__: color,
+                prefer_horizontal=1.0,
+                random_state=seed,
+            )
+            axis.imshow(cloud.generate_from_frequencies(weights).to_array(), interpolation="bilinear")
+            # The smallest find no room.
+            title = f"make it {side}: {len(cloud.layout_)} of {len(weights)} words"
+        if unreadable:
+            title += f"; {unreadable} tokens of blanks or signs that cannot be drawn are in the table alone"
+        axis.set_title(title, fontsize=9, color=color)
     figure.suptitle(f"size: count × |mean horizon shift|; tokens that occur at least {min_count} times", fontsize=10)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    save_figure(path, figure)
 
 
 def main(args: TokenArguments) -> dict[str, Any]:
     """Samples or reads, runs the model along every completion, ranks, prints and writes."""
+    args = args.in_folder("length_tokens", "length_tokens.json")
     rollouts, metadata = find_rollouts(args)
-    device = torch.accelerator.current_accelerator() or "cpu"
-    model = LengthValueModel.from_pretrained(args.length_value_model).to(device).freeze()
-    check_same_tokenizer(model.config.tokenizer_fingerprint, metadata.tokenizer_fingerprint)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or args.length_value_model)
-    check_same_tokenizer(tokenizer, metadata.tokenizer_fingerprint, "the tokenizer", "the rollouts")
+    places = (args.tokenizer_name_or_path, args.length_value_model, args.policy, args.base)
+    tokenizer = tokenizer_of_rollouts(metadata, *places)
+    model = load_length_value_model(args.length_value_model, args.base or args.policy)
     return report_tokens(args, rollouts, model, tokenizer)
 
 
@@ -303,24 +304,21 @@ def report_tokens(
         **ranked,
     }
     folder = Path(args.output_dir)
-    with atomic_file(folder / "length_tokens.json") as file:
-        file.write(json.dumps(report, indent=1, allow_nan=False).encode())
-    with atomic_file(folder / "length_tokens.csv") as file:
-        file.write(write_csv(rows).encode("utf-8", errors="backslashreplace"))
+    save_json(folder / "length_tokens.json", report)
+    columns = ("token_id", "token", "count", "prompts", "shift", "shift_in_tokens")
+    save_csv(folder / "length_tokens.csv", [{name: row[name] for name in columns} for row in rows])
     plot_clouds(rows, args.min_count, folder / "length_tokens.png", args.seed)
     console = Console(width=150, highlight=False)
     title = f"{report['completions']} completions of {report['prompts']} prompts, {report['cut']} of them cut"
     print_table(ranked, f"{title}; positive: the token made it longer than expected", console)
     console.print(
         f"{report['occurrences']} tokens read, {report['tokens']} different ones, of which {len(rare)} occur less than "
-        f"{args.min_count} times ({sum(rare)} in all) and are not ranked. 95 % intervals over prompts. Written to "
+        f"{args.min_count} times ({sum(rare)} in all) and are not ranked. 95 % intervals over prompts"
+        f"{', of which there is one, so none' if report['prompts'] == 1 else ''}. Written to "
         f"{folder}/length_tokens.json, .csv and .png"
     )
     return report
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    main(*HfArgumentParser(TokenArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses())
+    run(TokenArguments, main, "eval.length_tokens", __doc__)

@@ -13,8 +13,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 MARK = "measured: "  # before the line of a process that holds its result
@@ -49,10 +49,31 @@ class Measurement:
         return self.items / self.seconds
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
-    """An option for every field of a dataclass of settings."""
+def setting(default: Any, help: str) -> Any:
+    """A field of a dataclass of settings, with what its option says."""
+    return field(default=default, metadata={"help": help})
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type, **several: Sequence[Any]) -> None:
+    """An option for every field of a dataclass of settings, whose fields are [`setting`]s.
+
+    Args:
+        parser (`argparse.ArgumentParser`): gets them.
+        settings (`type`): the dataclass.
+        several: defaults of fields that are measured one after the other.
+    """
     for entry in fields(settings):
-        parser.add_argument(f"--{entry.name}", type=type(entry.default), default=entry.default)
+        default = several.get(entry.name, entry.default)
+        shown = (
+            "" if default == "" else f" (default: {' '.join(map(str, default)) if entry.name in several else default})"
+        )
+        parser.add_argument(
+            f"--{entry.name}",
+            type=type(entry.default),
+            default=default,
+            nargs="+" if entry.name in several else None,
+            help=entry.metadata["help"] + shown,
+        )
 
 
 def read_settings(args: argparse.Namespace, settings: type) -> Any:

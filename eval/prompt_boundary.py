@@ -14,31 +14,35 @@ Without `--rollouts`, prompts are those of the sandbox's evaluation split. Kille
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from eval.command_line import run
+from eval.datasets import sandbox_problems
+from eval.report import as_entry, save_json
+from eval.runs import OUTPUTS, check_sandbox, is_sandbox, output_folder, set_threads
 from eval.statistics import Interval, statistic_interval
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.loading import load_length_value_model, load_policy, load_tokenizer, read_config
 from lenvm_rl.prediction import boundary_logits
 from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
-from lenvm_rl.rollouts import RolloutMetadata, atomic_file, read_rollouts
+from lenvm_rl.rollouts import RolloutMetadata, read_rollouts
 from lenvm_rl.sampling import sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings
-from lenvm_rl.sandbox import distinct_problems
+from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.value_references import half_returns, relative_errors
 
 logger = logging.getLogger(__name__)
 
 # Several splits into halves, averaged: the error of one split depends on the draw.
 SPLITS = 32
+REPORT = "boundary.json"
 
 
 @dataclass
@@ -48,18 +52,45 @@ class BoundaryArguments:
     length_value_model: str = field(metadata={"help": "Pretrained length value model: folder or hub id."})
     rollouts: str | None = field(
         default=None,
-        metadata={"help": "Rollouts of prompts that the model was not fitted on. Default: sample them of --policy."},
+        metadata={
+            "help": "Rollouts (.jsonl or .parquet, see recipes/sample_rollouts.py) of prompts that the model was not "
+            "fitted on. Default: sample the sandbox's evaluation prompts of --policy."
+        },
     )
-    policy: str | None = field(default=None, metadata={"help": "The policy to sample: folder or hub id."})
-    num_prompts: int = field(default=120, metadata={"help": "Sandbox prompts to sample; a multiple of 4."})
-    num_samples: int = field(default=64, metadata={"help": "Completions per prompt."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion, end-of-sequence counted."})
+    policy: str | None = field(
+        default=None, metadata={"help": "A policy of the built-in sandbox to sample, without --rollouts: folder."}
+    )
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model that a length value model of form adapter or head was fitted on: folder or hub id. "
+            "Default: --policy."
+        },
+    )
+    num_prompts: int = field(default=120, metadata={"help": "Sandbox prompts to sample; by fours, one of each kind."})
+    num_samples: int = field(default=64, metadata={"help": "Completions to sample per prompt."})
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "Longest completion that is sampled, end-of-sequence counted."}
+    )
     batch_size: int = field(default=256, metadata={"help": "Completions per generate call."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling."})
     seed: int = field(default=0, metadata={"help": "Seed of prompts, sampling, splits and intervals."})
-    output_dir: str = field(
-        default="outputs/prompt_boundary", metadata={"help": "Where rollouts and boundary.json are written."}
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the results, and sampled rollouts, are written. Default: outputs/ and the program's name."
+        },
     )
+
+    def in_folder(self, program: str, report: str) -> Self:
+        """These arguments with the folder to write to, which is made.
+
+        Raises:
+            ValueError: its default has results about other models or rollouts.
+        """
+        about = ("length_value_model", "rollouts", "policy")
+        folder = output_folder(self.output_dir, Path(OUTPUTS) / program, report, asdict(self), about)
+        return replace(self, output_dir=str(folder))
 
 
 def prompt_lengths(rollouts: Dataset) -> tuple[list[list[int]], torch.Tensor]:
@@ -155,18 +186,30 @@ def _between(means: np.ndarray) -> np.ndarray:
 
 
 def find_rollouts(args: BoundaryArguments) -> tuple[Dataset, RolloutMetadata]:
-    """The rollouts that the arguments name, or completions of the sandbox's evaluation prompts."""
+    """The rollouts that the arguments name, or completions of the sandbox's evaluation prompts.
+
+    Raises:
+        ValueError: the length value model, or the sandbox's prompts, do not go with the policy's tokenizer.
+    """
+    fingerprint = read_config(args.length_value_model).tokenizer_fingerprint
     if args.rollouts is not None:
-        return read_rollouts(args.rollouts)
+        rollouts, metadata = read_rollouts(args.rollouts)
+        check_same_tokenizer(fingerprint, metadata.tokenizer_fingerprint)
+        set_threads(is_sandbox(metadata.tokenizer_fingerprint))
+        return rollouts, metadata
     if args.policy is None:
         raise ValueError("Give --policy to sample completions of, or --rollouts that are there already.")
-    problems = distinct_problems(args.num_prompts, args.seed, "evaluation")
+    tokenizer = load_tokenizer(args.policy)
+    instead = "Sample it on prompts of its own with recipes/sample_rollouts.py, and give those --rollouts."
+    check_sandbox(tokenizer, args.policy, "The prompts that are sampled here are", instead)
+    check_same_tokenizer(fingerprint, tokenizer)
+    set_threads(sandbox=True)
+    problems = sandbox_problems(args.num_prompts, args.seed)
     settings = SamplingSettings(args.num_samples, args.max_new_tokens, args.batch_size, args.temperature)
-    device = torch.accelerator.current_accelerator() or "cpu"
     return sample_to_file(
         Path(args.output_dir) / "rollouts.jsonl",
-        AutoModelForCausalLM.from_pretrained(args.policy).to(device),
-        AutoTokenizer.from_pretrained(args.policy),
+        load_policy(args.policy),
+        tokenizer,
         [problem.prompt for problem in problems],
         settings,
         seed=args.seed,
@@ -177,9 +220,10 @@ def find_rollouts(args: BoundaryArguments) -> tuple[Dataset, RolloutMetadata]:
 
 def main(args: BoundaryArguments) -> dict[str, Interval]:
     """Samples or reads, measures, prints, and writes `boundary.json`."""
+    args = args.in_folder("prompt_boundary", REPORT)
     rollouts, _ = find_rollouts(args)
     prompts, lengths = prompt_lengths(rollouts)
-    model = LengthValueModel.from_pretrained(args.length_value_model).freeze()
+    model = load_length_value_model(args.length_value_model, args.base or args.policy)
     found = measure_boundary(boundary_logits(model, prompts), lengths, model.config.gamma, args.seed)
     console = Console(width=120, highlight=False)
     console.print(f"{len(prompts)} prompts, {lengths.shape[1]} completions each, gamma {model.config.gamma:.5f}")
@@ -190,15 +234,12 @@ def main(args: BoundaryArguments) -> dict[str, Interval]:
         f"{found['explained_at_most'].estimate:.3f} for the noise of {lengths.shape[1]} completions; without that "
         f"noise {found['explained_without_noise']}"
     )
-    record = {**asdict(args), "prompts": len(prompts), "gamma": model.config.gamma}
-    record["measured"] = {name: asdict(interval) for name, interval in found.items()}
-    with atomic_file(Path(args.output_dir) / "boundary.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
+    report = {"arguments": asdict(args), "prompts": len(prompts), "gamma": model.config.gamma}
+    report["measured"] = {name: as_entry(interval) for name, interval in found.items()}
+    save_json(Path(args.output_dir) / REPORT, report)
+    console.print(f"Written to {args.output_dir}/{REPORT}")
     return found
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    main(*HfArgumentParser(BoundaryArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses())
+    run(BoundaryArguments, main, "eval.prompt_boundary", __doc__)

@@ -64,12 +64,17 @@ def _quadratic(total: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def rank_intervals(
     predicted: Tensor, realised: Tensor, group: Tensor, num_resamples: int = 2000, seed: int = 0
 ) -> dict[str, Interval]:
-    """`kendall_tau` and `pairwise_accuracy` with intervals over prompts; arguments as in [`pair_counts`]."""
+    """`kendall_tau` and `pairwise_accuracy` with intervals over prompts; arguments as in [`pair_counts`].
+
+    A single prompt has no interval: NaN at both ends.
+    """
     counts, prompts = pair_counts(predicted, realised, group), int(group.max()) + 1
     draw = np.random.default_rng(seed)
     weights = draw.multinomial(prompts, np.full(prompts, 1 / prompts), size=num_resamples).astype(float)
     estimates = (kendall_tau(predicted, realised), float(_accuracy(counts, np.ones((1, prompts)))[0]))
     draws = (_tau(counts, weights), _accuracy(counts, weights))
+    if prompts == 1:
+        draws = tuple(np.full(num_resamples, np.nan) for _ in draws)
     names = ("kendall_tau", "pairwise_accuracy")
     return {
         name: percentile_interval(estimate, drawn)

@@ -9,7 +9,6 @@ mean over runs and, in brackets, the lowest and the highest run. A few seeds giv
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from eval.command_line import STARTS_OVER
+from eval.report import is_known
+from eval.runs import read_json
+from lenvm_rl.programs import run_program
+
 logger = logging.getLogger(__name__)
 
+REPORT = "tradeoff.json"
+
 # Arguments of a comparison that differ from run to run.
-OF_ONE_RUN = ("run_dir", "policy", "length_value_model", "trained", "output_dir", "seed")
+OF_ONE_RUN = ("run_dir", "policy", "length_value_model", "base", "trained", "output_dir", "seed")
 COLUMNS = {"tokens": 1, "accuracy": 3, "frontier_gap": 3, "excess_tokens": 1}
 
 
@@ -33,10 +39,10 @@ def collect(folders: list[str]) -> dict[str, dict[str, list[float]]]:
     """
     runs, arguments = [], []
     for folder in folders:
-        path = Path(folder) / "tradeoff" / "tradeoff.json"
-        if not path.exists():
-            raise ValueError(f"{path} does not exist: run `python -m eval.tradeoff --run_dir {folder}` first.")
-        report = json.loads(path.read_text(encoding="utf-8"))
+        places = [Path(folder) / "tradeoff" / REPORT, Path(folder) / REPORT]
+        report = read_json(places[0]) or read_json(places[1])
+        if report is None:
+            raise ValueError(f"{places[0]} does not exist: run `python -m eval.tradeoff --run_dir {folder}` first.")
         runs.append({arm["name"]: arm for arm in report["arms"]})
         arguments.append({name: value for name, value in report["arguments"].items() if name not in OF_ONE_RUN})
         if arguments[-1] != arguments[0]:
@@ -49,7 +55,7 @@ def collect(folders: list[str]) -> dict[str, dict[str, list[float]]]:
         name: {
             column: [run[name][column]["estimate"] for run in runs]
             for column in COLUMNS
-            if all(column in run[name] for run in runs)
+            if all(is_known(run[name].get(column)) for run in runs)
         }
         for name in shared
     }
@@ -73,8 +79,18 @@ def print_table(arms: dict[str, dict[str, list[float]]], runs: int, console: Any
     console.print(table)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="Folders of runs, each with tradeoff/tradeoff.json.")
+def main() -> None:
+    """Reads the command line and prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.seeds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", help="Folders of runs, with tradeoff/tradeoff.json, or of comparisons, with tradeoff.json."
+    )
     folders = parser.parse_args().runs
     print_table(collect(folders), len(folders), Console(width=120))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_program(main, STARTS_OVER)

@@ -12,6 +12,7 @@ import argparse
 from types import ModuleType
 
 from eval import speed_batching, speed_critic, speed_decoding, speed_ppo, speed_pretraining
+from lenvm_rl.programs import run_program
 
 PROGRAMS: dict[str, ModuleType] = {
     "pretraining": speed_pretraining,
@@ -42,4 +43,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, "Interrupted: nothing was written, and the same command measures everything again.")

@@ -22,22 +22,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from eval.runs import is_sandbox, set_threads
 from eval.statistics import Interval, mean_interval, statistic_interval
-from lenvm_rl.modeling import LengthValueModel
-from lenvm_rl.prediction import (
-    boundary_logits,
-    check_predictor,
-    length_aware_batches,
-    lengths_from_logits,
-    padding_steps,
-)
+from lenvm_rl.loading import load_length_value_model
+from lenvm_rl.prediction import boundary_logits, length_aware_batches, lengths_from_logits, padding_steps
 from lenvm_rl.rollouts import read_rollouts
-from lenvm_rl.tokenization import check_same_tokenizer
 
 RANDOM, RANDOM_PROMPTS = "random", "random prompts"
 PROMPT, PREDICTED, REALISED = "prompt length", "predicted length", "realised length"
@@ -50,6 +43,7 @@ class Settings:
     Args:
         rollouts (`str`): a rollout file, of prompts that the model was not fitted on.
         length_value_model (`str`): folder or hub id.
+        base (`str`, *optional*): what a model of form adapter or head was fitted on.
         batch_size (`int`): completions in a batch.
         shuffles (`int`): random orders that are averaged.
         seed (`int`): of the shuffles and the bootstrap.
@@ -57,6 +51,7 @@ class Settings:
 
     rollouts: str
     length_value_model: str
+    base: str | None = None
     batch_size: int = 64
     shuffles: int = 200
     seed: int = 0
@@ -154,10 +149,13 @@ def replay(
 def measure(settings: Settings) -> dict[str, Cost]:
     """Reads the rollouts, predicts each prompt's length, and replays."""
     rollouts, metadata = read_rollouts(settings.rollouts)
-    device = torch.accelerator.current_accelerator() or "cpu"
-    model = LengthValueModel.from_pretrained(settings.length_value_model).to(device).eval()
-    check_predictor(model)
-    check_same_tokenizer(model.config.tokenizer_fingerprint, metadata.tokenizer_fingerprint)
+    set_threads(is_sandbox(metadata.tokenizer_fingerprint))
+    model = load_length_value_model(
+        settings.length_value_model,
+        settings.base,
+        tokenizer=metadata.tokenizer_fingerprint,
+        tokenizer_name="the rollouts",
+    )
     groups, prompts = np.array(rollouts["group"][:]), rollouts["prompt_ids"][:]
     _, first, place = np.unique(groups, return_index=True, return_inverse=True)
     logits = boundary_logits(model, [prompts[row] for row in first])
@@ -175,10 +173,14 @@ def measure(settings: Settings) -> dict[str, Cost]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An option for every field of [`Settings`]."""
-    parser.add_argument("--rollouts", required=True)
-    parser.add_argument("--length_value_model", required=True)
-    for entry in fields(Settings)[2:]:
-        parser.add_argument(f"--{entry.name}", type=int, default=entry.default)
+    parser.add_argument("--rollouts", required=True, help="A rollout file of prompts that the model was not fitted on.")
+    parser.add_argument("--length_value_model", required=True, help="Length value model: folder or hub id.")
+    parser.add_argument(
+        "--base", help="The model that a length value model of form adapter or head was fitted on: folder or hub id."
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="Completions in a batch. (default: 64)")
+    parser.add_argument("--shuffles", type=int, default=200, help="Random orders that are averaged. (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the shuffles and the bootstrap. (default: 0)")
 
 
 def print_costs(costs: dict[str, Cost], settings: Settings, console: Console) -> None:

@@ -35,7 +35,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from eval.measurement import Measurement, Meter, add_settings, measure_in_process, read_settings, report
+from eval.measurement import Measurement, Meter, add_settings, measure_in_process, read_settings, report, setting
 from eval.speed_pretraining import GAMMA, make_policy
 from eval.speed_pretraining import Settings as ModelSettings
 from lenvm_rl.completions import completion_logits
@@ -50,19 +50,19 @@ ADAPTERS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 class Settings:
     """What is measured: a Llama with random weights, or the model in a folder, on random prompts."""
 
-    model: str = ""
-    hidden: int = 128
-    layers: int = 4
-    vocab: int = 8192
-    prompt_tokens: int = 32
-    completion_tokens: int = 64
-    batch: int = 16
-    steps: int = 12
-    memory_hidden: int = 512
-    memory_layers: int = 8
-    memory_batch: int = 4
-    threads: int = 1
-    seed: int = 0
+    model: str = setting("", "A policy, folder or hub id; without one, a Llama with random weights of the sizes here.")
+    hidden: int = setting(128, "Hidden size.")
+    layers: int = setting(4, "Layers.")
+    vocab: int = setting(8192, "Tokens of the vocabulary.")
+    prompt_tokens: int = setting(32, "Tokens of a prompt.")
+    completion_tokens: int = setting(64, "Tokens of a completion; all are of one length.")
+    batch: int = setting(16, "Completions in a batch.")
+    steps: int = setting(12, "Pairs of steps that are timed.")
+    memory_hidden: int = setting(512, "Hidden size of the model whose memory is measured.")
+    memory_layers: int = setting(8, "Layers of that model.")
+    memory_batch: int = setting(4, "Completions in a batch of that model.")
+    threads: int = setting(1, "Threads of the processor.")
+    seed: int = setting(0, "Seed of weights and data.")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
-from eval.measurement import Measurement, measure_in_process, report, resident_peak
+from eval.measurement import Measurement, add_settings, measure_in_process, report, resident_peak, setting
 from eval.speed_pretraining import Settings as PretrainingSettings
 from eval.speed_pretraining import make_policy
 from lenvm_rl.decoding import LengthGuidance, generate_guided
@@ -43,18 +43,18 @@ GAMMA = 0.98
 class Settings:
     """What is measured. Without `model`, a Llama with random weights."""
 
-    model: str = ""
-    hidden: int = 128
-    layers: int = 4
-    vocab: int = 8192
-    candidates: int = 15
-    prefix: int = 256
-    tokens: int = 32
-    naive_tokens: int = 4
-    rows: int = 1
-    repeats: int = 3
-    threads: int = 1
-    seed: int = 0
+    model: str = setting("", "A policy, folder or hub id; without one, a Llama with random weights of the sizes here.")
+    hidden: int = setting(128, "Hidden size.")
+    layers: int = setting(4, "Layers.")
+    vocab: int = setting(8192, "Tokens of the vocabulary.")
+    candidates: int = setting(15, "Candidates that a guided step scores.")
+    prefix: int = setting(256, "Tokens that stand before what is timed.")
+    tokens: int = setting(32, "Tokens that are generated.")
+    naive_tokens: int = setting(4, "Tokens that the naive way is timed over.")
+    rows: int = setting(1, "Rows of a batch; several numbers are measured one after the other.")
+    repeats: int = setting(3, "Timings, of which the best counts.")
+    threads: int = setting(1, "Threads of the processor.")
+    seed: int = setting(0, "Seed of weights and data.")
 
 
 def load_models(settings: Settings) -> tuple[PreTrainedModel, LengthValueModel]:
@@ -170,9 +170,7 @@ def measure(case: str, settings: Settings) -> Measurement:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An option for every field of [`Settings`]; several numbers of rows are measured one after the other."""
-    for entry in fields(Settings):
-        several = {"nargs": "+", "default": [1, 8]} if entry.name == "rows" else {"default": entry.default}
-        parser.add_argument(f"--{entry.name}", type=type(entry.default), **several)
+    add_settings(parser, Settings, rows=[1, 8])
 
 
 def print_measurements(measured: dict[str, Measurement], settings: Settings, console: Console) -> dict[str, float]:

@@ -34,7 +34,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification, TrainerCallback
 
-from eval.measurement import Measurement, add_settings, measure_in_process, read_settings, report, resident_peak
+from eval.measurement import (
+    Measurement,
+    add_settings,
+    measure_in_process,
+    read_settings,
+    report,
+    resident_peak,
+    setting,
+)
 from eval.speed_critic import Settings as ModelSettings
 from eval.speed_critic import first_token_reward, now, save_model
 from eval.speed_pretraining import GAMMA
@@ -57,17 +65,17 @@ BETA = 0.05
 class Settings:
     """What is measured: a Llama with random weights, or the model in a folder, on random prompts."""
 
-    model: str = ""
-    hidden: int = 128
-    layers: int = 4
-    vocab: int = 8192
-    prompt_tokens: int = 32
-    completion_tokens: int = 48
-    batch: int = 16
-    epochs: int = 2
-    updates: int = 5
-    threads: int = 1
-    seed: int = 0
+    model: str = setting("", "A policy, folder or hub id; without one, a Llama with random weights of the sizes here.")
+    hidden: int = setting(128, "Hidden size.")
+    layers: int = setting(4, "Layers.")
+    vocab: int = setting(8192, "Tokens of the vocabulary.")
+    prompt_tokens: int = setting(32, "Tokens of a prompt.")
+    completion_tokens: int = setting(48, "Tokens of a completion; all are of one length.")
+    batch: int = setting(16, "Completions in a batch.")
+    epochs: int = setting(2, "Passes over a batch.")
+    updates: int = setting(5, "Updates that are timed.")
+    threads: int = setting(1, "Threads of the processor.")
+    seed: int = setting(0, "Seed of weights and data.")
 
 
 class _Clock(TrainerCallback):

@@ -22,7 +22,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from eval.measurement import Measurement, Meter, add_settings, measure_in_process, read_settings, report, run_steps
+from eval.measurement import (
+    Measurement,
+    Meter,
+    add_settings,
+    measure_in_process,
+    read_settings,
+    report,
+    run_steps,
+    setting,
+)
 from lenvm_rl.modeling import LengthValueHead, LengthValueModel
 from lenvm_rl.packing import padding_share
 from lenvm_rl.pretraining import LengthValueCollator, LengthValueTrainer, LengthValueTrainingArguments
@@ -47,18 +56,18 @@ class Settings:
     Qwen2.5-0.5B).
     """
 
-    hidden: int = 128
-    layers: int = 4
-    vocab: int = 8192
-    prompts: int = 64
-    samples: int = 16
-    prompt_tokens: int = 32
-    median_tokens: int = 48
-    longest: int = 256
-    batch: int = 64
-    seconds: float = 8.0
-    threads: int = 1
-    seed: int = 0
+    hidden: int = setting(128, "Hidden size.")
+    layers: int = setting(4, "Layers.")
+    vocab: int = setting(8192, "Tokens of the vocabulary.")
+    prompts: int = setting(64, "Random prompts.")
+    samples: int = setting(16, "Completions of each.")
+    prompt_tokens: int = setting(32, "Tokens of a prompt.")
+    median_tokens: int = setting(48, "Median length of completions, in tokens.")
+    longest: int = setting(256, "Longest completion, in tokens.")
+    batch: int = setting(64, "Completions in a batch.")
+    seconds: float = setting(8.0, "How long each case is measured.")
+    threads: int = setting(1, "Threads of the processor.")
+    seed: int = setting(0, "Seed of weights and data.")
 
 
 def make_rollouts(settings: Settings) -> list[dict]:

@@ -3,7 +3,8 @@
 Completions of one prompt are not independent: a hard prompt is hard for all of them. So whole prompts are resampled
 (the cluster bootstrap: Davison & Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.8) wherever
 `groups` says which prompt each completion belongs to. Intervals are percentile intervals (Efron & Tibshirani, *An
-Introduction to the Bootstrap*, 1993, chapter 13). The same seed gives the same interval.
+Introduction to the Bootstrap*, 1993, chapter 13). The same seed gives the same interval. A single prompt gives none:
+the ends are NaN.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Interval:
     confidence: float = 0.95
 
     def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        ends = f" [{self.low:.3f}, {self.high:.3f}]" if np.isfinite([self.low, self.high]).all() else ""
+        return f"{self.estimate:.3f}{ends}"
 
 
 def weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -63,7 +65,8 @@ def resampled_means(
         seed (`int`, *optional*, defaults to `0`): seed of the draws.
 
     Returns:
-        Array of shape `(R,)` or `(R, K)`: NaN where the weights of a resample sum to 0.
+        Array of shape `(R,)` or `(R, K)`: NaN where the weights of a resample sum to 0, and everywhere where there is
+        one group only: how groups differ is not to be seen in one.
 
     Raises:
         ValueError: if shapes disagree, nothing is there, a value is not finite, or a weight is negative.
@@ -120,8 +123,8 @@ def statistic_interval(
         confidence (`float`, *optional*, defaults to `0.95`): nominal coverage.
 
     Returns:
-        [`Interval`]: NaN at both ends if some resample has no weight at all. Among 2000 resamples that is to be
-        expected where fewer than about ten groups carry weight: too few for an interval.
+        [`Interval`]: NaN at both ends if there is one group only, or some resample has no weight at all. Among 2000
+        resamples the latter is to be expected where fewer than about ten groups carry weight: too few for an interval.
     """
     columns, weight, _ = _checked(values, groups, weights)
     means = weighted_means(columns, weight)
@@ -194,6 +197,9 @@ def _resampled_ratio(arms: list[tuple[np.ndarray, np.ndarray]], num_resamples: i
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
     clusters = arms[0][0].shape[0]
+    if clusters == 1:
+        # Every resample would be the data again, and the interval a point: certainty from a single prompt.
+        return [np.full((num_resamples, sums.shape[1]), np.nan) for sums, _ in arms]
     generator = np.random.default_rng(seed)
     rows = max(1, CHUNK_ENTRIES // clusters)
     parts: list[list[np.ndarray]] = [[] for _ in arms]

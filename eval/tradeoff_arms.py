@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from eval.arms import Arm, Sampler, load_length_value_model, load_reward, value_scale
+from eval.arms import Arm, Sampler, load_reward, value_scale
 from eval.datasets import sandbox_prompts
+from eval.samples import SampleStore
 from eval.style_frontier import StyleFrontier, measure_points
-from eval.tradeoff_arguments import Comparison, TradeoffArguments
+from eval.tradeoff_arguments import Comparison, TradeoffArguments, check_data
 from eval.tradeoff_kl import policy_divergence
 from lenvm_rl.decoding import LengthGuidance
-from lenvm_rl.sampling_jobs import tokenize_prompts
+from lenvm_rl.loading import has_tokenizer, load_length_value_model, load_policy, load_tokenizer
+from lenvm_rl.prompts import tokenize_prompts
+from lenvm_rl.reward_functions import check_columns
 from lenvm_rl.sandbox import clean_length, read_completion
+from lenvm_rl.tokenization import check_same_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -26,44 +30,71 @@ logger = logging.getLogger(__name__)
 FRONTIER_PROMPTS = 480
 
 
-def collect_arms(comparison: Comparison) -> tuple[list[Arm], float, StyleFrontier | None]:
-    """Sample every arm. Returns them with the unit of the tilt's strengths and, on the sandbox, the style frontier."""
+def make_sampler(comparison: Comparison, output_dir: Path) -> Sampler:
+    """The sampler of the base policy's arms: models, prompts and reward, checked against each other.
+
+    Raises:
+        ValueError: see [`~eval.tradeoff_arguments.check_data`]; tokenizers differ, or the reward function needs a
+            column that is not there.
+    """
     args = comparison.args
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.policy)
-    if comparison.pad_token is not None:
-        tokenizer.pad_token = comparison.pad_token
-    policies = {"base": args.policy, **comparison.trained}
-    sampler = Sampler(
+    tokenizer = load_tokenizer(args.policy, comparison.pad_token)
+    check_data(args, tokenizer)
+    reward = load_reward(args.reward)
+    check_columns(reward, comparison.columns, args.dataset_name or "the sandbox")
+    model = load_length_value_model(args.length_value_model, args.base or args.policy, tokenizer=tokenizer)
+    return Sampler(
         tokenizer=tokenizer,
-        length_value_model=load_length_value_model(args.length_value_model, args.policy).to(device),
+        length_value_model=model,
         prompts=comparison.prompts,
         columns=comparison.columns,
-        reward=load_reward(args.reward),
+        reward=reward,
         num_samples=args.num_samples,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         guidance=LengthGuidance(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p),
         seed=args.seed,
+        kept=SampleStore(output_dir / "samples"),
     )
-    arms: list[Arm] = []
-    unit, frontier = 0.0, None
-    for name, path in policies.items():
-        policy = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
-        if name == "base":
-            base = policy
-            arms.append(sampler.sample(name, "base", policy))
-            unit = tilt_unit(sampler, arms[0])
-            arms += base_arms(sampler, base, arms[0], args)
-            frontier = fit_frontier(sampler, policy) if comparison.difficulties is not None else None
-        else:
-            arms.append(measure_trained(sampler, sampler.sample(name, "trained", policy), policy, base))
+
+
+def collect_arms(comparison: Comparison, output_dir: Path) -> tuple[list[Arm], float, StyleFrontier | None]:
+    """Sample every arm. Returns them with the unit of the tilt's strengths and, on the sandbox, the style frontier.
+
+    What is sampled is kept in `samples/` of the folder, so that an interrupted comparison goes on where it was.
+    """
+    args = comparison.args
+    sampler = make_sampler(comparison, output_dir)
+    # Before hours of sampling, not in their middle.
+    of_trained = {name: trained_sampler(sampler, name, path) for name, path in comparison.trained.items()}
+    base = load_policy(args.policy)
+    arms = [sampler.sample("base", "base", base)]
+    unit = tilt_unit(sampler, arms[0])
+    arms += base_arms(sampler, base, arms[0], args)
+    frontier = fit_frontier(sampler, base) if comparison.difficulties is not None else None
+    for strength in args.strengths if "base" in args.tilt else ():
+        arms.append(sampler.sample(f"tilt {strength:+g}", "tilt", base, strength * unit))
+    for name, own in of_trained.items():
+        policy = load_policy(comparison.trained[name])
+        arms.append(measure_trained(own, own.sample(name, "trained", policy), policy, base, sampler))
         for strength in args.strengths if name in args.tilt else ():
-            title = f"tilt {strength:+g}" if name == "base" else f"{name} tilt {strength:+g}"
-            kind = "tilt" if name == "base" else f"tilt of {name}"
-            arm = sampler.sample(title, kind, policy, strength * unit)
-            arms.append(arm if name == "base" else measure_trained(sampler, arm, policy, base))
+            arm = own.sample(f"{name} tilt {strength:+g}", f"tilt of {name}", policy, strength * unit)
+            arms.append(measure_trained(own, arm, policy, base, sampler))
     return arms, unit, frontier
+
+
+def trained_sampler(sampler: Sampler, name: str, path: str) -> Sampler:
+    """The sampler of a trained policy, which reads messages through its own tokenizer's chat template.
+
+    Raises:
+        ValueError: its vocabulary is another than the base policy's.
+    """
+    if not has_tokenizer(path):
+        logger.info("%s: no tokenizer lies there, so the base policy's is taken", path)
+        return sampler
+    tokenizer = load_tokenizer(path)
+    check_same_tokenizer(tokenizer, sampler.tokenizer, f"the trained policy {name!r}", "the base policy")
+    return replace(sampler, tokenizer=tokenizer)
 
 
 def base_arms(sampler: Sampler, policy: PreTrainedModel, base: Arm, args: TradeoffArguments) -> list[Arm]:
@@ -126,22 +157,36 @@ def shortest_of(base: Arm, count: int) -> Arm:
         prompt=base.prompt[picked],
         kl_bound=math.log(count) - (count - 1) / count,
         sampled=np.array(sampled),
+        graded=base.is_graded[picked],
     )
 
 
-def measure_trained(sampler: Sampler, arm: Arm, policy: PreTrainedModel, base: PreTrainedModel) -> Arm:
+def measure_trained(
+    sampler: Sampler, arm: Arm, policy: PreTrainedModel, base: PreTrainedModel, of_base: Sampler | None = None
+) -> Arm:
     """The arm of a trained policy, tilted or not, with its divergence from the base policy.
 
     Untilted, the exact divergence of both policies at the states that its completions visit. Tilted, the divergence of
     the tilt from the trained policy, which the arm has, plus the log-ratio of trained and base policy at the sampled
     tokens: ``log p'/p + log p/q``. See [`~eval.tradeoff_kl.policy_divergence`] on the candidate rule.
+
+    Args:
+        sampler ([`~eval.arms.Sampler`]): of the trained policy.
+        arm ([`~eval.arms.Arm`]): sampled by it.
+        policy (`PreTrainedModel`), base (`PreTrainedModel`): both policies.
+        of_base ([`~eval.arms.Sampler`], *optional*): of the base policy, if that is asked in other words.
     """
     temperature = sampler.guidance.temperature
     if temperature == 0:
         return replace(arm, kl=None)
-    prompt_ids = tokenize_prompts(sampler.tokenizer, sampler.prompts)
-    prompts, tilted = [prompt_ids[index] for index in arm.prompt], arm.kind != "trained"
-    found = policy_divergence(policy, base, prompts, arm.completions, temperature, sampled=tilted)
+
+    def prompts_of(own: Sampler) -> list[list[int]]:
+        ids = tokenize_prompts(own.tokenizer, own.prompts)
+        return [ids[index] for index in arm.prompt]
+
+    prompts, reference = prompts_of(sampler), prompts_of(of_base or sampler)
+    tilted = arm.kind != "trained"
+    found = policy_divergence(policy, base, prompts, arm.completions, temperature, reference, sampled=tilted)
     return replace(arm, kl=arm.kl + found)
 
 

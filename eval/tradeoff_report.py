@@ -1,11 +1,8 @@
-"""What `eval.tradeoff` says of its arms: numbers with intervals, a table, and a CSV."""
+"""What `eval.tradeoff` says of its arms: numbers with intervals, a table, and remarks."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,56 +10,63 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.arms import Arm
-from eval.statistics import Interval, mean_interval, statistic_interval
+from eval.report import Entry, as_entry, cell_text
+from eval.statistics import mean_interval, statistic_interval
 from eval.style_frontier import StyleFrontier
-from lenvm_rl.rollouts import atomic_file
 
-INTERVALS = ("tokens", "accuracy", "tokens_correct", "sampled_tokens", "kl", "frontier_gap", "excess_tokens")
+# Share of the base policy's completions that may be cut without a word.
+MANY_CUT = 0.1
 
 
 def summarise(arm: Arm, frontier: StyleFrontier | None, difficulties: list[int] | None, seed: int) -> dict[str, Any]:
-    """One arm as a dictionary of numbers and [low, high] intervals."""
+    """One arm as a dictionary of numbers and intervals, see `eval.report`.
 
-    def interval(result: Interval) -> dict[str, float | None]:
-        ends = {"low": result.low, "high": result.high}
-        # Too few prompts for an interval leave none; JSON has no NaN.
-        known = {name: value if np.isfinite(value) else None for name, value in ends.items()}
-        return {"estimate": result.estimate, **known}
+    Accuracy is that of the completions that the reward function has graded; it is unknown if there is none.
+    """
+
+    def interval(values: np.ndarray, weights: np.ndarray | None = None) -> Entry:
+        return as_entry(mean_interval(values, arm.prompt, weights, seed=seed))
 
     sampled = arm.lengths if arm.sampled is None else arm.sampled
-    lengths, correct = arm.lengths.astype(float), arm.correct.astype(float)
+    lengths, correct, graded = (each.astype(float) for each in (arm.lengths, arm.correct, arm.is_graded))
     row = {
         "name": arm.name,
         "kind": arm.kind,
         "setting": arm.setting if np.isfinite(arm.setting) else None,
         "completions": len(lengths),
-        "tokens": interval(mean_interval(lengths, arm.prompt, seed=seed)),
-        "accuracy": interval(mean_interval(correct, arm.prompt, seed=seed)),
-        "tokens_correct": None,
+        "ungraded": int((graded == 0).sum()),
+        "tokens": interval(lengths),
+        "accuracy": interval(correct, graded),
+        "tokens_correct": interval(lengths, correct) if correct.any() else None,
         "unfinished": float(1.0 - arm.finished.mean()),
-        "sampled_tokens": interval(mean_interval(sampled.astype(float), arm.prompt, seed=seed)),
-        "kl": None if arm.kl is None else interval(mean_interval(arm.kl, arm.prompt, seed=seed)),
+        "sampled_tokens": interval(sampled.astype(float)),
+        "kl": None if arm.kl is None else interval(arm.kl),
         "kl_bound": arm.kl_bound,
     }
-    if correct.any():
-        row["tokens_correct"] = interval(mean_interval(lengths, arm.prompt, correct, seed=seed))
     if frontier is not None:
         level = np.array(difficulties)[arm.prompt]
         floor = np.array([frontier.floors[difficulty] for difficulty in level])
-        both = np.stack([lengths, correct], axis=1)
-        gap = statistic_interval(both, lambda m: frontier.accuracy(m[:, 0]) - m[:, 1], arm.prompt, seed=seed)
-        row["frontier_gap"] = interval(gap)
+        both, weights = np.stack([lengths, correct], axis=1), np.stack([np.ones_like(graded), graded], axis=1)
+        gap = statistic_interval(both, lambda m: frontier.accuracy(m[:, 0]) - m[:, 1], arm.prompt, weights, seed=seed)
+        row["frontier_gap"] = as_entry(gap)
         excess = np.maximum(lengths - floor, 0.0)
-        row["excess_tokens"] = interval(mean_interval(excess, arm.prompt, seed=seed))
+        row["excess_tokens"] = interval(excess)
         row["by_difficulty"] = {
             str(difficulty): {
-                "tokens": float(lengths[level == difficulty].mean()),
-                "accuracy": float(correct[level == difficulty].mean()),
-                "excess_tokens": float(excess[level == difficulty].mean()),
+                name: _mean(values[level == difficulty], weight[level == difficulty])
+                for name, values, weight in (
+                    ("tokens", lengths, np.ones_like(graded)),
+                    ("accuracy", correct, graded),
+                    ("excess_tokens", excess, np.ones_like(graded)),
+                )
             }
             for difficulty in sorted(set(difficulties))
         }
     return row
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> float | None:
+    return float(np.average(values, weights=weights)) if weights.any() else None
 
 
 def print_table(rows: list[dict[str, Any]], title: str, console: Console) -> None:
@@ -70,17 +74,17 @@ def print_table(rows: list[dict[str, Any]], title: str, console: Console) -> Non
     table = Table(title=title)
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "arm": lambda row: row["name"],
-        "tokens": lambda row: _cell(row["tokens"], 1),
-        "accuracy": lambda row: _cell(row["accuracy"], 3),
-        "tokens if correct": lambda row: _cell(row["tokens_correct"], 1),
+        "tokens": lambda row: cell_text(row["tokens"], 1),
+        "accuracy": lambda row: cell_text(row["accuracy"], 3),
+        "tokens if correct": lambda row: cell_text(row["tokens_correct"], 1),
         "unfinished": lambda row: f"{row['unfinished']:.1%}",
     }
     if any(row["sampled_tokens"] != row["tokens"] for row in rows):
-        columns["sampled tokens"] = lambda row: _cell(row["sampled_tokens"], 1)
+        columns["sampled tokens"] = lambda row: cell_text(row["sampled_tokens"], 1)
     columns["KL to base"] = _divergence
     if "frontier_gap" in rows[0]:
-        columns["below frontier"] = lambda row: _cell(row["frontier_gap"], 3)
-        columns["excess tokens"] = lambda row: _cell(row["excess_tokens"], 1)
+        columns["below frontier"] = lambda row: cell_text(row["frontier_gap"], 3)
+        columns["excess tokens"] = lambda row: cell_text(row["excess_tokens"], 1)
     for column in columns:
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for row in rows:
@@ -88,39 +92,24 @@ def print_table(rows: list[dict[str, Any]], title: str, console: Console) -> Non
     console.print(table)
 
 
-def _cell(entry: dict[str, float | None] | None, digits: int) -> str:
-    if entry is None:
-        return "–"
-    if entry["low"] is None:
-        return f"{entry['estimate']:.{digits}f}"
-    return f"{entry['estimate']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
-
-
 def _divergence(row: dict[str, Any]) -> str:
-    return _cell(row["kl"], 2) if row["kl_bound"] is None else f"≤ {row['kl_bound']:.2f}"
+    return cell_text(row["kl"], 2) if row["kl_bound"] is None else f"≤ {row['kl_bound']:.2f}"
 
 
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    """One line per arm: an interval fills three columns, the unknown stays empty, nested entries are left to JSON.
-
-    Args:
-        rows (list of `dict`): the arms, as [`summarise`] gives them.
-        path (`pathlib.Path`): the file.
-    """
-    flat = [dict(_flat(row)) for row in rows]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in flat for name in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def _flat(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, entry in row.items():
-        if name in INTERVALS:
-            ends = {} if entry is None else entry
-            for end, suffix in (("estimate", ""), ("low", "_low"), ("high", "_high")):
-                yield name + suffix, ends.get(end)
-        elif not isinstance(entry, dict):
-            yield name, entry
+def remarks(rows: list[dict[str, Any]], prompts: int, max_new_tokens: int) -> list[str]:
+    """What a reader of the table should know before drawing conclusions from it."""
+    base, found = rows[0], []
+    if prompts == 1:
+        found.append("There is one prompt, so no number has an interval: give more prompts.")
+    if base["unfinished"] > MANY_CUT:
+        found.append(
+            f"{base['unfinished']:.0%} of the base policy's completions were cut at {max_new_tokens} tokens: their "
+            "lengths and answers are not what they would have been. See --max_new_tokens."
+        )
+    ungraded = sum(row["ungraded"] for row in rows)
+    if ungraded:
+        total = sum(row["completions"] for row in rows)
+        found.append(
+            f"{ungraded} of {total} completions were not graded (the reward was None): accuracy is of the rest."
+        )
+    return found

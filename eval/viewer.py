@@ -11,21 +11,22 @@ names. Pointing at a token marks its place on the curve, and the other way round
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from eval.batches import end_ids_of
+from eval.command_line import STARTS_OVER, run
+from eval.runs import check_writable, is_sandbox, set_threads
 from eval.token_values import TokenValues, token_values
-from eval.viewer_text import token_pieces
-from lenvm_rl.modeling import LengthValueModel
+from eval.viewer_text import token_pieces, tokenizer_of_rollouts
+from lenvm_rl.endings import end_token_ids, own_length
+from lenvm_rl.loading import load_length_value_model
 from lenvm_rl.rollouts import REQUIRED_COLUMNS, atomic_file, read_rollouts
-from lenvm_rl.tokenization import check_same_tokenizer
 
 TEMPLATE, SCRIPT = Path(__file__).with_name("viewer_template.html"), Path(__file__).with_name("viewer_page.js")
 # Further columns of a record are shown if they are no longer than this.
@@ -36,7 +37,11 @@ SHORT = 60
 class ViewerArguments:
     """Which completions are shown, as which model sees them."""
 
-    rollouts: str = field(metadata={"help": "Rollout file that holds the completions."})
+    rollouts: str = field(
+        metadata={
+            "help": "Rollout file that holds the completions: .jsonl or .parquet, see recipes/sample_rollouts.py."
+        }
+    )
     length_value_model: str = field(metadata={"help": "Pretrained length value model: folder or hub id."})
     rows: list[int] = field(
         default_factory=lambda: [0, 1],
@@ -44,7 +49,17 @@ class ViewerArguments:
     )
     output: str = field(default="outputs/viewer.html", metadata={"help": "The page to write."})
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the rollouts. Default: what lies with the length value model."}
+        default=None,
+        metadata={
+            "help": "Tokenizer of the rollouts: folder or hub id. Default: what lies with the length value model or "
+            "--base."
+        },
+    )
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model that a length value model of form adapter or head was fitted on: folder or hub id."
+        },
     )
     forward_tokens: int = field(default=16384, metadata={"help": "Most tokens in a forward, padding counted."})
 
@@ -54,7 +69,11 @@ class ViewerArguments:
 
 
 def completion_entry(
-    record: dict[str, Any], row: int, values: TokenValues, tokenizer: PreTrainedTokenizerBase
+    record: dict[str, Any],
+    row: int,
+    values: TokenValues,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """What the page needs of a completion.
 
@@ -63,6 +82,7 @@ def completion_entry(
         row (`int`): its row in the file.
         values ([`~eval.token_values.TokenValues`]): what the model says along it.
         tokenizer (`PreTrainedTokenizerBase`): decodes it.
+        end_ids (`Collection[int]`, *optional*, defaults to the tokenizer's end): ids that end a completion.
 
     Returns:
         `dict`: `tokens`, L entries `[text, part, parts, special]` as [`~eval.viewer_text.Piece`] has them; `remaining`,
@@ -77,7 +97,7 @@ def completion_entry(
         "row": row,
         "group": record["group"],
         "finished": finished,
-        "length": len(ids) - finished,
+        "length": own_length(ids, end_token_ids(tokenizer) if end_ids is None else end_ids),
         "prompt": tokenizer.decode(record["prompt_ids"]),
         "columns": {name: str(value) for name, value in further.items() if len(str(value)) <= SHORT},
         "tokens": [[piece.text, piece.part, piece.parts, int(piece.special)] for piece in pieces],
@@ -110,11 +130,12 @@ def main(args: ViewerArguments) -> dict[str, Any]:
     outside = [row for row in args.rows if not 0 <= row < len(rollouts)]
     if outside:
         raise ValueError(f"{args.rollouts} has rows 0 to {len(rollouts) - 1}, so there is no {outside}: change --rows.")
-    device = torch.accelerator.current_accelerator() or "cpu"
-    model = LengthValueModel.from_pretrained(args.length_value_model).to(device).freeze()
-    check_same_tokenizer(model.config.tokenizer_fingerprint, metadata.tokenizer_fingerprint)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or args.length_value_model)
-    check_same_tokenizer(tokenizer, metadata.tokenizer_fingerprint, "the tokenizer", "the rollouts")
+    check_writable(Path(args.output).parent)
+    set_threads(is_sandbox(metadata.tokenizer_fingerprint))
+    tokenizer = tokenizer_of_rollouts(metadata, args.tokenizer_name_or_path, args.length_value_model, args.base)
+    model = load_length_value_model(
+        args.length_value_model, args.base, tokenizer=metadata.tokenizer_fingerprint, tokenizer_name="the rollouts"
+    )
     records = [rollouts[row] for row in args.rows]
     found = token_values(
         model,
@@ -124,7 +145,7 @@ def main(args: ViewerArguments) -> dict[str, Any]:
         max_tokens=args.forward_tokens,
     )
     entries = [
-        completion_entry(record, row, values, tokenizer)
+        completion_entry(record, row, values, tokenizer, end_ids_of(metadata))
         for record, row, values in zip(records, args.rows, found, strict=True)
     ]
     about = (
@@ -146,7 +167,4 @@ def _rounded(numbers: Sequence[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    main(*HfArgumentParser(ViewerArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses())
+    run(ViewerArguments, main, "eval.viewer", __doc__, STARTS_OVER)

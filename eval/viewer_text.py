@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from lenvm_rl.loading import has_tokenizer, load_tokenizer
+from lenvm_rl.rollouts import RolloutMetadata
+from lenvm_rl.tokenization import check_same_tokenizer
+
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
 BLANK, LINE_END, TAB = "␣", "↵", "⇥"
 MOST_BYTES = 4  # of a character in UTF-8
@@ -27,6 +31,29 @@ class Piece:
     part: int = 1
     parts: int = 1
     special: bool = False
+
+
+def tokenizer_of_rollouts(metadata: RolloutMetadata, given: str | None, *places: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a rollout file.
+
+    Args:
+        metadata ([`~lenvm_rl.rollouts.RolloutMetadata`]): of the rollouts.
+        given (`str`, *optional*): folder or hub id that was named for it.
+        places (`str`, *optional*): where it lies otherwise: the first that has one.
+
+    Raises:
+        FileNotFoundError: what was named has none.
+        ValueError: no place has one, or it is another.
+    """
+    found = given or next((place for place in places if place is not None and has_tokenizer(place)), None)
+    if found is None:
+        raise ValueError(
+            f"No tokenizer lies at {', '.join(filter(None, places))}: name the one that the completions of "
+            f"{metadata.generator} were sampled with, with --tokenizer_name_or_path."
+        )
+    tokenizer = load_tokenizer(found)
+    check_same_tokenizer(tokenizer, metadata.tokenizer_fingerprint, "the tokenizer", "the rollouts")
+    return tokenizer
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before: Sequence[int] = ()) -> list[Piece]:

@@ -63,6 +63,18 @@ def test_too_few_weighted_entries_give_an_estimate_without_an_interval():
     assert np.isnan(mean_interval([5.0, 7.0], weights=[0, 0]).estimate)
 
 
+def test_one_prompt_has_no_interval_however_many_completions_it_has():
+    lengths, prompt = [3.0, 5.0, 10.0, 2.0], [7, 7, 7, 7]
+    interval = mean_interval(lengths, prompt)
+    assert interval.estimate == 5.0 and np.isnan([interval.low, interval.high]).all() and str(interval) == "5.000"
+    assert np.isnan(mean_interval([3.0]).low)
+    difference = paired_difference(lengths, prompt, [1.0], [7])
+    assert difference.estimate == 4.0 and np.isnan([difference.low, difference.high]).all()
+    # With two prompts there is one again: from 4, both times the first, to 6.
+    two = mean_interval([3.0, 5.0, 10.0, 2.0], [0, 0, 1, 1])
+    assert (two.low, two.estimate, two.high) == (4.0, 5.0, 6.0)
+
+
 def test_a_statistic_of_several_means_is_resampled_jointly():
     generator = np.random.default_rng(5)
     base = generator.normal(10.0, 1.0, size=(300, 1))

@@ -1,0 +1,195 @@
+"""Whose models a program evaluates: those of a recipe's run, or models of one's own that belong to none.
+
+What a run says of itself (prompts, sampling, reward, other policies) holds for its own models, and its results go to
+its folder. A model that is named by its path belongs to no run unless one is named too: nothing of the built-in
+sandbox's is taken for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lenvm_rl.programs import choose_threads
+from lenvm_rl.sandbox import sandbox_tokenizer
+from lenvm_rl.tokenization import tokenizer_fingerprint
+
+logger = logging.getLogger(__name__)
+
+SANDBOX_RUN = "outputs/sandbox"
+OUTPUTS = "outputs"
+# Candidates of every arm where prompts are not the sandbox's: the paper's for LIFEBench.
+CANDIDATES = {"top_k": 15, "top_p": 0.999, "min_p": 0.0}
+SANDBOX_CANDIDATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.01}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe's run, or none.
+
+    Args:
+        folder (`str`, *optional*): of the run; `None` for models that belong to none.
+        record (mapping): what its run.json holds; empty where there is none.
+    """
+
+    folder: str | None
+    record: Mapping[str, Any]
+
+    def place(self, name: str) -> str:
+        """A path of run.json: inside the run's folder if it is there, as it is otherwise."""
+        inside = Path(self.folder or "") / name
+        return str(inside) if inside.exists() else name
+
+    def model(self, name: str) -> str | None:
+        """Path of the run's `policy` or `length_value_model`; `None` if it names none."""
+        return self.place(self.record[name]) if self.record.get(name) else None
+
+    @property
+    def trained(self) -> dict[str, str]:
+        """Name and path of every trained policy."""
+        return {name: self.place(path) for name, path in self.record.get("trained", {}).items()}
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """What the run was trained on; empty for the sandbox."""
+        return self.record.get("data", {})
+
+
+def find_run(
+    run_dir: str | None, policy: str | None, length_value_model: str | None, among_trained: bool = False
+) -> Run:
+    """The run that the arguments of a program name.
+
+    Args:
+        run_dir (`str`, *optional*): folder of a run. Without it, the sandbox's, unless a policy is named.
+        policy (`str`, *optional*), length_value_model (`str`, *optional*): models that were named by their paths.
+        among_trained (`bool`, *optional*, defaults to `False`):
+            The policy may be the name of one that the sandbox's run has trained.
+
+    Raises:
+        ValueError: there is no run, or its record is damaged, and models are not named.
+    """
+    if run_dir is None and among_trained and policy is not None and not Path(policy).exists():
+        sandbox = read_json(Path(SANDBOX_RUN) / "run.json")
+        if sandbox is not None and policy in sandbox.get("trained", {}):
+            run_dir = SANDBOX_RUN
+    if run_dir is None and policy is not None:
+        if length_value_model is None:
+            raise ValueError(
+                f"--policy {policy} is a model of your own: give the --length_value_model that was made for it too, or "
+                "name the folder of the run that it belongs to with --run_dir."
+            )
+        return Run(None, {})
+    folder = run_dir or SANDBOX_RUN
+    path = Path(folder) / "run.json"
+    record = read_json(path)
+    if record is None and not (policy and length_value_model):
+        raise ValueError(
+            f"{path} does not exist: run `accelerate launch recipes/ppo_shaped.py` first, name its folder with "
+            "--run_dir, or give --policy and --length_value_model."
+        )
+    return Run(folder, record or {})
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What a program wrote as JSON; `None` if the file is not there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): move it away; what wrote it writes it anew.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds no record: move it away; what wrote it writes it anew.")
+    return record
+
+
+def is_sandbox(tokenizer: PreTrainedTokenizerBase | Mapping[str, Any]) -> bool:
+    """Whether a tokenizer, or its fingerprint, is that of the built-in sandbox, so that its prompts mean something."""
+    found = tokenizer if isinstance(tokenizer, Mapping) else tokenizer_fingerprint(tokenizer)
+    return found.get("sha256") == tokenizer_fingerprint(sandbox_tokenizer())["sha256"]
+
+
+def check_sandbox(tokenizer: PreTrainedTokenizerBase, policy: str, what: str, instead: str) -> None:
+    """Raise unless a policy reads the sandbox's words.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the policy's.
+        policy (`str`): its path.
+        what (`str`): what of the sandbox it would be given.
+        instead (`str`): what to give it.
+
+    Raises:
+        ValueError: it has another vocabulary.
+    """
+    if not is_sandbox(tokenizer):
+        raise ValueError(
+            f"{what} the built-in sandbox's, which mean nothing to {policy}: its vocabulary is another. {instead}"
+        )
+    logger.info("%s the built-in sandbox's.", what)
+
+
+def set_threads(sandbox: bool) -> None:
+    """Threads on a CPU: one for models of the sandbox's size, else all cores, unless the environment says how many.
+
+    With one the sandbox is as fast as with two, and the numbers do not depend on the cores.
+    """
+    if not torch.cuda.is_available():
+        choose_threads(1 if sandbox else None)
+
+
+def output_folder(
+    given: str | None, default: str | Path, report: str, arguments: Mapping[str, Any], about: Sequence[str]
+) -> Path:
+    """The folder that a program writes to, made if it is not there.
+
+    Args:
+        given (`str`, *optional*): what was asked for.
+        default (`str` or path): where to write otherwise, unless results about other models are there.
+        report (`str`): name of the report there, which holds the `arguments` that it was made with.
+        arguments (mapping): those of now.
+        about (sequence of `str`): which of them name what is evaluated.
+
+    Raises:
+        ValueError: the default folder has results about something else.
+        OSError: it cannot be written to.
+    """
+    folder = Path(given or default)
+    found = read_json(folder / report) if given is None else None
+    before = {} if found is None else found.get("arguments", {})
+    changed = [name for name in about if before and _inside_run(before, name) != _inside_run(arguments, name)]
+    if changed:
+        theirs = ", ".join(f"{name} {before.get(name)}" for name in changed)
+        raise ValueError(
+            f"{folder} has results about something else ({theirs}): name another folder with --output_dir, or this one "
+            "to write over them."
+        )
+    check_writable(folder)
+    return folder
+
+
+def check_writable(folder: str | Path) -> None:
+    """Makes a folder if it is not there, and raises an `OSError` now if nothing can be written to it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
+def _inside_run(arguments: Mapping[str, Any], name: str) -> Any:
+    """An argument; a path inside the run's folder without that folder, which may have been moved."""
+    value, folder = arguments.get(name), arguments.get("run_dir")
+    inside = isinstance(value, str) and folder is not None and Path(value).is_relative_to(folder)
+    return str(Path(value).relative_to(folder)) if inside else value
