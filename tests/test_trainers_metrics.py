@@ -8,7 +8,8 @@ from test_trainers_coefficient import table
 from test_trainers_ppo import scripted_ppo
 from trainer_parts import batch_of, grpo, prompts, random_lenvm
 
-from lenvm_rl.trainers.metrics import critic_metrics
+from lenvm_rl.precision import wide_dtype
+from lenvm_rl.trainers.metrics import Moments, critic_metrics
 
 
 def test_explained_variance_of_equal_targets_is_not_a_number_but_rounding():
@@ -21,6 +22,38 @@ def test_explained_variance_of_equal_targets_is_not_a_number_but_rounding():
     # Var(error) = Var(target) / 4 for a critic that gets half of it.
     metrics = critic_metrics(values, 2 * values, mask, lambda sums: sums)
     assert metrics["critic/explained_variance"] == pytest.approx(0.75)
+
+
+class OnMps(torch.Tensor):
+    """A tensor as on Apple's graphics processors: float64 is an error there."""
+
+    device = torch.device("mps")
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_moments_are_exact_where_the_device_has_no_float64():
+    # Variance 1/4 around 4096, of which float32 sums of squares keep nothing: 4096² + 1/4 rounds to 4096².
+    x, mask = torch.tensor([4095.5, 4096.5, 7.0]), torch.tensor([True, True, False])
+    assert (x[:2] ** 2).mean() - x[:2].mean() ** 2 != 0.25
+    for kind in (torch.Tensor, OnMps):
+        moments = Moments(lambda sums: sums)
+        moments.add("x", x.as_subclass(kind), mask.as_subclass(kind), (2 * x).as_subclass(kind))
+        moments.exchange()
+        assert (moments.mean("x"), moments.variance("x"), moments.slope("x")) == (4096.0, 0.25, 0.5)
+
+
+def test_float64_is_computed_with_where_there_is_one():
+    assert [wide_dtype(name) for name in ("cpu", "cuda:1", "mps", torch.device("mps:0"))] == [
+        torch.float64,
+        torch.float64,
+        torch.float32,
+        torch.float32,
+    ]
 
 
 @pytest.mark.parametrize("changes", [{}, {"task_lam": 0.0}, {"task_lam": 0.5, "critic_lam": 0.0}], ids=str)

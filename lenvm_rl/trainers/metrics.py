@@ -10,11 +10,17 @@ import math
 import torch
 from torch import Tensor
 
+from lenvm_rl.precision import wide_dtype
 from lenvm_rl.returns import discounted_return, remaining_from_logits, td_residual
 from lenvm_rl.trainers.streams import Completions
 
 # Relative variance of numbers that only float32 rounding tells apart.
 ROUNDING_VARIANCE = 1e-10
+
+
+def for_sums(x: Tensor) -> Tensor:
+    """A tensor where there is float64: moments are differences of large sums, and float32 is too coarse for those."""
+    return x if wide_dtype(x.device) is torch.float64 else x.cpu()
 
 
 class Moments:
@@ -30,9 +36,9 @@ class Moments:
 
     def add(self, name: str, x: Tensor, mask: Tensor, y: Tensor | None = None) -> None:
         """Take in `x`, and `y` beside it for a cosine, where `mask` is on (three tensors of one shape)."""
-        mask = mask.bool()
-        x = torch.where(mask, x.detach(), 0).double()
-        y = x if y is None else torch.where(mask, y.detach(), 0).double()
+        mask, x = for_sums(mask.bool()), for_sums(x.detach())
+        x = torch.where(mask, x, 0).double()
+        y = x if y is None else torch.where(mask, for_sums(y.detach()), 0).double()
         sums = [mask.sum().double(), x.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum(), y.sum()]
         self._sums[name] = torch.stack(sums)
 

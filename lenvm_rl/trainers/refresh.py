@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lenvm_rl.advantages import length_advantage
 from lenvm_rl.completions import completion_logits
 from lenvm_rl.modeling import LengthValueModel, is_shared
+from lenvm_rl.precision import wide_dtype
 from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.trainers.refresh_config import RefreshConfig
 from lenvm_rl.trainers.streams import Completions
@@ -162,11 +163,11 @@ def _step(placed, rows, gamma, optimizer, weights, chunk_size, reduce) -> float:
     device = weights[0].device
     optimizer.zero_grad()
     rows = sorted(rows, key=lambda row: len(row.completion_ids))
-    total = torch.zeros(2, device=device, dtype=torch.float64)
+    total = torch.zeros(2, device=device, dtype=wide_dtype(device))
     for first in range(0, len(rows), chunk_size):
         errors, actions = squared_errors(placed, rows[first : first + chunk_size], gamma, device)
         errors.sum().backward()
-        total += torch.stack([errors.detach().double().sum(), actions.double().sum()])
+        total += torch.stack([errors.detach().to(total.dtype).sum(), actions.to(total.dtype).sum()])
     loss, tokens = reduce(total).tolist()
     tokens = max(tokens, 1.0)
     for weight in weights:

@@ -30,10 +30,10 @@ from safetensors.torch import load_model, save_model
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.run_checkpoints import is_complete, last_complete_checkpoint
+from lenvm_rl.trainers.policy_card import CardWritingTrainer
 from lenvm_rl.trainers.reward_states import keep_reward_states
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def check_save_steps(args, generations: Generations, end: int) -> None:
         )
 
 
-class ResumableTrainer(GRPOTrainer):
+class ResumableTrainer(CardWritingTrainer):
     """[`trl.GRPOTrainer`] that resumes exactly, see [`lenvm_rl.trainers.resuming`].
 
     Raises:

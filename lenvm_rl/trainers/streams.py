@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lenvm_rl.completions import bootstrap_values
 from lenvm_rl.endings import finished_rows, own_lengths
+from lenvm_rl.precision import wide_dtype
 from lenvm_rl.returns import td_residual
 
 # As in TRL's group-relative advantage: differences far below any real reward are not blown up to size 1.
@@ -87,7 +88,8 @@ def length_adaptive_lambda(completions: Completions, alpha: float) -> Tensor:
     Returns:
         `torch.Tensor` of shape `(B,)`, float32, in [0, 1): 0 up to a length of ``1 / alpha``.
     """
-    reach = alpha * completions.actions.sum(dim=1).double()
+    lengths = completions.actions.sum(dim=1)
+    reach = alpha * lengths.to(wide_dtype(lengths.device))
     return (1.0 - 1.0 / reach.clamp(min=1.0)).float()
 
 
@@ -175,10 +177,10 @@ def group_pass_rate(
         group_size, gather, first_row: as in [`centered_gated_advantage`].
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, float64, 0 where nothing of the group was judged.
+        `torch.Tensor` of shape `(B,)`, float64 where the device has it, 0 where nothing of the group was judged.
     """
     counts = gather(torch.stack([correct & judged, judged], dim=1).long()).view(-1, group_size, 2).sum(dim=1)
-    rates = counts[:, 0].double() / counts[:, 1].clamp(min=1)
+    rates = counts[:, 0].to(wide_dtype(counts.device)) / counts[:, 1].clamp(min=1)
     return rates.repeat_interleave(group_size)[first_row : first_row + len(correct)]
 
 
