@@ -10,14 +10,27 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import AutoConfig, AutoModel, DynamicCache, PretrainedConfig, PreTrainedModel, StaticCache
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.initialization import no_init_weights
+
+from lenvm_rl.remote_code import CodelessConfig, is_remote, loader_of
+from lenvm_rl.tokenization import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
 # What decoders call their cache: since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
+_TRAINED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_model(loader, path, *args, **kwargs):
@@ -64,8 +77,10 @@ def load_decoder(path, dtype, **load_kwargs) -> PreTrainedModel:
             result.
     """
     settings = {"use_safetensors": True, "dtype": dtype, **load_kwargs, "output_loading_info": True}
-    decoder, info = load_model(AutoModel.from_pretrained, path, **settings)
-    check_decoder(decoder)
+    loader = load_model(loader_of, path, load_kwargs)
+    model, info = load_model(loader.from_pretrained, path, **settings)
+    check_decoder(model)
+    decoder = model.base_model
     missing = list(info["missing_keys"])
     tied = decoder.config.get_text_config(decoder=True).tie_word_embeddings
     if tied and "lm_head.weight" in info["unexpected_keys"] and missing == _embedding_names(decoder):
@@ -87,7 +102,7 @@ def _embedding_names(decoder) -> list[str]:
     return [name for name, parameter in decoder.named_parameters() if parameter is weight]
 
 
-def copy_decoder(model, dtype) -> PreTrainedModel:
+def copy_decoder(model, dtype, loadable: bool = True) -> PreTrainedModel:
     """A decoder with the weights of a model's: nothing shared, and none of the original's hooks, flags or freezing.
 
     Args:
@@ -95,24 +110,44 @@ def copy_decoder(model, dtype) -> PreTrainedModel:
             A causal language model or a bare decoder.
         dtype (`str` or `torch.dtype`):
             Dtype of the copy.
+        loadable (`bool`, *optional*, defaults to `True`):
+            Whether a copy that could be saved but not loaded, since `AutoModel` would make another class from the
+            decoder's config, is an error or only worth a warning.
 
     Raises:
-        `ValueError`: see [`check_decoder`]; or `AutoModel` would make another class from the decoder's config, so that
-            the copy could be saved but not loaded.
+        `ValueError`: see [`check_decoder`]; or the copy could not be loaded.
     """
     check_decoder(model)
     decoder = model.base_model
+    check_class(decoder, loadable)
+    config = copy.deepcopy(decoder.config)
+    # What was read from a quantised file is plain by now; what still is quantised has been refused.
+    vars(config).pop("quantization_config", None)
     # Every weight is written over, so drawing random ones would only cost time and the caller's random state.
     with no_init_weights():
-        copied = AutoModel.from_config(copy.deepcopy(decoder.config), dtype=dtype)
-    if type(copied) is not type(decoder):
-        raise ValueError(
-            f"The decoder of {type(model).__name__} is a {type(decoder).__name__}, but `AutoModel` makes a "
-            f"{type(copied).__name__} from its config, so a copy could not be loaded again: give a model of a class "
-            "that `AutoModel` knows."
-        )
+        copied = type(decoder)._from_config(config, dtype=dtype)
     copied.load_state_dict(decoder.state_dict())
     return copied.to(decoder.device).eval()
+
+
+def check_class(decoder, loadable: bool = True) -> None:
+    """Whether a decoder of this class can be loaded: `AutoModel` makes it of its config, or its code is saved with it.
+
+    Arguments and error as in [`copy_decoder`].
+    """
+    known = MODEL_MAPPING.get(type(decoder.config), None)
+    classes = known if isinstance(known, tuple) else (known,)
+    if is_remote(decoder) or type(decoder) in classes:
+        return
+    problem = (
+        f"The decoder is a {type(decoder).__name__}, but `AutoModel` makes "
+        f"{'nothing' if known is None else f'a {classes[0].__name__}'} from its config, so a copy could not be loaded "
+        "again: give a model of a class that `AutoModel` knows, or make it known (`AutoConfig.register`, "
+        "`AutoModel.register`)."
+    )
+    if loadable:
+        raise ValueError(problem)
+    logger.warning(problem)
 
 
 def check_decoder(model, adapters=False) -> None:
@@ -134,10 +169,24 @@ def check_decoder(model, adapters=False) -> None:
             f"A length value model is built on a plain model of transformers; this is a {type(model).__name__}, "
             "wrapped or with adapters: unwrap it (`accelerator.unwrap_model`), merge its adapters (`merge_and_unload`)."
         )
+    if is_quantized(model):
+        raise ValueError(
+            f"The weights of this {type(model).__name__} are quantised, and a model that learns cannot start from "
+            "them: give one that is not."
+        )
     if model.config.model_type == "length_value":
         raise ValueError("This is a length value model already: load it with `LengthValueModel.from_pretrained`.")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; a length value model needs a causal decoder.")
+
+
+def is_quantized(model) -> bool:
+    """Whether weights are held in fewer bits than torch can train (those that were read from GGUF are plain again)."""
+    if any(weight.dtype not in _TRAINED_DTYPES for weight in model.parameters()):
+        return True
+    # As transformers marks what it has quantised, and as TRL asks.
+    marks = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+    return getattr(model, "quantization_method", "gguf") != "gguf" or any(getattr(model, m, False) for m in marks)
 
 
 def check_tokenizer_fits(tokenizer, decoder) -> None:
@@ -148,6 +197,14 @@ def check_tokenizer_fits(tokenizer, decoder) -> None:
             included.
     """
     check_embeds(tokenizer, decoder, "the model", ordinary=True)
+
+
+def fitting_fingerprint(tokenizer, decoder) -> dict | None:
+    """The fingerprint of a tokenizer that fits a decoder ([`check_tokenizer_fits`]); none of none."""
+    if tokenizer is None:
+        return None
+    check_tokenizer_fits(tokenizer, decoder)
+    return tokenizer_fingerprint(tokenizer)
 
 
 RESIZE = "give the model's own tokenizer, or add rows with `model.resize_token_embeddings(len(tokenizer))`"
@@ -173,7 +230,7 @@ def check_embeds(
     Raises:
         `ValueError`: names the tokens and what to change.
     """
-    rows = _embedding_rows(model)
+    rows = embedding_rows(model)
     beyond = {} if rows is None else {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
     if not beyond:
         return
@@ -198,7 +255,7 @@ def check_embeds(
     )
 
 
-def _embedding_rows(model) -> int | None:
+def embedding_rows(model) -> int | None:
     """Rows of the table that a model looks ids up in; `None` where it has no such table."""
     table = model.get_input_embeddings()
     while isinstance(table, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -300,11 +357,13 @@ def check_cache(decoder, cache) -> None:
 
 
 def decoder_config_from_dict(settings: dict) -> PretrainedConfig:
-    """A decoder's config from its JSON form.
+    """A decoder's config from its JSON form; a [`~lenvm_rl.remote_code.CodelessConfig`] if its class is not at hand.
 
     Raises:
         `ValueError`: it names no model type, or one that transformers does not know.
     """
+    if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+        return CodelessConfig(**settings)
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if model_type is None:

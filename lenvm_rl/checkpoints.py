@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from lenvm_rl.backbones import check_tokenizer_fits, load_decoder, load_model
+from lenvm_rl.backbones import fitting_fingerprint, load_decoder, load_model
 from lenvm_rl.modeling import LengthValueConfig, LengthValueModel
-from lenvm_rl.tokenization import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def load_released_checkpoint(
         backbone_config=decoder.config,
         gamma=gamma,
         gamma_fit=gamma_fit,
-        tokenizer_fingerprint=_fingerprint(_own_tokenizer(path) if tokenizer is None else tokenizer, decoder),
+        tokenizer_fingerprint=fitting_fingerprint(_own_tokenizer(path) if tokenizer is None else tokenizer, decoder),
         generator=generator,
         truncated_share=truncated_share,
         dtype=decoder.dtype,
@@ -126,13 +125,6 @@ def _own_tokenizer(path):
         logger.warning("'%s' has no tokenizer: the model cannot be compared with a policy's", path)
         return None
     return load_model(AutoTokenizer.from_pretrained, path)
-
-
-def _fingerprint(tokenizer, decoder) -> dict | None:
-    if tokenizer is None:
-        return None
-    check_tokenizer_fits(tokenizer, decoder)
-    return tokenizer_fingerprint(tokenizer)
 
 
 @torch.no_grad()

@@ -6,19 +6,18 @@ others on the same decoder are out of action during that forward.
 """
 
 import copy
-import enum
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from lenvm_rl.adapters import adapted_layers, as_json, bare_model
 from lenvm_rl.backbones import check_decoder, copy_decoder, load_decoder
 from lenvm_rl.heads import Float32Module
 
@@ -28,7 +27,7 @@ ADAPTER_NAME = "length_value"
 # Other starting weights are computed from the decoder's and change those.
 _HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
 _UNSUPPORTED = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "use_dora")
-_SAME_ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SAME_ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 def check_form(form: str, lora: dict | None) -> None:
@@ -68,16 +67,10 @@ def lora_settings(lora: LoraConfig | dict | None = None) -> dict:
         )
     default = LoraConfig().to_dict()
     return {
-        name: _as_json(value)
+        name: as_json(value)
         for name, value in lora.to_dict().items()
         if value != default[name] and name not in ("base_model_name_or_path", "peft_version", "task_type")
     }
-
-
-def _as_json(value):
-    if isinstance(value, enum.Enum):
-        return value.value
-    return sorted(value) if isinstance(value, set) else value
 
 
 def decoder_for(form: str, model_or_path, dtype=None, **load_kwargs) -> PreTrainedModel:
@@ -116,7 +109,7 @@ def shared_decoder(model_or_path, dtype=None, **load_kwargs) -> PreTrainedModel:
     settings = [*load_kwargs, *([] if dtype is None else ["dtype"])]
     if settings:
         raise ValueError(f"{sorted(settings)} say how to load a model, but a model to share was given: leave them out.")
-    model = model_or_path.get_base_model() if isinstance(model_or_path, PeftModel) else model_or_path
+    model = bare_model(model_or_path)
     check_decoder(model, adapters=True)
     return model.base_model
 
@@ -136,7 +129,7 @@ def check_same_architecture(config, decoder: PreTrainedModel) -> None:
     ours, theirs = (each.get_text_config(decoder=True).to_dict() for each in (config, decoder.config))
     differing = [
         f"{name} {ours.get(name)} there and {theirs.get(name)} here"
-        for name in _SAME_ARCHITECTURE
+        for name in SAME_ARCHITECTURE
         if ours.get(name) != theirs.get(name)
     ]
     if differing:
@@ -228,7 +221,7 @@ class SharedDecoder:
 @contextmanager
 def _bare(decoder) -> Iterator[None]:
     """A decoder with the layers that adapters have been put around, in their places."""
-    adapted = [*_adapted_layers(decoder)]
+    adapted = [*adapted_layers(decoder)]
     for _, _, layer in adapted:
         if isinstance(layer, BaseTunerLayer) and layer.merged:
             raise ValueError(
@@ -243,15 +236,6 @@ def _bare(decoder) -> Iterator[None]:
     finally:
         for parent, name, layer in adapted:
             parent._modules[name] = layer
-
-
-def _adapted_layers(module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """`(parent, name, layer)` for every layer with adapters, the outer one where they are nested."""
-    for name, child in module.named_children():
-        if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            yield module, name, child
-        else:
-            yield from _adapted_layers(child)
 
 
 @contextmanager

@@ -58,3 +58,21 @@ class LengthValueHead(Float32Module):
         """Hidden states `(…, H)` of any floating dtype to logits `(…)` in float32."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.output(nn.functional.silu(self.hidden(hidden_states.float()))).squeeze(-1)
+
+
+class ScoreHead(Float32Module):
+    """`v = w h + b`, float32: the head of a reward model, whose score of a whole text is read at its last token.
+
+    Args:
+        hidden_size (`int`): size of h.
+        bias (`bool`): whether there is a b.
+    """
+
+    def __init__(self, hidden_size: int, bias: bool):
+        super().__init__()
+        self.output = nn.Linear(hidden_size, 1, bias=bias, dtype=torch.float32)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.FloatTensor:
+        """Hidden states `(…, H)` of any floating dtype to values `(…)` in float32."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.output(hidden_states.float()).squeeze(-1)

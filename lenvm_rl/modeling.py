@@ -8,6 +8,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -17,8 +18,8 @@ from lenvm_rl.backbones import (
     cache_keyword,
     cache_of,
     check_causal,
-    check_tokenizer_fits,
     copy_decoder,
+    fitting_fingerprint,
     load_model,
 )
 from lenvm_rl.cards import write_model_card
@@ -37,7 +38,7 @@ from lenvm_rl.forms import (
 from lenvm_rl.heads import LengthValueHead
 from lenvm_rl.outputs import LengthValueOutput
 from lenvm_rl.positions import decoder_positions, grid_offsets
-from lenvm_rl.tokenization import tokenizer_fingerprint as fingerprint_of
+from lenvm_rl.remote_code import decoder_from_config, save_code, with_code
 
 __all__ = [
     "LengthValueConfig",
@@ -92,7 +93,7 @@ class LengthValueModel(PreTrainedModel):
             self._share(base)
             backbone = base
         else:
-            self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+            self.backbone = decoder_from_config(config.backbone_config) if backbone is None else backbone
         self.head = LengthValueHead(config.get_text_config(decoder=True).hidden_size)
         if backbone is None:
             self.post_init()
@@ -187,7 +188,7 @@ class LengthValueModel(PreTrainedModel):
             backbone_config=backbone.config if form == FULL else copy.deepcopy(backbone.config),
             gamma=gamma,
             gamma_fit=gamma_fit,
-            tokenizer_fingerprint=_fingerprint(tokenizer, backbone),
+            tokenizer_fingerprint=fitting_fingerprint(tokenizer, backbone),
             generator=generator,
             truncated_share=truncated_share,
             sampling=sampling,
@@ -209,6 +210,7 @@ class LengthValueModel(PreTrainedModel):
                 not copied, with its adapters if it has any; or where to load it from.
             kwargs:
                 As for any model of transformers. `dtype` is the decoder's; head and adapter are float32 in any case.
+                `trust_remote_code=True` runs the code of a decoder that came with its own.
 
         Returns:
             [`LengthValueModel`]: in eval mode.
@@ -225,6 +227,7 @@ class LengthValueModel(PreTrainedModel):
         if base is not None:
             settings = {name: kwargs.pop(name) for name in ("dtype", "attn_implementation") if name in kwargs}
             kwargs["base"] = shared_decoder(base, **settings)
+        kwargs = load_model(partial(with_code, cls.config_class), pretrained_model_name_or_path, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.update(use_safetensors=True, output_loading_info=True)
         model, info = load_model(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
@@ -241,6 +244,8 @@ class LengthValueModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         """As for any model of transformers, with a model card; a base that is shared is not saved."""
+        if is_main_process and self._shared is None:
+            save_code(self.backbone, save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             write_model_card(save_directory, self.config)
@@ -372,13 +377,6 @@ def is_shared(model_or_path) -> bool:
     if isinstance(model_or_path, (str, os.PathLike)):
         return load_model(LengthValueConfig.from_pretrained, model_or_path).form != FULL
     return isinstance(model_or_path, LengthValueModel) and model_or_path.config.form != FULL
-
-
-def _fingerprint(tokenizer, decoder) -> dict | None:
-    if tokenizer is None:
-        return None
-    check_tokenizer_fits(tokenizer, decoder)
-    return fingerprint_of(tokenizer)
 
 
 AutoConfig.register(LengthValueConfig.model_type, LengthValueConfig, exist_ok=True)

@@ -238,6 +238,7 @@ class LenVMTrainer(ResumableTrainer):
 
     def _value_logits(self, model, batch: dict, what: str) -> Tensor:
         """Logits of a value model at every state, `(B, T + 1)`, without gradient, in chunks of the per-device batch."""
+        checks.check_ids(model, what, batch, self)
         args = self.args
         chunk = args.per_device_train_batch_size if self._mode == "train" else args.per_device_eval_batch_size
         with torch.no_grad():

@@ -228,6 +228,11 @@ class LenVMConfig(RefreshConfig):
         return [name for name, is_one in users.items() if is_one]
 
     @property
+    def runs_remote_code(self) -> bool:
+        """Whether code that comes with weights is run: asked for as TRL takes it, for the policy or for all models."""
+        return self.trust_remote_code or bool((self.model_init_kwargs or {}).get("trust_remote_code"))
+
+    @property
     def needs_length_value_model(self) -> bool:
         """Whether something is set that only a length value model can serve."""
         wanted = (self.shaping_coef != 0.0, self.rollout_guidance is not None, self.refresh_steps > 0)

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
 
+from lenvm_rl.backbones import embedding_rows
 from lenvm_rl.modeling import LengthValueModel, is_shared
 from lenvm_rl.trainers.sharding import loaded_whole
 
@@ -144,7 +145,7 @@ def load_length_value_model(model_or_path, args):
         if is_shared(model_or_path):
             return model_or_path
         with loaded_whole(args):
-            model_or_path = LengthValueModel.from_pretrained(model_or_path)
+            model_or_path = LengthValueModel.from_pretrained(model_or_path, trust_remote_code=args.runs_remote_code)
     if not isinstance(model_or_path, LengthValueModel):
         raise ValueError(
             f"`length_value_model` is a {type(model_or_path).__name__}; it has to be a LengthValueModel or the path of "
@@ -197,6 +198,30 @@ def check_rewards(rewards: torch.Tensor, names: list[str]) -> None:
     if any(infinite):
         culprits = [name for name, bad in zip(names, infinite, strict=True) if bad]
         raise ValueError(f"The reward of {', '.join(culprits)} is infinite for a completion: return finite numbers.")
+
+
+def check_ids(model, what: str, batch: dict, trainer) -> None:
+    """Raise a `ValueError` if a completion holds a token that a value model does not embed.
+
+    Looked for only where the policy has more rows than the model, as models of one family but of several sizes do.
+
+    Args:
+        model (`torch.nn.Module`), what (`str`): the value model, and what the error calls it.
+        batch (`dict`): with `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`.
+        trainer (`trl.GRPOTrainer`): has the policy.
+    """
+    unwrap = trainer.accelerator.unwrap_model
+    rows, policy_rows = embedding_rows(unwrap(model)), embedding_rows(unwrap(trainer.model))
+    if rows is None or policy_rows is None or rows >= policy_rows:
+        return
+    masked = [batch[f"{part}_ids"] * batch[f"{part}_mask"] for part in ("prompt", "completion")]
+    largest = max(int(ids.max()) for ids in masked if ids.numel())
+    if largest >= rows:
+        raise ValueError(
+            f"The policy embeds {policy_rows} tokens and wrote the one of id {largest}, and the {what} embeds {rows}: "
+            f"give one with as many rows, or keep the policy from such tokens (`generation_kwargs` of `args`, "
+            f"{{'suppress_tokens': [...]}})."
+        )
 
 
 def check_finite(values: torch.Tensor, what: str, batch: dict, trainer) -> None:

@@ -1,5 +1,6 @@
 """Arguments of the trainers: those of `trl.GRPOConfig` and of a length value model, and those of each trainer."""
 
+import math
 from dataclasses import dataclass, field
 
 from lenvm_rl.trainers.base_config import LenVMConfig
@@ -36,9 +37,11 @@ class LenVMPPOConfig(LenVMConfig):
             Completions per prompt. PPO needs no groups, so 1 is enough. Raise it where groups are used:
             `length_gate_center`, `length_gate="pass_rate"`, or `critic="lenvm"` with `task_baseline="group"`.
         critic_init (`str`, *optional*, defaults to `"policy"`):
-            Whose decoder a learned critic starts from: `"policy"`, `"lenvm"`, or a folder or hub id.
+            Where a learned critic starts: `"policy"`, `"lenvm"` (a copy of that decoder, and a new head), or a folder
+            or hub id, of a reward model with its head as well.
         critic_learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Peak learning rate of the critic; it follows the policy's schedule. Ten times the policy's default.
+            Peak learning rate of the critic; it follows the policy's schedule. Ten times the policy's default. At 0
+            the critic is taken as it is: a pretrained one that stays frozen (arXiv 2502.16944), read and never trained.
         vf_coef (`float`, *optional*, defaults to `1.0`):
             Weight of the value loss, ``vf_coef * mean(1/2 (V - R)^2)``. The critic shares no weights with the policy,
             so this only scales its gradient against `max_grad_norm`.
@@ -86,11 +89,16 @@ class LenVMPPOConfig(LenVMConfig):
     )
     critic_init: str = field(
         default="policy",
-        metadata={"help": "Whose decoder a learned critic starts from: 'policy', 'lenvm', or a folder or hub id."},
+        metadata={
+            "help": "Where a learned critic starts: 'policy', 'lenvm' (that decoder, a new head), a folder or a hub id."
+        },
     )
     critic_learning_rate: float = field(
         default=1e-5,
-        metadata={"help": "Peak learning rate of the task critic; it follows the policy's schedule."},
+        metadata={
+            "help": "Peak learning rate of the task critic; it follows the policy's schedule. 0: the critic stays as "
+            "it is."
+        },
     )
     vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss, above 0."})
     cliprange_value: float | None = field(
@@ -150,12 +158,19 @@ class LenVMPPOConfig(LenVMConfig):
         super().__post_init__()
         self.num_generations = int(self.num_generations)
         self._check_groups()
-        require_positive(self, "critic_learning_rate", "vf_coef")
+        require_positive(self, "vf_coef")
+        if not 0.0 <= self.critic_learning_rate < math.inf:
+            raise ValueError(f"critic_learning_rate={self.critic_learning_rate} is not a finite number, 0 or more.")
         if self.cliprange_value is not None:
             require_positive(self, "cliprange_value")
         self._check_lambdas()
         if self.critic_warmup_steps < 0:
             raise ValueError(f"critic_warmup_steps={self.critic_warmup_steps} is negative; 0 is no warm-up.")
+        if self.critic_warmup_steps > 0 and self.critic_learning_rate == 0.0:
+            raise ValueError(
+                f"critic_warmup_steps={self.critic_warmup_steps} are steps in which the critic alone learns, and with "
+                "critic_learning_rate=0 it does not: set one of the two."
+            )
         require_positive(self, "kl_reward_coef")
         if not self.kl_in_reward:
             self._refuse_changed(("kl_reward_coef",), "kl_in_reward=True")

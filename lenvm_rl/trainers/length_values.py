@@ -7,6 +7,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from lenvm_rl.backbones import check_embeds
 from lenvm_rl.modeling import LengthValueModel, is_shared
 from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.trainers import checks
@@ -35,6 +36,8 @@ def place_length_value_model(model_or_path, trainer):
         check_sees_pictures(model, trainer, "length value model")
         check_text_only_arguments(trainer.args)
     check_same_tokenizer(model.config.tokenizer_fingerprint, trainer._tokenizer)
+    # Padding is masked, and read as another token.
+    check_embeds(trainer._tokenizer, model, "the length value model", ordinary=True, padding=False)
     model.freeze()
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return place_sharded(model, trainer)

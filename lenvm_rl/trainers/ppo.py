@@ -6,17 +6,18 @@ import textwrap
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import disable_dropout_in_model
 
 from lenvm_rl.advantages import gae
 from lenvm_rl.completions import completion_logits
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer, Outcomes
-from lenvm_rl.trainers.callbacks import CriticGradientReset
 from lenvm_rl.trainers.configs import LenVMPPOConfig
-from lenvm_rl.trainers.critic import load_critic, make_critic
+from lenvm_rl.trainers.critic import TaskCritic
+from lenvm_rl.trainers.critic_files import CRITIC_FOLDER, check_same_critic, read_critic
+from lenvm_rl.trainers.critic_placing import check_settings, place_critic
+from lenvm_rl.trainers.critic_sources import make_critic
 from lenvm_rl.trainers.metrics import Moments, critic_metrics, kl_reward_metrics
-from lenvm_rl.trainers.pictures import check_sees_pictures, picture_inputs
+from lenvm_rl.trainers.pictures import picture_inputs
 from lenvm_rl.trainers.streams import (
     Completions,
     final_rewards,
@@ -24,7 +25,6 @@ from lenvm_rl.trainers.streams import (
     whiten,
 )
 
-CRITIC_FOLDER = "critic"
 PPO_CITATION = textwrap.dedent("""\
     @article{schulman2017proximal,
         title        = {{Proximal Policy Optimization Algorithms}},
@@ -51,8 +51,10 @@ class LenVMPPOTrainer(LenVMTrainer):
 
     The critic has its own parameter group and learning rate (weight decay as for the policy), and its gradient is
     clipped by itself to `max_grad_norm`. Its loss is the mean over the tokens of the whole optimizer step,
-    accumulation and processes included. In the first `critic_warmup_steps` it alone learns. Dropout is off in it. It
-    is saved with the policy, in `critic/` of every checkpoint and of what `save_model` writes, and restored on resume.
+    accumulation and processes included. In the first `critic_warmup_steps` it alone learns; with
+    `critic_learning_rate=0` it does not, and makes no loss. Dropout is off in it. What is frozen in a critic that is
+    given stays so, and adapters and a score head are kept ([`lenvm_rl.trainers.critic_sources.make_critic`]). It is
+    saved with the policy, in `critic/` of every checkpoint and of what `save_model` writes, and restored on resume.
 
     Refused at construction, beside what [`LenVMGRPOTrainer`] refuses: a learned critic under FSDP or DeepSpeed (its
     weights are not sharded), with an optimizer that steps layer by layer, or with
@@ -67,7 +69,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         critic (`str` or `PreTrainedModel`, *optional*, defaults to `"learned"`):
             `"learned"`: a task critic that starts from `args.critic_init`. `"lenvm"`: no task critic; the task stream
             is the reward less a baseline (`args.task_baseline`), and the frozen length value model is the only critic
-            there is, for length. Or a model or path, see [`lenvm_rl.trainers.critic.make_critic`].
+            there is, for length. Or a model or path, see [`lenvm_rl.trainers.critic_sources.make_critic`].
 
     Example:
 
@@ -118,65 +120,16 @@ class LenVMPPOTrainer(LenVMTrainer):
             **grpo_arguments,
         )
         self._check_critic(critic)
-        critic = make_critic(critic, self.args.critic_init, self.model, self.length_value_model)
-        self.critic = None if critic is None else self._place_critic(critic)
+        args, policy = self.args, self.accelerator.unwrap_model(self.model)
+        critic = make_critic(critic, args.critic_init, policy, self.length_value_model, args.runs_remote_code)
+        self.critic = None if critic is None else place_critic(critic, self)
 
     def _check_critic(self, critic) -> None:
-        args, has_critic = self.args, not (isinstance(critic, str) and critic == "lenvm")
-        if not has_critic and args.truncation == "bootstrap":
-            raise ValueError(
-                "truncation='bootstrap' goes on with the task critic's value, and critic='lenvm' has none: set "
-                "truncation='terminal', or learn a critic."
-            )
-        if not has_critic:
-            checks.check_no_critic(args)
-            if args.num_generations == 1 and args.task_baseline == "group":
-                raise ValueError(
-                    "task_baseline='group' compares the completions of a prompt, and num_generations=1 samples one of "
-                    "each: set task_baseline='batch', or num_generations to 2 or more."
-                )
-            return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                f"A learned critic is not sharded, so it does not run under "
-                f"{'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP'}: launch with DDP, or use critic='lenvm' or "
-                "LenVMGRPOTrainer."
-            )
-        checks.check_optimizer(args)
-        if args.refresh_steps > 0 and args.shaping_coef != 0.0:
-            raise ValueError(
-                "refresh_steps changes the potential of shaping, which is a part of what a learned critic has learnt: "
-                "set shaping_coef=0 or refresh_steps=0, or use critic='lenvm'."
-            )
-        if args.kl_in_reward and self._is_vlm:
-            raise ValueError("kl_in_reward=True reads text only, and the policy has pictures: use beta alone.")
-        if self.lr_scheduler is not None:
-            raise ValueError(
-                "A learning rate scheduler in `optimizers=` is made for the policy's parameter groups, and a learned "
-                "critic adds its own: pass `optimizers=(optimizer, None)` and set `lr_scheduler_type`."
-            )
-        if args.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
-                f"multi_objective_aggregation='{args.multi_objective_aggregation}' normalises rewards over groups, "
-                "which PPO with a critic does not use: leave it at 'sum_then_normalize', or use critic='lenvm'."
-            )
+        check_settings(critic, self)
 
-    def _place_critic(self, critic):
-        if self._is_vlm:
-            check_sees_pictures(critic, self, "task critic")
-        disable_dropout_in_model(critic)
-        for module in critic.modules():
-            # Attention keeps its dropout as a number, which the function above does not see.
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
-        if self.args.gradient_checkpointing:
-            # The second name is the one before transformers 5.23.
-            renamed = hasattr(critic, "activation_checkpointing_enable")
-            enable = critic.activation_checkpointing_enable if renamed else critic.gradient_checkpointing_enable
-            enable(self.args.gradient_checkpointing_kwargs)
-        critic = self.accelerator.prepare_model(critic.train())
-        self.add_callback(CriticGradientReset(critic))
-        return critic
+    @property
+    def _critic_learns(self) -> bool:
+        return self.critic is not None and self.args.critic_learning_rate > 0.0
 
     def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
         scored = outcomes.scored.unsqueeze(1)
@@ -292,7 +245,7 @@ class LenVMPPOTrainer(LenVMTrainer):
                 super()._compute_loss(model, inputs)
             return self.args.vf_coef * self._value_loss(inputs)
         loss = super()._compute_loss(model, inputs)
-        if self.critic is None:
+        if not self._critic_learns:
             return loss
         return loss + self.args.vf_coef * self._value_loss(inputs)
 
@@ -333,7 +286,7 @@ class LenVMPPOTrainer(LenVMTrainer):
     def create_optimizer(self, model=None):
         """As `Trainer.create_optimizer`, with parameter groups of the critic's own learning rate."""
         optimizer = super().create_optimizer(model)
-        if self.critic is None:
+        if not self._critic_learns:
             return optimizer
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         named = [(name, p) for name, p in self.critic.named_parameters() if p.requires_grad]
@@ -353,7 +306,7 @@ class LenVMPPOTrainer(LenVMTrainer):
     def _clip_grad_norm(self, model):
         # First, because it also unscales the gradients of every parameter where there is a gradient scaler.
         norm = super()._clip_grad_norm(model)
-        if self.critic is not None:
+        if self._critic_learns:
             critic_norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
             self._log_all({"critic/grad_norm": critic_norm.item()})
         return norm
@@ -372,23 +325,23 @@ class LenVMPPOTrainer(LenVMTrainer):
         """Write the learned critic to `folder`: `critic=folder` takes it up again in another run."""
         if self.critic is None:
             raise ValueError("critic='lenvm' learns no critic, so there is none to save.")
-        self.accelerator.unwrap_model(self.critic).save_pretrained(folder)
+        self._bare_critic.save_pretrained(folder)
+
+    def _check_checkpoint(self, checkpoint: str) -> int:
+        step = super()._check_checkpoint(checkpoint)
+        check_same_critic(checkpoint, self._bare_critic)
+        return step
+
+    @property
+    def _bare_critic(self) -> TaskCritic | None:
+        return None if self.critic is None else self.accelerator.unwrap_model(self.critic)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_critic(resume_from_checkpoint)
+        if self.critic is not None:
+            read_critic(resume_from_checkpoint, self._bare_critic)
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._load_critic(self.state.best_model_checkpoint)
-
-    def _load_critic(self, checkpoint: str) -> None:
-        if self.critic is None:
-            return
-        folder = os.path.join(checkpoint, CRITIC_FOLDER)
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(
-                f"The checkpoint '{checkpoint}' has no folder '{CRITIC_FOLDER}', so it was not written by "
-                "LenVMPPOTrainer with a learned critic: resume from one that was, or start a new run from its weights."
-            )
-        self.accelerator.unwrap_model(self.critic).load_state_dict(load_critic(folder).state_dict())
+        if self.critic is not None:
+            read_critic(self.state.best_model_checkpoint, self._bare_critic)

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from datasets import IterableDataset
 from safetensors.torch import load_model, save_model
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -123,6 +124,28 @@ def check_save_steps(args, generations: Generations, end: int) -> None:
             f"save_steps={given} saves at the end of an epoch of {epoch} steps, and eval_strategy='epoch' evaluates "
             "after that, with random numbers that a resumed run would not draw: set save_strategy='epoch', or "
             "eval_strategy='steps'."
+        )
+
+
+def check_optimizer_fits(optimizer, checkpoint: str) -> None:
+    """Raise a `ValueError` if the state of the optimizer in a checkpoint belongs to other weights.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): of the run.
+        checkpoint (`str`): a folder.
+    """
+    path = os.path.join(checkpoint, OPTIMIZER_NAME)
+    if not os.path.isfile(path):
+        return
+    # Mapped, so that the state itself is not read for this.
+    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+    there, here = ([len(group["params"]) for group in groups] for groups in (saved, optimizer.param_groups))
+    if there != here:
+        raise ValueError(
+            f"The optimizer in '{checkpoint}' was training other weights than this run does (groups of {there} and not "
+            f"of {here} weights): resume with the same `peft_config`, `critic` and `critic_learning_rate` (0 or above) "
+            "and the same frozen weights, or start a new run from its weights (`model=`, and `critic=` for those of a "
+            "critic)."
         )
 
 
@@ -256,6 +279,8 @@ class ResumableTrainer(CardWritingTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_optimizer_fits(self.optimizer, checkpoint)
         # Unlike `_load_from_checkpoint`, this is called whatever the model is sharded by.
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
