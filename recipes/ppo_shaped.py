@@ -29,7 +29,7 @@ class CriticArguments:
         default="learned",
         metadata={
             "help": "'learned' (starts from critic_init), 'lenvm' (no task critic: a baseline for the task, the frozen "
-            "length value model for length), or the path of a saved critic."
+            "length value model for length), or the path of a saved critic or of a reward model."
         },
     )
 

@@ -10,6 +10,8 @@ TWO_PROCESSES = """
 import sys
 sys.path[:0] = {paths!r}
 import torch
+from critic_parts import reward_model
+from peft import LoraConfig, get_peft_model
 from trainer_parts import first_is_w8, grpo, ppo, random_lenvm
 
 from lenvm_rl.trainers import base
@@ -48,6 +50,12 @@ check("ppo", trainer)
 more = dict(common, length_gate_center=False, length_gate="pass_rate", critic_warmup_steps=1, accuracy_floor=0.1)
 for whiten_what in ("streams", "sum"):
     check("ppo", ppo({folder!r} + "/" + whiten_what, first_is_w8, random_lenvm(), whiten=whiten_what, **more))
+
+# A critic of which adapters and head learn, and one that does not learn.
+adapted = get_peft_model(reward_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+check("ppo", ppo({folder!r} + "/adapted", first_is_w8, random_lenvm(), critic=adapted, **more))
+still = dict(more, critic_warmup_steps=0, critic_learning_rate=0.0)
+check("ppo", ppo({folder!r} + "/still", first_is_w8, random_lenvm(), critic=reward_model(), **still))
 
 # Each process re-fits the length value model to completions of its own, with the gradients of both: it moves alike.
 def flat_of(model):

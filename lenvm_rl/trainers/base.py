@@ -1,7 +1,6 @@
 """What both trainers share: a frozen length value model beside the policy, the streams it gives, and what is logged."""
 
 import contextlib
-import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -43,17 +42,6 @@ from lenvm_rl.trainers.streams import (
     group_pass_rate,
     read_completions,
 )
-
-# The length value model's paper, beside the one that introduced the algorithm, in the card of a trained model.
-LENVM_CITATION = textwrap.dedent("""\
-    @article{zhang2026length,
-        title        = {{Length Value Model: Scalable Value Pretraining for Token-Level Length Modeling}},
-        author       = {Zhen Zhang and Changyi Yang and Zijie Xia and Zhen Yang and Chengzhi Liu and Zhaotiao Weng and
-                        Yepeng Liu and Haobo Chen and Jin Pan and Chenyang Zhao and Yuheng Bu and Alkesh Patel and
-                        Zhe Gan and Xin Eric Wang},
-        year         = 2026,
-        eprint       = {arXiv:2604.27039},
-    }""")
 
 
 @dataclass(frozen=True)

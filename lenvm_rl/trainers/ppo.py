@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import textwrap
 
 import torch
 from torch import Tensor
@@ -10,7 +9,8 @@ from torch import Tensor
 from lenvm_rl.advantages import gae
 from lenvm_rl.completions import completion_logits
 from lenvm_rl.trainers import checks
-from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer, Outcomes
+from lenvm_rl.trainers.base import LenVMTrainer, Outcomes
+from lenvm_rl.trainers.citations import LENVM_CITATION, PPO_CITATION
 from lenvm_rl.trainers.configs import LenVMPPOConfig
 from lenvm_rl.trainers.critic import TaskCritic
 from lenvm_rl.trainers.critic_files import CRITIC_FOLDER, check_same_critic, read_critic
@@ -24,14 +24,6 @@ from lenvm_rl.trainers.streams import (
     length_adaptive_lambda,
     whiten,
 )
-
-PPO_CITATION = textwrap.dedent("""\
-    @article{schulman2017proximal,
-        title        = {{Proximal Policy Optimization Algorithms}},
-        author       = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
-        year         = 2017,
-        eprint       = {arXiv:1707.06347},
-    }""")
 
 
 class LenVMPPOTrainer(LenVMTrainer):
