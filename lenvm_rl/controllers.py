@@ -110,7 +110,7 @@ def _bisect(
 
 
 class _IntegralController:
-    """What both controllers share: a setting that the integral of an error moves, within bounds."""
+    """What both controllers share: a setting that an error moves, by itself and by its integral, within bounds."""
 
     def __init__(self, rate: float, initial: float, minimum: float, maximum: float, proportional: float):
         _check_positive(rate=rate)
@@ -124,53 +124,81 @@ class _IntegralController:
         self.setting = self._integral = float(initial)
         self.updates = 0
 
-    def update(self, measured: float) -> float:
+    def update(self, measured: float, is_answer: bool = True) -> float:
         """Takes a measurement, a mean over the last batch, and returns the new setting.
 
+        Args:
+            measured (`float`): the measurement.
+            is_answer (`bool`, *optional*, defaults to `True`):
+                Whether the setting could act on what comes after this batch. If not, the integral stays as it is: it
+                would grow for as long as that lasts.
+
         Raises:
-            ValueError: the measurement is not a finite number; everything stays as it is.
+            ValueError: the measurement is not a finite number, or cannot be one; everything stays as it is.
         """
         if not math.isfinite(measured):
             raise ValueError(f"the measurement is {measured}: measure the mean over at least one completion.")
-        self.updates += 1
         error = self._error(measured)
-        # The integral is bounded too, or it would take as long to come back.
-        self._integral = self._bounded(self._integral + self.rate * error)
+        self.updates += 1
+        # The integral does not grow where the setting cannot follow, or it would take as long to come back.
+        unbounded = self._integral + self.proportional * error
+        is_stuck = unbounded >= self.maximum if error > 0 else unbounded <= self.minimum
+        if is_answer and not is_stuck:
+            self._integral = self._bounded(self._integral + self.rate * error)
         self.setting = self._bounded(self._integral + self.proportional * error)
         return self.setting
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | None]:
         """What a checkpoint has to keep."""
         return {"setting": self.setting, "integral": self._integral, "updates": self.updates}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own."""
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own.
+
+        Raises:
+            ValueError: the state is another controller's, or an earlier version's.
+        """
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(f"this is no state of a {type(self).__name__}: it has no {', '.join(missing)}.")
         self.setting, self._integral = (self._bounded(float(state[name])) for name in ("setting", "integral"))
         self.updates = int(state["updates"])
+
+    def _error(self, measured: float) -> float:
+        """How far a measurement is above the goal; takes it in."""
+        raise NotImplementedError
 
     def _bounded(self, value: float) -> float:
         return min(max(value, self.minimum), self.maximum)
 
 
 class TargetController(_IntegralController):
-    """Steers a setting so that what it lowers settles at a target: an integral controller (dual ascent), bounded.
+    """Steers a setting so that the mean length, which it lowers, settles at a target.
 
-    ``integral <- clip(integral + rate * (measured / target - 1), minimum, maximum)`` after each measurement, and the
-    setting is the integral: as long as completions are too long the strength grows, whatever it is that the strength
-    has to overcome. It is the ascent on the multiplier of the constraint ``E[length] <= target`` (for `minimum=0`,
-    one-sided), as in Leash (arXiv 2512.21540).
+    The error is ``e = ln((length + 1) / (target + 1))``, the end of sequence counted: twice as long weighs as much as
+    half as long, whatever the target. After each measurement
 
-    Where the setting moves not the measurement but its speed, as the weight of a reward does while a policy learns,
-    the integral alone swings about the target. With `proportional` the setting is ``clip(integral + proportional *
-    (measured / target - 1), minimum, maximum)``, which damps that (arXiv 2007.03964).
+        ``integral <- clip(integral + rate * e, minimum, maximum)``,   ``setting = clip(integral + proportional * e)``
+
+    but the integral stays where the setting is at a bound already and `e` would drive it further. So the setting grows
+    as long as completions are too long, whatever it is that it has to overcome: this is the ascent on the multiplier of
+    the constraint ``E[length] = target`` (``<=`` for `minimum=0`), as in Leash (arXiv 2512.21540).
+
+    Where the setting moves not the length but its speed, as the weight of a reward does while a policy learns, the
+    integral alone swings about the target: give it little `rate` and much `proportional`. Such a policy also goes on
+    for some updates in the direction it was given (the optimizer's momentum); with `horizon` the error is not the last
+    one but the one to be expected so many measurements later, ``level + horizon * trend``, both smoothed (Holt, "double
+    exponential smoothing"). Together these are a PID controller; for multipliers see arXiv 2007.03964.
 
     Args:
-        target (`float`): what the measurement is to be, positive.
-        rate (`float`): change of the integral for a measurement of twice the target.
+        target (`float`): the mean length to settle at, in tokens, end of sequence not counted, positive.
+        rate (`float`): change of the integral per measurement for an error of 1.
         initial (`float`, *optional*, defaults to `0.0`): setting at the start.
         minimum, maximum (`float`, *optional*): bounds of the setting; none when omitted.
         proportional (`float`, *optional*, defaults to `0.0`):
-            what a measurement of twice the target adds to the setting, for as long as it lasts.
+            what an error of 1 adds to the setting, for as long as it lasts.
+        horizon (`float`, *optional*, defaults to `0.0`):
+            measurements to look ahead; with 0, the last one counts as it is, without smoothing.
 
     Attributes:
         setting (`float`): the current setting.
@@ -180,6 +208,9 @@ class TargetController(_IntegralController):
         ValueError: on a target or rate that is not positive, or bounds that do not enclose the initial setting.
     """
 
+    # Shares of the new in level and trend: large ones are noisy, small ones late.
+    LEVEL_SHARE, TREND_SHARE = 0.5, 0.3
+
     def __init__(
         self,
         target: float,
@@ -188,13 +219,37 @@ class TargetController(_IntegralController):
         minimum: float = -math.inf,
         maximum: float = math.inf,
         proportional: float = 0.0,
+        horizon: float = 0.0,
     ):
         _check_positive(target=target)
+        if not 0.0 <= horizon < math.inf:
+            raise ValueError(f"horizon must be 0 or more and finite, got {horizon}.")
         super().__init__(rate, initial, minimum, maximum, proportional)
-        self.target = target
+        self.target, self.horizon = target, horizon
+        self._level: float | None = None
+        self._trend = 0.0
 
     def _error(self, measured: float) -> float:
-        return measured / self.target - 1.0
+        if measured < 0:
+            raise ValueError(f"the measurement is {measured}: a length cannot be below 0.")
+        error = math.log((measured + 1.0) / (self.target + 1.0))
+        if self.horizon == 0.0:
+            return error
+        if self._level is None:
+            self._level = error
+        before, expected = self._level, self._level + self._trend
+        self._level = expected + self.LEVEL_SHARE * (error - expected)
+        self._trend += self.TREND_SHARE * (self._level - before - self._trend)
+        return self._level + self.horizon * self._trend
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What a checkpoint has to keep."""
+        return {**super().state_dict(), "level": self._level, "trend": self._trend}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own."""
+        super().load_state_dict(state)
+        self._level, self._trend = state["level"], float(state["trend"])
 
 
 class FloorController(_IntegralController):
@@ -248,18 +303,18 @@ class FloorController(_IntegralController):
     @property
     def average(self) -> float:
         """The moving average, whose weights sum to 1 from the first measurement on; NaN before it."""
-        return self._weighted / self._weight if self.updates else math.nan
+        return self._weighted / self._weight if self._weight else math.nan
 
     def _error(self, measured: float) -> float:
         self._weighted = self.decay * self._weighted + measured
         self._weight = self.decay * self._weight + 1.0
         return self.average - self.floor
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | None]:
         """What a checkpoint has to keep."""
         return {**super().state_dict(), "weighted": self._weighted, "weight": self._weight}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own."""
         super().load_state_dict(state)
         self._weighted, self._weight = float(state["weighted"]), float(state["weight"])

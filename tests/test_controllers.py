@@ -1,6 +1,8 @@
 """Steering toward a mean length or along a floor: by hand, and in worlds that are known at every setting."""
 
+import json
 import math
+import tempfile
 
 import pytest
 import torch
@@ -8,11 +10,36 @@ import torch
 from lenvm_rl.controllers import FloorController, TargetController, calibrate_strength
 from lenvm_rl.decoding import LengthGuidance, mean_length_at
 from lenvm_rl.sandbox.scripted import START, ScriptedLengthValue, ScriptedPolicy, random_chain
+from lenvm_rl.trainers import LenVMGRPOConfig
+from lenvm_rl.trainers.coefficient import HORIZON, LengthCoefficient
+
+LN2 = math.log(2.0)
+
+
+def trainers_controller(target, horizon=HORIZON):
+    """As a run with `length_target` and defaults has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = LenVMGRPOConfig(folder, use_cpu=True, bf16=False, report_to="none", length_target=target)
+    controller = LengthCoefficient(args).controller
+    controller.horizon = horizon
+    return controller
 
 
 def mean_length(chain, strength, value):
     """Exact mean length of the tilted chain, end-of-sequence not counted."""
     return float(chain.tilted(strength, value).mean_length()[START]) - 1.0
+
+
+def learn(controller, length, speed, momentum=0.9, pull=0.0, steps=300):
+    """Mean lengths of a policy that learns: the end of sequence counted, their logarithm falls by `speed` times the
+    coefficient per batch, averaged over earlier ones by the optimizer's momentum, and rises by `pull`."""
+    lengths, push = [], 0.0
+    for _ in range(steps):
+        push = momentum * push + (1.0 - momentum) * controller.setting
+        length = (length + 1.0) * math.exp(pull - speed * push) - 1.0
+        lengths.append(length)
+        controller.update(max(length, 0.0))
+    return lengths
 
 
 class TestCalibration:
@@ -74,29 +101,78 @@ class TestCalibration:
 
 
 class TestController:
+    """Lengths are chosen so that the errors are whole or half powers of 2: with a target of 7, 15 is twice as long."""
+
     def test_an_update_by_hand_and_its_bounds(self):
-        controller = TargetController(target=10.0, rate=0.5, initial=1.0, minimum=0.0, maximum=1.6)
-        assert controller.update(20.0) == 1.5  # 1 + 0.5 * (2 - 1)
-        assert controller.update(20.0) == 1.6
-        assert controller.update(5.0) == pytest.approx(1.35)
+        controller = TargetController(target=7.0, rate=0.5, initial=1.0, minimum=0.0, maximum=1.6)
+        assert controller.update(15.0) == pytest.approx(1.0 + 0.5 * LN2)
+        assert controller.update(15.0) == 1.6
+        # Half as long takes back what twice as long has added.
+        assert controller.update(3.0) == pytest.approx(1.6 - 0.5 * LN2)
         for _ in range(9):
             controller.update(0.0)
         assert controller.setting == 0.0 and controller.updates == 12
 
     def test_the_proportional_part_by_hand(self):
-        """Errors 1, 1, 0: integral 0.5, 1, 1 and setting 0.5 + 0.25, 1 + 0.25, 1."""
-        controller = TargetController(target=10.0, rate=0.5, proportional=0.25)
-        assert [controller.update(length) for length in (20.0, 20.0, 10.0)] == [0.75, 1.25, 1.0]
+        """Errors 1, 1, 0 in units of ln 2: integral 0.5, 1, 1 and setting 0.5 + 0.25, 1 + 0.25, 1."""
+        controller = TargetController(target=7.0, rate=0.5, proportional=0.25)
+        assert [controller.update(length) / LN2 for length in (15.0, 15.0, 7.0)] == pytest.approx([0.75, 1.25, 1.0])
 
-    @pytest.mark.parametrize(("proportional", "swings"), [(0.0, True), (1.0, False)])
-    def test_it_damps_the_swings_of_a_measurement_whose_speed_the_setting_is(self, proportional, swings):
+    def test_it_looks_ahead_by_hand(self):
+        """Errors 0, 2, 0 in units of ln 2. Level 0; 0 + 1/2 * 2 = 1; 1.3 - 1/2 * 1.3 = .65. Trend 0; 0 + .3 * 1 = .3;
+        .3 + .3 * (-.35 - .3) = .105. Expected two ahead: 0, 1.6, .86."""
+        controller = TargetController(target=7.0, rate=1.0, horizon=2.0)
+        settings = [controller.update(length) / LN2 for length in (7.0, 31.0, 7.0)]
+        assert settings == pytest.approx([0.0, 1.6, 1.6 + 0.86])
+
+    def test_what_cannot_follow_does_not_wind_up(self):
+        """The setting is at its bound by the proportional part alone, so the integral waits; below the target at once
+        nothing is left of it."""
+        controller = TargetController(target=7.0, rate=0.5, maximum=1.0, minimum=-1.0, proportional=2.0)
+        for _ in range(50):
+            assert controller.update(31.0) == 1.0
+        assert controller.state_dict()["integral"] == 0.0
+        assert controller.update(3.0) == -1.0 and controller.state_dict()["integral"] == 0.0
+        # An error of a quarter of ln 2 is within the bounds, so it adds up.
+        assert controller.update(8 * 2**0.25 - 1) == pytest.approx(2.5 * LN2 / 4)
+
+    def test_what_nobody_answers_does_not_wind_up(self):
+        controller = TargetController(target=7.0, rate=0.5, proportional=0.25)
+        for _ in range(9):
+            assert controller.update(15.0, is_answer=False) == pytest.approx(0.25 * LN2)
+        assert controller.update(15.0) == pytest.approx(0.75 * LN2)
+
+    def test_a_policy_that_writes_nothing_is_a_measurement(self):
+        assert TargetController(target=7.0, rate=1.0).update(0.0) == pytest.approx(-3 * LN2)
+
+    @pytest.mark.parametrize(("proportional", "horizon", "swings"), [(0.0, 0.0, True), (2.0, 0.0, False)])
+    def test_it_damps_the_swings_of_a_measurement_whose_speed_the_setting_is(self, proportional, horizon, swings):
         """Length 20, lowered by the setting in each step; without damping it swings for good."""
-        controller, length, lengths = TargetController(10.0, rate=0.05, proportional=proportional), 20.0, []
-        for _ in range(600):
-            length = max(length - controller.update(length), 0.1)
-            lengths.append(length)
-        last = lengths[-100:]
-        assert max(last) - min(last) > 5.0 if swings else last[-1] == pytest.approx(10.0, abs=0.1)
+        controller = TargetController(10.0, rate=0.05, proportional=proportional, horizon=horizon)
+        lengths = learn(controller, length=20.0, speed=0.07, momentum=0.0)[-100:]
+        assert max(lengths) - min(lengths) > 5.0 if swings else lengths[-1] == pytest.approx(10.0, abs=0.1)
+
+    @pytest.mark.parametrize("speed", [0.01, 0.025, 0.07, 0.2])
+    @pytest.mark.parametrize(("start", "target"), [(30.0, 5.0), (30.0, 15.0), (5.0, 15.0)])
+    def test_it_holds_a_target_at_the_speeds_that_policies_learn_at(self, speed, start, target):
+        """As the trainers set it, against a policy with the momentum of Adam: within a tenth of the target in the end,
+        and no longer below nine tenths of it than the way down took."""
+        lengths = learn(trainers_controller(target), start, speed, steps=400)
+        way = next(step for step, length in enumerate(lengths) if abs(length - target) <= 0.02 * target)
+        under = sum(length < 0.9 * target for length in lengths[way:])
+        assert way < 250 and under <= way
+        assert sum(lengths[-30:]) / 30 == pytest.approx(target, rel=0.1)
+
+    def test_without_looking_ahead_a_fast_policy_swings(self):
+        """What the horizon is for."""
+        blind = learn(trainers_controller(15.0, horizon=0.0), 30.0, speed=0.2)[-100:]
+        ahead = learn(trainers_controller(15.0), 30.0, speed=0.2)[-100:]
+        assert max(blind) - min(blind) > 3 * (max(ahead) - min(ahead))
+
+    def test_a_task_that_pulls_is_overcome(self):
+        """A constant pull of a fifth of what the largest coefficient does."""
+        lengths = learn(trainers_controller(15.0), 30.0, speed=0.05, pull=0.01, steps=600)
+        assert lengths[-1] == pytest.approx(15.0, rel=0.02)
 
     def test_it_settles_where_the_exact_world_has_the_target(self):
         chain = random_chain(8, seed=3, min_hazard=0.05)
@@ -107,12 +183,21 @@ class TestController:
             controller.update(mean_length(chain, controller.setting, value))
         assert mean_length(chain, controller.setting, value) == pytest.approx(target, rel=1e-3)
 
-    def test_it_goes_on_from_its_state(self):
-        first, second = (TargetController(10.0, 0.3) for _ in range(2))
-        for length in (14.0, 9.0):
+    @pytest.mark.parametrize("horizon", [0.0, 6.0])
+    @pytest.mark.parametrize("before", [(), (14.0, 9.0)])
+    def test_it_goes_on_from_its_state(self, horizon, before):
+        first, second = (TargetController(10.0, 0.3, proportional=0.2, horizon=horizon) for _ in range(2))
+        for length in before:
             first.update(length)
-        second.load_state_dict(first.state_dict())
-        assert second.update(11.0) == first.update(11.0) and second.updates == 3
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert second.update(11.0) == first.update(11.0) and second.updates == len(before) + 1
+        assert second.update(12.0) == first.update(12.0)
+
+    def test_the_state_of_another_version_is_refused(self):
+        controller = TargetController(10.0, 0.3)
+        with pytest.raises(ValueError, match="TargetController.*level, trend"):
+            controller.load_state_dict({"setting": 0.3, "integral": 0.3, "updates": 4})
+        assert controller.setting == 0.0 and controller.updates == 0
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="target must be positive"):
@@ -121,10 +206,13 @@ class TestController:
             TargetController(1.0, 1.0, initial=2.0, maximum=1.0)
         with pytest.raises(ValueError, match="proportional must be 0 or more"):
             TargetController(1.0, 1.0, proportional=-1.0)
+        with pytest.raises(ValueError, match="horizon must be 0 or more"):
+            TargetController(1.0, 1.0, horizon=-1.0)
         controller = TargetController(10.0, 0.3)
-        with pytest.raises(ValueError, match="measurement is nan"):
-            controller.update(math.nan)
-        assert controller.setting == 0.0
+        for wrong in (math.nan, math.inf, -1.0):
+            with pytest.raises(ValueError, match=f"measurement is {wrong}"):
+                controller.update(wrong)
+        assert controller.setting == 0.0 and controller.updates == 0
 
 
 class TestFloor:

@@ -1,6 +1,7 @@
 """`length_coef` that moves: warmed up, steered toward a mean length, steered along a floor of accuracy."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -29,6 +30,9 @@ from lenvm_rl.trainers import LenVMGRPOConfig
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
 # The scripted completions are 2, 1, 3 and 1 tokens long, and two of four are correct.
 MEAN_LENGTH, ACCURACY = 1.75, 0.5
+# Half as long again as wanted, the end of sequence counted, or three quarters as long: the target, and the error.
+TOO_LONG, ERROR = 2.75 / 1.5 - 1, math.log(1.5)
+TOO_SHORT, SHORTAGE = 2.75 / 0.75 - 1, -math.log(0.75)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,9 @@ MEAN_LENGTH, ACCURACY = 1.75, 0.5
         ({"length_coef": 0.1, "length_coef_schedule": "cosine"}, "choose one of constant, linear"),
         ({"length_target": -1.0}, "length_target=-1.0 is not a finite number above 0"),
         ({"length_target": 5.0, "length_coef_rate": 0.0}, "length_coef_rate=0.0 is not a finite number above 0"),
-        ({"length_target": 5.0, "length_coef": 2.0}, r"length_coef=2.0, where .* is not in .* = \[0.0, 1.0\]"),
+        ({"length_target": 5.0, "length_coef": 2.0}, r"length_coef=2.0, where .* is not in .* = \[-1.0, 1.0\]"),
+        ({"accuracy_floor": 0.5, "length_coef": -0.1}, r"length_coef=-0.1, where .* is not in .* = \[0.0, 1.0\]"),
+        ({"length_target": 5.0, "length_coef_min": math.nan}, "length_coef_min=nan"),
         ({"length_target": 5.0, "accuracy_margin": 0.1}, "accuracy_margin is read with accuracy_floor only"),
         ({"length_target": 5.0, "length_coef_proportional": -1.0}, "is not a finite number, 0 or more"),
         ({"accuracy_floor": 1.5}, r"accuracy_floor=1.5 is not in \[0, 1\]"),
@@ -88,35 +94,56 @@ def test_a_constant_coefficient_is_logged_too(tmp_path):
 
 
 def test_steering_toward_a_mean_length_by_hand(tmp_path):
-    """Mean length 1.75, target 1.25: s grows by 0.5 * 0.4 = 0.2 per batch, up to 0.45, and weighs the batch after."""
+    """s grows by 0.5 * 0.405 = 0.203 per batch, up to 0.45, and weighs the batch after."""
     trainer = scripted_grpo(
-        tmp_path, length_target=1.25, length_coef=0.1, length_coef_rate=0.5, length_coef_max=0.45, length_gate="all",
-        length_coef_proportional=0.0,
+        tmp_path, length_target=TOO_LONG, length_coef=0.1, length_coef_rate=0.5, length_coef_max=0.45,
+        length_gate="all", length_coef_proportional=0.0,
     )  # fmt: skip
-    for coefficient in (0.1, 0.3, 0.45, 0.45):
+    expected = (0.1, 0.1 + 0.5 * ERROR, 0.45, 0.45)
+    for coefficient in expected:
         torch.testing.assert_close(batch_of(trainer)["advantages"], (TASK + coefficient * LENGTH) * MASK)
-    assert trainer._metrics["train"]["length/coef"] == pytest.approx([0.1, 0.3, 0.45, 0.45])
+    assert trainer._metrics["train"]["length/coef"] == pytest.approx(expected)
     assert trainer._metrics["train"]["length/mean"] == [MEAN_LENGTH] * 4
 
 
 def test_the_proportional_part_lasts_as_long_as_the_error(tmp_path):
-    """The error is 0.4 of the target in each batch: 0.1, then 0.1 + 0.5 * 0.4 + 0.25 * 0.4, then 0.2 more."""
     trainer = scripted_grpo(
-        tmp_path, length_target=1.25, length_coef=0.1, length_coef_rate=0.5, length_coef_proportional=0.25
+        tmp_path, length_target=TOO_LONG, length_coef=0.1, length_coef_rate=0.5, length_coef_proportional=0.25
     )
     for _ in range(3):
         batch_of(trainer)
-    assert trainer._metrics["train"]["length/coef"] == pytest.approx([0.1, 0.4, 0.6])
+    assert trainer._metrics["train"]["length/coef"] == pytest.approx([0.1, 0.1 + 0.75 * ERROR, 0.1 + 1.25 * ERROR])
 
 
-def test_a_budget_lengthens_nothing_and_a_target_may(tmp_path):
-    changes = {"length_target": 3.5, "length_coef": 0.1, "length_coef_rate": 0.5, "length_coef_proportional": 0.0}
-    budget = scripted_grpo(tmp_path, **changes)
-    target = scripted_grpo(tmp_path, length_coef_min=-1.0, **changes)
-    for trainer, expected in ((budget, [0.1, 0.0, 0.0]), (target, [0.1, -0.15, -0.4])):
+def test_a_target_lengthens_and_a_budget_does_not(tmp_path):
+    changes = {
+        "length_target": TOO_SHORT, "length_coef": 0.1, "length_coef_rate": 0.5, "length_coef_proportional": 0.0,
+        "length_coef_max": 0.2,
+    }  # fmt: skip
+    target = scripted_grpo(tmp_path, **changes)
+    budget = scripted_grpo(tmp_path, length_coef_min=0.0, **changes)
+    for trainer, expected in ((budget, [0.1, 0.0, 0.0]), (target, [0.1, 0.1 - 0.5 * SHORTAGE, 0.1 - SHORTAGE, -0.2])):
         for _ in expected:
             batch_of(trainer)
         assert trainer._metrics["train"]["length/coef"] == pytest.approx(expected)
+
+
+def test_a_target_does_not_wind_up_behind_a_closed_gate(tmp_path):
+    """Nobody is paid, so no length answers the coefficient: wound up, it would fall on the first correct answers."""
+    rewards = [0.0] * 4
+    trainer = scripted_grpo(
+        tmp_path, rewards=rewards, length_target=TOO_LONG, length_coef_rate=0.5, length_coef_proportional=0.25,
+        length_coef_max=9.0,
+    )  # fmt: skip
+    trainer.reward_funcs = [lambda completions, **kwargs: list(rewards)]
+    for _ in range(9):
+        batch_of(trainer)
+    coefficients = trainer._metrics["train"]["length/coef"]
+    assert coefficients == pytest.approx([0.0] + [0.25 * ERROR] * 8)
+    rewards[:] = REWARDS
+    for _ in range(2):
+        batch_of(trainer)
+    assert coefficients[9:] == pytest.approx([0.25 * ERROR, 0.75 * ERROR])
 
 
 def test_steering_along_a_floor_of_accuracy_by_hand(tmp_path):
@@ -144,7 +171,7 @@ def test_steering_along_a_floor_of_accuracy_by_hand(tmp_path):
 
 def test_evaluation_reads_the_coefficient_and_moves_nothing(tmp_path):
     trainer = scripted_grpo(
-        tmp_path, length_target=1.25, length_coef=0.1, length_coef_rate=0.5, length_coef_proportional=0.0
+        tmp_path, length_target=TOO_LONG, length_coef=0.1, length_coef_rate=0.5, length_coef_proportional=0.0
     )
     trainer.num_generations_eval = 4
     for _ in range(2):
@@ -152,7 +179,7 @@ def test_evaluation_reads_the_coefficient_and_moves_nothing(tmp_path):
     assert trainer._metrics["eval"]["length/coef"] == [0.1, 0.1]
     batch_of(trainer)
     batch_of(trainer, "eval")
-    assert trainer._metrics["eval"]["length/coef"][-1] == pytest.approx(0.3)
+    assert trainer._metrics["eval"]["length/coef"][-1] == pytest.approx(0.1 + 0.5 * ERROR)
 
 
 @pytest.mark.parametrize("make", [grpo, ppo])
@@ -185,6 +212,16 @@ def test_a_checkpoint_of_another_steering_is_refused(tmp_path):
         floor.train(resume_from_checkpoint=str(tmp_path / "plain/checkpoint-1"))
     with pytest.raises(ValueError, match="steered length_coef by 'target', this run does by 'floor'"):
         floor.train(resume_from_checkpoint=str(tmp_path / "target/checkpoint-1"))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    """What it added up was another error."""
+    changes = {"lenvm": random_lenvm(), "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    grpo(tmp_path, length_target=3.0, **changes).train()
+    state = tmp_path / "checkpoint-1" / "length_coef.json"
+    state.write_text(json.dumps({"steering": "target", "setting": 0.1, "integral": 0.1, "updates": 1}))
+    with pytest.raises(ValueError, match=r"checkpoint-1.*level, trend"):
+        grpo(tmp_path, length_target=3.0, **changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """What both trainers share: a frozen length value model beside the policy, the streams it gives, and what is logged."""
 
 import contextlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from lenvm_rl.trainers.arguments import trainer_keywords
 from lenvm_rl.trainers.base_config import LenVMConfig
 from lenvm_rl.trainers.checkpoint_files import check_files, explained_failure
 from lenvm_rl.trainers.coefficient import LengthCoefficient
-from lenvm_rl.trainers.gate import Gate
+from lenvm_rl.trainers.gate import Gate, Outcomes, paid_share
 from lenvm_rl.trainers.guided_rollouts import check_guided_rollouts, guided_generation, importance_ratio, read_guidance
 from lenvm_rl.trainers.length_values import LengthValues, place_length_value_model
 from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics
@@ -39,26 +38,8 @@ from lenvm_rl.trainers.stopping import stop_between_generations
 from lenvm_rl.trainers.streams import (
     Completions,
     centered_gated_advantage,
-    group_pass_rate,
     read_completions,
 )
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What the reward functions said about this process's completions.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards, 0 where nothing was scored.
-        scored (`torch.BoolTensor` of shape `(B,)`): where at least one function returned a number.
-        correct (`torch.BoolTensor` of shape `(B,)`): which are correct, as [`~lenvm_rl.trainers.gate.Gate`] knows it.
-        judged (`torch.BoolTensor` of shape `(B,)`): of which that is known; the others are not wrong.
-    """
-
-    rewards: Tensor
-    scored: Tensor
-    correct: Tensor
-    judged: Tensor
 
 
 class LenVMTrainer(ResumableTrainer):
@@ -205,15 +186,7 @@ class LenVMTrainer(ResumableTrainer):
     def _outcomes(self, rows: int) -> Outcomes:
         first = self.accelerator.process_index * rows
         mine = slice(first, first + rows)
-        correct, judged = self._gate.read(self._raw_rewards, self.reward_funcs, mine)
-        rewards = self._raw_rewards[mine]
-        weights = self.reward_weights.to(rewards.device)
-        return Outcomes(
-            rewards=(rewards * weights).nansum(dim=1),
-            scored=~torch.isnan(rewards).all(dim=1),
-            correct=correct,
-            judged=judged,
-        )
+        return self._gate.outcomes(self._raw_rewards, self.reward_funcs, self.reward_weights, mine)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, *arguments, **options
@@ -259,14 +232,7 @@ class LenVMTrainer(ResumableTrainer):
             length = length_advantage(
                 values, completions.mask, self.length_gamma, args.length_lam, following, completions.actions
             )
-            if args.length_gate == "correct":
-                length = torch.where(outcomes.correct.unsqueeze(1), length, 0.0)
-            if args.length_gate == "pass_rate" or args.length_gate_pass_rate is not None:
-                rate = group_pass_rate(outcomes.correct, outcomes.judged, **group).unsqueeze(1)
-                if args.length_gate == "pass_rate":
-                    length = rate.to(length.dtype) * length
-                if args.length_gate_pass_rate is not None:
-                    length = torch.where(rate >= args.length_gate_pass_rate, length, 0.0)
+            length = paid_share(args, outcomes, **group).to(length.dtype).unsqueeze(1) * length
         return torch.where(outcomes.scored.unsqueeze(1), length, 0.0)
 
     def _potential(self, logits: Tensor) -> Tensor:
@@ -368,7 +334,7 @@ class LenVMTrainer(ResumableTrainer):
             self._gate.watch(measured["length/correct"], is_paid)
         # A policy that stands still answers no coefficient.
         if self._mode == "train" and self._policy_learns and is_scored:
-            self._log_all(self._coefficient.observe(measured))
+            self._log_all(self._coefficient.observe(measured, is_paid))
         return coefficient
 
     def _check_checkpoint(self, checkpoint: str) -> int:

@@ -9,6 +9,8 @@ from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.trainers.coefficient_config import CoefficientConfig
 
 STATE_FILE = "length_coef.json"
+# Generation batches that a controller of the length looks ahead: about as far as Adam's momentum carries a policy.
+HORIZON = 6.0
 
 
 class LengthCoefficient:
@@ -24,13 +26,13 @@ class LengthCoefficient:
         self.args = args
         settings = {
             "initial": args.length_coef,
-            "minimum": args.length_coef_min,
-            "maximum": args.length_coef_max,
+            "minimum": args.coefficient_bounds[0],
+            "maximum": args.coefficient_bounds[1],
             "proportional": args.length_coef_proportional,
         }
         self.controller: TargetController | FloorController | None = None
         if args.steering == "target":
-            self.controller = TargetController(args.length_target, args.length_coef_rate, **settings)
+            self.controller = TargetController(args.length_target, args.length_coef_rate, horizon=HORIZON, **settings)
         elif args.steering == "floor":
             floor = args.accuracy_floor + args.accuracy_margin
             self.controller = FloorController(floor, args.length_coef_rate, args.accuracy_half_life, **settings)
@@ -43,17 +45,20 @@ class LengthCoefficient:
             return self.args.length_coef * min(step / self.args.length_coef_warmup_steps, 1.0)
         return self.args.length_coef
 
-    def observe(self, metrics: dict[str, float]) -> dict[str, float]:
+    def observe(self, metrics: dict[str, float], is_paid: bool = True) -> dict[str, float]:
         """Move the coefficient of the batches to come by what this one measured; nothing measured moves nothing.
 
         Args:
             metrics (`dict`): what [`~lenvm_rl.trainers.metrics.completion_metrics`] says of it, NaN for nothing.
+            is_paid (`bool`, *optional*, defaults to `True`):
+                Whether its length stream pays anybody. Where nobody is (the gate is closed), no length answers the
+                coefficient, so the error does not add up.
 
         Returns:
             `dict[str, float]`: `steering/accuracy`, the moving average, where accuracy is what steers.
         """
         if self.args.steering == "target":
-            self.controller.update(metrics["length/mean"])
+            self.controller.update(metrics["length/mean"], is_answer=is_paid)
         elif self.args.steering == "floor":
             if not math.isnan(metrics["length/correct"]):
                 self.controller.update(metrics["length/correct"])
@@ -72,7 +77,7 @@ class LengthCoefficient:
 
         Raises:
             `FileNotFoundError`: the checkpoint was written without steering.
-            `ValueError`: it was steered by something else.
+            `ValueError`: it was steered by something else, or by an earlier version of this.
         """
         if self.controller is None:
             return
@@ -89,4 +94,10 @@ class LengthCoefficient:
                 f"The checkpoint '{folder}' steered length_coef by '{state['steering']}', this run does by "
                 f"'{self.args.steering}': resume with the settings of that run, or start a new run from its weights."
             )
-        self.controller.load_state_dict(state)
+        try:
+            self.controller.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(
+                f"The checkpoint '{folder}' was written by an earlier version, which steered length_coef otherwise "
+                f"({error}): resume with that version, or start a new run from its weights."
+            ) from error

@@ -29,8 +29,10 @@ class CoefficientConfig(GRPOConfig):
         length_coef_warmup_steps (`int`, *optional*, defaults to `0`):
             Optimizer steps of the linear warm-up. Steps in which only a critic learns do not count.
         length_target (`float`, *optional*):
-            Steer the coefficient until the mean length of a generation batch is this, in tokens, EOS not counted (cut
-            completions count with what they have). With `length_coef_min=0` it is a budget: nothing is lengthened.
+            Steer the coefficient so that the mean length of a generation batch is this, in tokens, EOS not counted (cut
+            completions count with what they have). To hold it, the coefficient goes below 0 where they are too short.
+            With `length_coef_min=0` it is a budget: nothing is lengthened, and where no reward pulls at the length, it
+            ends well below.
         accuracy_floor (`float`, *optional*):
             Steer the coefficient to the most that keeps accuracy: it grows while the moving average of `length/correct`
             is above `accuracy_floor + accuracy_margin`, and shrinks while it is below.
@@ -38,14 +40,17 @@ class CoefficientConfig(GRPOConfig):
         accuracy_half_life (`float`, *optional*, defaults to `10.0`):
             Generation batches after which a batch counts half in the moving average. It should cover enough completions
             to tell the margin from noise, and be short against the time in which the policy reacts.
-        length_coef_rate (`float`, *optional*, defaults to `0.05`):
-            Change of a steered coefficient per generation batch: for a mean length of twice the target, or for an
-            accuracy that is 1 above the floor.
-        length_coef_proportional (`float`, *optional*, defaults to `0.5`):
-            What the same adds to a steered coefficient while it lasts, 0 or more. A policy's length moves as long as
-            the coefficient is not 0, so what only adds up (0 here) swings about the target (arXiv 2007.03964).
-        length_coef_min, length_coef_max (`float`, *optional*, defaults to `0.0` and `1.0`):
-            Bounds of a steered coefficient.
+        length_coef_rate (`float`, *optional*, defaults to `0.02`):
+            Change of a steered coefficient per generation batch for an error of 1. The error of a mean length is the
+            logarithm of its ratio to the target (so 1 is 2.7 times as long), the error of an accuracy its distance from
+            the floor.
+        length_coef_proportional (`float`, *optional*, defaults to `2.0`):
+            What an error of 1 adds to a steered coefficient while it lasts, 0 or more. A policy's length moves as long
+            as the coefficient is not 0, so what only adds up (0 here) swings about the target (arXiv 2007.03964).
+        length_coef_min (`float`, *optional*):
+            Lower bound of a steered coefficient. When unset, `-length_coef_max` with `length_target`, and 0 with
+            `accuracy_floor`.
+        length_coef_max (`float`, *optional*, defaults to `1.0`): upper bound of a steered coefficient.
 
     Raises:
         `ValueError`: a value is out of its bounds, or two values exclude each other.
@@ -84,25 +89,33 @@ class CoefficientConfig(GRPOConfig):
         metadata={"help": "Half-life of the moving average of accuracy, in generation batches."},
     )
     length_coef_rate: float = field(
-        default=0.05,
+        default=0.02,
         metadata={
-            "help": "Change of a steered length_coef per generation batch, for a mean length of twice the target or an "
-            "accuracy of 1 above the floor."
+            "help": "Change of a steered length_coef per generation batch, for completions of 2.7 times the target or "
+            "an accuracy of 1 above the floor."
         },
     )
     length_coef_proportional: float = field(
-        default=0.5,
+        default=2.0,
         metadata={
-            "help": "What a mean length of twice the target, or an accuracy of 1 above the floor, adds to a steered "
-            "length_coef while it lasts: it damps swings about the target."
+            "help": "What completions of 2.7 times the target, or an accuracy of 1 above the floor, add to a steered "
+            "length_coef while that lasts: it damps swings about the target."
         },
     )
-    length_coef_min: float = field(default=0.0, metadata={"help": "Lower bound of a steered length_coef."})
+    length_coef_min: float | None = field(
+        default=None,
+        metadata={
+            "help": "Lower bound of a steered length_coef. Default: -length_coef_max with length_target (0 makes the "
+            "target a budget: nothing is lengthened), 0 with accuracy_floor."
+        },
+    )
     length_coef_max: float = field(default=1.0, metadata={"help": "Upper bound of a steered length_coef."})
 
     def __post_init__(self):
         super().__post_init__()
-        require_finite(self, "length_coef", "length_coef_min", "length_coef_max")
+        require_finite(self, "length_coef", "length_coef_max")
+        if self.length_coef_min is not None:
+            require_finite(self, "length_coef_min")
         require_choice(self, "length_coef_schedule", SCHEDULES)
         if self.length_coef_schedule == "linear":
             self._check_warmup()
@@ -121,6 +134,13 @@ class CoefficientConfig(GRPOConfig):
         if self.length_target is not None:
             return "target"
         return None if self.accuracy_floor is None else "floor"
+
+    @property
+    def coefficient_bounds(self) -> tuple[float, float]:
+        """Between which a steered coefficient moves."""
+        if self.length_coef_min is not None:
+            return self.length_coef_min, self.length_coef_max
+        return (-self.length_coef_max if self.steering == "target" else 0.0), self.length_coef_max
 
     @property
     def has_length_stream(self) -> bool:
@@ -152,10 +172,11 @@ class CoefficientConfig(GRPOConfig):
             raise ValueError(
                 f"length_coef_proportional={self.length_coef_proportional} is not a finite number, 0 or more."
             )
-        if not self.length_coef_min <= self.length_coef <= self.length_coef_max:
+        lowest, highest = self.coefficient_bounds
+        if not lowest <= self.length_coef <= highest:
             raise ValueError(
                 f"length_coef={self.length_coef}, where a steered coefficient starts, is not in [length_coef_min, "
-                f"length_coef_max] = [{self.length_coef_min}, {self.length_coef_max}]: change it or the bounds."
+                f"length_coef_max] = [{lowest}, {highest}]: change it or the bounds."
             )
         if self.length_target is not None:
             require_positive(self, "length_target")
@@ -168,7 +189,7 @@ class CoefficientConfig(GRPOConfig):
                 f"accuracy_floor + accuracy_margin = {self.accuracy_floor + self.accuracy_margin} can never be "
                 "exceeded, so the coefficient would only shrink: lower one of them."
             )
-        if self.length_coef_min < 0.0:
+        if lowest < 0.0:
             raise ValueError(
                 f"length_coef_min={self.length_coef_min} with accuracy_floor would pay for length where accuracy is "
                 "below the floor: set it to 0 or more."

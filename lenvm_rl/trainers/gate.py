@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lenvm_rl.correctness import FLAG_THRESHOLD, correctness_values, judge_of
 from lenvm_rl.trainers.base_config import LenVMConfig
+from lenvm_rl.trainers.streams import group_pass_rate
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,23 @@ def _doubt(args: LenVMConfig, judges: list[Callable], names: Sequence[str]) -> s
     return None
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """What the reward functions said about this process's completions.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards, 0 where nothing was scored.
+        scored (`torch.BoolTensor` of shape `(B,)`): where at least one function returned a number.
+        correct (`torch.BoolTensor` of shape `(B,)`): which are correct.
+        judged (`torch.BoolTensor` of shape `(B,)`): of which that is known; the others are not wrong.
+    """
+
+    rewards: Tensor
+    scored: Tensor
+    correct: Tensor
+    judged: Tensor
+
+
 class Gate:
     """What a run knows of which completions are correct.
 
@@ -100,28 +119,30 @@ class Gate:
         self._warned = False
         self._closed, self._open, self._never_closed = 0, 0, True
 
-    def read(self, rewards: Tensor, functions: Sequence[Callable], rows: slice) -> tuple[Tensor, Tensor]:
-        """Which completions of this process are correct, and of which it is known at all.
+    def outcomes(self, rewards: Tensor, functions: Sequence[Callable], weights: Tensor, rows: slice) -> Outcomes:
+        """What the reward functions said about the completions of this process.
 
         Args:
             rewards (`torch.Tensor` of shape `(N, F)`):
                 Raw rewards of all processes, one column per function, NaN where it returned `None`.
             functions: the reward functions, right after they were called.
+            weights (`torch.Tensor` of shape `(F,)`): of the functions, in the weighted sum.
             rows (`slice`): of this process, `B` of the `N`.
-
-        Returns:
-            `tuple[torch.BoolTensor, torch.BoolTensor]`: correct and judged, both `(B,)`; what is correct is judged.
 
         Raises:
             `ValueError`: a penalty's flags are not those of the completions.
         """
         mine = rewards[rows]
+        weighted = (mine * weights.to(mine.device)).nansum(dim=1)
+        return Outcomes(weighted, ~torch.isnan(mine).all(dim=1), *self._correct_and_judged(mine, functions))
+
+    def _correct_and_judged(self, rewards: Tensor, functions: Sequence[Callable]) -> tuple[Tensor, Tensor]:
         if self.index is None:
-            nothing = torch.zeros(len(mine), dtype=torch.bool, device=mine.device)
+            nothing = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
             return nothing, nothing
-        paid = [None if math.isnan(value) else value for value in mine[:, self.index].tolist()]
+        paid = [None if math.isnan(value) else value for value in rewards[:, self.index].tolist()]
         said, threshold = correctness_values(functions[self.index], paid, self._args.gate_threshold)
-        values = torch.tensor([math.nan if value is None else value for value in said], device=mine.device)
+        values = torch.tensor([math.nan if value is None else value for value in said], device=rewards.device)
         judged = ~torch.isnan(values)
         self._check_flags(values[judged], threshold)
         return values > threshold, judged
@@ -175,3 +196,21 @@ class Gate:
                 LONG,
                 self._names[self.index],
             )
+
+
+def paid_share(args: LenVMConfig, outcomes: Outcomes, **group) -> Tensor:
+    """Which share of its length advantage each completion is paid: `(B,)`, by `length_gate` and its threshold.
+
+    Args:
+        args ([`~lenvm_rl.trainers.base_config.LenVMConfig`]): of the run.
+        outcomes ([`Outcomes`]): of the completions.
+        group: `group_size`, `gather` and `first_row` of [`~lenvm_rl.trainers.streams.group_pass_rate`].
+    """
+    share = outcomes.correct.double() if args.length_gate == "correct" else torch.ones_like(outcomes.rewards).double()
+    if args.length_gate == "pass_rate" or args.length_gate_pass_rate is not None:
+        rate = group_pass_rate(outcomes.correct, outcomes.judged, **group)
+        if args.length_gate == "pass_rate":
+            share = rate * share
+        if args.length_gate_pass_rate is not None:
+            share = torch.where(rate >= args.length_gate_pass_rate, share, 0.0)
+    return share

@@ -157,8 +157,7 @@ def centered_gated_advantage(
     others = gates.sum(dim=1, keepdim=True) - gates
     mean = (totals.sum(dim=1, keepdim=True) - totals) / others.clamp(min=1.0)
     share = others / (counted.sum(dim=1, keepdim=True) - counted).clamp(min=1.0)
-    rows = slice(first_row, first_row + len(whole))
-    others, mean, share = (column.reshape(-1)[rows] for column in (others, mean, share))
+    others, mean, share = (column.flatten()[first_row:][: len(whole)] for column in (others, mean, share))
     first = torch.where(correct.bool() & (others > 0), whole - mean, 0.0)
     return torch.where(completions.actions, first.unsqueeze(1) - share.unsqueeze(1) * before, 0.0)
 

@@ -1,0 +1,238 @@
+"""Does `length_target` hold a target with its defaults? Random policies that nothing but the length stream moves.
+
+    python -m eval.steering
+
+Nothing pays here but length, so nothing brings back what overshoots, and Adam makes steps of full size of any
+coefficient: the hardest case for steering. A policy is a small Llama that starts out writing every token with the same
+chance, one of them ending the completion: 30 tokens on average at a vocabulary of 46 and a cap of 48. The length value
+model says the constant value of that. Every learning rate, target and seed is one run of `LenVMGRPOTrainer` with the
+defaults of steering. Asked of each:
+
+- the mean of `length/mean` over the last 30 steps is within 10 % of the target;
+- after the target was first reached, the longest stretch below nine tenths of it takes no more steps than the way there
+  (means of five steps, since one batch is noise; for targets that are a tenth or more away from where it starts).
+
+Written are `steering.json`, with every length and coefficient, and `steering.png`. Killed and started again, it goes on
+with the runs that are not there yet.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
+
+from eval.speed_critic import make_tokenizer
+from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.programs import choose_threads, run_program
+from lenvm_rl.returns import fit_gamma
+from lenvm_rl.rollouts import atomic_file
+from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+LAST, TOLERANCE, WINDOW = 30, 0.1, 5
+PROMPTS = 100
+
+
+@dataclass
+class SteeringArguments:
+    """The runs."""
+
+    targets: list[float] = field(
+        default_factory=lambda: [5.0, 15.0, 30.0], metadata={"help": "Values of length_target."}
+    )
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3], metadata={"help": "Of the policies."})
+    seeds: int = field(default=3, metadata={"help": "Runs of each target and learning rate."})
+    steps: int = field(default=200, metadata={"help": "Steps of a run, each on completions of its own."})
+    completions: int = field(default=64, metadata={"help": "Completions of a step, a multiple of 4."})
+    vocab: int = field(default=46, metadata={"help": "Tokens, one of which ends a completion."})
+    max_new_tokens: int = field(default=48, metadata={"help": "Longest completion, end of sequence counted."})
+    output_dir: str = field(default="outputs/steering", metadata={"help": "Where steering.json and the picture go."})
+
+
+def random_policy(vocab: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A small Llama that writes all tokens with nearly the same chance."""
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def constant_value_model(policy: LlamaForCausalLM, args: SteeringArguments, tokenizer: Any) -> LengthValueModel:
+    """A length value model that says at every state what is true of a policy that ends with the same chance always."""
+    gamma = fit_gamma([args.max_new_tokens])
+    model = LengthValueModel.from_backbone(policy.model, gamma=gamma, tokenizer=tokenizer)
+    value = -(1 - gamma) / (1 - gamma * (1 - 1 / args.vocab))
+    with torch.no_grad():
+        model.head.output.weight.zero_()
+        model.head.output.bias.fill_(math.log(-value / (1 + value)))
+    return model
+
+
+def train(args: SteeringArguments, learning_rate: float, target: float, seed: int) -> dict[str, Any]:
+    """One run: `lengths` and `coefficients`, step by step."""
+    tokenizer = make_tokenizer(args.vocab)
+    policy = random_policy(args.vocab, seed, tokenizer)
+    words = [f"w{i} w{j}" for i, j in itertools.product(range(2, args.vocab), repeat=2)][:PROMPTS]
+    with tempfile.TemporaryDirectory() as folder:
+        config = LenVMGRPOConfig(
+            folder,
+            length_target=target,
+            length_gate="all",
+            loss_type="dr_grpo",
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            max_steps=args.steps,
+            per_device_train_batch_size=args.completions,
+            num_generations=4,
+            max_completion_length=args.max_new_tokens,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            seed=seed,
+        )
+        trainer = LenVMGRPOTrainer(
+            policy,
+            lambda completions, **columns: [0.0] * len(completions),
+            config,
+            Dataset.from_dict({"prompt": words}),
+            processing_class=tokenizer,
+            length_value_model=constant_value_model(policy, args, tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    log = [entry for entry in trainer.state.log_history if "length/coef" in entry]
+    return {
+        "lengths": [entry["length/mean"] for entry in log],
+        "coefficients": [entry["length/coef"] for entry in log],
+    }
+
+
+def judge(lengths: Sequence[float], target: float) -> dict[str, Any]:
+    """What is asked of a run.
+
+    Args:
+        lengths (sequence of `float`): mean length of each step.
+        target (`float`): of the run.
+
+    Returns:
+        `dict[str, Any]`: `end` (the mean of the last steps, over the target), `approach` (steps before the target was
+        first reached), `undershoot` (steps of the longest stretch below nine tenths of it afterwards), `met`.
+    """
+    smooth = np.convolve(lengths, np.ones(WINDOW) / WINDOW, "valid")
+    side = math.copysign(1.0, smooth[0] - target)
+    reached = side * (smooth - target) <= 0
+    # Means that come within a hundredth have reached it, whichever side they come from.
+    reached |= np.abs(smooth - target) <= 0.01 * target
+    approach = int(reached.argmax()) if reached.any() else len(smooth)
+    stretch = longest = 0
+    for length in smooth[approach:]:
+        stretch = stretch + 1 if length < (1 - TOLERANCE) * target else 0
+        longest = max(longest, stretch)
+    end = float(np.mean(lengths[-LAST:])) / target
+    starts_there = abs(smooth[0] / target - 1) < TOLERANCE
+    met = abs(end - 1) <= TOLERANCE and (starts_there or longest <= approach)
+    return {"end": end, "approach": approach, "undershoot": longest, "met": bool(met)}
+
+
+def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Mean length and coefficient of every run, step by step: a column for each learning rate, a colour per target."""
+    rates = sorted({run["learning_rate"] for run in runs})
+    targets = sorted({run["target"] for run in runs})
+    figure = Figure(figsize=(4.2 * len(rates), 4.6), layout="constrained")
+    axes = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
+    for column, rate in zip(axes.T, rates, strict=True):
+        for number, target in enumerate(targets):
+            color = f"C{number}"
+            column[0].axhline(target, color=color, linestyle="--", linewidth=0.8)
+            column[0].axhspan((1 - TOLERANCE) * target, (1 + TOLERANCE) * target, color=color, alpha=0.12)
+            for run in runs:
+                if (run["learning_rate"], run["target"]) == (rate, target):
+                    column[0].plot(run["lengths"], color=color, linewidth=0.8)
+                    smooth = np.convolve(run["coefficients"], np.ones(WINDOW) / WINDOW, "valid")
+                    column[1].plot(np.arange(len(smooth)) + WINDOW - 1, smooth, color=color, linewidth=0.6)
+        column[0].set_title(f"learning rate {rate:g}", fontsize=9)
+        column[1].axhline(0.0, color="black", linewidth=0.6)
+        column[1].set_xlabel("step")
+    axes[0, 0].set_ylabel("mean length, tokens")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[1, 0].set_ylabel(f"length_coef,\nmean of {WINDOW} steps")
+    figure.savefig(path, dpi=110)
+
+
+def main(args: SteeringArguments) -> list[dict[str, Any]]:
+    """Makes the runs that are missing, prints the table, and draws the picture."""
+    path = Path(args.output_dir) / "steering.json"
+    settings = {name: getattr(args, name) for name in ("steps", "completions", "vocab", "max_new_tokens")}
+    runs: list[dict[str, Any]] = []
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise ValueError(f"{path} was made with other settings, {found['settings']}: give another --output_dir.")
+        runs = found["runs"]
+    done = {(run["learning_rate"], run["target"], run["seed"]) for run in runs}
+    for rate, target, seed in itertools.product(args.learning_rates, args.targets, range(args.seeds)):
+        if (rate, target, seed) not in done:
+            logger.info("learning rate %g, target %g, seed %d", rate, target, seed)
+            runs.append({"learning_rate": rate, "target": target, "seed": seed, **train(args, rate, target, seed)})
+            with atomic_file(path) as file:
+                file.write(json.dumps({"settings": settings, "runs": runs}).encode())
+    table = Table(
+        "learning rate", "target", "seed", f"last {LAST} steps", "steps to the target", "longest below", "met"
+    )
+    for run in runs:
+        found = judge(run["lengths"], run["target"])
+        end = f"{found['end'] * run['target']:.2f} ({found['end']:.3f})"
+        asked = (run["learning_rate"], run["target"], run["seed"], end, found["approach"], found["undershoot"])
+        table.add_row(*map(str, asked), "yes" if found["met"] else "NO")
+    Console(width=120, highlight=False).print(table)
+    plot(runs, path.with_suffix(".png"))
+    return runs
+
+
+def program() -> None:
+    """The command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    choose_threads(1)
+    main(*HfArgumentParser(SteeringArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses())
+
+
+if __name__ == "__main__":
+    run_program(program)
