@@ -23,7 +23,7 @@ def lines(rows):
         ("p.JSONL", lines(ROWS).encode()),
         ("p.tsv", b"prompt\tanswer\nw7 w8\t1\nw9\t2\n"),
         ("p.csv", b"prompt,answer\nw7 w8,1\nw9,2\n"),
-        ("p.jsonl.gz", gzip.compress(lines(ROWS).encode())),
+        ("p.jsonl.gz", gzip.compress(lines(ROWS).encode(), mtime=0)),
         ("v1.2.jsonl", lines(ROWS).encode()),
     ],
 )

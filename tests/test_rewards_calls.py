@@ -202,7 +202,9 @@ def test_flags_of_any_kind_are_flags(right):
 
 
 @pytest.mark.parametrize(
-    "right", [torch.tensor([1, 0]), np.array([True, False]), torch.tensor([[1.0], [0.0]]), iter([1, 0])], ids=str
+    "right",
+    [torch.tensor([1, 0]), np.array([True, False]), torch.tensor([[1.0], [0.0]]), iter([1, 0])],
+    ids=("tensor", "array", "column", "iterator"),
 )
 def test_flags_may_come_in_any_container(right):
     assert called(KimiLengthReward(flag_column), [[5], [5, 5]], right) == [0.5, 0.0]
