@@ -184,7 +184,11 @@ class LengthSampler:
                 ]
                 requests.sort(key=lambda request: len(self._prompt(request)))
                 widths = {request.prompt: len(self._prompt(request)) for request in requests}
-                check_room([widths[prompt] for prompt in sorted(widths)], cap, context_of(self.policy))
+                try:
+                    check_room([widths[prompt] for prompt in sorted(widths)], cap, context_of(self.policy))
+                except ValueError as error:
+                    error.add_note("Completions are that long for --targets, --cap_factor and --cap_extra.")
+                    raise
                 batches += [requests[at : at + self.batch_size] for at in range(0, len(requests), self.batch_size)]
         return batches
 

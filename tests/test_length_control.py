@@ -224,7 +224,7 @@ def test_a_run_that_was_killed_ends_as_an_unbroken_one(tmp_path):
 
 
 def test_prompts_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="Prompt 0 has 500 tokens; with 52 "):
+    with pytest.raises(ValueError, match="Prompt 0 has 500 tokens; with a completion of 52"):
         sampler(geometric_chain(0.1), policy=tiny_llama(), prompt_ids=[[7] * 500]).plan(["base"], MODES)
 
 
