@@ -41,9 +41,14 @@ def load_policy(path: str | os.PathLike, **load_kwargs: Any) -> PreTrainedModel:
         `FileNotFoundError`: nothing is there, or a folder without a model.
         `ValueError`: it is a length value model.
     """
-    if _model_type(path, ADAPTER_FILE) == LengthValueConfig.model_type:
-        raise ValueError(f"'{path}' is a length value model, which writes no text: give the policy here.")
+    check_policy(path)
     return load_model(AutoModelForCausalLM.from_pretrained, path, **load_kwargs).to(default_device()).eval()
+
+
+def check_policy(path: str | os.PathLike) -> None:
+    """Raise an error if there is no policy at a path, as [`load_policy`] does, without loading it."""
+    if model_type(path, ADAPTER_FILE) == LengthValueConfig.model_type:
+        raise ValueError(f"'{path}' is a length value model, which writes no text: give the policy here.")
 
 
 def has_tokenizer(path: str | os.PathLike) -> bool:
@@ -52,12 +57,15 @@ def has_tokenizer(path: str | os.PathLike) -> bool:
     return not os.path.isdir(folder) or any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES)
 
 
-def load_tokenizer(path: str | os.PathLike, pad_token: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str | os.PathLike, pad_token: str | None = None, **load_kwargs: Any
+) -> PreTrainedTokenizerBase:
     """The tokenizer at a path.
 
     Args:
         path (`str` or path): a folder or a hub id.
         pad_token (`str`, *optional*): pads instead of the tokenizer's own.
+        load_kwargs: further arguments of `AutoTokenizer.from_pretrained`.
 
     Raises:
         `FileNotFoundError`: nothing is there, or a folder without a tokenizer.
@@ -68,7 +76,7 @@ def load_tokenizer(path: str | os.PathLike, pad_token: str | None = None) -> Pre
             f"'{path}' has no tokenizer ({' or '.join(TOKENIZER_FILES)}): save the policy's there, "
             "`tokenizer.save_pretrained(path)`, or name another place where the program lets you."
         )
-    tokenizer = load_model(AutoTokenizer.from_pretrained, path)
+    tokenizer = load_model(AutoTokenizer.from_pretrained, path, **load_kwargs)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ValueError(f"pad_token {pad_token!r} is not in the vocabulary of '{path}': name a token that is.")
@@ -122,17 +130,21 @@ def read_config(path: str | os.PathLike) -> LengthValueConfig:
         `FileNotFoundError`: nothing is there.
         `ValueError`: it is another model's.
     """
-    model_type = _model_type(path)
-    if model_type != LengthValueConfig.model_type:
+    kind = model_type(path)
+    if kind != LengthValueConfig.model_type:
         raise ValueError(
-            f"'{path}' is a model of type {model_type!r}, not a length value model: give one that "
+            f"'{path}' is a model of type {kind!r}, not a length value model: give one that "
             "recipes/pretrain_lenvm.py made."
         )
     return load_model(LengthValueConfig.from_pretrained, path)
 
 
-def _model_type(path: str | os.PathLike, *other_files: str) -> str | None:
-    """What the config at a path calls its model; `None` where one of the other files stands for it."""
+def model_type(path: str | os.PathLike, *other_files: str) -> str | None:
+    """What the config at a path calls its model; `None` where one of the other files stands for it.
+
+    Raises:
+        `FileNotFoundError`: nothing is there, or a folder with none of these files.
+    """
     folder, names = os.path.expanduser(os.fspath(path)), (CONFIG_FILE, *other_files)
     if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
         raise FileNotFoundError(f"'{path}' holds no model (no {' or '.join(names)}): check the path.")

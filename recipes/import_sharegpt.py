@@ -13,9 +13,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
-
-from lenvm_rl.backbones import load_model
+from lenvm_rl.loading import load_tokenizer
 from lenvm_rl.programs import AGAIN, run_program
 from lenvm_rl.rollouts import RolloutMetadata, check_suffix, write_rollouts
 from lenvm_rl.sharegpt import ASSUMPTIONS, read_sharegpt
@@ -58,9 +56,7 @@ class ImportArguments:
 def main(args: ImportArguments) -> RolloutMetadata:
     """Reads the conversations and writes the rollouts; what was lost is logged by the reader."""
     check_suffix(args.output)
-    tokenizer = load_model(AutoTokenizer.from_pretrained, args.tokenizer_name_or_path)
-    if args.pad_token is not None:
-        tokenizer.pad_token = args.pad_token
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path, args.pad_token)
     rollouts, metadata = read_sharegpt(
         args.sharegpt,
         tokenizer,

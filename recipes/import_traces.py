@@ -13,9 +13,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
-
-from lenvm_rl.backbones import load_model
+from lenvm_rl.loading import load_tokenizer
 from lenvm_rl.programs import AGAIN, run_program
 from lenvm_rl.rollouts import RolloutMetadata, check_suffix, write_rollouts
 from lenvm_rl.traces import read_traces
@@ -50,7 +48,7 @@ def main(args: ImportArguments) -> RolloutMetadata:
     check_suffix(args.output)
     rollouts, metadata = read_traces(
         args.traces,
-        load_model(AutoTokenizer.from_pretrained, args.tokenizer_name_or_path),
+        load_tokenizer(args.tokenizer_name_or_path),
         models=args.models,
         max_tokens=args.max_tokens,
         eos_token_id=args.eos_token_id,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lenvm_rl.loading import ADAPTER_FILE, model_type
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer, checks
 from recipes.arguments import read_arguments
@@ -42,6 +43,7 @@ def main() -> None:
     critic = choice.critic
     if critic != "lenvm" and critic != "learned":
         checks.check_model_path(critic, "the critic")
+        model_type(critic, ADAPTER_FILE)
     prepare_process(sandbox=model.model_name_or_path is None)
     run = make_run(args, config, model, dense=True)
     train_stage("ppo", run, lambda **kwargs: LenVMPPOTrainer(critic=critic, **kwargs), critic=critic)

@@ -27,9 +27,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
-from lenvm_rl.backbones import load_model
+from lenvm_rl.loading import load_tokenizer
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import run_program
 from lenvm_rl.rollouts import read_rollouts, split_by_prompt, write_rollouts
@@ -93,9 +92,7 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
         rollouts, eval_rollouts = split_by_prompt(rollouts, args.eval_share, training_args.seed)
     else:
         eval_rollouts = None
-    tokenizer = load_model(AutoTokenizer.from_pretrained, args.model_name_or_path)
-    if args.pad_token is not None:
-        tokenizer.pad_token = args.pad_token
+    tokenizer = load_tokenizer(args.model_name_or_path, args.pad_token)
     _, metrics = pretrain(
         args.model_name_or_path,
         rollouts,

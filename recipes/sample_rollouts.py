@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from lenvm_rl.backbones import load_model
 from lenvm_rl.endings import end_token_ids
+from lenvm_rl.loading import load_tokenizer
 from lenvm_rl.modeling import LengthValueModel
 from lenvm_rl.programs import run_program
 from lenvm_rl.prompts import check_prompts, load_prompts
@@ -241,9 +242,7 @@ def main(args: SampleArguments) -> None:
     missing = {args.prompt_column, *args.keep_columns} - set(dataset.column_names)
     if missing:
         raise ValueError(f"{args.dataset_name} has no column {sorted(missing)}; it has {dataset.column_names}.")
-    tokenizer = load_model(AutoTokenizer.from_pretrained, args.model_name_or_path)
-    if args.pad_token is not None:
-        tokenizer.pad_token = args.pad_token
+    tokenizer = load_tokenizer(args.model_name_or_path, args.pad_token)
     column = dataset[args.prompt_column][:]
     check_prompts(column, f"{args.dataset_name}, column {args.prompt_column!r}", tokenizer, args.chat)
     settings = SamplingSettings(

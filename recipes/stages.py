@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from eval.arms import call_reward, load_reward
 from lenvm_rl.backbones import load_model
 from lenvm_rl.correctness import are_correct
 from lenvm_rl.journal import read_json
+from lenvm_rl.loading import ADAPTER_FILE, check_policy, load_tokenizer, model_type, read_config
 from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
 from lenvm_rl.prompts import check_context, check_prompts, load_prompts
 from lenvm_rl.reward_functions import name_of
@@ -31,12 +32,14 @@ from lenvm_rl.sampling import sample_to_file
 from lenvm_rl.sampling_jobs import SamplingSettings, find_column_problem
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 from lenvm_rl.sandbox.tokenizer import sandbox_tokenizer
+from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.trainers.configs import LenVMConfig
 from lenvm_rl.trainers.gate import gate_index
 from recipes.arguments import StageArguments, model_kwargs
 from recipes.reward_trial import try_rewards
 from recipes.sample_rollouts import make_prompts
 from recipes.stage_records import console, read_record, run_stage
+from reward.golds import check_golds
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +84,7 @@ class Run:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, padding with `pad_token` if one is given."""
-        tokenizer = load_model(AutoTokenizer.from_pretrained, self.policy, **self._revision)
-        if self.args.pad_token is not None:
-            if self.args.pad_token not in tokenizer.get_vocab():
-                raise ValueError(f"pad_token {self.args.pad_token!r} is not in the vocabulary of {self.policy}.")
-            tokenizer.pad_token = self.args.pad_token
-        return tokenizer
+        return load_tokenizer(self.policy, self.args.pad_token, **self._revision)
 
     @property
     def _revision(self) -> dict[str, str]:
@@ -132,19 +130,25 @@ class Run:
         """
         rewards = [load_reward(path) for path in self.args.reward_funcs]
         if self.sandbox:
-            try_rewards(rewards, self.prompts(4, TRAIN_SEED), sandbox_tokenizer(), self.config, "the sandbox")
+            name, tokenizer, dataset = "the sandbox", sandbox_tokenizer(), self.prompts(4, TRAIN_SEED)
         else:
-            name, column = self.args.dataset_name, self.args.prompt_column
-            source, prompts = f"{name}, column {column!r}", self.dataset["prompt"][:]
-            check_prompts(prompts, source, self.tokenizer)
-            check_context(prompts, source, self.tokenizer, self.config.max_completion_length, self._context())
-            try_rewards(rewards, self.dataset, self.tokenizer, self.config, name)
+            check_policy(self.policy)
+            name, tokenizer, dataset = self.args.dataset_name, self.tokenizer, self.dataset
+            source, prompts = f"{name}, column {self.args.prompt_column!r}", dataset["prompt"][:]
+            check_prompts(prompts, source, tokenizer)
+            check_context(prompts, source, tokenizer, self.config.max_completion_length, self._context())
+            check_golds(rewards, dataset)
+        try_rewards(rewards, dataset, tokenizer, self.config, name)
+        if self.args.length_value_model is not None:
+            check_same_tokenizer(read_config(self.args.length_value_model).tokenizer_fingerprint, tokenizer)
         self._earlier_record()
 
     def _context(self) -> int | None:
-        """Most tokens of a prompt and its completion, `None` if the policy's config does not say."""
-        config = load_model(AutoConfig.from_pretrained, self.policy, **self._revision).get_text_config()
-        bounds = [getattr(config, "max_position_embeddings", None)]
+        """Most tokens of a prompt and its completion, `None` if nothing says it, as for adapters alone."""
+        bounds = []
+        if model_type(self.policy, ADAPTER_FILE) is not None:
+            config = load_model(AutoConfig.from_pretrained, self.policy, **self._revision).get_text_config()
+            bounds += [getattr(config, "max_position_embeddings", None)]
         bounds += [self.config.vllm_max_model_length] if self.config.use_vllm else []
         return min((bound for bound in bounds if bound is not None), default=None)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 from trl import GRPOConfig, ModelConfig
 
 from lenvm_rl.journal import Journal
@@ -132,6 +132,10 @@ def test_rollouts_are_sampled_as_the_trainer_samples(tmp_path):
         (("--model_name_or_path", "./nowhere", "--dataset_name", "x.jsonl"), "no folder './nowhere' for the policy"),
         (("--eval_strategy", "steps"), "eval_strategy"),
         (("--length_lam", "2"), "length_lam"),
+        (("--critic", "./nowhere"), "no folder './nowhere' for the critic"),
+        (("--critic", str(CONFIGS)), "configs' holds no model"),
+        (("--length_value_model", str(CONFIGS)), "configs' holds no model"),
+        (("--reward_funcs", "test_recipes.sandboxed"), "needs riddle, and the sandbox"),
     ],
 )
 def test_what_training_would_refuse_is_refused_before_any_stage(arguments, problem, tmp_path, monkeypatch):
@@ -162,6 +166,10 @@ def by_key(completions, **kwargs):
 
 
 def closed(prompts, completions):
+    return [1.0] * len(completions)
+
+
+def sandboxed(completions, riddle, **kwargs):
     return [1.0] * len(completions)
 
 
@@ -244,6 +252,49 @@ def test_a_trial_leaves_no_trace_and_hands_over_what_trainers_do(tmp_path):
 def test_what_is_wrong_with_prompts_is_found_before_the_first_stage(rows, arguments, problem, tmp_path):
     with pytest.raises(ValueError, match=problem):
         check_rewards(tmp_path, rows, "always", **arguments)
+
+
+def test_models_are_looked_at_before_the_first_stage(tmp_path):
+    rows, rewards = [{"prompt": "w7"}], ["test_recipes.always"]
+    for name, tokenizer in (("lenvm", tiny_tokenizer(chat=True)), ("other", tiny_tokenizer(60))):
+        tiny_length_value_model(tokenizer=tokenizer).save_pretrained(tmp_path / name)
+    run = own_run(tmp_path, rows, reward_funcs=rewards, length_value_model=str(tmp_path / "lenvm"))
+    run.check()
+    (tmp_path / "empty").mkdir()
+    for path, kind, problem in (
+        (tmp_path / "other", ValueError, "60 tokens"),
+        (tmp_path / "mine", ValueError, "'llama', not a length value model"),
+        (tmp_path / "empty", FileNotFoundError, "empty"),
+        (tmp_path / "nowhere", FileNotFoundError, "nowhere"),
+    ):
+        with pytest.raises(kind, match=problem):
+            make_run(
+                tmp_path, model=run.policy, dataset_name=run.args.dataset_name, reward_funcs=rewards,
+                length_value_model=str(path),
+            ).check()  # fmt: skip
+    for policy, kind, problem in (
+        ("lenvm", ValueError, "writes no text"),
+        ("empty", FileNotFoundError, "empty"),
+        ("nowhere", FileNotFoundError, "nowhere"),
+    ):
+        with pytest.raises(kind, match=problem):
+            make_run(tmp_path, model=str(tmp_path / policy), dataset_name=run.args.dataset_name).check()
+
+
+def test_a_policy_without_a_tokenizer_or_a_pad_token_of_its_own_is_named(tmp_path):
+    run = own_run(tmp_path, [{"prompt": "w7"}], reward_funcs=["test_recipes.always"], pad_token="<none>")
+    with pytest.raises(ValueError, match="pad_token '<none>'"):
+        run.check()
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    with pytest.raises(FileNotFoundError, match="bare' has no tokenizer"):
+        make_run(tmp_path, model=str(tmp_path / "bare"), dataset_name=run.args.dataset_name).check()
+
+
+def test_golds_that_cannot_be_graded_by_are_found_by_their_row(tmp_path):
+    rows = [{"prompt": "w7", "answer": answer} for answer in ("#### 5", "five or six")]
+    run = own_run(tmp_path, rows, reward_funcs=["reward.gsm8k.gsm8k_reward"])
+    with pytest.raises(ValueError, match="'answer' .row 1"):
+        run.check()
 
 
 def test_an_empty_dataset_is_refused(tmp_path):
