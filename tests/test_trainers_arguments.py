@@ -61,9 +61,14 @@ def test_arguments_of_older_trainers_say_what_stands_for_them(tmp_path, trainer,
         )  # fmt: skip
 
 
+def test_grpo_has_no_critic(tmp_path):
+    with pytest.raises(TypeError, match="LenVMGRPOTrainer takes no `critic`: LenVMPPOTrainer has one"):
+        LenVMGRPOTrainer(tiny_llama(VOCAB), first_is_w8, LenVMGRPOConfig(**settings(tmp_path)), critic="learned")
+
+
 def test_the_names_of_older_trainers_are_none_of_ours():
     taken = set(inspect.signature(GRPOTrainer.__init__).parameters) | {"length_value_model", "critic"}
-    assert not taken & _OF_TRAINERS.keys()
+    assert taken & _OF_TRAINERS.keys() == {"critic"}
     assert not set(LenVMPPOConfig.__dataclass_fields__) & _OF_CONFIGS.keys()
 
 

@@ -71,7 +71,21 @@ def learning(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+# The others differ from one of these in a detail.
+QUICK = (
+    "a frozen decoder in bfloat16",
+    "all in bfloat16",
+    "a reward model",
+    "a critic with adapters and its head",
+    "a reward model in bfloat16 with adapters",
+    "a language model with adapters",
+    "two adapters",
+)
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param(shape, marks=[] if shape in QUICK else pytest.mark.slow) for shape in SHAPES]
+)
 def test_what_is_given_is_kept_trained_saved_and_taken_up_again(tmp_path, shape):
     make, learn, total, half, adapters = SHAPES[shape]
     given = make()

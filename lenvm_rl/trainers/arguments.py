@@ -28,6 +28,8 @@ _OF_TRAINERS = {
     "num_shared_layers": "freeze layers of the model that is passed as `critic=`: what is frozen stays frozen",
     "model_init": "make the model and pass it as `model=`",
     "compute_metrics": "measure in a function of `reward_funcs=`, with a weight of 0 in `reward_weights` of `args`",
+    # Of LenVMPPOTrainer alone, which never asks about it here.
+    "critic": "LenVMPPOTrainer has one; this trainer compares the completions of a group",
     "critic_model": "pass it as `critic=` to LenVMPPOTrainer",
 }
 # Fields of their configs.
