@@ -47,6 +47,8 @@ def test_too_many_positions_and_arguments_given_twice(tmp_path, trainer, config)
     args = config(**settings(tmp_path))
     with pytest.raises(TypeError, match="`length_value_model=` and `critic=` by name"):
         trainer(tiny_llama(VOCAB), first_is_w8, args, prompts(), *[None] * 20)
+    with pytest.raises(TypeError, match=f"a {config.__name__} was given: the order is .* model, reward_funcs, args"):
+        trainer(args, tiny_llama(VOCAB), None, tiny_tokenizer(VOCAB))
     with pytest.raises(TypeError, match="callbacks by position and by name"):
         trainer(tiny_llama(VOCAB), first_is_w8, args, prompts(), None, None, None, [], callbacks=[])
 

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from transformers import TrainingArguments
 from trl import GRPOTrainer
 
 _REFERENCE = (
@@ -73,19 +74,25 @@ _OF_CONFIGS = {
 }
 
 
-def trainer_keywords(trainer: str, first: int, further: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
+def trainer_keywords(trainer: str, model, first: int, further: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments for `trl.GRPOTrainer`: those given, and those given by their position there.
 
     Args:
         trainer (`str`): name of the class, for the error.
+        model (any): the first argument.
         first (`int`): arguments of `trl.GRPOTrainer` that come before `further`.
         further (`tuple`): what was given by position.
         keywords (`dict`): what was given by name.
 
     Raises:
-        `TypeError`: an argument is one of an older trainer, is given twice, or there are too many.
+        `TypeError`: an argument is one of an older trainer, is given twice or in its old place, or there are too many.
     """
     _refuse(f"{trainer} takes no", _OF_TRAINERS, keywords)
+    if isinstance(model, TrainingArguments):
+        raise TypeError(
+            f"The first argument of {trainer} is the policy, and a {type(model).__name__} was given: the order is that "
+            "of trl.GRPOTrainer, model, reward_funcs, args, train_dataset."
+        )
     names = list(inspect.signature(GRPOTrainer.__init__).parameters)[1:]
     if first + len(further) > len(names):
         raise TypeError(

@@ -76,7 +76,7 @@ class LenVMTrainer(ResumableTrainer):
         length_value_model=None,
         **grpo_arguments,
     ):
-        grpo_arguments = trainer_keywords(type(self).__name__, 6, further, grpo_arguments)
+        grpo_arguments = trainer_keywords(type(self).__name__, model, 6, further, grpo_arguments)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{name.split('/')[-1]}-{type(self).__name__.removesuffix('Trainer')}")
