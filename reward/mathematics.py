@@ -4,8 +4,8 @@ Numbers, words and letters of a choice are compared here, all else by math-verif
 set is the same in any order, and units, degree signs, currency signs and thousands commas do not matter. It is lenient
 where people are: `50\\%` equals both 50 and 0.5, `x = 5` equals 5, the open interval or point `(-2,1)` equals the list
 `-2,1`, and a number in base 8 may leave out its base (naming another base is wrong). math-verify runs in processes that
-end with an answer that takes too long (`reward.timed_calls`), so nothing that a model writes can stop a run, in whatever
-thread it is graded.
+end with an answer that takes too long (`reward.timed_calls`), so nothing that a model writes can stop a run, in
+whatever thread it is graded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Answers compared by what they mean, with math-verify. `reward.timed_calls` runs this, as nothing here has a time limit.
+"""Answers compared by what they mean, with math-verify. `reward.timed_calls` runs this: here is no time limit.
 
 math-verify parses LaTeX and plain expressions with sympy. What it misreads is put into other words first
 ([`spelled`]), and two of its verdicts are not left to it: on numbers so small that it rounds them to 0, and on numbers
@@ -35,16 +35,14 @@ REWRITTEN = tuple(
         # No blank before what is no letter: math-verify takes " e }" for a unit.
         (r"(?<=[a-zA-Z])\\(?:text|math|operator)[a-z]*\s*\{\s*([ei])\s*\}", r" \1"),
         (r"\\(?:text|math|operator)[a-z]*\s*\{\s*([ei]|[-+\d.,/ ]+)\s*\}", r"\1"),
+        (r"\\R(?![a-zA-Z])|\\mathbf\s*(?:\{R\}|R(?![a-zA-Z]))", r"\\mathbb{R} "),
         (r"\\(?:underline|mathbf|boldsymbol|bm|emph|textcolor\s*\{\w*\})\s*\{([^{}]*)\}", r"\1"),
-        (
-            r"\\(?:[Bb]igg?[lrm]?|limits|displaystyle|textstyle|left\.|right\.|bf|rm|it|[lL]arge|LARGE|[hH]uge|color\s*\{\w*\})(?![a-zA-Z])",
-            "",
-        ),
+        (r"\\(?:[Bb]igg?[lrm]?|limits|(?:display|text)style|(?:left|right)\.)(?![a-zA-Z])", ""),
+        (r"\\(?:bf|rm|it|[lL]arge|LARGE|[hH]uge|color\s*\{\w*\})(?![a-zA-Z])", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
         (r"\\degree(?![a-zA-Z])", r"^\\circ "),
-        (r"\\(?:mathbf\s*|R(?![a-zA-Z]))\{?R?\}?(?![a-zA-Z])", r"\\mathbb{R} "),
-        (r"\\l?angle\s*([^\\]*,[^\\]*)\\rangle", r"(\1)"),
+        (r"\\langle\s*([^\\]*,[^\\]*)\\rangle", r"(\1)"),
         (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
         (r"(?<=[\d}\s])(?:mm|cm|km|in|ft|yd|mi)\s*\^\s*\{?[23]\}?\s*$", ""),
         (r"^\s*(?:=|\\approx)\s*", ""),
