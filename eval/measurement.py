@@ -132,13 +132,17 @@ def measure_in_process(module: str, arguments: Mapping[str, Any]) -> Measurement
     """Runs `python -m module --name value …` and returns the measurement that it [`report`]s.
 
     Raises:
-        RuntimeError: if the process fails or reports nothing, with the end of what it said.
+        RuntimeError: if the process fails or reports nothing, with the sentence that it ended in, or else the end of
+            what it said.
     """
     options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     done = subprocess.run([sys.executable, "-m", module, *options], capture_output=True, text=True, env=os.environ)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
-        raise RuntimeError(f"python -m {module} {' '.join(options)} failed:\n{done.stderr[-2000:]}")
+        _, said, sentence = done.stderr.rpartition("\nerror: ")
+        raise RuntimeError(
+            f"python -m {module} {' '.join(options)} failed:\n{sentence if said else done.stderr[-2000:]}"
+        )
     return Measurement(**json.loads(lines[-1].removeprefix(MARK)))
 
 

@@ -38,8 +38,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from eval.measurement import Measurement, Meter, add_settings, measure_in_process, read_settings, report, setting
 from eval.speed_pretraining import GAMMA, make_policy
 from eval.speed_pretraining import Settings as ModelSettings
+from lenvm_rl.backbones import load_model
 from lenvm_rl.completions import completion_logits
+from lenvm_rl.loading import load_tokenizer
 from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
 
 BETA = 0.04
@@ -106,8 +109,8 @@ def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 def save_model(settings: Settings, folder: Path) -> None:
     """The policy on disk, from where TRL loads its reference."""
     if settings.model:
-        AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(settings.model).save_pretrained(folder)
+        load_model(AutoModelForCausalLM.from_pretrained, settings.model, dtype=torch.float32).save_pretrained(folder)
+        load_tokenizer(settings.model).save_pretrained(folder)
         return
     shape = ModelSettings(hidden=settings.hidden, layers=settings.layers, vocab=settings.vocab, seed=settings.seed)
     make_policy(shape).save_pretrained(folder)
@@ -335,4 +338,4 @@ if __name__ == "__main__":
     add_arguments(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    report(measure_memory(read_settings(arguments, Settings), arguments.form))
+    run_program(lambda: report(measure_memory(read_settings(arguments, Settings), arguments.form)))

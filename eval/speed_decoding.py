@@ -15,18 +15,28 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
-from eval.measurement import Measurement, add_settings, measure_in_process, report, resident_peak, setting
+from eval.measurement import (
+    Measurement,
+    add_settings,
+    measure_in_process,
+    read_settings,
+    report,
+    resident_peak,
+    setting,
+)
 from eval.speed_pretraining import Settings as PretrainingSettings
 from eval.speed_pretraining import make_policy
+from lenvm_rl.backbones import load_model
 from lenvm_rl.decoding import LengthGuidance, generate_guided
 from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.programs import run_program
 from lenvm_rl.scoring import CandidateScorer, FullRowScorer
 
 CASES = ("plain", "guided", "floor", "naive")
@@ -60,7 +70,7 @@ class Settings:
 def load_models(settings: Settings) -> tuple[PreTrainedModel, LengthValueModel]:
     """The policy, and a length value model of its size."""
     if settings.model:
-        policy = AutoModelForCausalLM.from_pretrained(settings.model, dtype="float32").eval()
+        policy = load_model(AutoModelForCausalLM.from_pretrained, settings.model, dtype="float32").eval()
     else:
         shape = {name: getattr(settings, name) for name in ("hidden", "layers", "vocab", "seed")}
         policy = make_policy(PretrainingSettings(**shape)).eval()
@@ -204,7 +214,7 @@ def print_measurements(measured: dict[str, Measurement], settings: Settings, con
 def run(args: argparse.Namespace) -> None:
     """Measures every case in a process of its own and prints them."""
     for rows in args.rows:
-        settings = Settings(**{entry.name: getattr(args, entry.name) for entry in fields(Settings)} | {"rows": rows})
+        settings = replace(read_settings(args, Settings), rows=rows)
         cases = (*CASES, "cache_1", f"cache_{settings.candidates}")
         given = {name: value for name, value in asdict(settings).items() if value != ""}
         measured = {case: measure_in_process(__name__, {"case": case, **given}) for case in cases}
@@ -216,5 +226,5 @@ if __name__ == "__main__":
     parser.add_argument("--case", required=True)
     add_arguments(parser)
     arguments = parser.parse_args()
-    values = {entry.name: getattr(arguments, entry.name) for entry in fields(Settings)}
-    report(measure(arguments.case, Settings(**values | {"rows": arguments.rows[0]})))
+    settings = replace(read_settings(arguments, Settings), rows=arguments.rows[0])
+    run_program(lambda: report(measure(arguments.case, settings)))

@@ -47,6 +47,7 @@ from eval.speed_critic import Settings as ModelSettings
 from eval.speed_critic import first_token_reward, now, save_model
 from eval.speed_pretraining import GAMMA
 from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer
 from lenvm_rl.trainers.legacy import legacy_ppo
 
@@ -254,4 +255,4 @@ if __name__ == "__main__":
     parser.add_argument("--case", choices=CASES, required=True)
     add_arguments(parser)
     arguments = parser.parse_args()
-    report(measure(arguments.case, read_settings(arguments, Settings)))
+    run_program(lambda: report(measure(arguments.case, read_settings(arguments, Settings))))

@@ -35,6 +35,7 @@ from eval.measurement import (
 from lenvm_rl.modeling import LengthValueHead, LengthValueModel
 from lenvm_rl.packing import padding_share
 from lenvm_rl.pretraining import LengthValueCollator, LengthValueTrainer, LengthValueTrainingArguments
+from lenvm_rl.programs import run_program
 from lenvm_rl.returns import discounted_return
 from lenvm_rl.targets import IGNORED, length_value_loss
 
@@ -261,4 +262,4 @@ if __name__ == "__main__":
     parser.add_argument("--case", choices=CASES, required=True)
     add_arguments(parser)
     arguments = parser.parse_args()
-    report(measure(arguments.case, read_settings(arguments, Settings)))
+    run_program(lambda: report(measure(arguments.case, read_settings(arguments, Settings))))

@@ -32,10 +32,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 from transformers import (
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -43,9 +43,12 @@ from transformers import (
     set_seed,
 )
 
+from eval import command_line
+from eval.report import save_figure
+from eval.runs import check_writable
 from eval.speed_critic import make_tokenizer
 from lenvm_rl.modeling import LengthValueModel
-from lenvm_rl.programs import choose_threads, run_program
+from lenvm_rl.programs import choose_threads
 from lenvm_rl.returns import fit_gamma
 from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
@@ -176,7 +179,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Mean length and coefficient of every run, step by step: a column for each learning rate, a colour per target."""
     rates = sorted({run["learning_rate"] for run in runs})
     targets = sorted({run["target"] for run in runs})
-    figure = Figure(figsize=(4.2 * len(rates), 4.6), layout="constrained")
+    figure = Figure(figsize=(max(4.2 * len(rates), 3 * len(targets)), 4.9), layout="constrained")
     axes = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
     for column, rate in zip(axes.T, rates, strict=True):
         for number, target in enumerate(targets):
@@ -194,11 +197,20 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0, 0].set_ylabel("mean length, tokens")
     axes[0, 0].set_ylim(bottom=0)
     axes[1, 0].set_ylabel(f"length_coef,\nmean of {WINDOW} steps")
-    figure.savefig(path, dpi=110)
+    figure.legend(
+        [Line2D([], [], color=f"C{number}") for number in range(len(targets))],
+        [f"target {target:g} (dashed; band: {TOLERANCE:.0%} of it)" for target in targets],
+        loc="outside lower center",
+        ncols=len(targets),
+        fontsize=8,
+    )
+    save_figure(path, figure)
 
 
 def main(args: SteeringArguments) -> list[dict[str, Any]]:
     """Makes the runs that are missing, prints the table, and draws the picture."""
+    choose_threads(1)
+    check_writable(args.output_dir)
     path = Path(args.output_dir) / "steering.json"
     settings = {name: getattr(args, name) for name in ("steps", "completions", "vocab", "max_new_tokens")}
     runs: list[dict[str, Any]] = []
@@ -227,12 +239,5 @@ def main(args: SteeringArguments) -> list[dict[str, Any]]:
     return runs
 
 
-def program() -> None:
-    """The command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    choose_threads(1)
-    main(*HfArgumentParser(SteeringArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses())
-
-
 if __name__ == "__main__":
-    run_program(program)
+    command_line.run(SteeringArguments, main, "eval.steering", __doc__)

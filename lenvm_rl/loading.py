@@ -90,6 +90,7 @@ def load_length_value_model(
     *,
     tokenizer: PreTrainedTokenizerBase | dict | None = None,
     tokenizer_name: str = "the policy",
+    device: torch.device | str | None = None,
     **load_kwargs: Any,
 ) -> LengthValueModel:
     """The length value model at a path, in any of its forms, frozen.
@@ -102,6 +103,7 @@ def load_length_value_model(
         tokenizer (`PreTrainedTokenizerBase` or `dict`, *optional*): what the model has to agree with, a tokenizer or a
             fingerprint; compared before weights are read.
         tokenizer_name (`str`, *optional*): whose that is, in the error.
+        device (*optional*, defaults to [`default_device`]): where the model goes.
         load_kwargs: further arguments of `LengthValueModel.from_pretrained`.
 
     Raises:
@@ -120,7 +122,7 @@ def load_length_value_model(
         check_same_tokenizer(config.tokenizer_fingerprint, tokenizer, theirs_name=tokenizer_name)
     shared = None if config.form == FULL else base
     model = LengthValueModel.from_pretrained(path, base=shared, **load_kwargs)
-    return model.to(default_device()).freeze()
+    return model.to(device or default_device()).freeze()
 
 
 def read_config(path: str | os.PathLike) -> LengthValueConfig:

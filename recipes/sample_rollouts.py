@@ -28,8 +28,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from lenvm_rl.backbones import load_model
 from lenvm_rl.endings import end_token_ids
-from lenvm_rl.loading import load_tokenizer
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.loading import load_length_value_model, load_tokenizer
 from lenvm_rl.programs import run_program
 from lenvm_rl.prompts import check_prompts, load_prompts
 from lenvm_rl.rollouts import RolloutMetadata
@@ -186,8 +185,9 @@ def sample_with_transformers(
     device = args.device or torch.accelerator.current_accelerator() or "cpu"
     model = load_model(AutoModelForCausalLM.from_pretrained, args.model_name_or_path, dtype=args.dtype).to(device)
     if args.length_value_model is not None:
-        predictor = LengthValueModel.from_pretrained(args.length_value_model, dtype=args.dtype)
-        options["length_value_model"] = predictor.to(device).freeze()
+        options["length_value_model"] = load_length_value_model(
+            args.length_value_model, args.model_name_or_path, tokenizer=tokenizer, device=device, dtype=args.dtype
+        )
     return sample_to_file(args.output, model, tokenizer, *job, **options)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from eval import gradient, length_control, length_prediction, tradeoff
 from eval.gradient import GradientArguments
 from eval.length_control import LengthControlArguments
 from eval.length_prediction import PredictionArguments
+from eval.measurement import measure_in_process
 from eval.runs import Run, check_sandbox, find_run, is_sandbox, output_folder
 from eval.tradeoff_arguments import TradeoffArguments, read_run, sampled_as_fitted
 from lenvm_rl.modeling import LengthValueModel
@@ -358,7 +360,9 @@ def test_what_cannot_be_done_ends_in_a_sentence(there, program, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
-@pytest.mark.parametrize("program", [program for program in PROGRAMS if program not in ("seeds", "speed")])
+@pytest.mark.parametrize(
+    "program", [*(program for program in PROGRAMS if program not in ("seeds", "speed")), "steering"]
+)
 def test_the_help_says_what_each_option_takes(there, program, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         start(program, ["--help"], monkeypatch)
@@ -386,6 +390,20 @@ def test_an_interrupt_says_that_the_same_command_goes_on(there, monkeypatch, cap
     with pytest.raises(SystemExit) as caught:
         start("length_prediction", ["--length_value_model", "mine/lenvm"], monkeypatch)
     assert caught.value.code == 130 and "run the same command again" in capsys.readouterr().err
+
+
+def test_a_case_that_fails_in_its_own_process_says_its_sentence(monkeypatch):
+    ends = iter(["Traceback: deep\n\nerror: There is no model at 'x'.\n(how to see more)", "Traceback: a defect"])
+
+    def fail(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", next(ends))
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(RuntimeError, match="There is no model at 'x'") as caught:
+        measure_in_process("eval.speed_decoding", {"case": "plain"})
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="Traceback: a defect"):
+        measure_in_process("eval.speed_decoding", {"case": "plain"})
 
 
 def test_the_length_value_model_of_the_sandbox_is_loaded_from_its_run(there):
