@@ -130,6 +130,9 @@ def train(args: SteeringArguments, learning_rate: float, target: float, seed: in
             logging_steps=1,
             disable_tqdm=True,
             seed=seed,
+            # A constant explains nothing, and is meant to.
+            stale_explained_variance=-1.0,
+            stale_factor=1e3,
         )
         trainer = LenVMGRPOTrainer(
             policy,
@@ -159,7 +162,7 @@ def judge(lengths: Sequence[float], target: float) -> dict[str, Any]:
         `dict[str, Any]`: `end` (the mean of the last steps, over the target), `approach` (steps before the target was
         first reached), `undershoot` (steps of the longest stretch below nine tenths of it afterwards), `met`.
     """
-    smooth = np.convolve(lengths, np.ones(WINDOW) / WINDOW, "valid")
+    _, smooth = moving_mean(lengths)
     side = math.copysign(1.0, smooth[0] - target)
     reached = side * (smooth - target) <= 0
     # Means that come within a hundredth have reached it, whichever side they come from.
@@ -175,6 +178,13 @@ def judge(lengths: Sequence[float], target: float) -> dict[str, Any]:
     return {"end": end, "approach": approach, "undershoot": longest, "met": bool(met)}
 
 
+def moving_mean(numbers: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The steps, and the mean of each and the steps before it; of fewer steps than that, the numbers as they are."""
+    window = min(WINDOW, len(numbers))
+    means = np.convolve(numbers, np.ones(window) / window, "valid")
+    return np.arange(len(means)) + window - 1, means
+
+
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Mean length and coefficient of every run, step by step: a column for each learning rate, a colour per target."""
     rates = sorted({run["learning_rate"] for run in runs})
@@ -188,15 +198,15 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
             column[0].axhspan((1 - TOLERANCE) * target, (1 + TOLERANCE) * target, color=color, alpha=0.12)
             for run in runs:
                 if (run["learning_rate"], run["target"]) == (rate, target):
-                    column[0].plot(run["lengths"], color=color, linewidth=0.8)
-                    smooth = np.convolve(run["coefficients"], np.ones(WINDOW) / WINDOW, "valid")
-                    column[1].plot(np.arange(len(smooth)) + WINDOW - 1, smooth, color=color, linewidth=0.6)
+                    for axis, key in zip(column, ("lengths", "coefficients"), strict=True):
+                        axis.plot(*moving_mean(run[key]), color=color, linewidth=0.8)
         column[0].set_title(f"learning rate {rate:g}", fontsize=9)
         column[1].axhline(0.0, color="black", linewidth=0.6)
         column[1].set_xlabel("step")
     axes[0, 0].set_ylabel("mean length, tokens")
     axes[0, 0].set_ylim(bottom=0)
-    axes[1, 0].set_ylabel(f"length_coef,\nmean of {WINDOW} steps")
+    axes[1, 0].set_ylabel("length_coef")
+    figure.suptitle(f"means of {WINDOW} steps", fontsize=8)
     figure.legend(
         [Line2D([], [], color=f"C{number}") for number in range(len(targets))],
         [f"target {target:g} (dashed; band: {TOLERANCE:.0%} of it)" for target in targets],
