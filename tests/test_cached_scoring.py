@@ -1,4 +1,4 @@
-"""Cached scoring is compared with full rows before it is trusted: which decoders it refuses, and from what length on."""
+"""Cached scoring is compared with full rows before it is trusted: which decoders it refuses, from what length on."""
 
 import pytest
 import torch
