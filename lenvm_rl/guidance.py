@@ -42,8 +42,8 @@ RULES = (PAPER, FEASIBLE, PATIENT)
 DEFAULT_TOLERANCE = 0.1
 # Far beyond this, scores would overflow in float32; far below it, only one candidate is left.
 MAX_STRENGTH = 1e9
-# Scores over a temperature below this would overflow, and no temperature has any effect beyond its inverse.
-MIN_TEMPERATURE = 1e-9
+# Scores over a temperature below the first would overflow, and above the second nothing is left of them.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-9, 1e9
 # Predictions this near, relative to their size, are the same: float32 does not tell them apart.
 TIE = 1e-5
 
@@ -273,10 +273,10 @@ def check_temperature(name: str, temperature, greedy: bool) -> None:
     """Raises a `ValueError` unless scores can be divided by a temperature; 0 is allowed where it means greedy."""
     if greedy and _is_number(temperature) and temperature == 0:
         return
-    if not (_is_number(temperature) and MIN_TEMPERATURE <= temperature <= 1 / MIN_TEMPERATURE):
+    if not (_is_number(temperature) and MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE):
         raise ValueError(
             f"{name} must {'be 0 (greedy) or ' if greedy else ''}lie between {MIN_TEMPERATURE:g} and "
-            f"{1 / MIN_TEMPERATURE:g}, got {temperature!r}."
+            f"{MAX_TEMPERATURE:g}, got {temperature!r}."
         )
 
 

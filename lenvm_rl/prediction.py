@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.configuration import LengthValueConfig
 from lenvm_rl.forms import FULL
+from lenvm_rl.positions import context_of
 from lenvm_rl.returns import remaining_from_logits
 from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.sampling_jobs import Prompt, tokenize_prompts
@@ -54,7 +55,7 @@ def predict_length(
         length_value_model (`LengthValueModel`): in eval mode; its config names the tokenizer that it was fitted with.
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         prompts (`Sequence[str | list[dict]]`): texts (tokenised as they are) or lists of messages (the chat template
-            is applied, with the generation prompt), as in sampling.
+            is applied, with the generation prompt), as in sampling. A single one is refused: give a list of it.
         batch_size (`int`, *optional*, defaults to `64`): prompts per forward.
 
     Returns:
@@ -149,7 +150,7 @@ def check_predictor(length_value_model: nn.Module) -> None:
 
 
 def _check_sizes(length_value_model: nn.Module, sizes: Sequence[int]) -> None:
-    context = getattr(length_value_model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(length_value_model.config)
     for index, size in enumerate(sizes):
         if not size:
             raise ValueError(f"Prompt {index} has no tokens: the first value is read at its last token.")

@@ -65,6 +65,16 @@ def test_prompts_are_tokenised_as_in_sampling_and_batching_does_not_matter():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_single_prompt_is_refused_and_not_taken_for_its_letters_or_messages():
+    tokenizer = tiny_tokenizer(chat=True)
+    model = tiny_length_value_model(tokenizer=tokenizer)
+    for single in ("w6 w7 w8", [{"role": "system", "content": "w8"}, {"role": "user", "content": "w6 w9"}]):
+        with pytest.raises(ValueError, match="[Pp]rompt"):
+            predict_length(model, tokenizer, single)
+        assert predict_length(model, tokenizer, [single]).shape == (1,)
+    assert predict_length(model, tokenizer, []).shape == (0,)
+
+
 def test_what_cannot_be_predicted_is_refused():
     tokenizer, model = tiny_tokenizer(), tiny_length_value_model(tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="vocabulary of 64 tokens, the policy one of 70"):
