@@ -50,12 +50,19 @@ class Scorer:
         self.max_tokens = max_tokens
         self.vocab_size = length_value_model.get_input_embeddings().weight.shape[0]
         self.context = context_of(length_value_model.config)
-        # Of the longest row so far.
+        # Of the longest row that goes on.
         self._length = 0
 
     @property
     def _device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    def _grow(self, live: Tensor) -> None:
+        """A token more for each live row: a long one that has ended no longer counts as the longest."""
+        live = live.bool().cpu()
+        self._sizes = self._sizes + live
+        if bool(live.any()):
+            self._length = int(self._sizes[live].max())
 
     def check_length(self, tokens: int) -> None:
         """Raises a `ValueError` unless rows of so many tokens, prompt included, can be scored."""
@@ -141,7 +148,8 @@ class CandidateScorer(Scorer):
         Raises:
             ValueError: on ids outside the vocabulary, or see [`CandidateScorer.check_length`].
         """
-        self._length = int(attention_mask.sum(dim=1).max())
+        self._sizes = attention_mask.sum(dim=1).long().cpu()
+        self._length = int(self._sizes.max())
         self.check_length(self._length + 1)
         self.read(input_ids, attention_mask)
 
@@ -149,6 +157,7 @@ class CandidateScorer(Scorer):
     def read(self, input_ids: Tensor, attention_mask: Tensor, leap: int = 0) -> None:
         """[`CandidateScorer.start`] without its check; the next token stands `leap` positions further than it would."""
         device = self._device
+        self._sizes = attention_mask.sum(dim=1).long().cpu()
         self._exists = attention_mask.to(device).bool()
         self._rows = torch.arange(input_ids.shape[0], device=device)
         self._next_position = self._exists.sum(dim=1) + leap
@@ -205,7 +214,7 @@ class CandidateScorer(Scorer):
                 (another processor forced it, or there was nothing to choose) waits for the next forward.
             live (`torch.Tensor` of shape `(B,)`): 0 for rows that have finished; they stay finished.
         """
-        self._length += 1
+        self._grow(live)
         chosen, live = chosen.to(self._device)[self._rows], live.to(self._device)[self._rows].bool()
         if not bool(live.any()):
             self._rows = self._rows[:0]
@@ -295,7 +304,8 @@ class FullRowScorer(Scorer):
 
     def start(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Reads the prompts, as [`CandidateScorer.start`] does."""
-        self._length = int(attention_mask.sum(dim=1).max())
+        self._sizes = attention_mask.sum(dim=1).long().cpu()
+        self._length = int(self._sizes.max())
         self.check_length(self._length + 1)
         self._exists = attention_mask.to(self._device).bool()
         self._ids = input_ids.to(self._device).masked_fill(~self._exists, 0)
@@ -319,7 +329,7 @@ class FullRowScorer(Scorer):
 
     def advance(self, chosen: Tensor, live: Tensor) -> None:
         """Appends the chosen tokens to the prefixes, as [`CandidateScorer.advance`] does."""
-        self._length += 1
+        self._grow(live)
         live = live.to(self._ids.device).bool()
         chosen = chosen.to(self._ids.device).masked_fill(~live, 0)
         self._ids = torch.cat([self._ids, chosen.unsqueeze(1)], dim=1)
