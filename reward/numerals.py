@@ -14,9 +14,8 @@ from fractions import Fraction
 
 # Python converts at most 4300 digits, and a model that writes so many repeats itself.
 MOST_DIGITS = 1000
-# Longest text, in characters, that is read for its value, and how much of a text its last number is looked for in.
+# Longest text, in characters, that is read for its value.
 LONGEST_TEXT = 2000
-LAST_TEXT = 500
 
 SPELLINGS = {
     "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "\\div ", "⁄": "/", "∕": "/", "−": "-",
@@ -188,7 +187,7 @@ def last_number(text: str) -> Fraction | None:
     end = max(text.rfind(digit) for digit in "0123456789") + 1
     if not end:
         return None
-    window = text[max(0, end - LAST_TEXT) : end + 40]
+    window = text[max(0, end - LONGEST_TEXT) : end + 40]
     return next(iter(numbers_in(window)[-1:]), None)
 
 
