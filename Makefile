@@ -65,7 +65,7 @@ test-all: $(INSTALLED)
 
 test-legacy: $(LEGACY_INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(LEGACY)/python -m pytest -n $(WORKERS) --dist worksteal tests/legacy \
-		tests/test_trainers_grpo.py tests/test_trainers_ppo.py tests/test_trainers_forms.py
+		tests/trainers/test_trainers_grpo.py tests/trainers/test_trainers_ppo.py tests/trainers/test_trainers_forms.py
 
 test-lowest: $(LOWEST_INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n $(WORKERS) --dist worksteal

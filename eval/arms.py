@@ -22,13 +22,18 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from eval.batches import context_of, left_padded
 from eval.samples import Samples, SampleStore
 from eval.tradeoff_kl import DivergenceMeter
-from lenvm_rl.correctness import correctness_values
-from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
+from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length, padding_id, strip_completion
-from lenvm_rl.modeling import LengthValueModel
-from lenvm_rl.prompts import check_room, tokenize_prompts
-from lenvm_rl.reward_functions import accepted, callable_at, check_returned, is_asynchronous, name_of
-from lenvm_rl.tokenization import check_same_tokenizer
+from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.reward_functions import (
+    accepted,
+    callable_at,
+    check_returned,
+    correctness_values,
+    is_asynchronous,
+    name_of,
+)
+from lenvm_rl.tokenization import check_room, check_same_tokenizer, tokenize_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +137,7 @@ def _log_nothing(*arguments: Any, **named: Any) -> None:
 
 
 def read_grades(reward: Callable[..., Any], paid: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Which completions are correct, and which were graded at all, `(N,)` each; see `lenvm_rl.correctness`.
+    """Which completions are correct, and which were graded at all, `(N,)` each; see `lenvm_rl.reward_functions`.
 
     What is no flag (0 or 1) is remarked in the log: the limit between right and wrong may be another one there.
 
@@ -167,7 +172,7 @@ class Sampler:
         num_samples (`int`): completions per prompt.
         max_new_tokens (`int`): longest completion, end-of-sequence counted.
         batch_size (`int`): completions per `generate` call.
-        guidance ([`~lenvm_rl.decoding.LengthGuidance`]): temperature and candidate rule of every arm.
+        guidance ([`~lenvm_rl.decoding.generation.LengthGuidance`]): temperature and candidate rule of every arm.
         seed (`int`): every arm starts from it.
         kept ([`SampleStore`], *optional*): where sampled arms are kept; sampled anew each time without.
     """

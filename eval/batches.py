@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lenvm_rl.endings import end_token_ids
-from lenvm_rl.rollouts import RolloutMetadata
+from lenvm_rl.rollouts.record import RolloutMetadata
 
 
 def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from lenvm_rl.prompts import find_prompt_problem, load_prompts
 from lenvm_rl.reward_functions import BY_TRL, NO_COLUMNS
 from lenvm_rl.sandbox import DIFFICULTIES, Problem, distinct_problems
+from lenvm_rl.tokenization import find_prompt_problem, load_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def dataset_prompts(
     """The first `count` rows of a dataset.
 
     Args:
-        name (`str`), config (`str`, *optional*), split (`str`): as for [`~lenvm_rl.prompts.load_prompts`].
+        name (`str`), config (`str`, *optional*), split (`str`): as for [`~lenvm_rl.tokenization.load_prompts`].
         count (`int`): most rows.
         prompt_column (`str`): column with the prompt.
         answer_column (`str`, *optional*): handed to the reward function as `answer`.

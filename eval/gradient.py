@@ -49,12 +49,12 @@ from eval.report import save_csv, save_json
 from eval.runs import OUTPUTS, SANDBOX_RUN, output_folder, set_threads
 from eval.tradeoff_arguments import TradeoffArguments, check_data, read_run, sampled_as_fitted
 from lenvm_rl.endings import own_length
-from lenvm_rl.loading import load_length_value_model, load_policy, load_tokenizer
+from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.prediction import weights_fingerprint
 from lenvm_rl.reward_functions import check_columns
-from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.sampling import sample_to_file
-from lenvm_rl.sampling_jobs import SamplingSettings
+from lenvm_rl.rollouts.job import SamplingSettings
+from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.sandbox import DIFFICULTIES, stream_problems
 
 logger = logging.getLogger(__name__)

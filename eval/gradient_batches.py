@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from eval.gradient_estimators import GradedBatch, LengthValues
-from lenvm_rl.completions import completion_logits, position_ids_from_mask
 from lenvm_rl.endings import own_length
+from lenvm_rl.modeling.completions import completion_logits, position_ids_from_mask
 from lenvm_rl.trainers.streams import Completions
 
 

@@ -42,12 +42,12 @@ from eval.runs import (
     output_folder,
     set_threads,
 )
+from lenvm_rl.decoding.guidance import RULES, LengthGuidance
 from lenvm_rl.endings import end_token_ids, padding_id
-from lenvm_rl.guidance import RULES, LengthGuidance
-from lenvm_rl.loading import load_length_value_model, load_policy, load_tokenizer, read_config
+from lenvm_rl.files import atomic_file
+from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer, read_config
 from lenvm_rl.prediction import weights_fingerprint
-from lenvm_rl.prompts import tokenize_prompts
-from lenvm_rl.rollouts import atomic_file
+from lenvm_rl.tokenization import tokenize_prompts
 from reward.sandbox import sandbox_reward
 
 SANDBOX, SANDBOX_TARGETS, LIFEBENCH_TARGETS = "sandbox", [8, 16, 32], [32, 64, 128, 256]

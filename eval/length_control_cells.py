@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.batches import context_of, left_padded
-from lenvm_rl.completions import position_ids_from_mask
-from lenvm_rl.decoding import generate_guided
+from lenvm_rl.decoding.generation import generate_guided
+from lenvm_rl.decoding.guidance import AT_LEAST, EQUAL_TO, FEASIBLE, PATIENT, LengthGuidance
 from lenvm_rl.endings import strip_completion
-from lenvm_rl.guidance import AT_LEAST, EQUAL_TO, FEASIBLE, PATIENT, LengthGuidance
-from lenvm_rl.journal import Journal
-from lenvm_rl.prompts import check_room
-from lenvm_rl.sampling_jobs import batch_seed
+from lenvm_rl.files import Journal
+from lenvm_rl.modeling.completions import position_ids_from_mask
+from lenvm_rl.rollouts.job import batch_seed
+from lenvm_rl.tokenization import check_room
 
 # Tokens in one forward that scores texts: their logits over a large vocabulary fill the memory.
 SCORED_TOKENS = 1024

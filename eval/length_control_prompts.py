@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lenvm_rl.guidance import AT_LEAST, AT_MOST, EQUAL_TO
+from lenvm_rl.decoding.guidance import AT_LEAST, AT_MOST, EQUAL_TO
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """What a length value model says along completions, boiled down to metrics with 95 % bootstrap intervals over prompts.
 
-The metrics are those of value pretraining (`lenvm_rl.value_metrics`, `lenvm_rl.value_references`); added are the slope
-of the calibration and the rank agreement at each of the points. Tokens count the end-of-sequence token.
+The metrics are those of value pretraining (`lenvm_rl.pretraining.metrics`, `lenvm_rl.pretraining.references`); added
+are the slope of the calibration and the rank agreement at each of the points. Tokens count the end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from eval.prompt_boundary import quotient
 from eval.rank_agreement import rank_intervals
 from eval.statistics import Interval, mean_interval, statistic_interval
 from eval.token_values import state_logits
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.pretraining.metrics import POINTS, point_index, sequence_statistics, summarize
+from lenvm_rl.pretraining.references import mean_by_group, reference_metrics, relative_errors
 from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
-from lenvm_rl.value_metrics import POINTS, point_index, sequence_statistics, summarize
-from lenvm_rl.value_references import mean_by_group, reference_metrics, relative_errors
 
 # Measured at each point of the way.
 ALONG = ("length_mae", "length_mre", "length_bias", "explained_variance", "calibration_slope", "kendall_tau")
@@ -35,8 +35,9 @@ class Completions:
     """What a model said along completions, a row for each.
 
     Args:
-        statistics (`torch.Tensor` of shape `(N, 11)`): as [`~lenvm_rl.value_metrics.sequence_statistics`] has them.
-        lengths, finished, groups, prompt_tokens (`torch.Tensor` of shape `(N,)`): tokens, whether it ended, its prompt,
+        statistics (`torch.Tensor` of shape `(N, 11)`): as [`~lenvm_rl.pretraining.metrics.sequence_statistics`] has
+        them. lengths, finished, groups, prompt_tokens (`torch.Tensor` of shape `(N,)`): tokens, whether it ended, its
+        prompt,
             and the prompt's tokens.
         gamma (`float`): discount of the length return.
     """
@@ -171,9 +172,10 @@ def measure(data: Completions, num_resamples: int = 2000, seed: int = 0) -> dict
         seed (`int`, *optional*, defaults to `0`): of the bootstrap.
 
     Returns:
-        `dict[str, Interval]`: see [`~lenvm_rl.value_metrics.length_value_metrics`] (without `loss`, which depends on
-        what cut completions are taken for), [`~lenvm_rl.value_references.reference_metrics`], [`median_intervals`], and
-        [`ALONG`] at each point. Where no completion ended: `completions` and `truncated_share` alone.
+        `dict[str, Interval]`: see [`~lenvm_rl.pretraining.length_value_metrics`] (without `loss`, which depends on
+        what cut completions are taken for), [`~lenvm_rl.pretraining.references.reference_metrics`],
+        [`median_intervals`], and [`ALONG`] at each point. Where no completion ended: `completions` and
+        `truncated_share` alone.
     """
     counts = {
         "completions": float(len(data.lengths)),

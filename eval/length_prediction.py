@@ -3,11 +3,12 @@
     python -m eval.length_prediction --rollouts held_out.jsonl --length_value_model outputs/length_value_model \
         --domain_column domain --output_dir outputs/length_prediction
 
-The metrics are those of value pretraining (`lenvm_rl.value_metrics`), overall and for each domain, with 95 % bootstrap
-intervals over prompts, beside what needs no model (`lenvm_rl.value_references`): the mean of all lengths, a line on the
-prompt's own length, and as a floor the median of the very completions that are to be predicted. Added are the slope of
-the calibration and the order at each point: Kendall's tau-b, and the pairwise accuracy, which is the share of pairs of
-completions of two different prompts, unequal in length, whose order is predicted (a tie counts half).
+The metrics are those of value pretraining (`lenvm_rl.pretraining.metrics`), overall and for each domain, with 95 %
+bootstrap intervals over prompts, beside what needs no model (`lenvm_rl.pretraining.references`): the mean of all
+lengths, a line on the prompt's own length, and as a floor the median of the very completions that are to be predicted.
+Added are the slope of the calibration and the order at each point: Kendall's tau-b, and the pairwise accuracy, which
+is the share of pairs of completions of two different prompts, unequal in length, whose order is predicted (a tie
+counts half).
 
 Lengths count the end-of-sequence token. Cut completions have no known length: they count in `truncated_share` alone.
 Writes length_prediction.json, .csv and .png. Without `--rollouts`, completions of the sandbox's evaluation prompts are
@@ -50,9 +51,9 @@ from eval.report import (
     save_json,
 )
 from eval.statistics import Interval
-from lenvm_rl.loading import load_length_value_model
+from lenvm_rl.modeling.loading import load_length_value_model
+from lenvm_rl.pretraining.metrics import POINTS
 from lenvm_rl.returns import remaining_from_logits
-from lenvm_rl.value_metrics import POINTS
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lenvm_rl.guidance import AT_LEAST, AT_MOST, EQUAL_TO
+from lenvm_rl.decoding.guidance import AT_LEAST, AT_MOST, EQUAL_TO
 
 SCORED_MODES = (EQUAL_TO, AT_MOST, AT_LEAST)
 # Decay of the score in units of the target: below it, and above it.

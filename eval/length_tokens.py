@@ -38,7 +38,7 @@ from eval.report import cell_text, save_csv, save_figure, save_json
 from eval.statistics import percentile_interval, resampled_means
 from eval.token_values import TokenValues, token_values
 from eval.viewer_text import BLANK, LINE_END, TAB, token_name, token_pieces, tokenizer_of_rollouts, visible
-from lenvm_rl.loading import load_length_value_model
+from lenvm_rl.modeling.loading import load_length_value_model
 
 # As in eval.viewer: orange is longer, blue is shorter.
 SIDES = {"longer": "#b35806", "shorter": "#2166ac"}

@@ -29,14 +29,14 @@ from eval.datasets import sandbox_problems
 from eval.report import as_entry, save_json
 from eval.runs import OUTPUTS, check_sandbox, is_sandbox, output_folder, set_threads
 from eval.statistics import Interval, statistic_interval
-from lenvm_rl.loading import load_length_value_model, load_policy, load_tokenizer, read_config
+from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer, read_config
 from lenvm_rl.prediction import boundary_logits
+from lenvm_rl.pretraining.references import half_returns, relative_errors
 from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
-from lenvm_rl.rollouts import RolloutMetadata, read_rollouts
-from lenvm_rl.sampling import sample_to_file
-from lenvm_rl.sampling_jobs import SamplingSettings
+from lenvm_rl.rollouts.job import SamplingSettings
+from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts
 from lenvm_rl.tokenization import check_same_tokenizer
-from lenvm_rl.value_references import half_returns, relative_errors
 
 logger = logging.getLogger(__name__)
 

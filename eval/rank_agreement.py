@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eval.prompt_boundary import quotient
 from eval.statistics import Interval, percentile_interval
-from lenvm_rl.value_metrics import kendall_tau
+from lenvm_rl.pretraining.metrics import kendall_tau
 
 # Pairs of completions compared at once.
 CHUNK_PAIRS = 4_000_000

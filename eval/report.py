@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from eval.statistics import Interval
-from lenvm_rl.rollouts import atomic_file
+from lenvm_rl.files import atomic_file
 
 Entry = dict[str, float | None]
 ENDS = ("estimate", "low", "high")

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from lenvm_rl.files import atomic_file
 from lenvm_rl.prediction import weights_fingerprint
-from lenvm_rl.rollouts import atomic_file
 
 logger = logging.getLogger(__name__)
 

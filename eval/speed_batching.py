@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 
 from eval.runs import is_sandbox, set_threads
 from eval.statistics import Interval, mean_interval, statistic_interval
-from lenvm_rl.loading import load_length_value_model
+from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.prediction import boundary_logits, length_aware_batches, lengths_from_logits, padding_steps
-from lenvm_rl.rollouts import read_rollouts
+from lenvm_rl.rollouts.record import read_rollouts
 
 RANDOM, RANDOM_PROMPTS = "random", "random prompts"
 PROMPT, PREDICTED, REALISED = "prompt length", "predicted length", "realised length"

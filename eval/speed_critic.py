@@ -38,10 +38,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from eval.measurement import Measurement, Meter, add_settings, measure_in_process, read_settings, report, setting
 from eval.speed_pretraining import GAMMA, make_policy
 from eval.speed_pretraining import Settings as ModelSettings
-from lenvm_rl.backbones import load_model
-from lenvm_rl.completions import completion_logits
-from lenvm_rl.loading import load_tokenizer
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.modeling.backbones import load_model
+from lenvm_rl.modeling.completions import completion_logits
+from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.modeling.loading import load_tokenizer
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
 

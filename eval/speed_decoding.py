@@ -33,11 +33,11 @@ from eval.measurement import (
 )
 from eval.speed_pretraining import Settings as PretrainingSettings
 from eval.speed_pretraining import make_policy
-from lenvm_rl.backbones import load_model
-from lenvm_rl.decoding import LengthGuidance, generate_guided
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.decoding.generation import LengthGuidance, generate_guided
+from lenvm_rl.decoding.scoring import CandidateScorer, FullRowScorer
+from lenvm_rl.modeling.backbones import load_model
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.programs import run_program
-from lenvm_rl.scoring import CandidateScorer, FullRowScorer
 
 CASES = ("plain", "guided", "floor", "naive")
 TITLES = {

@@ -46,7 +46,7 @@ from eval.measurement import (
 from eval.speed_critic import Settings as ModelSettings
 from eval.speed_critic import first_token_reward, now, save_model
 from eval.speed_pretraining import GAMMA
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer
 from lenvm_rl.trainers.legacy import legacy_ppo

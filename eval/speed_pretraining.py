@@ -32,12 +32,12 @@ from eval.measurement import (
     run_steps,
     setting,
 )
-from lenvm_rl.modeling import LengthValueHead, LengthValueModel
-from lenvm_rl.packing import padding_share
-from lenvm_rl.pretraining import LengthValueCollator, LengthValueTrainer, LengthValueTrainingArguments
+from lenvm_rl.modeling.length_value_model import LengthValueHead, LengthValueModel
+from lenvm_rl.pretraining.batches import padding_share
+from lenvm_rl.pretraining.loss import IGNORED, length_value_loss
+from lenvm_rl.pretraining.trainer import LengthValueCollator, LengthValueTrainer, LengthValueTrainingArguments
 from lenvm_rl.programs import run_program
 from lenvm_rl.returns import discounted_return
-from lenvm_rl.targets import IGNORED, length_value_loss
 
 CASES = ("trainer", "shared", "padded", "limit")
 TITLES = {

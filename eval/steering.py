@@ -47,10 +47,10 @@ from eval import command_line
 from eval.report import save_figure
 from eval.runs import check_writable
 from eval.speed_critic import make_tokenizer
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.files import atomic_file
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.programs import choose_threads
 from lenvm_rl.returns import fit_gamma
-from lenvm_rl.rollouts import atomic_file
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from lenvm_rl.decoding.scoring import check_scorable
 from lenvm_rl.returns import horizon_shift, remaining_from_logits
-from lenvm_rl.scoring import check_scorable
 
 
 @dataclass(frozen=True)

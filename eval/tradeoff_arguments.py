@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.datasets import TASKS, EvaluationPrompts, dataset_prompts, sandbox_prompts
 from eval.runs import CANDIDATES, SANDBOX_CANDIDATES, SANDBOX_RUN, Run, check_sandbox, find_run
-from lenvm_rl.loading import read_config
+from lenvm_rl.modeling.loading import read_config
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,11 @@ from eval.samples import SampleStore
 from eval.style_frontier import StyleFrontier, measure_points
 from eval.tradeoff_arguments import Comparison, TradeoffArguments, check_data
 from eval.tradeoff_kl import policy_divergence
-from lenvm_rl.decoding import LengthGuidance
-from lenvm_rl.loading import has_tokenizer, load_length_value_model, load_policy, load_tokenizer
-from lenvm_rl.prompts import tokenize_prompts
+from lenvm_rl.decoding.generation import LengthGuidance
+from lenvm_rl.modeling.loading import has_tokenizer, load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.reward_functions import check_columns
 from lenvm_rl.sandbox import clean_length, read_completion
-from lenvm_rl.tokenization import check_same_tokenizer
+from lenvm_rl.tokenization import check_same_tokenizer, tokenize_prompts
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from lenvm_rl.decoding import LengthGuidance, LengthGuidedLogitsProcessor
+from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor
 
 # Logits held at once by one forward: 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
@@ -35,8 +35,8 @@ class DivergenceMeter(LogitsProcessor):
     sampled at strength 0.
 
     Args:
-        processor ([`~lenvm_rl.decoding.LengthGuidedLogitsProcessor`]): the tilt, for one call of `generate`.
-        guidance ([`~lenvm_rl.decoding.LengthGuidance`]): its guidance, the same for all rows.
+        processor ([`~lenvm_rl.decoding.generation.LengthGuidedLogitsProcessor`]): the tilt, for one call of `generate`.
+        guidance ([`~lenvm_rl.decoding.generation.LengthGuidance`]): its guidance, the same for all rows.
         eos_token_ids (sequence of `int`): tokens that end a completion.
 
     Attributes:

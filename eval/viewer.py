@@ -25,8 +25,9 @@ from eval.runs import check_writable, is_sandbox, set_threads
 from eval.token_values import TokenValues, token_values
 from eval.viewer_text import token_pieces, tokenizer_of_rollouts
 from lenvm_rl.endings import end_token_ids, own_length
-from lenvm_rl.loading import load_length_value_model
-from lenvm_rl.rollouts import REQUIRED_COLUMNS, atomic_file, read_rollouts
+from lenvm_rl.files import atomic_file
+from lenvm_rl.modeling.loading import load_length_value_model
+from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts
 
 TEMPLATE, SCRIPT = Path(__file__).with_name("viewer_template.html"), Path(__file__).with_name("viewer_page.js")
 # Further columns of a record are shown if they are no longer than this.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from lenvm_rl.loading import has_tokenizer, load_tokenizer
-from lenvm_rl.rollouts import RolloutMetadata
+from lenvm_rl.modeling.loading import has_tokenizer, load_tokenizer
+from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.tokenization import check_same_tokenizer
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one

@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lenvm_rl.configuration import LengthValueConfig
-from lenvm_rl.forms import FULL
-from lenvm_rl.positions import context_of
+from lenvm_rl.files import atomic_file
+from lenvm_rl.modeling.completions import context_of
+from lenvm_rl.modeling.configuration import LengthValueConfig
+from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.returns import remaining_from_logits
-from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.sampling_jobs import Prompt, tokenize_prompts
-from lenvm_rl.tokenization import check_same_tokenizer
+from lenvm_rl.tokenization import Prompt, check_same_tokenizer, tokenize_prompts
 
 logger = logging.getLogger(__name__)
 

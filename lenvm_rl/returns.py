@@ -209,3 +209,8 @@ def horizon_shift(
     Arguments and shape as in [`td_residual`].
     """
     return -td_residual(values, mask, gamma, bootstrap, action_mask)
+
+
+def wide_dtype(device: torch.device | str) -> torch.dtype:
+    """The widest floating-point dtype of a device: float64, and float32 on Apple's MPS, which has no other."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64

@@ -2,17 +2,20 @@
 
 TRL takes functions, lambdas, bound methods, `functools.partial`s of any of them, and objects that can be called. Two
 abilities are seen without knowing the class: to have a state that a resumed run needs ([`StatefulReward`]), and to say
-what is correct apart from what is paid ([`lenvm_rl.correctness.ShapedReward`]).
+what is correct apart from what is paid ([`lenvm_rl.reward_functions.ShapedReward`]).
 """
 
+from __future__ import annotations
+
+import contextlib
 import functools
 import importlib
 import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -178,3 +181,122 @@ def check_returned(returned: Any, name: str, count: int) -> list:
             "finite numbers, and None for completions that it does not apply to."
         )
     return rewards
+
+
+# Between the flags 0 and 1.
+FLAG_THRESHOLD = 0.5
+
+
+@runtime_checkable
+class ShapedReward(Protocol):
+    """A reward function that pays for more than being correct, such as a length penalty, and knows what is correct.
+
+    Attributes:
+        unshaped_flags (`list[float | None]` or `None`):
+            1 where a completion of the last call in this process was correct, 0 where it was not, `None` where that
+            was not judged. `None` before the first call.
+    """
+
+    unshaped_flags: list[float | None] | None
+
+
+@runtime_checkable
+class WrappingReward(Protocol):
+    """A reward function around another one, which says what is correct.
+
+    Attributes:
+        task_reward (`Callable`): the other one.
+    """
+
+    task_reward: Callable
+
+
+def judge_of(function: Callable) -> Callable:
+    """The function that a reward function leaves it to, to say what is correct: itself, or the one that it wraps."""
+    # A `functools.partial` stays what it is: another one of the same function may judge otherwise.
+    bare = unwrapped(function)
+    return bare.task_reward if isinstance(bare, WrappingReward) else function
+
+
+def correctness_values(
+    function: Callable, paid: Sequence[float | None], threshold: float = FLAG_THRESHOLD
+) -> tuple[Sequence[float | None], float]:
+    """What a reward function says of the correctness of the completions that it was just called with.
+
+    Args:
+        function (`Callable`): the reward function, right after the call.
+        paid (sequence of `float` or `None`): what it returned, one entry per completion.
+        threshold (`float`, *optional*, defaults to `0.5`): above which its rewards say that a completion is correct.
+
+    Returns:
+        `tuple[Sequence[float | None], float]`: one value per completion, `None` where it was not judged, and the
+        threshold above which a value says correct. For a [`ShapedReward`] its flags and 0.5, otherwise what was given.
+
+    Raises:
+        `ValueError`: the flags are not those of the completions.
+    """
+    function = unwrapped(function)
+    if not isinstance(function, ShapedReward):
+        return paid, threshold
+    flags = function.unshaped_flags
+    if flags is None or len(flags) != len(paid):
+        raise ValueError(
+            f"The reward function '{name_of(function)}' says in `unshaped_flags` which completions are correct: it has "
+            f"to hold one flag for each of the {len(paid)} completions of its last call, but holds "
+            f"{'none' if flags is None else len(flags)}."
+        )
+    return flags, FLAG_THRESHOLD
+
+
+def are_correct(function: Callable, paid: Sequence[float | None], threshold: float = FLAG_THRESHOLD) -> list[bool]:
+    """Which completions are correct, from the arguments of [`correctness_values`]; what was not judged is not."""
+    values, threshold = correctness_values(function, paid, threshold)
+    return [value is not None and value > threshold for value in values]
+
+
+T = TypeVar("T")
+
+
+def number_of_processes() -> int:
+    """How many processes work on the batches of this run."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def process_index() -> int:
+    """Which of them this is; rows of a batch are in their order."""
+    return torch.distributed.get_rank() if number_of_processes() > 1 else 0
+
+
+def exchanged(value: T) -> list[T]:
+    """The value of each process, in their order; every process has to call this, with something that can be pickled."""
+    if number_of_processes() == 1:
+        return [value]
+    everyone: list = [None] * number_of_processes()
+    torch.distributed.all_gather_object(everyone, value)
+    return everyone
+
+
+@contextlib.contextmanager
+def fails_together(what: str) -> Iterator[None]:
+    """A context in which an error on one process ends the others too, which would wait for that one in vain.
+
+    Every process has to enter it, and to leave it before they exchange anything else.
+
+    Args:
+        what (`str`): what is done inside, for the error.
+
+    Raises:
+        RuntimeError: it failed on another process. Where it failed, its own error passes.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = exchanged(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    failed = [f"process {index} ({problem})" for index, problem in enumerate(told) if problem is not None]
+    if failed:
+        raise RuntimeError(f"{what} failed on {', '.join(failed)}: see what that process says.")

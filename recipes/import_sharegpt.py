@@ -13,10 +13,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from lenvm_rl.loading import load_tokenizer
+from lenvm_rl.modeling.loading import load_tokenizer
 from lenvm_rl.programs import AGAIN, run_program
-from lenvm_rl.rollouts import RolloutMetadata, check_suffix, write_rollouts
-from lenvm_rl.sharegpt import ASSUMPTIONS, read_sharegpt
+from lenvm_rl.rollouts.record import RolloutMetadata, check_suffix, write_rollouts
+from lenvm_rl.rollouts.sharegpt import ASSUMPTIONS, read_sharegpt
 from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lenvm_rl.files import atomic_file
 from lenvm_rl.programs import AGAIN, run_program
-from lenvm_rl.rollouts import atomic_file
 from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lenvm_rl.loading import ADAPTER_FILE, model_type
+from lenvm_rl.modeling.loading import ADAPTER_FILE, model_type
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer, checks
 from recipes.arguments import read_arguments

@@ -28,10 +28,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lenvm_rl.loading import load_tokenizer
-from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
+from lenvm_rl.modeling.loading import load_tokenizer
+from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import run_program
-from lenvm_rl.rollouts import read_rollouts, split_by_prompt, write_rollouts
+from lenvm_rl.rollouts.record import read_rollouts, split_by_prompt, write_rollouts
 from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 from trl import GRPOConfig
 
-from lenvm_rl.correctness import judge_of
 from lenvm_rl.endings import end_token_ids
-from lenvm_rl.reward_functions import NO_COLUMNS, StatefulReward, check_columns, is_asynchronous, name_of, unwrapped
+from lenvm_rl.reward_functions import (
+    NO_COLUMNS,
+    StatefulReward,
+    check_columns,
+    is_asynchronous,
+    judge_of,
+    name_of,
+    unwrapped,
+)
 
 # What a policy might write.
 COMPLETION = "The answer is 0."

@@ -26,17 +26,16 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from lenvm_rl.backbones import load_model
 from lenvm_rl.endings import end_token_ids
-from lenvm_rl.loading import load_length_value_model, load_tokenizer
+from lenvm_rl.modeling.backbones import load_model
+from lenvm_rl.modeling.loading import load_length_value_model, load_tokenizer
 from lenvm_rl.programs import run_program
-from lenvm_rl.prompts import check_prompts, load_prompts
-from lenvm_rl.rollouts import RolloutMetadata
-from lenvm_rl.sampling import sample_to_file
-from lenvm_rl.sampling_jobs import SamplingSettings
-from lenvm_rl.server_sampling import sample_from_server
-from lenvm_rl.servers import SERVERS, connect
-from lenvm_rl.vllm_sampling import sample_with_vllm
+from lenvm_rl.rollouts.job import SamplingSettings
+from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.record import RolloutMetadata
+from lenvm_rl.rollouts.server import SERVERS, connect, sample_from_server
+from lenvm_rl.rollouts.vllm import sample_with_vllm
+from lenvm_rl.tokenization import check_prompts, load_prompts
 from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)

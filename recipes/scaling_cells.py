@@ -10,8 +10,8 @@ from datasets import Dataset
 from torch.nn.functional import linear, silu
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lenvm_rl.heads import LengthValueHead
-from lenvm_rl.pretraining import LengthValueTrainer, completion_lengths
+from lenvm_rl.modeling.heads import LengthValueHead
+from lenvm_rl.pretraining.trainer import LengthValueTrainer, completion_lengths
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class RoundedHead(LengthValueHead):
     """The head with every number it reads and makes rounded to bfloat16; the weights that are trained stay float32."""
 
     def forward(self, hidden_states):
-        """See [`~lenvm_rl.heads.LengthValueHead.forward`]."""
+        """See [`~lenvm_rl.modeling.heads.LengthValueHead.forward`]."""
         hidden = _rounded(hidden_states)
         for layer, activation in ((self.hidden, silu), (self.output, lambda logits: logits)):
             hidden = _rounded(linear(hidden, _rounded(layer.weight), _rounded(layer.bias)))

@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from eval import prompt_boundary
 from eval.statistics import Interval
-from lenvm_rl.pretraining import (
+from lenvm_rl.files import atomic_file
+from lenvm_rl.pretraining.trainer import (
     LengthValueTrainer,
     LengthValueTrainingArguments,
     completion_lengths,
@@ -37,9 +38,9 @@ from lenvm_rl.pretraining import (
     make_length_value_model,
 )
 from lenvm_rl.programs import choose_threads, run_program
-from lenvm_rl.rollouts import RolloutMetadata, atomic_file
-from lenvm_rl.sampling import sample_to_file
-from lenvm_rl.sampling_jobs import SamplingSettings
+from lenvm_rl.rollouts.job import SamplingSettings
+from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 from recipes.command_line import ProgramParser
 from recipes.scaling_cells import Cell, GroupedTrainer, RoundedHead, make_axes, rate_factor

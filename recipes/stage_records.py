@@ -14,9 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from lenvm_rl.journal import Journal, read_json
-from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.run_checkpoints import last_complete_checkpoint
+from lenvm_rl.files import Journal, atomic_file, last_complete_checkpoint, read_json
 
 console = Console(width=120, highlight=False)
 

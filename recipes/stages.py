@@ -20,19 +20,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from trl import ModelConfig
 
 from eval.arms import call_reward, load_reward
-from lenvm_rl.backbones import load_model
-from lenvm_rl.correctness import are_correct
-from lenvm_rl.journal import read_json
-from lenvm_rl.loading import ADAPTER_FILE, check_policy, load_tokenizer, model_type, read_config
-from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
-from lenvm_rl.prompts import check_context, check_prompts, load_prompts
-from lenvm_rl.reward_functions import name_of
-from lenvm_rl.rollouts import REQUIRED_COLUMNS, atomic_file, read_rollouts, split_by_prompt
-from lenvm_rl.sampling import sample_to_file
-from lenvm_rl.sampling_jobs import SamplingSettings, find_column_problem
+from lenvm_rl.files import atomic_file, read_json
+from lenvm_rl.modeling.backbones import load_model
+from lenvm_rl.modeling.loading import ADAPTER_FILE, check_policy, load_tokenizer, model_type, read_config
+from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
+from lenvm_rl.reward_functions import are_correct, name_of
+from lenvm_rl.rollouts.job import SamplingSettings, find_column_problem
+from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts, split_by_prompt
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
-from lenvm_rl.sandbox.tokenizer import sandbox_tokenizer
-from lenvm_rl.tokenization import check_same_tokenizer
+from lenvm_rl.sandbox.task import sandbox_tokenizer
+from lenvm_rl.tokenization import check_context, check_prompts, check_same_tokenizer, load_prompts
 from lenvm_rl.trainers.configs import LenVMConfig
 from lenvm_rl.trainers.gate import gate_index
 from recipes.arguments import StageArguments, model_kwargs

@@ -9,8 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lenvm_rl.correctness import judge_of
-from lenvm_rl.reward_functions import unwrapped
+from lenvm_rl.reward_functions import judge_of, unwrapped
 from reward.exact_match import ExactMatchReward
 
 # Task rewards by module and name, each with the columns that it reads gold answers from: the first that is there. The

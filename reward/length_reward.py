@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from lenvm_rl.endings import end_token_ids, own_length
-from lenvm_rl.processes import number_of_processes
-from lenvm_rl.reward_functions import accepted, callable_at, check_returned, is_asynchronous, name_of
+from lenvm_rl.reward_functions import (
+    accepted,
+    callable_at,
+    check_returned,
+    is_asynchronous,
+    name_of,
+    number_of_processes,
+)
 from reward.processes import Part, Runs, knobs_of_all, parts_of_all, run_starts
 
 logger = logging.getLogger(__name__)
@@ -37,7 +43,7 @@ class LengthReward:
     Attributes:
         unshaped_flags (list of `float` or `None`):
             What the task reward said in the last call on this process: 1 for correct, 0 for wrong, `None` where it does
-            not apply; `None` before any call ([`lenvm_rl.correctness.ShapedReward`]).
+            not apply; `None` before any call ([`lenvm_rl.reward_functions.ShapedReward`]).
 
     Args:
         task_reward (`Callable` or `str`):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lenvm_rl.processes import exchanged, fails_together, process_index
+from lenvm_rl.reward_functions import exchanged, fails_together, process_index
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def parts_of_all(make: Callable[[], Part]) -> tuple[list[Part], int]:
     """What `make` gives on each process, in their order, and the index of this one; every process has to call this.
 
     Raises:
-        RuntimeError: it failed on another process ([`~lenvm_rl.processes.fails_together`]).
+        RuntimeError: it failed on another process ([`~lenvm_rl.reward_functions.fails_together`]).
     """
     with fails_together("The task reward of a length penalty"):
         part = make()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lenvm_rl.sandbox.task import is_correct
-from lenvm_rl.sandbox.tokenizer import TOKENS
+from lenvm_rl.sandbox.task import TOKENS, is_correct
 
 
 def sandbox_reward(completion_ids: Sequence[Sequence[int]], answer: Sequence[str], **columns: Any) -> list[float]:

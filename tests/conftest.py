@@ -12,8 +12,13 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# Any test may say `from tiny import tiny_llama`, whatever pytest's import mode and the working directory.
+# Any test may say `from tiny import tiny_llama`, whatever pytest's import mode and the working directory; so may the
+# processes that tests start.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from places import PATHS  # noqa: E402
+
+sys.path[:0] = PATHS
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*PATHS, os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lenvm_rl.controllers import FloorController, TargetController, calibrate_strength
-from lenvm_rl.decoding import LengthGuidance, mean_length_at
+from lenvm_rl.decoding.generation import LengthGuidance, mean_length_at
 from lenvm_rl.sandbox.scripted import START, ScriptedLengthValue, ScriptedPolicy, random_chain
 from lenvm_rl.trainers import LenVMGRPOConfig
 from lenvm_rl.trainers.coefficient import HORIZON, LengthCoefficient

@@ -2,11 +2,10 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PACKAGES = ("lenvm_rl", "reward", "eval", "recipes")
 TEST = re.compile(r"\btests/[\w/]+\.py(?:::\w+)*")
@@ -81,8 +80,8 @@ def mentioned(pattern, page):
     [
         ("tests/test_docs.py", True),
         ("tests/test_docs.py::has_test", True),
-        ("tests/test_tilt.py::TestTilt::setup_method", True),
-        ("tests/test_tilt.py::TestTilt::test_nonsense", False),
+        ("tests/decoding/test_tilt.py::TestTilt::setup_method", True),
+        ("tests/decoding/test_tilt.py::TestTilt::test_nonsense", False),
         ("tests/test_docs.py::test_nonsense", False),
         ("tests/test_nonsense.py", False),
     ],

@@ -10,12 +10,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "lenvm_rl"
 # Outer rooms, from the inside out: whatever is below imports nothing of what stands here behind it.
 PROGRAMS = ("reward", "eval", "recipes")
-PURE = ("endings", "returns", "advantages", "shaping", "targets", "value_metrics", "value_references")
+PURE = ("endings", "returns", "advantages", "shaping", "pretraining/loss", "pretraining/references")
 FOLDERS = ("lenvm_rl", "reward", "eval", "recipes")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 # What is installed, downloaded, produced or kept by tools (in a linked work tree, .git is a file).

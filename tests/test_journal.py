@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lenvm_rl.journal import Journal, MetricsFile, read_json
+from lenvm_rl.files import Journal, MetricsFile, read_json
 
 
 def test_a_journal_gives_back_what_was_finished(tmp_path):

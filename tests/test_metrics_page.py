@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from places import ROOT
 from ragged import EOS, random_rollouts
 from tiny import tiny_llama, tiny_tokenizer
 from trainer_parts import VOCAB, first_is_w8, grpo, no_reward, ppo, prompts, random_lenvm, scripted
 
-from lenvm_rl.pretraining import LengthValueTrainingArguments, pretrain
-from lenvm_rl.rollouts import RolloutMetadata
+from lenvm_rl.pretraining.metrics import POINTS, length_value_metrics
+from lenvm_rl.pretraining.references import reference_metrics
+from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
+from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.tokenization import tokenizer_fingerprint
 from lenvm_rl.trainers import LenVMPPOTrainer
-from lenvm_rl.value_metrics import POINTS, length_value_metrics
-from lenvm_rl.value_references import reference_metrics
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 OURS = ["Completions", "Length value model", "Streams of advantage", "Task critic"]
 POLICY = [*OURS, "TRL's own"]
 # Every absence that a table names; a run says which of them hold.

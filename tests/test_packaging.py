@@ -14,8 +14,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from packaging.requirements import Requirement
 from packaging.version import Version
-
-ROOT = Path(__file__).resolve().parent.parent
+from places import ROOT
 
 
 def run(*command, **options):
@@ -50,6 +49,7 @@ def test_the_wheel_is_the_library_alone(wheel):
 
 USE = """
 import importlib.util, json, lenvm_rl, torch
+
 from importlib.metadata import version
 print(json.dumps({
     "file": lenvm_rl.__file__,
@@ -79,7 +79,7 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     assert seen["version"][0] == seen["version"][1]
     # Two tokens to come at γ = 0.5: -(1 - 0.5²).
     assert seen["return"] == [-0.75]
-    assert seen["model"] == "lenvm_rl.modeling"
+    assert seen["model"] == "lenvm_rl.modeling.length_value_model"
     assert seen["checkout"] == []
 
 

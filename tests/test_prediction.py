@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import assert_same_logits, tiny_length_value_model, tiny_llama, tiny_tokenizer
 
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import (
     LengthQuantiles,
     boundary_logits,

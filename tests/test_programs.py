@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from transformers import AutoConfig, HfArgumentParser
 
 from lenvm_rl import programs
 from lenvm_rl.programs import TRACEBACK_VARIABLE, choose_threads, run_program, sentence_of, usable_cores
 from lenvm_rl.returns import fit_gamma
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import json
 import pytest
 from tiny import tiny_tokenizer
 
-from lenvm_rl.prompts import check_context, check_prompts, check_room, load_prompts, tokenize_prompts
-from lenvm_rl.sampling_jobs import SamplingJob, SamplingSettings
+from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings
+from lenvm_rl.tokenization import check_context, check_prompts, check_room, load_prompts, tokenize_prompts
 
 ROWS = [{"prompt": "w7 w8", "answer": 1}, {"prompt": "w9", "answer": 2}]
 GOOD = [[{"role": "user", "content": "w7"}], [{"role": "assistant", "content": None, "tool_calls": [{}]}]]

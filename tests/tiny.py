@@ -103,7 +103,7 @@ def _seeded(model_class, config_class, vocab_size, hidden, layers, seed, config)
 
 def tiny_length_value_model(backbone=None, gamma=0.9, seed=0, tokenizer=None):
     """A random `LengthValueModel` whose values differ widely from state to state; those of a new head hardly do."""
-    from lenvm_rl.modeling import LengthValueModel
+    from lenvm_rl.modeling.length_value_model import LengthValueModel
 
     model = LengthValueModel.from_backbone(backbone or tiny_llama(seed=seed), gamma=gamma, tokenizer=tokenizer)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

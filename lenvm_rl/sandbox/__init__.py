@@ -2,8 +2,14 @@
 
 from lenvm_rl.sandbox.policy import PolicySettings, fit_policy
 from lenvm_rl.sandbox.styles import STYLES, clean_length, draw_completion, read_completion
-from lenvm_rl.sandbox.task import DIFFICULTIES, Problem, distinct_problems, is_correct, stream_problems
-from lenvm_rl.sandbox.tokenizer import sandbox_tokenizer
+from lenvm_rl.sandbox.task import (
+    DIFFICULTIES,
+    Problem,
+    distinct_problems,
+    is_correct,
+    sandbox_tokenizer,
+    stream_problems,
+)
 
 __all__ = [
     "DIFFICULTIES",

@@ -12,10 +12,9 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from lenvm_rl.packing import pack_lengths
+from lenvm_rl.pretraining.batches import pack_lengths
 from lenvm_rl.sandbox.styles import draw_completion
-from lenvm_rl.sandbox.task import stream_problems
-from lenvm_rl.sandbox.tokenizer import sandbox_tokenizer
+from lenvm_rl.sandbox.task import sandbox_tokenizer, stream_problems
 
 logger = logging.getLogger(__name__)
 

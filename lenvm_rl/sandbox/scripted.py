@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lenvm_rl.modeling import LengthValueOutput
+from lenvm_rl.modeling.length_value_model import LengthValueOutput
 from lenvm_rl.returns import check_gamma
 
 PAD, EOS, START = 0, 1, 2

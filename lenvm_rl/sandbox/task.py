@@ -12,6 +12,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 MODULUS = 7
 LABELS = tuple("abcdefghijklmnopqrst")
 VALUES = tuple(str(value) for value in range(MODULUS))
@@ -129,3 +132,15 @@ def distinct_problems(count: int, seed: int, split: str, difficulties: Sequence[
 def is_correct(completion: Sequence[str], answer: str) -> bool:
     """Whether a completion's tokens (end-of-sequence included) finish with the right answer, ``A <answer> <eos>``."""
     return list(completion[-3:]) == [ANSWER, answer, EOS]
+
+
+TOKENS = (PAD, EOS, QUESTION, ANSWER, WAIT, REDO, *VALUES, *OPERATIONS, *LABELS)
+
+
+def sandbox_tokenizer() -> PreTrainedTokenizerFast:
+    """A `PreTrainedTokenizerFast` over [`TOKENS`], words split at spaces; pads on the left, as generation needs it."""
+    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(TOKENS)}, unk_token=PAD))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, padding_side="left", clean_up_tokenization_spaces=False
+    )

@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError(f"The server needs FastAPI and uvicorn ({error}): pip install 'lenvm-rl[serving]'") from error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.serve.answers import DONE, Answer, event
 from lenvm_rl.serve.engine import Engine
 from lenvm_rl.serve.generation import Job

@@ -25,15 +25,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lenvm_rl.decoding import LengthGuidedLogitsProcessor
+from lenvm_rl.decoding.generation import LengthGuidedLogitsProcessor
+from lenvm_rl.decoding.guidance import LengthGuidance
+from lenvm_rl.decoding.processor import MAX_UNTRUNCATED_VOCABULARY
 from lenvm_rl.endings import end_token_ids, padding_id
-from lenvm_rl.guidance import LengthGuidance
-from lenvm_rl.logits_processor import MAX_UNTRUNCATED_VOCABULARY
 from lenvm_rl.prediction import boundary_logits, lengths_from_logits
-from lenvm_rl.prompts import tokenize_prompts
 from lenvm_rl.serve.generation import Choice, Draw, Job, Watcher, pad_left
 from lenvm_rl.serve.protocol import ChatRequest, GenerationRequest, RequestError, read_request
-from lenvm_rl.tokenization import check_same_tokenizer
+from lenvm_rl.tokenization import check_same_tokenizer, tokenize_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class Engine:
         max_choices (`int`, *optional*, defaults to `16`): most choices that are generated together, those of one
             request or of several.
         scoring (`str`, *optional*, defaults to `"cached"`): see
-            [`~lenvm_rl.decoding.LengthGuidedLogitsProcessor`].
+            [`~lenvm_rl.decoding.generation.LengthGuidedLogitsProcessor`].
 
     Raises:
         ValueError: the tokenizers differ, nothing ends a completion, the length value model cannot be scored with,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
-from lenvm_rl.decoding import LengthGuidedLogitsProcessor
+from lenvm_rl.decoding.generation import LengthGuidedLogitsProcessor
 from lenvm_rl.endings import own_length
 from lenvm_rl.serve.protocol import GenerationRequest
 from lenvm_rl.serve.text import IncrementalText
@@ -118,7 +118,7 @@ class Watcher(StoppingCriteria):
 
     Args:
         jobs (sequence of [`Job`]): in the order of the rows.
-        processor ([`~lenvm_rl.decoding.LengthGuidedLogitsProcessor`]): knows the ends, and what was forced.
+        processor ([`~lenvm_rl.decoding.generation.LengthGuidedLogitsProcessor`]): knows the ends, and what was forced.
         tokenizer (`PreTrainedTokenizerBase`): decodes.
     """
 

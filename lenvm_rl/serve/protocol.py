@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from lenvm_rl.guidance import LengthGuidance
+from lenvm_rl.decoding.guidance import LengthGuidance
 
 # `temperature` and `top_p` are OpenAI's own and stay at the top of the request.
 KNOBS = tuple(field.name for field in fields(LengthGuidance) if field.name not in ("temperature", "top_p"))
@@ -133,12 +133,12 @@ class GenerationRequest(Body):
         model (`str`): what the policy is called here.
         n (`int`): choices.
         max_tokens, max_completion_tokens (`int`): most tokens of a choice, end-of-sequence counted; two names for one.
-        temperature, top_p (`float`): as in [`~lenvm_rl.guidance.LengthGuidance`].
+        temperature, top_p (`float`): as in [`~lenvm_rl.decoding.LengthGuidance`].
         seed (`int`): makes the answer reproducible.
         stop (`str` or list of them): strings that end a choice.
         stream, stream_options: whether to answer in pieces, and whether these end with token counts.
         return_token_ids (`bool`): whether to give the ids of prompt and choices.
-        length_guidance (`dict`): the other fields of [`~lenvm_rl.guidance.LengthGuidance`].
+        length_guidance (`dict`): the other fields of [`~lenvm_rl.decoding.LengthGuidance`].
         user, safety_identifier, prompt_cache_key (`str`): they say who asks, and change no answer.
     """
 

@@ -7,34 +7,34 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
 from lenvm_rl.advantages import combine, gae, length_advantage
-from lenvm_rl.backbones import check_embeds
-from lenvm_rl.completions import completion_logits
 from lenvm_rl.endings import through_first_end
-from lenvm_rl.journal import MetricsFile
+from lenvm_rl.files import MetricsFile, check_files, explained_failure
+from lenvm_rl.modeling.backbones import check_embeds
+from lenvm_rl.modeling.completions import completion_logits
 from lenvm_rl.shaping import length_potential, potential_shaping, value_potential
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.arguments import trainer_keywords
 from lenvm_rl.trainers.base_config import LenVMConfig
-from lenvm_rl.trainers.checkpoint_files import check_files, explained_failure
+from lenvm_rl.trainers.checks import check_reference_path, warn_of_another_reference
 from lenvm_rl.trainers.coefficient import LengthCoefficient
+from lenvm_rl.trainers.frozen import LengthValues, check_shards, place_length_value_model
 from lenvm_rl.trainers.gate import Gate, Outcomes, paid_share
-from lenvm_rl.trainers.guided_rollouts import check_guided_rollouts, guided_generation, importance_ratio, read_guidance
-from lenvm_rl.trainers.length_values import LengthValues, place_length_value_model
 from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics
 from lenvm_rl.trainers.pictures import picture_inputs
-from lenvm_rl.trainers.reference import check_reference_path, warn_of_another_reference
-from lenvm_rl.trainers.resuming import ResumableTrainer
-from lenvm_rl.trainers.reward_calls import check_reward_models, watched_rewards
-from lenvm_rl.trainers.rollout_ends import (
+from lenvm_rl.trainers.resuming import ResumableTrainer, stop_between_generations
+from lenvm_rl.trainers.rewards import check_reward_models, watched_rewards
+from lenvm_rl.trainers.rollouts import (
     Sampled,
     check_ends,
+    check_guided_rollouts,
     completion_budget,
     ends_in_stop_string,
+    guided_generation,
+    importance_ratio,
+    read_guidance,
     read_sampled,
     run_end_ids,
 )
-from lenvm_rl.trainers.sharding import check_shards
-from lenvm_rl.trainers.stopping import stop_between_generations
 from lenvm_rl.trainers.streams import (
     Completions,
     centered_gated_advantage,
@@ -52,7 +52,7 @@ class LenVMTrainer(ResumableTrainer):
             The model or its path. It is frozen, and placed like TRL's reference model. Needed where `length_coef` or
             `shaping_coef` is not 0; otherwise it is only logged. One of form `"adapter"` or `"head"` shares the
             decoder of the reference model, or of the base under a policy's adapters; a head alone then reads the
-            reference's own forward ([`lenvm_rl.trainers.shared_base`]).
+            reference's own forward ([`lenvm_rl.trainers.frozen`]).
 
     Raises:
         `ValueError`: what [`lenvm_rl.trainers.checks`] and [`lenvm_rl.trainers.resuming`] refuse.

@@ -61,8 +61,8 @@ class LenVMConfig(RefreshConfig):
             (arXiv 2503.24290). In PPO it serves the policy and the critic's targets, unless `critic_lam` is set.
         rollout_guidance (`dict`, *optional*):
             Guide the rollouts of training (not those of evaluation) in length: the fields of
-            [`~lenvm_rl.decoding.LengthGuidance`] but temperature, top_k, top_p and min_p, which are the trainer's. Such
-            completions are off-policy, see `lenvm_rl.trainers.guided_rollouts`.
+            [`~lenvm_rl.decoding.generation.LengthGuidance`] but temperature, top_k, top_p and min_p, which are the
+            trainer's. Such completions are off-policy, see `lenvm_rl.trainers.rollouts`.
         rollout_ratio_max (`float`, *optional*, defaults to `3.0`):
             Truncation of the importance ratio that each token of a guided rollout is weighed by, above 0.
 

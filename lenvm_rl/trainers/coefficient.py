@@ -5,7 +5,7 @@ import math
 import os
 
 from lenvm_rl.controllers import FloorController, TargetController
-from lenvm_rl.rollouts import atomic_file
+from lenvm_rl.files import atomic_file
 from lenvm_rl.trainers.coefficient_config import CoefficientConfig
 
 STATE_FILE = "length_coef.json"

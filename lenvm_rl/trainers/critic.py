@@ -1,247 +1,508 @@
-"""The task critic of PPO: a decoder with a scalar head that estimates the task return at every token."""
+"""Where a task critic comes from: what a person hands over, and what a run keeps of it.
+
+What is given as `critic=` is taken as it is: a linear score head is the value head, adapters stay adapters, and what is
+frozen stays frozen. What learns is held in float32, in which small steps are not lost to rounding; what does not keeps
+its dtype, so that a large base is not made larger. Where there is no head, a new one is put on, which is said in the
+log.
+"""
+
+from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
-from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.utils import ModelOutput
+from peft import PeftConfig, PeftModel, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    TrainerCallback,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+from trl.trainer.utils import disable_dropout_in_model
 
-from lenvm_rl.adapters import add_adapters, bare_model, merged_copy
-from lenvm_rl.backbones import copy_decoder, decoder_config_from_dict, is_quantized, load_decoder, load_model
-from lenvm_rl.heads import ScoreHead
-from lenvm_rl.modeling import LengthValueHead, LengthValueModel
-from lenvm_rl.positions import decoder_positions
-from lenvm_rl.remote_code import decoder_from_config, save_code, with_code
+from lenvm_rl.modeling.adapters import adapted_layers, adapter_configs, adapter_settings, bare_model, keep_active
+from lenvm_rl.modeling.backbones import check_causal, check_decoder, check_embeds, load_model
+from lenvm_rl.modeling.critic import (
+    LINEAR,
+    TaskCritic,
+    TaskCriticConfig,
+    TaskCriticHead,
+    load_critic,
+    renew_buffers,
+    unset_like,
+)
+from lenvm_rl.modeling.heads import ScoreHead
+from lenvm_rl.modeling.length_value_model import LengthValueConfig, LengthValueModel
+from lenvm_rl.modeling.sharing import SAME_ARCHITECTURE
+from lenvm_rl.trainers import checks
+from lenvm_rl.trainers.pictures import check_sees_pictures
 
-MLP, LINEAR = HEADS = ("mlp", "linear")
+logger = logging.getLogger(__name__)
+
+LEARNED, NO_CRITIC = "learned", "lenvm"
+# Models with a head that scores, by the end of the name of their class.
+_SCORERS = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
+_OF_TASK = {
+    TaskType.SEQ_CLS: AutoModelForSequenceClassification,
+    TaskType.TOKEN_CLS: AutoModelForTokenClassification,
+}
 
 
-class TaskCriticConfig(PretrainedConfig):
-    """Configuration of a [`TaskCritic`].
+def make_critic(critic, critic_init: str, policy, length_value_model, trust_remote_code: bool = False):
+    """The task critic that `LenVMPPOTrainer(…, critic=)` asks for.
 
     Args:
-        backbone_config (`PretrainedConfig` or `dict`, *optional*):
-            Configuration of the decoder. A critic cannot be made without it.
-        head (`str`, *optional*, defaults to `"mlp"`):
-            `"mlp"`: a [`TaskCriticHead`]; `"linear"`: a [`~lenvm_rl.heads.ScoreHead`].
-        head_bias (`bool`, *optional*, defaults to `True`): whether a linear head has a bias.
-        adapters (`dict`, *optional*):
-            Settings of PEFT's adapters by name, see [`~lenvm_rl.adapters.adapter_settings`].
-        frozen (`dict`, *optional*):
-            The weights that do not learn, by name, and the dtype that each is held in. All others are float32.
+        critic (`str` or `PreTrainedModel` or `peft.PeftModel`):
+            - `"learned"`: a new head on the decoder that `critic_init` names, all of which learns.
+            - `"lenvm"`: none.
+            - A [`TaskCritic`], which is used itself, or the folder of one (such as `checkpoint-100/critic`).
+            - A model with a linear score head of one number (`AutoModelForSequenceClassification` with
+              `num_labels=1`, as reward models are): a copy of it, whose values are its scores at every token.
+            - Any other decoder: a copy of it with a new head, which learns.
+            - Any of these with adapters of PEFT, and the folder or hub id of any of them, adapters included.
+
+            Flags `requires_grad` count as they are. The policy itself, given here, stands for `"learned"`, and so does
+            a [`LengthValueModel`] for its decoder.
+        critic_init (`str`): `"policy"`, `"lenvm"`, or a folder or hub id, as above.
+        policy (`PreTrainedModel` or `peft.PeftModel`): the policy.
+        length_value_model ([`LengthValueModel`], *optional*): the frozen one.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with weights is run.
+
+    Returns:
+        [`TaskCritic`], or `None` for `"lenvm"`.
 
     Raises:
-        `ValueError`: there is no such head, or transformers does not know the decoder's type.
+        `ValueError`: `"lenvm"` is asked for and there is none, or what is given can be no critic; the reason is named.
+        `FileNotFoundError`: a path does not exist.
     """
-
-    model_type = "lenvm_task_critic"
-    sub_configs = {"backbone_config": AutoConfig}
-
-    def __init__(self, backbone_config=None, head=MLP, head_bias=True, adapters=None, frozen=None, **kwargs):
-        self.backbone_config = None
-        super().__init__(**kwargs)
-        # Set only now: the inherited method would overwrite the decoder's choice of attention.
-        if isinstance(backbone_config, dict):
-            backbone_config = decoder_config_from_dict(backbone_config)
-        self.backbone_config = backbone_config
-        if "attn_implementation" in kwargs:
-            self._attn_implementation = kwargs["attn_implementation"]
-        if head not in HEADS:
-            raise ValueError(f"head='{head}' is none of a task critic; there are {', '.join(HEADS)}.")
-        self.head, self.head_bias = head, head_bias
-        self.adapters, self.frozen = adapters, frozen
-
-
-@dataclass
-class TaskCriticOutput(ModelOutput):
-    """
-    Args:
-        logits (`torch.FloatTensor` of shape `(B, S)`):
-            The value at every position, float32 and unbounded: a return has no range of its own. Called logits because
-            that is the field every value model of this library answers with.
-    """
-
-    logits: torch.FloatTensor | None = None
+    if length_value_model is None and _is(critic, NO_CRITIC):
+        raise ValueError(_NO_LENVM)
+    if _is(critic, NO_CRITIC):
+        return None
+    if _is(critic, LEARNED):
+        if length_value_model is None and critic_init == "lenvm":
+            raise ValueError(_NO_LENVM)
+        critic = {"policy": policy, "lenvm": length_value_model}.get(critic_init, critic_init)
+    if isinstance(critic, (str, os.PathLike)):
+        critic = _loaded(critic, trust_remote_code)
+    elif not isinstance(critic, (PreTrainedModel, PeftModel)):
+        raise ValueError(
+            f"`critic` is a {type(critic).__name__}; it has to be 'learned', 'lenvm', a model of transformers (with "
+            "adapters or without), or the path of one."
+        )
+    elif bare_model(critic) is bare_model(policy):
+        return TaskCritic.from_backbone(policy)
+    elif not isinstance(critic, (TaskCritic, LengthValueModel)) or _has_new_adapters(critic):
+        critic = copy.deepcopy(critic)
+    if isinstance(critic, LengthValueModel):
+        logger.info("the critic starts from the decoder of a length value model, with a new head")
+        return TaskCritic.from_backbone(critic)
+    critic = _as_task_critic(critic)
+    check_apart(critic, policy)
+    hold_dtypes(critic)
+    return critic
 
 
-class TaskCriticHead(LengthValueHead):
-    """The two layers of [`LengthValueHead`], float32, with a last layer that starts at 0.
-
-    A new critic says 0 everywhere: the first update of the policy is plain Monte Carlo, not the noise of a random head.
-    """
-
-    OUTPUT_SCALE = 0.0
+_NO_LENVM = (
+    "critic='lenvm' and critic_init='lenvm' need a length value model: pass `length_value_model=`, or use "
+    "critic='learned' with critic_init='policy'."
+)
 
 
-class TaskCritic(PreTrainedModel):
-    """A decoder with a head of one number. Saved and loaded like any model of transformers.
+def _is(critic, name: str) -> bool:
+    return isinstance(critic, str) and critic == name
 
-    What of it learns is said by `requires_grad`, and kept when it is saved and loaded, as are adapters. What learns has
-    to be float32; the rest may be held in another dtype.
 
-    Args:
-        config ([`TaskCriticConfig`]): with `backbone_config`.
-        backbone (`PreTrainedModel`, *optional*): the decoder to use as it is; a random one from the config if omitted.
-        head (`torch.nn.Module`, *optional*): the head to use as it is, of the kind that the config names.
-    """
+def _has_new_adapters(critic) -> bool:
+    return isinstance(critic, TaskCritic) and not critic.config.adapters and any(adapted_layers(critic))
 
-    config_class = TaskCriticConfig
-    base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["head.hidden", "head.output"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
-    def __init__(self, config: TaskCriticConfig, backbone: PreTrainedModel | None = None, head=None):
-        if config.backbone_config is None:
-            raise ValueError("The config has no `backbone_config`: make a critic with `TaskCritic.from_backbone`.")
-        super().__init__(config)
-        self.backbone = decoder_from_config(config.backbone_config) if backbone is None else backbone
-        if head is None:
-            hidden_size = config.backbone_config.get_text_config(decoder=True).hidden_size
-            head = TaskCriticHead(hidden_size) if config.head == MLP else ScoreHead(hidden_size, config.head_bias)
-        self.head = head
-        if backbone is None:
-            add_adapters(self, config.adapters or {})
-            self.post_init()
-        else:
-            # The decoder's weights are given, and the head has drawn its own.
-            with no_init_weights():
-                self.post_init()
+def check_apart(critic: TaskCritic, policy: nn.Module) -> None:
+    """Raise a `ValueError` if the critic has a weight in common with the policy that one of them would train."""
+    known = {id(weight) for weight in policy.parameters()}
+    if any(id(weight) in known and weight.requires_grad for weight in critic.parameters()):
+        raise ValueError(
+            "The critic shares weights with the policy, and one of them would be trained through the other: give it a "
+            "decoder of its own (`TaskCritic.from_backbone(policy)` copies), or freeze what they share."
+        )
 
-    def _init_weights(self, module):
-        if isinstance(module, TaskCriticHead):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
 
-    @classmethod
-    def from_backbone(cls, model_or_path, trust_remote_code: bool = False) -> "TaskCritic":
-        """A float32 critic, all of which learns, with the decoder of another model and a new head.
+def _loaded(path, trust_remote_code: bool):
+    """The model at a path, whatever it is; adapters learn, on a frozen base."""
+    settings = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    if load_model(find_adapter_config_file, path) is not None:
+        return _with_adapters(path, settings)
+    config = load_model(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+    if isinstance(config, TaskCriticConfig):
+        return load_critic(path, trust_remote_code)
+    if isinstance(config, LengthValueConfig):
+        return LengthValueModel.from_pretrained(path, trust_remote_code=trust_remote_code)
+    scorer = _scorer(config)
+    if scorer is None:
+        logger.info("the model at '%s' has no score head: the critic gets a new one", path)
+        return TaskCritic.from_backbone(path, trust_remote_code)
+    return load_model(scorer.from_pretrained, path, **settings)
 
-        Args:
-            model_or_path (`PreTrainedModel` or `peft.PeftModel` or `str`):
-                A causal language model, a decoder, or a [`LengthValueModel`], whose weights are copied; adapters are
-                merged into the copy (of a shared decoder, those of the length value model alone). Or a folder or hub
-                id to load a decoder from (safetensors only).
-            trust_remote_code (`bool`, *optional*, defaults to `False`): for a path, whether code beside it is run.
 
-        Raises:
-            `ValueError`: the weights are quantised, or see [`~lenvm_rl.backbones.check_decoder`].
-        """
-        if isinstance(model_or_path, (str, os.PathLike)):
-            backbone = load_decoder(model_or_path, torch.float32, trust_remote_code=trust_remote_code)
-        elif isinstance(model_or_path, LengthValueModel):
-            backbone = model_or_path.copied_decoder(torch.float32)
-        elif is_quantized(bare_model(model_or_path)):
+def _scorer(config):
+    """What loads a model with its score head; `None` for one that was saved without."""
+    name = (config.architectures or [""])[0]
+    return next((loader for kind, loader in _SCORERS.items() if name.endswith(kind)), None)
+
+
+def _with_adapters(path, settings: dict) -> PeftModel:
+    """The adapters at a path on the base that they name."""
+    adapters = PeftConfig.from_pretrained(path)
+    base = adapters.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"The adapters at '{path}' do not say what they belong to (`base_model_name_or_path`): load base and "
+            "adapters (`PeftModel.from_pretrained(base, path, is_trainable=True)`) and give the model as `critic=`."
+        )
+    config = load_model(AutoConfig.from_pretrained, base, trust_remote_code=settings["trust_remote_code"])
+    if isinstance(config, TaskCriticConfig):
+        model = load_critic(base, settings["trust_remote_code"])
+    elif adapters.task_type in _OF_TASK:
+        model = load_model(_OF_TASK[adapters.task_type].from_pretrained, base, num_labels=1, **settings)
+    else:
+        model = load_model((_scorer(config) or AutoModelForCausalLM).from_pretrained, base, **settings)
+    return PeftModel.from_pretrained(model, path, is_trainable=True)
+
+
+def _as_task_critic(model) -> TaskCritic:
+    """A model of one's own as a critic: its decoder, its score head or a new one, and its active adapters."""
+    configs = adapter_configs(model)
+    if any(config.is_prompt_learning or config.is_adaption_prompt for config in configs.values()):
+        raise ValueError(
+            f"The critic's adapters ({', '.join(config.peft_type.value for config in configs.values())}) are none of "
+            "its layers, and cannot be kept: give the model without them, or one with LoRA."
+        )
+    bare = bare_model(model)
+    check_decoder(bare, adapters=True)
+    if model is bare and isinstance(bare, TaskCritic) and (bare.config.adapters or not configs):
+        if any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in bare.buffers()):
+            renew_buffers(bare, unset_like(bare))
+        return bare
+    configs = keep_active(bare, configs)
+    critic = bare if isinstance(bare, TaskCritic) else _with_head(bare)
+    critic.config.adapters = adapter_settings(critic, configs) or None
+    renew_buffers(critic, _rebuilt(critic))
+    return critic
+
+
+def _with_head(model: PreTrainedModel) -> TaskCritic:
+    decoder = model.base_model
+    name, score = _score_of(model, decoder)
+    config = TaskCriticConfig(backbone_config=decoder.config)
+    head = None
+    if score is None:
+        logger.info("the %s has no score head: the critic gets a new one", type(model).__name__)
+    else:
+        linear = score.get_base_layer() if isinstance(score, BaseTunerLayer) else score
+        outputs = getattr(linear, "out_features", None)
+        if not isinstance(linear, nn.Linear):
             raise ValueError(
-                "The weights are quantised, and a critic that learns cannot start from a copy of them: name a model to "
-                "start from (`critic_init=` or `critic=` of LenVMPPOTrainer), or use critic='lenvm'."
+                f"The head of the {type(model).__name__} (`{name}`, a {type(linear).__name__}) is not one linear "
+                f"layer: give its decoder (`model.{model.base_model_prefix}`), which gets a new head."
             )
-        else:
-            backbone = copy_decoder(merged_copy(model_or_path), torch.float32, loadable=False)
-        return cls(TaskCriticConfig(backbone_config=backbone.config), backbone=backbone).to(backbone.device)
+        if outputs != 1:
+            raise ValueError(
+                f"The head of the {type(model).__name__} (`{name}`) gives {outputs} numbers, and a value is one: load "
+                "it with num_labels=1, or give its decoder, which gets a new head."
+            )
+        config.head, config.head_bias = LINEAR, linear.bias is not None
+        head = ScoreHead(linear.in_features, config.head_bias)
+        head.output = score
+        head.to_float32()
+    return TaskCritic(config, backbone=decoder, head=head).to(decoder.device)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, dtype=None, **kwargs) -> "TaskCritic":
-        """Load a critic, with what is frozen in it and the dtype that this was held in. Only safetensors are loaded.
 
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or hub id.
-            dtype (`str` or `torch.dtype`, *optional*): one for all weights but the head's, instead.
-            kwargs: as for any model of transformers.
-
-        Returns:
-            [`TaskCritic`]: in eval mode.
-
-        Raises:
-            `FileNotFoundError`: the path does not exist.
-            `ValueError`: weights are missing, which would be random.
-        """
-        path = pretrained_model_name_or_path
-        kwargs = load_model(partial(with_code, cls.config_class), path, kwargs)
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"use_safetensors": True, "output_loading_info": True, "dtype": dtype or torch.float32}
-        model, info = load_model(super().from_pretrained, path, *model_args, **kwargs)
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if lacking:
-            raise ValueError(f"The critic at '{path}' lacks weights, which would be random: {', '.join(lacking[:6])}.")
-        frozen = model.config.frozen or {}
-        for name, weight in model.named_parameters():
-            weight.requires_grad = name not in frozen
-            if name in frozen and dtype is None:
-                weight.data = weight.data.to(getattr(torch, frozen[name]))
-        if model.config.adapters:
-            renew_buffers(model, unset_like(model))
-        return (model, info) if with_info else model
-
-    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        """As for any model of transformers, with what is frozen at the moment."""
-        frozen = {name: weight for name, weight in self.named_parameters() if not weight.requires_grad}
-        self.config.frozen = {name: str(weight.dtype).removeprefix("torch.") for name, weight in frozen.items()} or None
-        if is_main_process:
-            save_code(self.backbone, save_directory)
-        # Under the names that the weights have here: a run that goes on reads them into its own critic.
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-
-    def forward(self, input_ids, attention_mask=None, position_ids=None, **backbone_kwargs) -> TaskCriticOutput:
-        """Values at every position; `(B, S)` arguments.
-
-        Positions are counted from the mask where none are given, or made by a decoder that sees pictures, which takes
-        all else that the processor returns.
-        """
-        position_ids = decoder_positions(self.backbone, input_ids, attention_mask, position_ids, None, backbone_kwargs)
-        outputs = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            **backbone_kwargs,
+def _score_of(model: PreTrainedModel, decoder) -> tuple[str | None, nn.Module | None]:
+    """Name and module of what a model has beside its decoder, a language-model head left out."""
+    if decoder is model:
+        return None, None
+    beside = [
+        (name, child)
+        for name, child in model.named_children()
+        if child is not decoder and child is not model.get_output_embeddings() and any(True for _ in child.parameters())
+    ]
+    if len(beside) > 1:
+        raise ValueError(
+            f"The {type(model).__name__} has more than one head beside its decoder ("
+            f"{', '.join(name for name, _ in beside)}): give the decoder (`model.{model.base_model_prefix}`), which "
+            "gets a new one."
         )
-        return TaskCriticOutput(logits=self.head(outputs.last_hidden_state))
+    return beside[0] if beside else (None, None)
 
 
-def unset_like(critic: TaskCritic) -> TaskCritic:
-    """A critic of the same settings, adapters included, whose weights mean nothing."""
-    config, settings = critic.config, json.loads(critic.config.to_json_string())
-    with no_init_weights():
-        again = TaskCritic(
-            TaskCriticConfig(config.backbone_config, settings["head"], settings["head_bias"]),
-            backbone=type(critic.backbone)._from_config(copy.deepcopy(config.backbone_config)),
+def _rebuilt(critic: TaskCritic) -> TaskCritic:
+    """A critic made from the settings of this one, as loading makes it; a `ValueError` if it has other weights."""
+    remedy = "Give it with LoRA on its linear layers, or with its adapters merged."
+    try:
+        again = unset_like(critic)
+    except ValueError as error:
+        raise ValueError(f"The critic's adapters could not be put into it again: {error} {remedy}") from error
+    ours, theirs = ({name: tuple(t.shape) for name, t in each.state_dict().items()} for each in (critic, again))
+    if ours != theirs:
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ValueError(
+            f"The critic could not be loaded again from its settings: its adapters make weights of their own "
+            f"({', '.join(differing[:3])}). {remedy}"
         )
-        add_adapters(again, settings["adapters"] or {})
     return again
 
 
-def renew_buffers(critic: TaskCritic, like: TaskCritic) -> None:
-    """Take over what is computed from the settings and never saved, such as the frequencies of rotary positions.
+def hold_dtypes(critic: TaskCritic) -> None:
+    """Hold what learns in float32, in place; what is frozen keeps its dtype where layers of both can work together.
 
-    Loading leaves such buffers of adapters unset, and a cast of the whole model rounds them.
+    Adapters and the head take any dtype in; layers of a decoder do not, so a decoder that learns in part is float32.
 
     Args:
-        critic ([`TaskCritic`]): changed in place.
-        like ([`TaskCritic`]): of [`unset_like`].
+        critic ([`TaskCritic`]): with its flags `requires_grad` as they are to be.
     """
-    saved = like.state_dict().keys()
-    for name, buffer in like.named_buffers():
-        if name not in saved:
-            parent, _, leaf = name.rpartition(".")
-            critic.get_submodule(parent)._buffers[leaf] = buffer.to(critic.device)
+    critic.head.to_float32()
+    own = {
+        id(weight)
+        for _, _, layer in adapted_layers(critic)
+        for name, part in layer.named_children()
+        if name not in ("base_layer", "original_module")
+        for weight in part.parameters()
+    }
+    in_part = any(weight.requires_grad and id(weight) not in own for weight in critic.backbone.parameters())
+    for weight in critic.parameters():
+        if weight.dtype == torch.float64 or ((in_part or weight.requires_grad) and weight.dtype != torch.float32):
+            weight.data = weight.data.float()
 
 
-def load_critic(folder, trust_remote_code: bool = False) -> TaskCritic:
-    """The critic that was saved in `folder`, as it was."""
-    return load_model(TaskCritic.from_pretrained, folder, trust_remote_code=trust_remote_code)
+def check_settings(critic, trainer) -> None:
+    """Raise a `ValueError` if a run with this critic, or without one, could not do what its settings say.
+
+    Args:
+        critic (any): what was given as `critic=`.
+        trainer ([`LenVMPPOTrainer`]): constructed but for its critic.
+    """
+    if isinstance(critic, str) and critic == "lenvm":
+        _check_without(trainer.args)
+        return
+    args = trainer.args
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"A learned critic is not sharded, so it does not run under "
+            f"{'DeepSpeed' if trainer.is_deepspeed_enabled else 'FSDP'}: launch with DDP, or use critic='lenvm' or "
+            "LenVMGRPOTrainer."
+        )
+    if args.kl_in_reward and trainer._is_vlm:
+        raise ValueError("kl_in_reward=True reads text only, and the policy has pictures: use beta alone.")
+    if args.multi_objective_aggregation != "sum_then_normalize":
+        raise ValueError(
+            f"multi_objective_aggregation='{args.multi_objective_aggregation}' normalises rewards over groups, "
+            "which PPO with a critic does not use: leave it at 'sum_then_normalize', or use critic='lenvm'."
+        )
+    if args.critic_learning_rate == 0.0:
+        return
+    checks.check_optimizer(args)
+    if args.refresh_steps > 0 and args.shaping_coef != 0.0:
+        raise ValueError(
+            "refresh_steps changes the potential of shaping, which is a part of what a learned critic has learnt: "
+            "set shaping_coef=0 or refresh_steps=0, or use critic='lenvm'."
+        )
+    if trainer.lr_scheduler is not None:
+        raise ValueError(
+            "A learning rate scheduler in `optimizers=` is made for the policy's parameter groups, and a learned "
+            "critic adds its own: pass `optimizers=(optimizer, None)` and set `lr_scheduler_type`."
+        )
 
 
-AutoConfig.register(TaskCriticConfig.model_type, TaskCriticConfig, exist_ok=True)
-AutoModel.register(TaskCriticConfig, TaskCritic, exist_ok=True)
+def _check_without(args) -> None:
+    if args.truncation == "bootstrap":
+        raise ValueError(
+            "truncation='bootstrap' goes on with the task critic's value, and critic='lenvm' has none: set "
+            "truncation='terminal', or learn a critic."
+        )
+    checks.check_no_critic(args)
+    if args.num_generations == 1 and args.task_baseline == "group":
+        raise ValueError(
+            "task_baseline='group' compares the completions of a prompt, and num_generations=1 samples one of "
+            "each: set task_baseline='batch', or num_generations to 2 or more."
+        )
+
+
+def place_critic(critic, trainer):
+    """A critic on the device of the run, without dropout, wrapped as what is trained or as what is only read.
+
+    Args:
+        critic ([`TaskCritic`]): of the run.
+        trainer ([`LenVMPPOTrainer`]): constructed but for it.
+
+    Raises:
+        `ValueError`: the critic cannot read what the policy writes, or there is nothing in it that learns.
+    """
+    args = trainer.args
+    if trainer._is_vlm:
+        check_sees_pictures(critic, trainer, "task critic")
+    # Padding is masked, and read as another token.
+    check_embeds(trainer._tokenizer, critic, "the task critic", ordinary=True, padding=False)
+    check_causal(critic.backbone)
+    disable_dropout_in_model(critic)
+    for module in critic.modules():
+        _switch_off_dropout(module)
+    if args.critic_learning_rate == 0.0:
+        if isinstance(critic.head, TaskCriticHead) and not bool(critic.head.output.weight.any()):
+            logger.warning(
+                "The critic has a new head and critic_learning_rate=0, so it says 0 of everything: give one that has "
+                "learned (`critic=`), or set a learning rate."
+            )
+        return trainer.accelerator.prepare_model(critic.eval(), evaluation_mode=True)
+    if not any(weight.requires_grad for weight in critic.parameters()):
+        raise ValueError(
+            "Nothing in the critic learns, since all of it is frozen (`requires_grad`): unfreeze what is to learn, or "
+            "set critic_learning_rate=0, which takes it as it is."
+        )
+    critic.train()
+    # Layers that keep their inputs for the backward pass alone do so in training mode only.
+    critic.backbone.train(args.gradient_checkpointing)
+    if args.gradient_checkpointing:
+        _checkpoint_activations(critic, args.gradient_checkpointing_kwargs)
+    critic = trainer.accelerator.prepare_model(critic)
+    trainer.add_callback(CriticGradientReset(critic))
+    return critic
+
+
+def _switch_off_dropout(module: nn.Module) -> None:
+    """Set the rates that a module keeps as numbers to 0; those of dropout layers are others' work."""
+    for name, value in vars(module).items():
+        if isinstance(value, float) and ("dropout" in name or name in ("layerdrop", "drop_path")):
+            setattr(module, name, 0.0)
+
+
+def _checkpoint_activations(critic, options: dict | None) -> None:
+    # The second name is the one before transformers 5.23.
+    renamed = hasattr(critic, "activation_checkpointing_enable")
+    enable = critic.activation_checkpointing_enable if renamed else critic.gradient_checkpointing_enable
+    enable(options)
+    if (options or {}).get("use_reentrant") and not critic.get_input_embeddings().weight.requires_grad:
+        # What is computed again has a gradient only if its input asks for one.
+        critic.enable_input_require_grads()
+
+
+CRITIC_FOLDER = "critic"
+SHOWN = 3
+
+
+def check_same_critic(checkpoint: str, critic: TaskCritic | None) -> None:
+    """Raise unless the critic in a checkpoint is the one that this run has, weights aside.
+
+    Args:
+        checkpoint (`str`): a folder.
+        critic ([`TaskCritic`], *optional*): of the run, `None` if it has none.
+
+    Raises:
+        `FileNotFoundError`: the run has a critic and the checkpoint none.
+        `ValueError`: the run has none, or one of another shape; what differs is named.
+    """
+    folder = Path(checkpoint, CRITIC_FOLDER)
+    if critic is None and folder.is_dir():
+        raise ValueError(
+            f"The checkpoint '{checkpoint}' has a task critic, and this run has none (critic='lenvm'): resume with the "
+            "`critic=` that it was written with, or start a new run from its weights (`model=`)."
+        )
+    if critic is None:
+        return
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"The checkpoint '{checkpoint}' has no folder '{CRITIC_FOLDER}', so it was not written by LenVMPPOTrainer "
+            "with a learned critic: resume from one that was, or start a new run from its weights."
+        )
+    differences = _differences(folder, critic)
+    if differences:
+        raise ValueError(
+            f"The task critic in '{folder}' is of another shape than this run's: {'; '.join(differences)}. Resume with "
+            f"the `critic=` (and critic_init) that it was written with, or start a new run with critic='{folder}'."
+        )
+
+
+def _differences(folder: Path, critic: TaskCritic) -> list[str]:
+    there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    here = critic.config.to_dict()
+    found = [
+        f"{name} {theirs} there and {ours} here"
+        for name in SAME_ARCHITECTURE
+        for theirs, ours in [(_of_decoder(each, name) for each in (there, here))]
+        if theirs != ours
+    ]
+    if there.get("head", "mlp") != here["head"]:
+        found.append(f"a head of kind '{there.get('head', 'mlp')}' there and '{here['head']}' here")
+    adapters = [sorted(each.get("adapters") or {}) for each in (there, here)]
+    if adapters[0] != adapters[1]:
+        found.append(f"adapters {adapters[0]} there and {adapters[1]} here")
+    frozen = {name for name, weight in critic.named_parameters() if not weight.requires_grad}
+    moved = sorted(frozen ^ (there.get("frozen") or {}).keys())
+    if moved and not found:
+        kind = "learn there and not" if moved[0] in frozen else "are frozen there and not"
+        found.append(f"{len(moved)} weights, such as {', '.join(moved[:SHOWN])}, {kind} here")
+    shapes, ours = _shapes(folder), {name: list(weight.shape) for name, weight in critic.state_dict().items()}
+    others = sorted(name for name in shapes if shapes[name] != ours.get(name))
+    if others and not found:
+        found.append(f"weights of other names or sizes, such as {', '.join(others[:SHOWN])}")
+    return found
+
+
+def _of_decoder(settings: dict, name: str):
+    decoder = settings["backbone_config"]
+    return decoder.get(name, (decoder.get("text_config") or {}).get(name))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    found = {}
+    for path in _files(folder):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+@torch.no_grad()
+def read_critic(checkpoint: str, critic: TaskCritic) -> None:
+    """Take up the weights of the critic in a checkpoint, of which [`check_same_critic`] has found it to be the same."""
+    weights, read = critic.state_dict(), set()
+    for path in _files(Path(checkpoint, CRITIC_FOLDER)):
+        with safe_open(path, "pt", device=str(critic.device)) as file:
+            for name in file.keys():  # noqa: SIM118
+                weights[name].copy_(file.get_tensor(name))
+                read.add(weights[name].data_ptr())
+    # Names of one tensor are saved once.
+    lacking = [name for name, weight in weights.items() if weight.data_ptr() not in read]
+    if lacking:
+        raise ValueError(
+            f"The critic in '{os.path.join(checkpoint, CRITIC_FOLDER)}' lacks weights: {', '.join(lacking[:SHOWN])}."
+        )
+
+
+class CriticGradientReset(TrainerCallback):
+    """Clears the critic's gradients after each step: `Trainer` clears only those of the model it knows.
+
+    Args:
+        critic (`torch.nn.Module`): the task critic, as it is trained.
+    """
+
+    def __init__(self, critic):
+        self.critic = critic
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.critic.zero_grad()

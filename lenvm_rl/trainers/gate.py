@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lenvm_rl.correctness import FLAG_THRESHOLD, correctness_values, judge_of
+from lenvm_rl.reward_functions import FLAG_THRESHOLD, correctness_values, judge_of
 from lenvm_rl.trainers.base_config import LenVMConfig
 from lenvm_rl.trainers.streams import group_pass_rate
 

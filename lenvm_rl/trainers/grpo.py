@@ -5,7 +5,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from lenvm_rl.trainers.base import LenVMTrainer, Outcomes
-from lenvm_rl.trainers.citations import LENVM_CITATION
+from lenvm_rl.trainers.card import LENVM_CITATION
 from lenvm_rl.trainers.configs import LenVMGRPOConfig
 from lenvm_rl.trainers.streams import Completions
 

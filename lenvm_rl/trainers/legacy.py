@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lenvm_rl.modeling import LengthValueModel
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.shaping import length_potential, value_potential
 from lenvm_rl.tokenization import check_pad_is_not_eos, check_same_tokenizer
 

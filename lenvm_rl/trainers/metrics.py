@@ -10,8 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from lenvm_rl.precision import wide_dtype
-from lenvm_rl.returns import discounted_return, remaining_from_logits, td_residual
+from lenvm_rl.returns import discounted_return, remaining_from_logits, td_residual, wide_dtype
 from lenvm_rl.trainers.streams import Completions
 
 # Relative variance of numbers that only float32 rounding tells apart.

@@ -7,15 +7,20 @@ import torch
 from torch import Tensor
 
 from lenvm_rl.advantages import gae
-from lenvm_rl.completions import completion_logits
+from lenvm_rl.modeling.completions import completion_logits
+from lenvm_rl.modeling.critic import TaskCritic
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.base import LenVMTrainer, Outcomes
-from lenvm_rl.trainers.citations import LENVM_CITATION, PPO_CITATION
+from lenvm_rl.trainers.card import LENVM_CITATION, PPO_CITATION
 from lenvm_rl.trainers.configs import LenVMPPOConfig
-from lenvm_rl.trainers.critic import TaskCritic
-from lenvm_rl.trainers.critic_files import CRITIC_FOLDER, check_same_critic, read_critic
-from lenvm_rl.trainers.critic_placing import check_settings, place_critic
-from lenvm_rl.trainers.critic_sources import make_critic
+from lenvm_rl.trainers.critic import (
+    CRITIC_FOLDER,
+    check_same_critic,
+    check_settings,
+    make_critic,
+    place_critic,
+    read_critic,
+)
 from lenvm_rl.trainers.metrics import Moments, critic_metrics, kl_reward_metrics
 from lenvm_rl.trainers.pictures import picture_inputs
 from lenvm_rl.trainers.streams import (
@@ -45,7 +50,7 @@ class LenVMPPOTrainer(LenVMTrainer):
     clipped by itself to `max_grad_norm`. Its loss is the mean over the tokens of the whole optimizer step,
     accumulation and processes included. In the first `critic_warmup_steps` it alone learns; with
     `critic_learning_rate=0` it does not, and makes no loss. Dropout is off in it. What is frozen in a critic that is
-    given stays so, and adapters and a score head are kept ([`lenvm_rl.trainers.critic_sources.make_critic`]). It is
+    given stays so, and adapters and a score head are kept ([`lenvm_rl.trainers.critic.make_critic`]). It is
     saved with the policy, in `critic/` of every checkpoint and of what `save_model` writes, and restored on resume.
 
     Refused at construction, beside what [`LenVMGRPOTrainer`] refuses: a learned critic under FSDP or DeepSpeed (its
@@ -61,7 +66,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         critic (`str` or `PreTrainedModel`, *optional*, defaults to `"learned"`):
             `"learned"`: a task critic that starts from `args.critic_init`. `"lenvm"`: no task critic; the task stream
             is the reward less a baseline (`args.task_baseline`), and the frozen length value model is the only critic
-            there is, for length. Or a model or path, see [`lenvm_rl.trainers.critic_sources.make_critic`].
+            there is, for length. Or a model or path, see [`lenvm_rl.trainers.critic.make_critic`].
 
     Example:
 

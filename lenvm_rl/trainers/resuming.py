@@ -9,7 +9,7 @@ TRL and transformers keep most of what that takes, and these are the exceptions:
 - The end. `Trainer` goes one step beyond a last step that is not the end of an epoch.
 - What was measured since the last log.
 - A reference model that follows the policy (`sync_ref_model`), which is loaded as it was at first.
-- The state of reward functions ([`lenvm_rl.trainers.reward_states`]).
+- The state of reward functions ([`lenvm_rl.trainers.rewards`]).
 - Half of a checkpoint. `Trainer` takes up the last folder, though the run may have died while it was written.
 
 Beyond reach are the random numbers of another program (vLLM), and what is asked for by name: `ignore_data_skip` starts
@@ -30,12 +30,12 @@ from datasets import IterableDataset
 from safetensors.torch import load_model, save_model
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lenvm_rl.rollouts import atomic_file
-from lenvm_rl.run_checkpoints import is_complete, last_complete_checkpoint
-from lenvm_rl.trainers.policy_card import CardWritingTrainer
-from lenvm_rl.trainers.reward_states import keep_reward_states
+from lenvm_rl.files import atomic_file, is_complete, last_complete_checkpoint
+from lenvm_rl.trainers.card import CardWritingTrainer
+from lenvm_rl.trainers.rewards import keep_reward_states
 
 logger = logging.getLogger(__name__)
 
@@ -328,3 +328,43 @@ class ResumableTrainer(CardWritingTrainer):
         self._tr_loss += self._pending_log["loss"]
         self._globalstep_last_logged = self._pending_log["since"]
         self._pending_log = None
+
+
+class StopBetweenGenerations(JITCheckpointCallback):
+    """Saves and stops at the end of the first step after SIGTERM that leaves no completions over.
+
+    The callback of transformers, which this one replaces, saves at once. In the middle of a step, that step's
+    completions are lost, and what they moved (random numbers, a steered coefficient) is saved; after a step, those
+    completions are lost that `num_iterations` or `steps_per_generation` still had a use for.
+
+    Args:
+        replaced (`JITCheckpointCallback`): its handler of the signal is taken over.
+        trainer ([`~lenvm_rl.trainers.resuming.ResumableTrainer`]): knows where completions are used up.
+    """
+
+    def __init__(self, replaced: JITCheckpointCallback, trainer):
+        super().__init__()
+        self.trainer, self.jit_manager = trainer, replaced.jit_manager
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Not here: the step goes on to its end."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Not here: the step before may have left completions over."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Not here: the last step of the epoch has ended already."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called by the Trainer, on every process; they stop together, whenever each got the signal."""
+        asked = torch.tensor([self.jit_manager.is_checkpoint_requested], device=self.trainer.accelerator.device)
+        everywhere = self.trainer.accelerator.gather(asked)
+        if bool(everywhere.any()) and self.trainer._generations.are_used_up(state.global_step):
+            control.should_save = control.should_training_stop = True
+
+
+def stop_between_generations(trainer) -> None:
+    """Replace the callback of `enable_jit_checkpoint`, if there is one, by [`StopBetweenGenerations`]."""
+    replaced = trainer.pop_callback(JITCheckpointCallback)
+    if replaced is not None:
+        trainer.add_callback(StopBetweenGenerations(replaced, trainer))

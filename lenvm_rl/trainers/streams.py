@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lenvm_rl.completions import bootstrap_values
 from lenvm_rl.endings import finished_rows, own_lengths
-from lenvm_rl.precision import wide_dtype
-from lenvm_rl.returns import td_residual
+from lenvm_rl.modeling.completions import bootstrap_values
+from lenvm_rl.returns import td_residual, wide_dtype
 
 # As in TRL's group-relative advantage: differences far below any real reward are not blown up to size 1.
 WHITEN_EPSILON = 1e-4

@@ -1,16 +1,11 @@
 """TRL's own PPO trainer (trl 1.12) with a shaped value model; run by `make test-legacy`."""
 
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from packaging.version import Version
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from test_trainers_legacy import make_critic, shaped
 from tiny import EOS, PAD, tiny_llama, tiny_tokenizer
 from trainer_parts import VOCAB, random_lenvm, same_weights, weights

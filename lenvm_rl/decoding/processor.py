@@ -1,0 +1,382 @@
+"""The logits processor of length-guided decoding: at each step, it scores the candidates and applies the guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+
+from lenvm_rl.decoding.guidance import TILT, LengthGuidance, as_list, check_temperature
+from lenvm_rl.decoding.report import GuidanceReport, RowLog, WatchedCriteria, watch
+from lenvm_rl.decoding.scoring import CandidateScorer, FullRowScorer
+from lenvm_rl.endings import end_token_ids, likeliest_end
+from lenvm_rl.returns import remaining_from_logits
+
+SCORERS = {"cached": CandidateScorer, "full": FullRowScorer}
+# Above this many tokens, scoring the whole vocabulary at every step is surely a mistake.
+MAX_UNTRUNCATED_VOCABULARY = 4096
+
+
+class LengthGuidedLogitsProcessor(LogitsProcessor):
+    """Guides the policy's scores inside any `model.generate(..., logits_processor=[...])`.
+
+    transformers runs this processor *before* its own temperature, top-k and top-p. Guidance has its own, so generate
+    with ``temperature=1.0, top_k=0, top_p=1.0`` (`top_k` defaults to 50 there), or use [`generate_guided`], which sets
+    and checks them. A processor cannot see what `generate` does after it.
+
+    Nor can it see that a stopping criterion ended a row while others go on: what `generate` then fills the row with
+    may look like tokens. So give `generate` your criteria, stop strings included, as
+    ``stopping_criteria=processor.watch([...])`` ([`generate_guided`] does).
+
+    One object serves one `generate` call at a time; it starts afresh when it meets new prompts. Beam search and
+    assisted generation take back what it remembers: the latter is refused when it shows.
+
+    Args:
+        length_value_model (`LengthValueModel`): frozen, in eval mode.
+        guidance ([`LengthGuidance`] or sequence of them): how to guide; one for all rows, or one for each prompt.
+        eos_token_id (`int` or sequence of `int`): the tokens that end a sequence: as candidates, their value is 0.
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
+            The prompts' mask (left padding). When omitted, it is what `generate` makes of the ids, see
+            [`prompt_mask`].
+        pad_token_id (`int`, *optional*): needed if prompts are padded and no `attention_mask` is given.
+        generation_temperature (`float`, *optional*, defaults to `1.0`):
+            The temperature that `generate` applies afterwards; the scores are multiplied by it beforehand, so that the
+            result is the guidance's distribution.
+        scoring (`str`, *optional*, defaults to `"cached"`):
+            `"cached"` for one forward for each token ([`CandidateScorer`]), `"full"` to run every candidate as a
+            complete row ([`FullRowScorer`]): slow, for backbones whose cache cannot be shared.
+        same_tokenizer (`bool`, *optional*, defaults to `False`):
+            Set when the tokenizers of both models were compared: their embedding tables may then differ in padding.
+        record (`bool`, *optional*, defaults to `False`):
+            Whether to keep the log-probabilities of the chosen tokens; [`LengthGuidedLogitsProcessor.finish`] then
+            completes the report.
+
+    Raises:
+        ValueError: at construction, on an unknown `scoring` or a model that it cannot use; at the first call, on
+            vocabularies that differ, right padding, a number of guidances that does not fit the rows, an end to be
+            enforced where the policy has none, or a vocabulary too large to be scored without truncation; at any call,
+            where ids go back behind those seen before, or rows go beyond the context.
+        FloatingPointError: if the length value model gives NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        length_value_model: nn.Module,
+        guidance: LengthGuidance | Sequence[LengthGuidance],
+        *,
+        eos_token_id: int | Sequence[int],
+        attention_mask: Tensor | None = None,
+        pad_token_id: int | None = None,
+        generation_temperature: float = 1.0,
+        scoring: str = "cached",
+        same_tokenizer: bool = False,
+        record: bool = False,
+    ):
+        if scoring not in SCORERS:
+            raise ValueError(f"scoring must be one of {sorted(SCORERS)}, got {scoring!r}.")
+        check_temperature("generation_temperature", generation_temperature, greedy=False)
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError("prompts are padded on the right: generation needs padding_side='left'.")
+        self.guidance = as_list(guidance)
+        self.scorer = SCORERS[scoring](length_value_model)
+        self.gamma = length_value_model.config.gamma
+        self.eos_token_ids = end_token_ids(None, eos_token_id)
+        self.attention_mask = attention_mask
+        self.pad_token_id = pad_token_id
+        self.generation_temperature = generation_temperature
+        self.same_tokenizer = same_tokenizer
+        self.record = record
+        self._log: RowLog | None = None
+        self._warpers = {each: each.warpers() for each in set(self.guidance)}
+        self._needs_values = any(each.needs_values for each in self.guidance)
+        self._needs_lengths = any(each.mode != TILT for each in self.guidance)
+        # Greedy rows beside sampled ones: `generate` samples them all, so their distribution is put on one token.
+        self._mixed = len({each.temperature > 0 for each in self.guidance}) > 1
+        # Candidates before the end was barred, and after.
+        self._barred: dict[LengthGuidance, tuple[Tensor, Tensor]] = {}
+        self._watched = WatchedCriteria()
+        self._seen: Tensor | None = None
+
+    def watch(self, criteria: Sequence[StoppingCriteria] = ()) -> StoppingCriteriaList:
+        """What to give `generate` as `stopping_criteria`: the given ones, and word to this processor of what they end.
+
+        Args:
+            criteria (sequence of `StoppingCriteria`): as for `generate`; for `stop_strings`, a `StopStringCriteria`.
+        """
+        given, self._watched = watch(criteria)
+        return given
+
+    def check_length(self, tokens: int) -> None:
+        """Raises a `ValueError` unless rows of so many tokens, prompt included, can be guided."""
+        if self._needs_values:
+            self.scorer.check_length(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Guided scores `(B, V)`, ``-inf`` where a token is no candidate, of the prefixes `input_ids` `(B, S)`."""
+        if scores.dtype in (torch.float16, torch.bfloat16):
+            # Strength times value would overflow, or be rounded away.
+            scores = scores.float()
+        if self._continues(input_ids):
+            self._advance(input_ids)
+        else:
+            self._start(input_ids, scores)
+        self._seen = input_ids
+        guided = self._guided_scores(input_ids, scores)
+        self._last = (scores if self.record else None, guided)
+        return guided
+
+    def finish(self, sequences: Tensor) -> GuidanceReport:
+        """The report, once the last token stands.
+
+        Args:
+            sequences (`torch.Tensor` of shape `(B, S)`): what `generate` returned.
+
+        Raises:
+            ValueError: the sequences are not those of the last call.
+        """
+        if self._continues(sequences):
+            self._take(sequences[:, -1])
+        elif self._seen is None or not torch.equal(sequences, self._seen):
+            # The same as seen: on some devices, `generate` takes a step in advance, and back when all rows are over.
+            raise ValueError("these are not the sequences that were guided last: pass what `generate` returned.")
+        self._seen = None
+        return self._log.close()
+
+    @property
+    def report(self) -> GuidanceReport | None:
+        """What guidance did to the rows of the current, or last, call; complete after `finish`."""
+        return None if self._log is None else self._log.report
+
+    def _take(self, chosen: Tensor) -> None:
+        """The tokens that were drawn last."""
+        policy, guided = self._last
+        if self.record:
+            policy, guided = policy / self._temperatures, guided / self.generation_temperature
+        self._log.take(chosen, guided, policy, self._watched.ended)
+
+    def _guided_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._untouched:
+            return scores
+        written = input_ids.shape[1] - self._prompt_width
+        policy = self._by_group(lambda each, rows: self._candidates(each, rows, input_ids, scores, written))
+        if self._needs_values:
+            values, remaining = self._score(policy)
+            base = policy
+            policy = self._by_group(
+                lambda each, rows: self._guide(
+                    each, rows, scores[rows], base[rows], values[rows], remaining[rows], written
+                )
+            )
+        if self._mixed:
+            policy = self._decide_greedy_rows(policy)
+        return policy * self.generation_temperature
+
+    def _by_group(self, of_rows: Callable[[LengthGuidance, Tensor | slice], Tensor]) -> Tensor:
+        """`(B, V)` in the order of the rows, from what is made for those of each guidance."""
+        if len(self._groups) == 1:
+            return of_rows(self._groups[0][0], slice(None))
+        return torch.cat([of_rows(each, rows) for each, rows in self._groups])[self._back]
+
+    def _continues(self, input_ids: Tensor) -> bool:
+        """Whether `input_ids` are the prefixes of the last call with one more token."""
+        seen = self._seen
+        if seen is None or input_ids.shape != (seen.shape[0], seen.shape[1] + 1):
+            return False
+        return torch.equal(input_ids[:, :-1], seen)
+
+    def _check_new(self, input_ids: Tensor) -> None:
+        """Refuses ids that go on from those seen, but not by one token: what a draft model proposed and lost."""
+        seen = self._seen
+        if seen is None or input_ids.shape[0] != seen.shape[0] or input_ids.shape[1] <= self._prompt_width:
+            return
+        shared = min(input_ids.shape[1] - 1, seen.shape[1])
+        if not torch.equal(input_ids[:, :shared], seen[:, :shared]):
+            return
+        longer = input_ids.shape[1] > shared + 1
+        if longer and bool((self._log.finished | torch.isin(input_ids[:, shared], self._log.ends)).all()):
+            # The completions were over: a new turn of the same chats.
+            return
+        raise ValueError(
+            "input_ids go on from ids that were guided, but not by one token: assisted generation (a draft model, "
+            "prompt lookup) takes tokens back and cannot be guided. Leave it out; for other prompts, make a new "
+            "processor."
+        )
+
+    def _start(self, input_ids: Tensor, scores: Tensor) -> None:
+        self._check_new(input_ids)
+        vocab_size, rows = scores.shape[1], input_ids.shape[0]
+        if self._needs_values:
+            self._check_vocabulary(vocab_size)
+        if rows % len(self.guidance):
+            raise ValueError(
+                f"{len(self.guidance)} guidances do not fit {rows} rows: give one, or one for each prompt."
+            )
+        # `num_return_sequences` repeats each prompt in place.
+        per_row = [each for each in self.guidance for _ in range(rows // len(self.guidance))]
+        device = scores.device
+        self._groups = [
+            (each, torch.tensor([row for row, own in enumerate(per_row) if own == each], device=device))
+            for each in dict.fromkeys(per_row)
+        ]
+        self._back = torch.cat([members for _, members in self._groups]).argsort()
+        self._untouched = not (self._needs_values or self._mixed) and all(
+            not each.truncates and self.generation_temperature == (each.temperature or 1.0) for each in per_row
+        )
+        self._greedy = torch.tensor([each.temperature == 0 for each in per_row], device=device)
+        self._guided = torch.tensor([each.needs_values for each in per_row], device=device)
+        self._watched.ended = None
+        # An id that the policy has no score for ends nothing.
+        ends = [end for end in self.eos_token_ids if 0 <= end < vocab_size]
+        if not ends and any(each.forces for each in per_row):
+            raise ValueError(f"enforce needs an end: none of eos_token_id={self.eos_token_ids} is among the scores.")
+        self._log = RowLog(rows, ends, self.pad_token_id, device)
+        self._prompt_width = input_ids.shape[1]
+        self._temperatures = torch.tensor([[each.temperature or 1.0] for each in per_row], device=device)
+        if self._needs_values:
+            mask = prompt_mask(input_ids, self.attention_mask, self.pad_token_id, self.eos_token_ids)
+            if not bool(mask[:, -1].all()):
+                raise ValueError("prompts are empty or padded on the right: generation needs padding_side='left'.")
+            self.scorer.start(input_ids, mask)
+
+    def _check_vocabulary(self, vocab_size: int) -> None:
+        if not self.same_tokenizer and vocab_size != self.scorer.vocab_size:
+            raise ValueError(
+                f"the policy scores {vocab_size} tokens and the length value model knows {self.scorer.vocab_size}: "
+                "they must share a tokenizer. If they do, pass it to generate_guided as tokenizer=, to be compared."
+            )
+        untruncated = any(each.needs_values and not each.truncates_among(vocab_size) for each in self.guidance)
+        if untruncated and vocab_size > MAX_UNTRUNCATED_VOCABULARY:
+            raise ValueError(
+                f"without truncation, all {vocab_size} tokens are scored at every step: set top_k (e.g. 64), top_p or "
+                "min_p in the guidance."
+            )
+
+    def _advance(self, input_ids: Tensor) -> None:
+        chosen = input_ids[:, -1]
+        self._take(chosen)
+        if self._needs_values:
+            self.scorer.advance(chosen, self._guided & ~self._log.finished)
+
+    def _candidates(
+        self, guidance: LengthGuidance, rows: Tensor | slice, input_ids: Tensor, scores: Tensor, written: int
+    ) -> Tensor:
+        """The policy after temperature and candidate rule; where the end is barred, with and without it."""
+        warpers, ids = self._warpers[guidance], input_ids[rows]
+        own = scores[rows] / (guidance.temperature or 1.0)
+        if guidance.needs_values:
+            own = self._bar_unknown(own)
+        policy = warpers(ids, own)
+        if not guidance.bars_end(written):
+            return policy
+        without = own.index_fill(1, self._log.ends, -torch.inf)
+        # Where nothing but the end is left to choose, it stays.
+        possible = torch.isfinite(without).any(dim=1, keepdim=True)
+        without = warpers(ids, torch.where(possible, without, own))
+        self._barred[guidance] = (policy, without)
+        return torch.maximum(policy, without)
+
+    def _bar_unknown(self, scores: Tensor) -> Tensor:
+        """Bars what the length value model's smaller table has no row for, except ends, whose value is known."""
+        known = self.scorer.vocab_size
+        if scores.shape[1] <= known:
+            return scores
+        barred = scores.clone()
+        barred[:, known:] = -torch.inf
+        barred[:, self._log.ends] = scores[:, self._log.ends]
+        # Where nothing else can be chosen, scoring will say so.
+        return torch.where(torch.isfinite(barred).any(dim=1, keepdim=True), barred, scores)
+
+    def _score(self, policy: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of the states after each candidate and tokens still to come there, `(B, V)`.
+
+        Both are 0 at end-of-sequence. Where there is no candidate, and in rows that have nothing to choose or are not
+        guided, what stands there does not matter. Lengths are left out where no row asks for one.
+        """
+        candidate = torch.isfinite(policy) & (self._guided & ~self._log.finished).unsqueeze(1)
+        # The only candidate of a row is chosen whatever its value; its forward waits until one is needed.
+        decided = candidate.sum(dim=1) <= 1
+        values = torch.zeros_like(policy)
+        # Any token but the end has at least the end still to come.
+        remaining = torch.ones_like(policy) if self._needs_lengths else values
+        if not bool(decided.all()):
+            candidate[:, self._log.ends] = False
+            width = int(candidate.sum(dim=1).max())
+            candidates = candidate.int().topk(width, dim=1).indices
+            scored = self.scorer.score(candidates, candidate.gather(1, candidates))
+            if not bool(torch.isfinite(scored).all()):
+                raise FloatingPointError(
+                    "the length value model gave NaN or infinity: check its weights and its dtype."
+                )
+            values.scatter_(1, candidates, -scored.sigmoid().to(values.dtype))
+            if self._needs_lengths:
+                lengths = remaining_from_logits(scored, self.gamma).clamp(min=1.0)
+                remaining.scatter_(1, candidates, lengths.to(remaining.dtype))
+        values[:, self._log.ends] = 0.0
+        remaining[:, self._log.ends] = 0.0
+        return values, remaining
+
+    def _guide(
+        self,
+        guidance: LengthGuidance,
+        rows: Tensor | slice,
+        scores: Tensor,
+        policy: Tensor,
+        values: Tensor,
+        remaining: Tensor,
+        written: int,
+    ) -> Tensor:
+        """The guided scores of rows with one guidance, with the hard bound on top."""
+        if guidance.bars_end(written):
+            with_end, without = (guidance.guide(each, values, remaining, written) for each in self._barred[guidance])
+            overruled = self._end_mass(with_end) - self._end_mass(without)
+            guided = without
+        else:
+            guided = guidance.guide(policy, values, remaining, written)
+            if not guidance.puts_end(written):
+                return guided
+            overruled = 1.0 - self._end_mass(guided)
+            end = likeliest_end(scores, self._log.ends.tolist()).unsqueeze(1)
+            guided = torch.full_like(guided, -torch.inf).scatter_(1, end, 0.0)
+        self._log.force(rows, overruled)
+        return guided
+
+    def _end_mass(self, scores: Tensor) -> Tensor:
+        return scores.softmax(dim=1)[:, self._log.ends].sum(dim=1)
+
+    def _decide_greedy_rows(self, policy: Tensor) -> Tensor:
+        chosen = policy.argmax(dim=1, keepdim=True)
+        alone = torch.full_like(policy, -torch.inf).scatter_(1, chosen, 0.0)
+        return torch.where(self._greedy.unsqueeze(1), alone, policy)
+
+
+def prompt_mask(
+    input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None, end_ids: Sequence[int]
+) -> Tensor:
+    """Which prompt tokens exist: what is given, or else what `generate` makes of the ids, so that both see the same.
+
+    There, every pad token is padding, unless it is an end as well: then all tokens count, for nobody can tell.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, S)`): prompts.
+        attention_mask (`torch.Tensor`, *optional*): `(B, S)`, or one row for each prompt of which there are several.
+        pad_token_id (`int`, *optional*), end_ids (`Sequence[int]`): of the generation.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`.
+
+    Raises:
+        ValueError: the mask does not fit the ids.
+    """
+    if attention_mask is None:
+        if pad_token_id is None or pad_token_id in end_ids:
+            return torch.ones_like(input_ids)
+        return (input_ids != pad_token_id).long()
+    rows, width = input_ids.shape
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != width or rows % attention_mask.shape[0]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} but the prompts {tuple(input_ids.shape)}: make "
+            "one processor for each batch of prompts."
+        )
+    return attention_mask.to(input_ids.device).repeat_interleave(rows // attention_mask.shape[0], dim=0)

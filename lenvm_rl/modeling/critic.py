@@ -1,0 +1,255 @@
+"""The task critic of PPO: a decoder with a scalar head that estimates the task return at every token."""
+
+import copy
+import json
+import os
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import ModelOutput
+
+from lenvm_rl.modeling.adapters import add_adapters, bare_model, merged_copy
+from lenvm_rl.modeling.backbones import (
+    copy_decoder,
+    decoder_config_from_dict,
+    decoder_from_config,
+    is_quantized,
+    load_decoder,
+    load_model,
+    save_code,
+    with_code,
+)
+from lenvm_rl.modeling.completions import decoder_positions
+from lenvm_rl.modeling.heads import ScoreHead
+from lenvm_rl.modeling.length_value_model import LengthValueHead, LengthValueModel
+
+MLP, LINEAR = HEADS = ("mlp", "linear")
+
+
+class TaskCriticConfig(PretrainedConfig):
+    """Configuration of a [`TaskCritic`].
+
+    Args:
+        backbone_config (`PretrainedConfig` or `dict`, *optional*):
+            Configuration of the decoder. A critic cannot be made without it.
+        head (`str`, *optional*, defaults to `"mlp"`):
+            `"mlp"`: a [`TaskCriticHead`]; `"linear"`: a [`~lenvm_rl.modeling.heads.ScoreHead`].
+        head_bias (`bool`, *optional*, defaults to `True`): whether a linear head has a bias.
+        adapters (`dict`, *optional*):
+            Settings of PEFT's adapters by name, see [`~lenvm_rl.modeling.adapters.adapter_settings`].
+        frozen (`dict`, *optional*):
+            The weights that do not learn, by name, and the dtype that each is held in. All others are float32.
+
+    Raises:
+        `ValueError`: there is no such head, or transformers does not know the decoder's type.
+    """
+
+    model_type = "lenvm_task_critic"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    def __init__(self, backbone_config=None, head=MLP, head_bias=True, adapters=None, frozen=None, **kwargs):
+        self.backbone_config = None
+        super().__init__(**kwargs)
+        # Set only now: the inherited method would overwrite the decoder's choice of attention.
+        if isinstance(backbone_config, dict):
+            backbone_config = decoder_config_from_dict(backbone_config)
+        self.backbone_config = backbone_config
+        if "attn_implementation" in kwargs:
+            self._attn_implementation = kwargs["attn_implementation"]
+        if head not in HEADS:
+            raise ValueError(f"head='{head}' is none of a task critic; there are {', '.join(HEADS)}.")
+        self.head, self.head_bias = head, head_bias
+        self.adapters, self.frozen = adapters, frozen
+
+
+@dataclass
+class TaskCriticOutput(ModelOutput):
+    """
+    Args:
+        logits (`torch.FloatTensor` of shape `(B, S)`):
+            The value at every position, float32 and unbounded: a return has no range of its own. Called logits because
+            that is the field every value model of this library answers with.
+    """
+
+    logits: torch.FloatTensor | None = None
+
+
+class TaskCriticHead(LengthValueHead):
+    """The two layers of [`LengthValueHead`], float32, with a last layer that starts at 0.
+
+    A new critic says 0 everywhere: the first update of the policy is plain Monte Carlo, not the noise of a random head.
+    """
+
+    OUTPUT_SCALE = 0.0
+
+
+class TaskCritic(PreTrainedModel):
+    """A decoder with a head of one number. Saved and loaded like any model of transformers.
+
+    What of it learns is said by `requires_grad`, and kept when it is saved and loaded, as are adapters. What learns has
+    to be float32; the rest may be held in another dtype.
+
+    Args:
+        config ([`TaskCriticConfig`]): with `backbone_config`.
+        backbone (`PreTrainedModel`, *optional*): the decoder to use as it is; a random one from the config if omitted.
+        head (`torch.nn.Module`, *optional*): the head to use as it is, of the kind that the config names.
+    """
+
+    config_class = TaskCriticConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["head.hidden", "head.output"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: TaskCriticConfig, backbone: PreTrainedModel | None = None, head=None):
+        if config.backbone_config is None:
+            raise ValueError("The config has no `backbone_config`: make a critic with `TaskCritic.from_backbone`.")
+        super().__init__(config)
+        self.backbone = decoder_from_config(config.backbone_config) if backbone is None else backbone
+        if head is None:
+            hidden_size = config.backbone_config.get_text_config(decoder=True).hidden_size
+            head = TaskCriticHead(hidden_size) if config.head == MLP else ScoreHead(hidden_size, config.head_bias)
+        self.head = head
+        if backbone is None:
+            add_adapters(self, config.adapters or {})
+            self.post_init()
+        else:
+            # The decoder's weights are given, and the head has drawn its own.
+            with no_init_weights():
+                self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, TaskCriticHead):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_backbone(cls, model_or_path, trust_remote_code: bool = False) -> "TaskCritic":
+        """A float32 critic, all of which learns, with the decoder of another model and a new head.
+
+        Args:
+            model_or_path (`PreTrainedModel` or `peft.PeftModel` or `str`):
+                A causal language model, a decoder, or a [`LengthValueModel`], whose weights are copied; adapters are
+                merged into the copy (of a shared decoder, those of the length value model alone). Or a folder or hub
+                id to load a decoder from (safetensors only).
+            trust_remote_code (`bool`, *optional*, defaults to `False`): for a path, whether code beside it is run.
+
+        Raises:
+            `ValueError`: the weights are quantised, or see [`~lenvm_rl.modeling.backbones.check_decoder`].
+        """
+        if isinstance(model_or_path, (str, os.PathLike)):
+            backbone = load_decoder(model_or_path, torch.float32, trust_remote_code=trust_remote_code)
+        elif isinstance(model_or_path, LengthValueModel):
+            backbone = model_or_path.copied_decoder(torch.float32)
+        elif is_quantized(bare_model(model_or_path)):
+            raise ValueError(
+                "The weights are quantised, and a critic that learns cannot start from a copy of them: name a model to "
+                "start from (`critic_init=` or `critic=` of LenVMPPOTrainer), or use critic='lenvm'."
+            )
+        else:
+            backbone = copy_decoder(merged_copy(model_or_path), torch.float32, loadable=False)
+        return cls(TaskCriticConfig(backbone_config=backbone.config), backbone=backbone).to(backbone.device)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, dtype=None, **kwargs) -> "TaskCritic":
+        """Load a critic, with what is frozen in it and the dtype that this was held in. Only safetensors are loaded.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or hub id.
+            dtype (`str` or `torch.dtype`, *optional*): one for all weights but the head's, instead.
+            kwargs: as for any model of transformers.
+
+        Returns:
+            [`TaskCritic`]: in eval mode.
+
+        Raises:
+            `FileNotFoundError`: the path does not exist.
+            `ValueError`: weights are missing, which would be random.
+        """
+        path = pretrained_model_name_or_path
+        kwargs = load_model(partial(with_code, cls.config_class), path, kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True, "dtype": dtype or torch.float32}
+        model, info = load_model(super().from_pretrained, path, *model_args, **kwargs)
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if lacking:
+            raise ValueError(f"The critic at '{path}' lacks weights, which would be random: {', '.join(lacking[:6])}.")
+        frozen = model.config.frozen or {}
+        for name, weight in model.named_parameters():
+            weight.requires_grad = name not in frozen
+            if name in frozen and dtype is None:
+                weight.data = weight.data.to(getattr(torch, frozen[name]))
+        if model.config.adapters:
+            renew_buffers(model, unset_like(model))
+        return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """As for any model of transformers, with what is frozen at the moment."""
+        frozen = {name: weight for name, weight in self.named_parameters() if not weight.requires_grad}
+        self.config.frozen = {name: str(weight.dtype).removeprefix("torch.") for name, weight in frozen.items()} or None
+        if is_main_process:
+            save_code(self.backbone, save_directory)
+        # Under the names that the weights have here: a run that goes on reads them into its own critic.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **backbone_kwargs) -> TaskCriticOutput:
+        """Values at every position; `(B, S)` arguments.
+
+        Positions are counted from the mask where none are given, or made by a decoder that sees pictures, which takes
+        all else that the processor returns.
+        """
+        position_ids = decoder_positions(self.backbone, input_ids, attention_mask, position_ids, None, backbone_kwargs)
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **backbone_kwargs,
+        )
+        return TaskCriticOutput(logits=self.head(outputs.last_hidden_state))
+
+
+def unset_like(critic: TaskCritic) -> TaskCritic:
+    """A critic of the same settings, adapters included, whose weights mean nothing."""
+    config, settings = critic.config, json.loads(critic.config.to_json_string())
+    with no_init_weights():
+        again = TaskCritic(
+            TaskCriticConfig(config.backbone_config, settings["head"], settings["head_bias"]),
+            backbone=type(critic.backbone)._from_config(copy.deepcopy(config.backbone_config)),
+        )
+        add_adapters(again, settings["adapters"] or {})
+    return again
+
+
+def renew_buffers(critic: TaskCritic, like: TaskCritic) -> None:
+    """Take over what is computed from the settings and never saved, such as the frequencies of rotary positions.
+
+    Loading leaves such buffers of adapters unset, and a cast of the whole model rounds them.
+
+    Args:
+        critic ([`TaskCritic`]): changed in place.
+        like ([`TaskCritic`]): of [`unset_like`].
+    """
+    saved = like.state_dict().keys()
+    for name, buffer in like.named_buffers():
+        if name not in saved:
+            parent, _, leaf = name.rpartition(".")
+            critic.get_submodule(parent)._buffers[leaf] = buffer.to(critic.device)
+
+
+def load_critic(folder, trust_remote_code: bool = False) -> TaskCritic:
+    """The critic that was saved in `folder`, as it was."""
+    return load_model(TaskCritic.from_pretrained, folder, trust_remote_code=trust_remote_code)
+
+
+AutoConfig.register(TaskCriticConfig.model_type, TaskCriticConfig, exist_ok=True)
+AutoModel.register(TaskCriticConfig, TaskCritic, exist_ok=True)

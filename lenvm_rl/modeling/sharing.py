@@ -1,0 +1,301 @@
+"""The forms of a length value model that share their decoder with others: a LoRA adapter and a head, or a head alone.
+
+A shared decoder belongs to somebody else, a policy or its reference: its weights are neither copied nor saved, no
+gradient reaches them, and outside of the length value model's own forward nothing about it has changed. Adapters of
+others on the same decoder are out of action during that forward.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from lenvm_rl.modeling.adapters import adapted_layers, as_json, bare_model
+from lenvm_rl.modeling.backbones import check_decoder, copy_decoder, load_decoder
+from lenvm_rl.modeling.heads import Float32Module
+
+FULL, ADAPTER, HEAD = FORMS = ("full", "adapter", "head")
+ADAPTER_NAME = "length_value"
+
+# Other starting weights are computed from the decoder's and change those.
+_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
+_UNSUPPORTED = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "use_dora")
+SAME_ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+def check_form(form: str, lora: dict | None) -> None:
+    """Raise unless the form is known, and has settings of LoRA if and only if it is the adapter.
+
+    Raises:
+        `ValueError`: see above.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
+    if (form == ADAPTER) != (lora is not None):
+        raise ValueError(
+            f"form={form!r} with lora={lora!r}: settings of LoRA belong to form='adapter' and nothing else."
+        )
+
+
+def lora_settings(lora: LoraConfig | dict | None = None) -> dict:
+    """Settings of LoRA as JSON: those that differ from PEFT's defaults.
+
+    Args:
+        lora (`peft.LoraConfig` or `dict`, *optional*):
+            The settings. By default rank 16, alpha 32, on all linear layers of the decoder.
+
+    Raises:
+        `ValueError`: they would change the shared decoder itself, or train more than low-rank updates of its layers.
+    """
+    if lora is None:
+        lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    lora = lora if isinstance(lora, LoraConfig) else LoraConfig(**lora)
+    wanted = [name for name in _UNSUPPORTED if getattr(lora, name)]
+    wanted += ["bias"] if lora.bias != "none" else []
+    if wanted or lora.init_lora_weights not in _HARMLESS_STARTS:
+        wanted = wanted or [f"init_lora_weights={lora.init_lora_weights!r}"]
+        raise ValueError(
+            f"{', '.join(wanted)} of LoRA would change a decoder that is shared, or cannot be shared: leave it out, or "
+            "make a model of its own with form='full'."
+        )
+    default = LoraConfig().to_dict()
+    return {
+        name: as_json(value)
+        for name, value in lora.to_dict().items()
+        if value != default[name] and name not in ("base_model_name_or_path", "peft_version", "task_type")
+    }
+
+
+def decoder_for(form: str, model_or_path, dtype=None, **load_kwargs) -> PreTrainedModel:
+    """The decoder of a new length value model: its own, copied or loaded, or in the other forms one to share.
+
+    Args:
+        form, model_or_path, dtype, load_kwargs:
+            See [`~lenvm_rl.modeling.LengthValueModel.from_backbone`].
+
+    Raises:
+        `ValueError`: see [`shared_decoder`] and [`~lenvm_rl.modeling.backbones.check_decoder`].
+    """
+    if form != FULL or isinstance(model_or_path, (str, os.PathLike)):
+        return shared_decoder(model_or_path, dtype, **load_kwargs)
+    if load_kwargs:
+        raise ValueError(f"{sorted(load_kwargs)} say how to load a model, but a model was given: leave them out.")
+    return copy_decoder(model_or_path, "float32" if dtype is None else dtype)
+
+
+def shared_decoder(model_or_path, dtype=None, **load_kwargs) -> PreTrainedModel:
+    """The decoder of a model, the very one and not a copy; or one that is loaded from a path.
+
+    Args:
+        model_or_path (`PreTrainedModel`, `peft.PeftModel`, `str` or `os.PathLike`):
+            A model, with adapters or without, or where to load one from.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
+            For a path.
+        load_kwargs:
+            Further arguments of `AutoModel.from_pretrained`, for a path.
+
+    Raises:
+        `ValueError`: the model cannot be shared, or it is given together with settings for loading it.
+    """
+    if isinstance(model_or_path, (str, os.PathLike)):
+        return load_decoder(model_or_path, "float32" if dtype is None else dtype, **load_kwargs)
+    settings = [*load_kwargs, *([] if dtype is None else ["dtype"])]
+    if settings:
+        raise ValueError(f"{sorted(settings)} say how to load a model, but a model to share was given: leave them out.")
+    model = bare_model(model_or_path)
+    check_decoder(model, adapters=True)
+    return model.base_model
+
+
+def check_same_architecture(config, decoder: PreTrainedModel) -> None:
+    """Raise unless a decoder has the architecture that a length value model was fitted on.
+
+    Args:
+        config ([`~lenvm_rl.modeling.length_value_model.LengthValueConfig`]):
+            The length value model's.
+        decoder (`PreTrainedModel`):
+            What it is to share.
+
+    Raises:
+        `ValueError`: says what differs.
+    """
+    ours, theirs = (each.get_text_config(decoder=True).to_dict() for each in (config, decoder.config))
+    differing = [
+        f"{name} {ours.get(name)} there and {theirs.get(name)} here"
+        for name in SAME_ARCHITECTURE
+        if ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"The length value model was fitted on another base than this one ({'; '.join(differing)}): give the base "
+            "that it was fitted on."
+        )
+
+
+class SharedDecoder:
+    """A decoder that belongs to somebody else, seen through one's own adapter, or through none.
+
+    The adapter's layers stand in the decoder only while it is looked at, in the places of those that they wrap, so that
+    the owner finds, trains and saves what it always had. No module, so that nothing that is done to a length value
+    model (`train`, `freeze`, a cast) is done to the decoder.
+
+    Args:
+        decoder (`PreTrainedModel`):
+            The decoder.
+        lora (`dict`, *optional*):
+            Settings of the adapter, see [`lora_settings`]; without them, there is none.
+
+    Attributes:
+        adapter ([`~lenvm_rl.modeling.heads.Float32Module`] or `None`): the adapter's weights, under the names of the
+        decoder's
+            layers.
+        lora (`dict` or `None`): the settings, `target_modules` being resolved.
+
+    Raises:
+        `ValueError`: LoRA finds none of its layers, or layers that are not linear; or as [`SharedDecoder.seen_alone`].
+    """
+
+    def __init__(self, decoder: PreTrainedModel, lora: dict | None = None):
+        self.decoder = decoder
+        self.adapter = self.lora = None
+        self._layers = {}
+        if lora is not None:
+            config = LoraConfig(**copy.deepcopy(lora))
+            with _bare(decoder):
+                self._layers = _wrapped_layers(decoder, config)
+            self.lora = lora_settings(config)
+            self.adapter = _weights_of(self._layers)
+
+    @contextmanager
+    def seen_alone(self) -> Iterator[PreTrainedModel]:
+        """The decoder without dropout, gradients or adapters but one's own; afterwards, all is as it was before.
+
+        Raises:
+            `ValueError`: an adapter is merged into the decoder's weights, or a layer was replaced.
+        """
+        # A policy in the middle of a generation needs its own.
+        offsets = vars(self.decoder).get("rope_deltas")
+        with _bare(self.decoder), _in_eval_mode(self.decoder), _without_gradients(self.decoder):
+            try:
+                for path, layer in self._layers.items():
+                    self._put(path, layer.base_layer, layer)
+                yield self.decoder
+            finally:
+                for path, layer in self._layers.items():
+                    if self.decoder.get_submodule(path) is layer:
+                        self._put(path, layer, layer.base_layer)
+                if "rope_deltas" in vars(self.decoder):
+                    self.decoder.rope_deltas = offsets
+
+    def copy(self, dtype) -> PreTrainedModel:
+        """A decoder of one's own with what is seen here: the shared weights, and one's adapter merged into them.
+
+        Args:
+            dtype (`str` or `torch.dtype`):
+                Dtype of the copy.
+        """
+        with _bare(self.decoder), torch.no_grad():
+            copied = copy_decoder(self.decoder, dtype)
+            for path, layer in self._layers.items():
+                weight = copied.get_submodule(path).weight
+                weight += layer.get_delta_weight(ADAPTER_NAME).to(weight.dtype)
+        return copied
+
+    def _put(self, path, there, instead) -> None:
+        parent, _, name = path.rpartition(".")
+        siblings = self.decoder.get_submodule(parent)._modules
+        if siblings[name] is not there:
+            raise ValueError(
+                f"The layer {path!r} of the shared base was replaced since the length value model was made: make or "
+                "load it again on the base as it is now."
+            )
+        siblings[name] = instead
+
+
+@contextmanager
+def _bare(decoder) -> Iterator[None]:
+    """A decoder with the layers that adapters have been put around, in their places."""
+    adapted = [*adapted_layers(decoder)]
+    for _, _, layer in adapted:
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            raise ValueError(
+                "An adapter is merged into the weights of the shared base, so the values would be those of another "
+                "model: unmerge it (`unmerge_adapter`) before asking for values."
+            )
+    try:
+        for parent, name, layer in adapted:
+            is_layer = isinstance(layer, BaseTunerLayer)
+            parent._modules[name] = layer.get_base_layer() if is_layer else layer.original_module
+        yield
+    finally:
+        for parent, name, layer in adapted:
+            parent._modules[name] = layer
+
+
+@contextmanager
+def _in_eval_mode(decoder) -> Iterator[None]:
+    training = [module for module in decoder.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _without_gradients(decoder) -> Iterator[None]:
+    trainable = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad = True
+
+
+def _wrapped_layers(decoder, config: LoraConfig) -> dict[str, LoraLayer]:
+    """New LoRA layers around layers of a bare decoder, by path; the decoder itself is left as it was."""
+    known = vars(decoder).pop("peft_config", None)
+    layers = {}
+    with _without_gradients(decoder):
+        try:
+            inject_adapter_in_model(config, decoder, ADAPTER_NAME)
+        finally:
+            layers = {path: each for path, each in decoder.named_modules() if isinstance(each, LoraLayer)}
+            for path, layer in layers.items():
+                parent, _, name = path.rpartition(".")
+                decoder.get_submodule(parent)._modules[name] = layer.base_layer
+            vars(decoder).pop("peft_config", None)
+            if known is not None:
+                decoder.peft_config = known
+    unfit = [path for path, layer in layers.items() if ADAPTER_NAME not in layer.lora_A]
+    if unfit:
+        raise ValueError(
+            f"An adapter on a shared base is on linear layers only, and {', '.join(unfit[:3])} is none: see "
+            "`target_modules` of LoRA."
+        )
+    return layers
+
+
+def _weights_of(layers: dict[str, LoraLayer]) -> Float32Module:
+    """The modules of an adapter in a tree of their own, with the paths that they have in the decoder."""
+    root = Float32Module()
+    for path, layer in layers.items():
+        place = root
+        for part in path.split("."):
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = place._modules[part]
+        for kind in ("lora_A", "lora_B", "lora_dropout"):
+            place.add_module(kind, getattr(layer, kind)[ADAPTER_NAME])
+    return root.to_float32()

@@ -1,0 +1,112 @@
+"""Settings of value pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from lenvm_rl.pretraining.batches import TRUNCATED_ENDINGS
+from lenvm_rl.returns import check_gamma
+
+
+@dataclass
+class LengthValueTrainingArguments(TrainingArguments):
+    """Arguments of value pretraining: those of `transformers.TrainingArguments`, and how lengths become targets.
+
+    The defaults of learning rate, schedule and epochs are the paper's (arXiv 2604.27039, section 5); tiny models want a
+    learning rate near 1e-3.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the rollouts."})
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Discount of the length return, in (0, 1). If omitted, it is fitted to the rollouts, so that the "
+            "gamma_quantile of their lengths has a return of minus gamma_coverage."
+        },
+    )
+    gamma_quantile: float = field(default=0.99, metadata={"help": "Which quantile of the lengths gamma is fitted to."})
+    gamma_coverage: float = field(default=0.99, metadata={"help": "Magnitude of the return at that quantile."})
+    lam: float = field(
+        default=1.0,
+        metadata={"help": "Lambda of the lambda-returns, in [0, 1]; 1 is plain Monte Carlo returns."},
+    )
+    truncated: str = field(
+        default="bootstrap",
+        metadata={
+            "help": "What a truncated completion is taken for. bootstrap: cut, worth what the model says at the cut; "
+            "drop: left out; infinite: endless, worth -1; finished: ended at the cut (biased, for comparison only).",
+            "choices": list(TRUNCATED_ENDINGS),
+        },
+    )
+    only_correct: bool = field(
+        default=False,
+        metadata={"help": "Fit only on completions whose column `correct` is true."},
+    )
+    domain_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the rollouts that names each prompt's domain: the metrics of the evaluation are then "
+            "given for each domain, too, and stand in the model card."
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Put several short sequences in one row instead of padding each. Turn it off for a backbone that "
+            "does not keep packed sequences apart (an error says so): sequences of an optimiser step are then sorted "
+            "into micro-batches by their length."
+        },
+    )
+    row_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens in a packed row. If omitted: the longest sequence of the micro-batch, or twice that "
+            "(twice that with share_prompts)."
+        },
+    )
+
+    share_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute a prompt once for several of its completions, for prompts that are long beside their "
+            "completions (`python -m eval.speed pretraining --help` measures it). Optimiser steps are then made of "
+            "whole prompts drawn at random, not of completions: give a batch size that holds all of a prompt's. "
+            "Llama, Qwen2 and Qwen3, with the attention sdpa or eager."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share_prompts and not self.packing:
+            raise ValueError("share_prompts=True puts completions in one row, so it needs packing=True.")
+        if self.truncated not in TRUNCATED_ENDINGS:
+            raise ValueError(f"truncated must be one of {', '.join(TRUNCATED_ENDINGS)}, got {self.truncated!r}.")
+        if not 0.0 <= self.lam <= 1.0:
+            raise ValueError(f"lam must be in [0, 1], got {self.lam}.")
+        if self.gamma is not None:
+            check_gamma(self.gamma)
+        if not self.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices must stay true: the loss is a mean over all processes.")
+        self.remove_unused_columns = False  # the collator needs columns that the model does not take
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter takes part in every value
+
+
+def check_precision(args: TrainingArguments, sharded: bool) -> None:
+    """Raise a `ValueError` if FSDP or DeepSpeed would cast the float32 head to a smaller precision.
+
+    Args:
+        args (`transformers.TrainingArguments`): of the run.
+        sharded (`bool`): whether one of the two is at work.
+    """
+    if sharded and (args.bf16 or args.fp16):
+        raise ValueError(
+            "FSDP and DeepSpeed cast all that they hold to the precision of training, the head of a length value model "
+            "as well, which has to stay float32: set bf16=False and fp16=False, or launch with DDP."
+        )

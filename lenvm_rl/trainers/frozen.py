@@ -1,0 +1,357 @@
+"""The frozen length value model of a run: its place, what it says of a batch, its re-fits, and what is saved of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import strtobool
+from trl.models import prepare_deepspeed, prepare_fsdp
+
+from lenvm_rl.modeling.backbones import check_embeds
+from lenvm_rl.modeling.length_value_model import LengthValueModel, is_shared
+from lenvm_rl.modeling.sharing import HEAD, shared_decoder
+from lenvm_rl.tokenization import check_same_tokenizer
+from lenvm_rl.trainers import checks
+from lenvm_rl.trainers.metrics import value_metrics
+from lenvm_rl.trainers.pictures import check_sees_pictures, check_text_only_arguments
+from lenvm_rl.trainers.refresh import Drift, LengthValueRefresh
+from lenvm_rl.trainers.streams import Completions
+
+
+def place_length_value_model(model_or_path, trainer):
+    """The length value model of a run, frozen, on its device, wrapped or sharded as TRL does it with its reference.
+
+    Args:
+        model_or_path ([`LengthValueModel`] or `str`):
+            What [`~lenvm_rl.trainers.checks.load_length_value_model`] gave.
+        trainer (`trl.GRPOTrainer`): constructed.
+
+    Raises:
+        `ValueError`: it does not fit the policy (its tokenizer, its pictures), or has no frozen base in this run.
+    """
+    model = on_shared_base(model_or_path, trainer) if is_shared(model_or_path) else model_or_path
+    if trainer._is_vlm:
+        check_sees_pictures(model, trainer, "length value model")
+        check_text_only_arguments(trainer.args)
+    check_same_tokenizer(model.config.tokenizer_fingerprint, trainer._tokenizer)
+    # Padding is masked, and read as another token.
+    check_embeds(trainer._tokenizer, model, "the length value model", ordinary=True, padding=False)
+    model.freeze()
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return place_sharded(model, trainer)
+    return trainer.accelerator.prepare_model(model, evaluation_mode=True)
+
+
+class LengthValues:
+    """What a run asks of its length value model.
+
+    Args:
+        model (`torch.nn.Module`): as [`place_length_value_model`] gives it.
+        trainer ([`~lenvm_rl.trainers.base.LenVMTrainer`]): constructed but for what needs this.
+
+    Attributes:
+        gamma (`float`): of the length return.
+    """
+
+    def __init__(self, model, trainer):
+        self._model, self._trainer = model, trainer
+        bare: LengthValueModel = trainer.accelerator.unwrap_model(model)
+        self.gamma = bare.config.gamma
+        self._reference = reference_states(bare, trainer)
+        self._drift = Drift(trainer.args)
+        self._refresh = None
+        if trainer.args.refresh_steps > 0:
+            self._refresh = LengthValueRefresh(bare, trainer.args, trainer.accelerator)
+
+    def reading(self, model, logits_to_keep: int):
+        """A context for a forward of TRL's: inside, a head alone reads along if `model` runs as the reference."""
+        if self._reference is None or not is_reference_forward(model, self._trainer):
+            return contextlib.nullcontext()
+        return self._reference.caught(logits_to_keep + 1)
+
+    def logits(self, batch: dict) -> Tensor:
+        """At every state of a generation batch, `(B, T + 1)`: read off the reference's forward where they can be."""
+        caught = None if self._reference is None else self._reference.take()
+        if caught is None:
+            return self._trainer._value_logits(self._model, batch, "length value model")
+        exists = torch.nn.functional.pad(batch["completion_mask"].bool(), (1, 0), value=True)
+        logits = torch.where(exists, caught, 0.0)
+        checks.check_finite(logits, "length value model", batch, self._trainer)
+        return logits
+
+    def refresh_if_due(self) -> dict[str, float]:
+        """Re-fit the model if the run asks for it and it is time. Before there are completions: what the model says of
+        them then does not depend on how they turn out. Returns the metrics of the re-fit."""
+        if self._refresh is None:
+            return {}
+        trainer = self._trainer
+        measured = self._refresh.run_if_due(
+            self._model, trainer.state.global_step, trainer.args.per_device_train_batch_size
+        )
+        if measured:
+            self._drift.reset()
+        return measured
+
+    def measure(
+        self, logits: Tensor, batch: dict, completions: Completions, correct: Tensor, train: bool
+    ) -> dict[str, float]:
+        """Metrics `lenvm/…` of a generation batch; one of training is watched for drift and kept for a refresh."""
+        measured = value_metrics(logits, completions, self.gamma, self._trainer._sum_over_processes)
+        if not train:
+            return measured
+        if self._refresh is not None:
+            self._refresh.add(batch, completions, correct)
+        return {**measured, **self._drift.observe(measured)}
+
+    def save(self, folder: str, should_save: bool) -> None:
+        """Write into a checkpoint what a resumed run needs: every process calls this."""
+        if should_save:
+            self._drift.save(folder)
+        if self._refresh is not None:
+            self._refresh.save(folder, should_save)
+
+    def load(self, folder: str) -> None:
+        """Go on from a checkpoint."""
+        self._drift.load(folder)
+        if self._refresh is not None:
+            self._refresh.load(folder)
+
+
+@contextmanager
+def loaded_whole(args) -> Iterator[None]:
+    """Inside, models are loaded whole: ZeRO-3 would cut them up as they are loaded, and cast a head with the rest.
+
+    Args:
+        args (`transformers.TrainingArguments`): of the run.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    # transformers only has a weak reference, to the one of these that the arguments have made.
+    config = args.deepspeed_plugin.dschf if args.deepspeed is None else args.hf_deepspeed_config
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
+def place_sharded(model, trainer):
+    """Place a frozen length value model of form `"full"` in a run under FSDP or DeepSpeed.
+
+    Args:
+        model ([`LengthValueModel`]): frozen, whole. Its decoder is replaced by the engine's.
+        trainer (`trl.GRPOTrainer`): constructed.
+
+    Returns:
+        [`LengthValueModel`]: the same.
+
+    Raises:
+        `ValueError`: ZeRO-3 has cut it up already.
+    """
+    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        raise ValueError(
+            "DeepSpeed cut up the length value model when it was loaded, and cast its float32 head to the precision of "
+            "the run: give the trainer its path, or load it before the config of the run is made."
+        )
+    prepare = prepare_deepspeed if trainer.is_deepspeed_enabled else prepare_fsdp
+    model.backbone = prepare(model.backbone, trainer.accelerator)
+    model.head.to(trainer.accelerator.device)
+    return model
+
+
+def check_shards(trainer) -> None:
+    """Raise a `ValueError` if the run was launched to be sharded and is not: accelerate says nothing on a CPU.
+
+    Args:
+        trainer (`trl.GRPOTrainer`): constructed.
+    """
+    for engine, variable, enabled in (
+        ("FSDP", "ACCELERATE_USE_FSDP", trainer.is_fsdp_enabled),
+        ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", trainer.is_deepspeed_enabled),
+    ):
+        if strtobool(os.environ.get(variable, "false")) and not enabled:
+            raise ValueError(
+                f"This run was launched with a config for {engine} ({variable}), but on a CPU accelerate leaves it "
+                "out, and every process has all weights: launch with torchrun for DDP, or on GPUs."
+            )
+
+
+logger = logging.getLogger(__name__)
+
+# How far two tokens are moved to tell relative positions from absolute ones, and what rounding may do to them.
+_SHIFT = 7
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
+_ROUNDING_OF_HALF = 5e-2
+
+
+def on_shared_base(model_or_path, trainer) -> LengthValueModel:
+    """A length value model of the form `"adapter"` or `"head"`, on a decoder that this run keeps frozen.
+
+    Args:
+        model_or_path ([`LengthValueModel`], `str` or `os.PathLike`):
+            A model, on the base that it was given; or a path, whose base is the run's: the reference model's decoder,
+            or without one the base of a policy with adapters.
+        trainer (`trl.GRPOTrainer`): constructed.
+
+    Raises:
+        `ValueError`: the run keeps no decoder frozen, or not this one; the reason is named.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            "A length value model on a shared base does not run under FSDP or DeepSpeed, which cut the base into "
+            "shards: launch with DDP, or give one of form='full'."
+        )
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model_or_path, (str, os.PathLike)):
+        model = LengthValueModel.from_pretrained(model_or_path, base=_frozen_base(policy, trainer))
+    else:
+        model = model_or_path
+    if model.backbone is shared_decoder(policy):
+        _check_policy_base(policy, model.backbone)
+    elif trainer.ref_model is not None and trainer.args.sync_ref_model:
+        raise ValueError(
+            "sync_ref_model=True moves the reference model, on which a length value model of form="
+            f"'{model.config.form}' would move along: set sync_ref_model=False, or give one of form='full'."
+        )
+    return model
+
+
+def _frozen_base(policy, trainer):
+    """The reference model, or without one the policy, whose base is the reference where it has adapters."""
+    if trainer.ref_model is not None:
+        return trainer.accelerator.unwrap_model(trainer.ref_model)
+    return policy
+
+
+def _check_policy_base(policy, decoder) -> None:
+    """Raise unless the policy trains adapters only, so that its base stays that of the length value model."""
+    adapted = [module for module in decoder.modules() if isinstance(module, BaseTunerLayer)]
+    if not adapted:
+        raise ValueError(
+            "The length value model shares the decoder that this run trains. Its base has to stay frozen: train the "
+            "policy through adapters (`peft_config=`), set beta > 0 and give the length value model's *path* (the "
+            "reference model is its base then), or give one of form='full'."
+        )
+    saved = [name for name, module in policy.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    if saved:
+        raise ValueError(
+            f"The policy trains {', '.join(saved[:3])} itself (`modules_to_save` or `trainable_token_indices` of its "
+            "adapter), so its base is no longer that of the length value model: leave that out, or give a length value "
+            "model of form='full'."
+        )
+    own = {id(weight) for module in adapted for part in _adapters_of(module) for weight in part.parameters()}
+    trained = [name for name, weight in decoder.named_parameters() if weight.requires_grad and id(weight) not in own]
+    if trained:
+        raise ValueError(
+            f"Weights of the policy's base are trained beside its adapters ({', '.join(trained[:3])}), and the length "
+            "value model shares them: set `bias='none'` in `peft_config` and freeze them, or give one of form='full'."
+        )
+
+
+def _adapters_of(layer: BaseTunerLayer) -> list[nn.Module]:
+    """Parts of a layer that belong to its adapters, not to what it wraps."""
+    return [child for name, child in layer.named_children() if name != "base_layer"]
+
+
+class ReferenceStates:
+    """What a head alone says about the hidden states of the reference's forward, caught as they pass by.
+
+    Args:
+        model ([`LengthValueModel`]): of form `"head"`, on the decoder that the reference runs.
+    """
+
+    def __init__(self, model: LengthValueModel):
+        self._model = model
+        self._logits: list[Tensor] = []
+
+    @contextmanager
+    def caught(self, states: int) -> Iterator[None]:
+        """Reads the last `states` positions of every forward of the decoder that is made inside."""
+        self._logits = []
+
+        def read(module, inputs, outputs) -> None:
+            self._logits.append(self._model.from_hidden_states(outputs.last_hidden_state[:, -states:]).logits)
+
+        hook = self._model.backbone.register_forward_hook(read)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def take(self) -> Tensor | None:
+        """Logits `(B, T + 1)` of what was caught since the last time, masked slots included; `None` if nothing was."""
+        logits, self._logits = self._logits, []
+        return torch.cat(logits) if logits else None
+
+
+def reference_states(model, trainer) -> ReferenceStates | None:
+    """Where a length value model can read the reference's forward; `None` where it makes one of its own.
+
+    It can if it is a head alone on the decoder that the reference runs, and that forward is what its own would be: no
+    dropout, and positions that count from anywhere (TRL gives none, so in rows padded on the left they start late,
+    which rotary positions do not see).
+
+    Args:
+        model ([`LengthValueModel`]): of the run, unwrapped.
+        trainer (`trl.GRPOTrainer`): constructed.
+    """
+    if model.config.form != HEAD or trainer.beta == 0.0:
+        return None
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    decoder = shared_decoder(_frozen_base(policy, trainer))
+    if model.backbone is not decoder:
+        reason = "its base is not the reference's"
+    elif trainer.ref_model is None and "ref" in policy.peft_config:
+        reason = "the reference has adapters of its own"
+    elif _has_dropout(decoder):
+        reason = "the reference has dropout"
+    elif not _is_shift_invariant(decoder):
+        reason = "its base has absolute positions"
+    else:
+        return ReferenceStates(model)
+    logger.info("the length value model (form='head') makes a forward of its own: %s", reason)
+    return None
+
+
+def is_reference_forward(model, trainer) -> bool:
+    """Whether TRL asks a model for probabilities as the reference: by its own model, or with adapters switched off."""
+    if trainer.ref_model is not None:
+        return model is trainer.ref_model
+    layers = [layer for layer in trainer.length_value_model.backbone.modules() if isinstance(layer, BaseTunerLayer)]
+    return all(layer.disable_adapters for layer in layers)
+
+
+def _has_dropout(decoder) -> bool:
+    # That of adapters is off with them.
+    adapters = {
+        id(part)
+        for layer in decoder.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for child in _adapters_of(layer)
+        for part in child.modules()
+    }
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0 and id(module) not in adapters)
+        or ("attention_dropout" in vars(module) and module.attention_dropout > 0)
+        for module in decoder.modules()
+    )
+
+
+@torch.no_grad()
+def _is_shift_invariant(decoder) -> bool:
+    ids = torch.zeros(2, 2, dtype=torch.long, device=decoder.device)
+    ids[:, 1] = 1
+    positions = torch.tensor([[0, 1], [_SHIFT, _SHIFT + 1]], device=decoder.device)
+    first, second = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float()
+    tolerance = _ROUNDING.get(decoder.dtype, _ROUNDING_OF_HALF)
+    return bool((first - second).abs().max() <= tolerance * (1.0 + first.abs().max()))

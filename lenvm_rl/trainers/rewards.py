@@ -1,0 +1,292 @@
+"""Calls of reward functions: they hear more than TRL tells, what fails in one is named, its completions are kept.
+
+Functions that take them get two further keywords:
+
+- `num_generations` (`int`): completions of each prompt in this batch, which stand together in the order of rows and of
+  processes; in evaluation that of evaluation.
+- `tool_mask` (list of lists of 0 or 1, one per completion, aligned with `completion_ids`): 1 where the policy chose the
+  token, 0 in tool output and environment text. In runs that have such a mask.
+
+What one may say apart from what it pays, right after a call on this process, is
+[`lenvm_rl.reward_functions.ShapedReward.unshaped_flags`]; what it may keep from call to call,
+[`lenvm_rl.reward_functions.StatefulReward`].
+"""
+
+import contextlib
+import copy
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from lenvm_rl.files import atomic_file
+from lenvm_rl.reward_functions import (
+    StatefulReward,
+    accepted,
+    check_returned,
+    fails_together,
+    is_asynchronous,
+    name_of,
+    unwrapped,
+)
+
+
+@contextlib.contextmanager
+def watched_rewards(trainer, tool_mask: Sequence[Sequence[int]] | None = None) -> Iterator[None]:
+    """A context in which TRL calls the reward functions of `trainer` through [`watched`]; reward models are left alone.
+
+    Args:
+        trainer (`trl.GRPOTrainer`): has the functions again afterwards, whatever happens.
+        tool_mask (list of lists of 0 or 1, *optional*): of this process's completions, as the functions are to get it.
+    """
+    functions = trainer.reward_funcs
+    group = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    further = {"num_generations": group} | ({} if tool_mask is None else {"tool_mask": tool_mask})
+    trainer.reward_funcs = [
+        function if isinstance(function, nn.Module) else watched(function, name, trainer, further)
+        for function, name in zip(functions, trainer.reward_func_names, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        trainer.reward_funcs = functions
+
+
+def watched(function: Callable, name: str, trainer, further: Mapping[str, Any] | None = None) -> Callable:
+    """A reward function whose errors say that they are its own, and which returns one number or `None` each.
+
+    Its error on one process ends the others too, unless it is asynchronous: those are in no order.
+
+    TRL takes NaN for `None` ("not scored") from here on. A function that computes NaN has a fault, so it is stopped.
+
+    Args:
+        function (`Callable`): as TRL takes it, asynchronous ones too; it is called with keywords only.
+        name (`str`): what TRL calls it.
+        trainer (`trl.GRPOTrainer`): says at which step and where to keep the completions.
+        further (mapping, *optional*): keywords beside TRL's, for functions that take them; a column of the dataset that
+            is called the same stays.
+
+    Raises:
+        `ValueError`: the function returned `None`, or not one reward for each completion, or a reward that is no finite
+            number. Its own errors pass, with a note.
+    """
+
+    further = accepted(function, further or {})
+
+    def call(**arguments):
+        with fails_together(f"The reward function '{name}'"), _naming(name, arguments, trainer):
+            return check_returned(function(**(further | arguments)), name, len(arguments["completions"]))
+
+    async def call_asynchronously(**arguments):
+        with _naming(name, arguments, trainer):
+            return check_returned(await function(**(further | arguments)), name, len(arguments["completions"]))
+
+    return call_asynchronously if is_asynchronous(function) else call
+
+
+def check_reward_models(rewards: Tensor, trainer) -> None:
+    """Raise a `ValueError` if a reward model gave NaN, which TRL would take for a completion that nobody scored.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`): of all processes, one column per function or model.
+        trainer (`trl.GRPOTrainer`): has the models.
+    """
+    for column, function, name in zip(rewards.T, trainer.reward_funcs, trainer.reward_func_names, strict=True):
+        if isinstance(function, nn.Module) and bool(torch.isnan(column).any()):
+            raise ValueError(
+                f"The reward model '{name}' gave NaN at step {trainer.state.global_step} for "
+                f"{int(torch.isnan(column).sum())} of {len(column)} completions: check its weights and its dtype "
+                "(float16 overflows)."
+            )
+
+
+@contextlib.contextmanager
+def _naming(name: str, arguments: dict[str, Any], trainer) -> Iterator[None]:
+    """Errors that are raised inside get a note: whose they are, and where the completions lie."""
+    try:
+        yield
+    except Exception as error:
+        path = _keep(name, arguments, trainer)
+        error.add_note(
+            f"This came of the reward function '{name}' at step {trainer.state.global_step}. The completions that it "
+            f"was given are in {path}: run the function on them, mend it, and resume from the last checkpoint."
+        )
+        raise
+
+
+def _keep(name: str, arguments: dict[str, Any], trainer) -> Path:
+    """Write what a reward function was given to a JSON file in `output_dir`: one object per completion."""
+    given = zip(arguments["prompts"], arguments["completions"], arguments["completion_ids"], strict=True)
+    rows = [{"prompt": prompt, "completion": text, "completion_ids": list(ids)} for prompt, text, ids in given]
+    step, rank = trainer.state.global_step, trainer.accelerator.process_index
+    path = Path(
+        trainer.args.output_dir, f"failed_reward_{re.sub(r'[^A-Za-z0-9]+', '_', name)}_step{step}_rank{rank}.json"
+    )
+    with atomic_file(path) as file:
+        # Pictures and the like are named, not written.
+        file.write(json.dumps(rows, indent=1, default=repr).encode())
+    return path
+
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "reward_states.json"
+
+
+class RewardStates(TrainerCallback):
+    """Saves the state of stateful reward functions with each checkpoint, and takes it up when a run is resumed.
+
+    A run that starts anew resets them: a ready-made one may have served an earlier run of the same process. What an
+    evaluation or a prediction moves is undone after it. Reward functions without a state
+    ([`~lenvm_rl.reward_functions.StatefulReward`]) are left alone, so all of a trainer's may be given. The trainers of
+    `lenvm_rl` add this callback themselves; for a trainer of TRL:
+
+        trainer = GRPOTrainer(model, rewards, config, callbacks=[RewardStates(rewards)], ...)
+
+    Args:
+        reward_funcs (iterable of callables): the very objects that the trainer has, in a `functools.partial` or not.
+            Those with equal names are told apart by their order.
+        checkpoint (`str` or path, *optional*):
+            Folder of the checkpoint to resume from, where it is not one of the run's own in `output_dir`. Trainers of
+            `lenvm_rl` know it.
+
+    Raises:
+        ValueError: a state is not of plain JSON types.
+    """
+
+    def __init__(self, reward_funcs: Iterable[Callable], checkpoint: str | PathLike | None = None):
+        self.rewards: dict[str, StatefulReward] = {}
+        self.checkpoint = checkpoint
+        self._resumed_from: str | PathLike | None = None
+        for reward in stateful_among(reward_funcs):
+            problem = why_not_kept(reward)
+            if problem is not None:
+                raise ValueError(problem)
+            self._add(reward)
+        self._kept = self._states()
+
+    def include(self, reward_funcs: Iterable[Callable]) -> None:
+        """Keep these too, as far as their states can be kept; a warning names the others."""
+        for reward in stateful_among(reward_funcs):
+            problem = why_not_kept(reward)
+            if problem is not None:
+                logger.warning("%s", problem)
+            else:
+                self._add(reward)
+        self._kept = self._states()
+
+    def resume_from(self, checkpoint: str | PathLike) -> None:
+        """Called by the trainers of `lenvm_rl` before training goes on from a checkpoint, wherever that lies."""
+        self._resumed_from = checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer: begins anew, or takes up the states of the checkpoint that the run goes on from."""
+        resumed_from, self._resumed_from = self._resumed_from, None
+        if not self.rewards:
+            return
+        if state.global_step == 0:
+            for reward in self.rewards.values():
+                reward.reset()
+        else:
+            self._load(Path(self.checkpoint or resumed_from or _folder(args, state)))
+        self._kept = self._states()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called by the Trainer after each optimiser step: notes the states, for when an evaluation is over."""
+        self._kept = self._states()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Called by the Trainer after each evaluation: back to before it."""
+        for name, reward in self.rewards.items():
+            reward.load_state_dict(copy.deepcopy(self._kept[name]))
+
+    # After a prediction as after an evaluation.
+    on_predict = on_evaluate
+
+    def on_save(self, args, state, control, **kwargs):
+        """Called by the Trainer when it has written a checkpoint; the first process adds the file."""
+        if state.is_world_process_zero:
+            self.save_in_checkpoint(_folder(args, state))
+
+    def save_in_checkpoint(self, folder: str | PathLike) -> None:
+        """Called by the trainers of `lenvm_rl` before a checkpoint counts as complete; it then has the file."""
+        if self.rewards:
+            with atomic_file(Path(folder) / FILE_NAME) as file:
+                file.write((json.dumps(self._states(), indent=2, allow_nan=False) + "\n").encode())
+
+    def _add(self, reward: StatefulReward) -> None:
+        if any(known is reward for known in self.rewards.values()):
+            return
+        name, count = name_of(reward), 1
+        while name in self.rewards:
+            count += 1
+            name = f"{name_of(reward)}_{count}"
+        self.rewards[name] = reward
+
+    def _states(self) -> dict[str, Any]:
+        # Copies: an object may hand out what it goes on changing.
+        return {name: copy.deepcopy(reward.state_dict()) for name, reward in self.rewards.items()}
+
+    def _load(self, folder: Path) -> None:
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {FILE_NAME}, so the state of {', '.join(self.rewards)} is lost: the checkpoint was "
+                "written without the callback RewardStates, or is in another folder (name it, RewardStates(..., "
+                "checkpoint=...)). Otherwise start a new run."
+            )
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        missing = sorted(set(self.rewards) - set(saved))
+        if missing:
+            raise ValueError(
+                f"{path} holds states of {', '.join(saved) or 'nothing'}, but none of {', '.join(missing)}: resume "
+                "with the reward functions that the run had."
+            )
+        for name, reward in self.rewards.items():
+            reward.load_state_dict(saved[name])
+
+
+def keep_reward_states(trainer) -> RewardStates:
+    """The callback of a trainer that keeps the states of all its reward functions: the one it was given, or a new one.
+
+    Args:
+        trainer (`trl.GRPOTrainer`): gets the callback if it has none.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, RewardStates):
+            break
+    else:
+        callback = RewardStates(())
+        trainer.add_callback(callback)
+    callback.include(trainer.reward_funcs)
+    return callback
+
+
+def stateful_among(reward_funcs: Iterable[Callable]) -> list[StatefulReward]:
+    """Those of the reward functions that have a state; the weights of a reward model, which is frozen, are none."""
+    found = [unwrapped(function) for function in reward_funcs]
+    return [one for one in found if isinstance(one, StatefulReward) and not isinstance(one, nn.Module)]
+
+
+def why_not_kept(reward: StatefulReward) -> str | None:
+    """What keeps a state from being written, in a sentence, or `None`."""
+    try:
+        json.dumps(reward.state_dict(), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return (
+            f"The state of the reward function '{name_of(reward)}' is not of plain JSON types ({error}), so no "
+            "checkpoint can hold it: let its state_dict return numbers, texts, lists and dicts with texts as keys."
+        )
+    return None
+
+
+def _folder(args, state) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -1,0 +1,239 @@
+"""How the completions of a run end: its ids, its budget, and what those say who sample for it.
+
+TRL's batches do not carry why a completion stopped. `lenvm_rl.endings` decides it from what is put together here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lenvm_rl.decoding.generation import GuidanceReport, LengthGuidance, generate_guided
+from lenvm_rl.endings import end_token_ids, own_length
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What is known of a generation batch of this process before it is padded into tensors.
+
+    Args:
+        lengths (`list[int]`): tokens that the policy wrote in each completion, its end not counted.
+        tool_mask (`list[list[int]]`, *optional*): 1 where the policy chose the token, where others wrote some.
+        finished (`list[bool]`, *optional*): word from a `rollout_func` on how each completion ended.
+    """
+
+    lengths: list[int]
+    tool_mask: list[list[int]] | None
+    finished: list[bool] | None
+
+
+def run_end_ids(trainer) -> list[int]:
+    """Every id that ends a completion of a run: the tokenizer's, the policy's and those of `generation_kwargs`.
+
+    Args:
+        trainer (`trl.GRPOTrainer`): constructed.
+    """
+    given = trainer.args.generation_kwargs or {}
+    if trainer.use_vllm and given.get("ignore_eos"):
+        return end_token_ids(None, given.get("stop_token_ids"))
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    further = (given.get("eos_token_id"), given.get("stop_token_ids") if trainer.use_vllm else None)
+    return end_token_ids(trainer._tokenizer, policy.generation_config, *further)
+
+
+def check_ends(trainer) -> None:
+    """Raise a `ValueError` where completions would be cut and nobody could tell.
+
+    Args:
+        trainer (`trl.GRPOTrainer`): constructed, of a run that asks how completions ended.
+    """
+    args, given = trainer.args, trainer.args.generation_kwargs or {}
+    if given.get("max_time") is not None:
+        raise ValueError(
+            f"generation_kwargs sets max_time={given['max_time']}, which cuts completions short of their budget, so "
+            "that cut ones cannot be told from finished ones: leave max_time out, and set max_completion_length."
+        )
+    if args.max_completion_length is None and args.shaping_coef != 0.0 and args.shaping_potential == "length":
+        raise ValueError(
+            "shaping_potential='length' is in units of max_completion_length, which is None: set "
+            "max_completion_length, or shaping_potential='value'."
+        )
+
+
+def read_sampled(generated: tuple, end_ids: Sequence[int]) -> Sampled:
+    """Read [`Sampled`] off what TRL's `_generate` returns.
+
+    Args:
+        generated (`tuple`): prompt ids, completion ids, tool mask, completions, log-probabilities, further fields, ….
+        end_ids (`Sequence[int]`): ids that end a completion.
+
+    Raises:
+        `ValueError`: the field `finished` of a `rollout_func` is not one flag for each completion.
+    """
+    _, completion_ids, tool_mask, _, _, fields, *_ = generated
+    masks = tool_mask or [None] * len(completion_ids)
+    lengths = [own_length(ids, end_ids, own) for ids, own in zip(completion_ids, masks, strict=True)]
+    finished = fields.get("finished")
+    if finished is not None:
+        finished = [bool(flag) for flag in finished]
+        if len(finished) != len(completion_ids):
+            raise ValueError(
+                f"rollout_func returned {len(finished)} flags in `finished` for {len(completion_ids)} completions: "
+                "give one for each, True where it ended and False where it was cut."
+            )
+    return Sampled(lengths, tool_mask, finished)
+
+
+def completion_budget(trainer, prompt_lengths: Tensor, sampled: Sampled | None) -> Tensor | None:
+    """Tokens at which each completion is cut, `(B,)`; `None` where an end id alone tells that one finished.
+
+    Args:
+        trainer (`trl.GRPOTrainer`): constructed.
+        prompt_lengths (`torch.LongTensor` of shape `(B,)`): tokens of each prompt.
+        sampled ([`Sampled`], *optional*): of the batch.
+
+    Raises:
+        `ValueError`: a `rollout_func` wrote the completions, has no budget, and does not say which were cut.
+    """
+    args, given = trainer.args, trainer.args.generation_kwargs or {}
+    budget = args.max_completion_length
+    if trainer.rollout_func is not None:
+        if budget is None and (sampled is None or sampled.finished is None):
+            raise ValueError(
+                "max_completion_length=None leaves rollout_func without a budget, so it cannot be told which "
+                "completions were cut: let it return `finished`, one flag for each, or set max_completion_length."
+            )
+    elif trainer.use_vllm:
+        context = args.vllm_max_model_length or trainer.model.config.get_text_config().max_position_embeddings
+        # vLLM cuts at the end of its context, too.
+        room = context - prompt_lengths
+        budget = given.get("max_tokens", budget)
+        return room if budget is None else room.clamp(max=budget)
+    elif not trainer.tools:
+        budget = given.get("max_new_tokens", budget)
+    return None if budget is None else torch.full_like(prompt_lengths, budget)
+
+
+def ends_in_stop_string(trainer, completion_ids: Tensor, mask: Tensor) -> Tensor:
+    """Whether the text of each completion holds a stop string of vLLM, which ended it then: `(B,)`."""
+    stop = (trainer.args.generation_kwargs or {}).get("stop") if trainer.use_vllm else None
+    strings = [stop] if isinstance(stop, str) else list(stop or ())
+    if not strings:
+        return torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+    rows = [ids[exists.bool()].tolist() for ids, exists in zip(completion_ids, mask, strict=True)]
+    texts = trainer._tokenizer.batch_decode(rows, skip_special_tokens=True)
+    found = [any(string in text for string in strings) for text in texts]
+    return torch.tensor(found, device=mask.device)
+
+
+def read_guidance(args) -> LengthGuidance | None:
+    """The guidance of a run's rollouts, `None` where there is none.
+
+    Temperature and candidate rule are those of the run, as for rollouts without guidance.
+
+    Args:
+        args (`LenVMConfig`): `rollout_guidance` and TRL's settings of sampling.
+
+    Raises:
+        `ValueError`: the settings make no guidance, or set what the run sets.
+    """
+    if args.rollout_guidance is None:
+        return None
+    owned = {"temperature": args.temperature, "top_k": args.top_k or 0, "top_p": args.top_p, "min_p": args.min_p or 0.0}
+    stated = sorted(set(args.rollout_guidance) & set(owned))
+    if stated:
+        raise ValueError(
+            f"rollout_guidance sets {', '.join(stated)}: leave that to the trainer's argument of that name."
+        )
+    unknown = sorted(set(args.rollout_guidance) - set(LengthGuidance.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"rollout_guidance has {', '.join(unknown)}, which no LengthGuidance has: check the spelling.")
+    return LengthGuidance(**args.rollout_guidance, **owned)
+
+
+def check_guided_rollouts(trainer) -> None:
+    """Raise a `ValueError` where completions do not come from `generate` in this process, which alone can be guided."""
+    args = trainer.args
+    if args.use_vllm:
+        raise ValueError(
+            "rollout_guidance guides transformers' generate, not vLLM: set use_vllm=False or leave it out."
+        )
+    if trainer.use_transformers_continuous_batching:
+        raise ValueError("rollout_guidance needs plain generate: leave continuous batching out.")
+    if trainer.rollout_func is not None:
+        raise ValueError("rollout_guidance and rollout_func both say how to generate: give one of them.")
+    if trainer.tools:
+        raise ValueError("rollout_guidance counts the tokens of one completion, which tool calls interrupt: drop one.")
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError("rollout_guidance is not supported with FSDP or DeepSpeed: use DDP or one process.")
+
+
+@contextmanager
+def guided_generation(
+    model: PreTrainedModel, length_value_model: nn.Module, guidance: LengthGuidance
+) -> Iterator[list[GuidanceReport]]:
+    """While it lasts, `model.generate` is guided; gives the list of the reports of its calls.
+
+    Args:
+        model (`PreTrainedModel`): the policy, unwrapped.
+        length_value_model (`LengthValueModel`): frozen, unwrapped, its tokenizer compared with the policy's.
+        guidance ([`~lenvm_rl.decoding.generation.LengthGuidance`]): how to guide.
+    """
+    reports: list[GuidanceReport] = []
+
+    def generate(input_ids: Tensor, attention_mask: Tensor, generation_config, **arguments) -> Tensor:
+        # The class's own method, which generate_guided is to find.
+        del model.generate
+        try:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            sequences, report = generate_guided(
+                model,
+                length_value_model,
+                inputs,
+                guidance,
+                generation_config=generation_config,
+                return_report=True,
+                **arguments,
+            )
+        finally:
+            model.generate = generate
+        reports.append(report)
+        return sequences
+
+    model.generate = generate
+    try:
+        yield reports
+    finally:
+        del model.generate
+
+
+def importance_ratio(report: GuidanceReport, mask: Tensor, maximum: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weight of each token, ``min(p / p', maximum)``, and the sums that its metrics are made of.
+
+    Args:
+        report ([`~lenvm_rl.decoding.generation.GuidanceReport`]): of the completions.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 where a token exists.
+        maximum (`float`): truncation.
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: weights `(B, T)`, 1 where no token is; and `tokens`, `ratio` and
+        `truncated`, sums over tokens.
+    """
+    exists, width = mask.bool(), mask.shape[1]
+    difference = report.policy_log_probs - report.log_probs
+    # TRL cuts off columns that hold padding only.
+    difference = F.pad(difference, (0, max(0, width - difference.shape[1])))[:, :width]
+    ratio = torch.where(exists, difference.exp(), 1.0)
+    over = (ratio > maximum) & exists
+    sums = {
+        "tokens": exists.sum().float(),
+        "ratio": (ratio * exists).sum(),
+        "truncated": over.sum().float(),
+    }
+    return ratio.clamp(max=maximum), sums

@@ -1,0 +1,201 @@
+"""The scaling study: which cells there are, what each trains on, that nothing is trained twice, and the boundary."""
+
+import json
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_length_value_model
+
+from eval.prompt_boundary import boundary_logits, measure_boundary, prompt_lengths
+from lenvm_rl.modeling.heads import LengthValueHead
+from lenvm_rl.returns import discounted_return, logits_from_remaining, remaining_from_value
+from lenvm_rl.sandbox import PolicySettings, sandbox_tokenizer
+from lenvm_rl.sandbox.policy import new_policy
+from recipes import scaling_study
+from recipes.scaling_cells import Cell, GroupedTrainer, RoundedHead, make_axes
+from recipes.scaling_report import make_table
+from recipes.scaling_study import ScalingArguments, Study
+
+
+def test_axes_share_their_base_and_differ_in_one_thing():
+    axes = make_axes([8, 16], [1, 2, 4], [4, 8, 16, 32], [0.5, 1.0, 2.0])
+    base = Cell(16, 4, 0)
+    assert axes["prompts"]["16"] == axes["samples per prompt"]["4"] == base
+    assert axes["optimiser steps"]["shuffled"] == axes["gamma"]["horizon x 1"] == base
+    cells = {cell for axis in axes.values() for cell in axis.values()}
+    assert len(cells) == 4 + 1 + 1 + 2 + 1 + 2 + 1
+    assert len({replace(cell, seed=seed).name for cell in cells for seed in range(3)}) == 3 * len(cells)
+    for cell in cells:
+        changed = [entry.name for entry in fields(Cell) if getattr(cell, entry.name) != getattr(base, entry.name)]
+        assert len(changed) <= 1
+
+
+def rollouts_of(prompts, samples):
+    rows = [
+        {
+            "prompt": "p",
+            "prompt_ids": [2] * 3,
+            "completion_ids": [3] * (1 + sample),
+            "finish_reason": "stop",
+            "group": g,
+        }
+        for g in range(prompts)
+        for sample in range(samples)
+    ]
+    return Dataset.from_list(rows)
+
+
+def test_a_cell_trains_on_its_part_of_the_data_for_the_same_tokens():
+    args = ScalingArguments(prompts=[8, 16], samples=[1, 4], batch_size=4, train_tokens=220)
+    study = Study(args, "policy", rollouts_of(16, 4), None, None, gamma=0.9)
+    part = study.rollouts_of(Cell(8, 2, seed=0))
+    groups = part["group"][:]
+    assert len(part) == 16 and all(groups.count(group) == 2 for group in groups)
+    # Blocks of four prompts, which hold every difficulty once, stay whole.
+    assert all(4 * (group // 4) + place in groups for group in groups for place in range(4))
+    assert len({len(ids) for ids in part["completion_ids"][:]}) == 2
+    draws = {(tuple(study.rollouts_of(Cell(8, 1, seed=seed))["group"][:])) for seed in range(8)}
+    assert len(draws) > 1
+    # 64 completions of 3 + 2.5 tokens: 4 of them are 22 tokens.
+    assert study.steps_of(study.train) == 10
+    assert study.gamma_of(Cell(8, 1, 0, horizon=4.0)) == pytest.approx(1 - 0.1 / 4)
+
+
+def test_a_rounded_head_computes_in_bfloat16_and_trains_in_float32():
+    torch.manual_seed(0)
+    head = RoundedHead(16)
+    hidden = torch.randn(64, 16)
+    exact = LengthValueHead.forward(head, hidden)
+    rounded = head(hidden)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).abs().max() < 0.02 * exact.abs().max()
+    rounded.sum().backward()
+    assert all(weight.dtype == torch.float32 and bool(weight.grad.any()) for weight in head.parameters())
+
+
+def test_grouped_steps_hold_similar_lengths():
+    trainer = GroupedTrainer.__new__(GroupedTrainer)
+    trainer.train_dataset = rollouts_of(64, 8)
+    trainer.args = type("Arguments", (), {"train_batch_size": 16})
+    order = list(trainer._get_train_sampler())
+    lengths = np.array([1 + index % 8 for index in order]).reshape(-1, 16)
+    assert sorted(order) == list(range(512))
+    assert (lengths.max(axis=1) - lengths.min(axis=1)).mean() < 1.5
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("policy")
+    tokenizer = sandbox_tokenizer()
+    new_policy(PolicySettings(hidden_size=16, num_heads=1), tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def run(tmp_path, policy, *options):
+    line = ["--smoke", "--policy", policy, "--output_dir", str(tmp_path / "study"), *options]
+    scaling_study.main(*scaling_study.make_parser().parse_args_and_config(line))
+
+
+def test_a_smoke_study_is_reported_and_resumed(tmp_path, policy, monkeypatch, capsys):
+    trained = []
+    original = Study.run
+
+    def counted(self, cell):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(cell)
+        return original(self, cell)
+
+    monkeypatch.setattr(Study, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, policy)
+    first = {path: path.read_bytes() for path in (tmp_path / "study" / "cells").iterdir()}
+    assert len(first) == 3
+    monkeypatch.setattr(Study, "run", lambda self, cell: trained.append(cell) or original(self, cell))
+    run(tmp_path, policy)
+    # 2 sizes, 2 numbers of prompts, 2 of samples, grouped, 2 gammas, rounded: 8 of them distinct.
+    assert len(trained) == len(set(trained)) == 2 * 8
+    assert all(path.read_bytes() == content for path, content in first.items())
+    shown = capsys.readouterr().out
+    table = (tmp_path / "study" / "results.md").read_text()
+    assert table in shown and table.count("\n") == 2 + 2 + 2 + 2 + 2 + 2 + 2
+    assert {"scaling.png", "ablations.png"} <= {path.name for path in (tmp_path / "study").iterdir()}
+    run(tmp_path, policy, "--report", "true")
+    assert len(trained) == 16
+    with pytest.raises(ValueError, match="was made with other settings"):
+        run(tmp_path, policy, "--batch_size", "16")
+
+
+def test_the_model_of_the_boundary_is_trained_once_and_measured(tmp_path, policy, capsys):
+    # A policy of random weights ends at about one token in 39, so hardly a completion is cut then.
+    options = ["--boundary", "true", "--max_new_tokens", "480"]
+    run(tmp_path, policy, *options)
+    model = tmp_path / "study" / "boundary" / "length_value_model" / "model.safetensors"
+    weights, changed = model.read_bytes(), model.stat().st_mtime_ns
+    record = json.loads((tmp_path / "study" / "boundary" / "boundary.json").read_text())
+    assert record["prompts"] >= 2 and record["measured"]["ratio"]["estimate"] > 0
+    run(tmp_path, policy, *options)
+    assert (model.read_bytes(), model.stat().st_mtime_ns) == (weights, changed)
+    assert "variance between prompts explained" in capsys.readouterr().out
+
+
+def test_sizes_have_to_ascend():
+    with pytest.raises(ValueError, match="samples must be ascending"):
+        ScalingArguments(samples=[4, 2])
+
+
+def test_the_table_gives_mean_and_range_over_seeds():
+    def result(loss):
+        names = scaling_study.METRICS
+        return {"metrics": {**dict.fromkeys(names, 0.5), "loss": loss}, "parameters": 1234, "epochs": 2.0}
+
+    table = make_table({"prompts": {"8": [result(0.001), result(0.004)]}})
+    assert "| prompts | 8 | 1,234 | 2.0 | 2 | 2.50 [1.00, 4.00] | 0.500 [0.500, 0.500] |" in table
+
+
+def test_measures_at_the_prompt_by_hand():
+    """Halves that agree leave no noise; a model that is 10 % off everywhere has a relative error of 0.1."""
+    gamma = 0.9
+    lengths = torch.tensor([[10.0] * 8, [20.0] * 8, [40.0] * 8])
+    found = measure_boundary(logits_from_remaining(1.1 * lengths[:, 0], gamma), lengths, gamma)
+    assert found["model_mre"].estimate == pytest.approx(0.1)
+    assert found["halves_mre"].estimate == pytest.approx(0.0, abs=1e-9)
+    exact = measure_boundary(logits_from_remaining(lengths[:, 0], gamma), lengths, gamma)
+    assert exact["explained"].estimate == pytest.approx(1.0, abs=1e-6)
+    assert exact["explained_at_most"].estimate == pytest.approx(1.0)
+    constant = measure_boundary(torch.zeros(3), lengths, gamma)
+    assert constant["explained"].estimate == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_model_that_knows_the_expected_return_is_at_the_bound():
+    """Geometric lengths: about 0.7 of the error between halves, and nothing left but the noise of the means."""
+    torch.manual_seed(0)
+    gamma, ends = 0.95, torch.linspace(0.02, 0.2, 400)
+    lengths = 1 + torch.distributions.Geometric(ends).sample((64,)).T
+    value = -(1 - gamma) / (1 - gamma * (1 - ends))
+    logits = logits_from_remaining(remaining_from_value(value.double(), gamma), gamma)
+    found = {name: interval.estimate for name, interval in measure_boundary(logits, lengths, gamma).items()}
+    assert found["ratio"] == pytest.approx(0.5**0.5, abs=0.04)
+    assert found["explained"] == pytest.approx(found["explained_at_most"], abs=0.005)
+    assert found["explained_without_noise"] == pytest.approx(1.0, abs=0.005)
+    means = discounted_return(lengths.double(), gamma).mean(dim=1)
+    assert found["explained"] == pytest.approx(float(1 - (means - value).var() / means.var()))
+
+
+def test_prompts_with_cut_completions_are_left_out_and_logits_are_those_of_the_prompt(caplog):
+    rollouts = rollouts_of(4, 3).to_list()
+    rollouts[4]["finish_reason"] = "length"
+    rollouts[-1]["prompt_ids"] = rollouts[-2]["prompt_ids"] = rollouts[-3]["prompt_ids"] = [5, 6]
+    prompts, lengths = prompt_lengths(Dataset.from_list(rollouts))
+    assert prompts == [[2, 2, 2], [2, 2, 2], [5, 6]] and lengths.tolist() == [[1, 2, 3]] * 3
+    assert "1 of 4 prompts are left out" in caplog.text
+    model = tiny_length_value_model().freeze()
+    alone = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+    torch.testing.assert_close(boundary_logits(model, prompts), torch.stack(alone), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="are not enough"):
+        prompt_lengths(rollouts_of(1, 3))

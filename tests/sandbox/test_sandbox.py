@@ -1,0 +1,133 @@
+"""The sandbox: arithmetic, splits, styles, reading back, and the exact verifier."""
+
+import random
+from itertools import islice
+
+import pytest
+
+from lenvm_rl.sandbox import (
+    DIFFICULTIES,
+    STYLES,
+    PolicySettings,
+    Problem,
+    clean_length,
+    distinct_problems,
+    draw_completion,
+    is_correct,
+    read_completion,
+    sandbox_tokenizer,
+    stream_problems,
+    task,
+)
+from lenvm_rl.sandbox.policy import TeacherRows
+from lenvm_rl.sandbox.styles import clean_steps
+from lenvm_rl.sandbox.task import TOKENS
+from reward.sandbox import sandbox_reward
+
+# 3 -> +2 = 5 -> *2 = 10, which is 3 modulo 7 -> +3 = 6.
+PROBLEM = Problem(start=3, labels=("c", "a", "f"), operations=("+2", "*2", "+3"))
+RUNNING = (5, 3, 6)
+
+
+def test_arithmetic_by_hand():
+    assert PROBLEM.running == RUNNING
+    assert PROBLEM.answer == str(RUNNING[-1])
+    assert PROBLEM.prompt == "3 c +2 a *2 f +3 ?"
+    assert PROBLEM.difficulty == 3
+
+
+def test_styles_by_hand():
+    values = [str(value) for value in RUNNING]
+    assert clean_steps(PROBLEM, "direct") == []
+    assert clean_steps(PROBLEM, "plain") == [["a", values[1]], ["f", values[2]]]
+    assert clean_steps(PROBLEM, "careful") == [["c", "+2", values[0]], ["a", "*2", values[1]], ["f", "+3", values[2]]]
+    with pytest.raises(ValueError, match="style must be one of"):
+        clean_steps(PROBLEM, "fast")
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_clean_length_counts_steps_and_answer_without_the_end(style, difficulty):
+    problem = task.draw_problem(random.Random(0), difficulty, "train")
+    assert clean_length(difficulty, style) == sum(len(step) for step in clean_steps(problem, style)) + 2
+
+
+def test_reading_a_completion_by_hand():
+    tokens = "c +2 1 wait wait redo c +2 1 a *2 2 redo a *2 2 wait A 4 <eos>".split()
+    assert read_completion(tokens).style == "careful"
+    # Three waits, and two redone steps of 1 + 3 tokens.
+    assert read_completion(tokens).detour_tokens == 3 + 8
+    assert read_completion("A 4 <eos>".split()).style == "direct"
+    assert read_completion("c 1 a *2 4 A 4 <eos>".split()).style == "mixed"
+    assert read_completion("c c A 4 <eos>".split()).style == "mixed"
+    assert read_completion("c 1 redo c".split()).style == "mixed"
+
+
+def test_teacher_is_always_right_and_reads_back_to_its_clean_length():
+    rng = random.Random(1)
+    seen = set()
+    for problem in islice(stream_problems(1, "validation"), 400):
+        completion = draw_completion(rng, problem)
+        reading = read_completion(completion)
+        seen.add(reading.style)
+        assert is_correct(completion, problem.answer)
+        assert len(completion) - 1 - reading.detour_tokens == clean_length(problem.difficulty, reading.style)
+    assert seen == set(STYLES)
+
+
+def test_verifier_wants_the_answer_and_an_end():
+    assert is_correct(["A", "4", "<eos>"], "4")
+    for wrong in (["A", "5", "<eos>"], ["A", "4"], ["4", "<eos>"], ["A", "4", "<eos>", "<eos>"], []):
+        assert not is_correct(wrong, "4")
+
+
+def test_reward_reads_token_ids():
+    ids = {token: index for index, token in enumerate(TOKENS)}
+    completions = [[ids[token] for token in text.split()] for text in ("A 4 <eos>", "A 4", "a 4 A 3 <eos>")]
+    assert sandbox_reward(completion_ids=completions, answer=["4", "4", "4"], prompts=None) == [1.0, 0.0, 0.0]
+
+
+def test_splits_are_disjoint_stratified_and_reproducible():
+    drawn = {split: distinct_problems(240, 0, split) for split in task.SPLITS}
+    prompts = {split: {problem.prompt for problem in problems} for split, problems in drawn.items()}
+    assert all(len(found) == 240 for found in prompts.values())
+    assert not prompts["train"] & prompts["evaluation"] and not prompts["train"] & prompts["validation"]
+    assert not prompts["validation"] & prompts["evaluation"]
+    for problems in drawn.values():
+        assert [problem.difficulty for problem in problems] == list(DIFFICULTIES) * (240 // len(DIFFICULTIES))
+    assert drawn["train"] == distinct_problems(240, 0, "train")
+    assert drawn["train"] != distinct_problems(240, 1, "train")
+
+
+def test_too_few_distinct_problems_is_an_error():
+    with pytest.raises(ValueError, match="multiple of"):
+        distinct_problems(len(DIFFICULTIES) + 1, 0, "train")
+    with pytest.raises(ValueError, match="too few distinct problems of difficulty 1"):
+        distinct_problems(5_000, 0, "evaluation", difficulties=(1,))
+
+
+def test_tokenizer_round_trips_prompts_and_completions():
+    tokenizer = sandbox_tokenizer()
+    completion = draw_completion(random.Random(2), PROBLEM)
+    text = f"{PROBLEM.prompt} {' '.join(completion)}"
+    ids = tokenizer(text)["input_ids"]
+    assert [TOKENS[token] for token in ids] == text.split()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) == list(TOKENS)
+
+
+def test_teacher_rows_hold_whole_examples_with_restarting_positions():
+    tokenizer = sandbox_tokenizer()
+    for row in islice(TeacherRows(PolicySettings(), tokenizer), 50):
+        ids, labels, positions = (row[name].tolist() for name in ("input_ids", "labels", "position_ids"))
+        assert len(ids) == len(labels) == len(positions) == 256
+        starts = [index for index, position in enumerate(positions) if position == 0]
+        for start, end in zip(starts, [*starts[1:], 256], strict=True):
+            tokens = tokenizer.convert_ids_to_tokens(ids[start:end])
+            if tokens[0] == tokenizer.pad_token:
+                assert set(tokens) == {tokenizer.pad_token} and set(labels[start:end]) == {-100}
+                continue
+            prompt = tokens.index("?") + 1
+            assert labels[start:end] == [-100] * prompt + ids[start + prompt : end]
+            assert tokens[-1] == tokenizer.eos_token
