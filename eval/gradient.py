@@ -35,13 +35,7 @@ from eval.arms import call_reward, load_reward, read_grades
 from eval.batches import end_ids_of
 from eval.command_line import run
 from eval.datasets import EvaluationPrompts
-from eval.gradient_batches import (
-    ExplainedVariance,
-    batch_gradients,
-    length_values,
-    read_batches,
-    select_parameters,
-)
+from eval.gradient_batches import ExplainedVariance, batch_gradients, length_values, read_batches, select_parameters
 from eval.gradient_estimators import LENGTH_GRADIENT, TASK_GRADIENT, GradedBatch, estimators
 from eval.gradient_report import all_cosines, compare_penalties, plot_gradients, print_report, summarise
 from eval.gradient_statistics import GradientStatistics, inner_products

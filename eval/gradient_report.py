@@ -39,14 +39,7 @@ KINDS = {
 }
 # Cosines are not shown beyond this: their estimates have no bound.
 WIDEST = 1.6
-COLORS = {
-    TASK: "#000000",
-    SEQUENCE: "#d62728",
-    PLAIN: "#888888",
-    GROUP: "#ff7f0e",
-    LENVM: "#1f77b4",
-    GATE: "#9467bd",
-}
+COLORS = {TASK: "#000000", SEQUENCE: "#d62728", PLAIN: "#888888", GROUP: "#ff7f0e", LENVM: "#1f77b4", GATE: "#9467bd"}
 
 
 def summarise(

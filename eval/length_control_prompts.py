@@ -20,10 +20,7 @@ logger = logging.getLogger(__name__)
 
 # The languages as people name them, and as the files do.
 LANGUAGES = {"en": "en", "zh": "cn"}
-REQUIREMENTS = {
-    "en": "Your answer must be {mode} {target} tokens.",
-    "zh": "你的回答必须{mode} {target} 个 token。",
-}
+REQUIREMENTS = {"en": "Your answer must be {mode} {target} tokens.", "zh": "你的回答必须{mode} {target} 个 token。"}
 WORDING = {
     "en": {EQUAL_TO: "equal to", AT_MOST: "at most", AT_LEAST: "at least"},
     "zh": {EQUAL_TO: "等于", AT_MOST: "至多有", AT_LEAST: "至少有"},

@@ -93,13 +93,7 @@ def mean_interval(
     if np.ndim(values) != 1:
         raise ValueError(f"values must have shape (N,), got {np.shape(values)}; use statistic_interval for several.")
     return statistic_interval(
-        values,
-        lambda means: means,
-        groups,
-        weights,
-        confidence=confidence,
-        num_resamples=num_resamples,
-        seed=seed,
+        values, lambda means: means, groups, weights, confidence=confidence, num_resamples=num_resamples, seed=seed
     )
 
 

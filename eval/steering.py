@@ -35,13 +35,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from eval import command_line
 from eval.report import save_figure
@@ -145,10 +139,7 @@ def train(args: SteeringArguments, learning_rate: float, target: float, seed: in
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     log = [entry for entry in trainer.state.log_history if "length/coef" in entry]
-    return {
-        "lengths": [entry["length/mean"] for entry in log],
-        "coefficients": [entry["length/coef"] for entry in log],
-    }
+    return {"lengths": [entry["length/mean"] for entry in log], "coefficients": [entry["length/coef"] for entry in log]}
 
 
 def judge(lengths: Sequence[float], target: float) -> dict[str, Any]:

@@ -48,8 +48,7 @@ class TradeoffArguments:
         },
     )
     trained: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Trained policies as NAME=PATH. Default: all that the run lists."},
+        default_factory=list, metadata={"help": "Trained policies as NAME=PATH. Default: all that the run lists."}
     )
     tilt: list[str] = field(
         default_factory=lambda: ["base"],

@@ -292,12 +292,7 @@ class LengthQuantiles:
 
     @classmethod
     def fit(
-        cls,
-        predicted: Tensor,
-        lengths: Tensor,
-        finished: Tensor,
-        groups: Tensor,
-        levels: Sequence[float] = (0.5, 0.9),
+        cls, predicted: Tensor, lengths: Tensor, finished: Tensor, groups: Tensor, levels: Sequence[float] = (0.5, 0.9)
     ) -> LengthQuantiles:
         """Calibrates on completions of prompts that the length value model was not fitted on.
 

@@ -129,9 +129,5 @@ def check_setup(args: StageArguments, model: ModelConfig) -> None:
 def model_kwargs(model: ModelConfig) -> dict[str, Any]:
     """How the policy is loaded, in every stage: the arguments of `from_pretrained` that are set."""
     dtype = model.dtype if model.dtype in ("auto", None) else getattr(torch, model.dtype)
-    settings = {
-        "dtype": dtype,
-        "attn_implementation": model.attn_implementation,
-        "revision": model.model_revision,
-    }
+    settings = {"dtype": dtype, "attn_implementation": model.attn_implementation, "revision": model.model_revision}
     return {name: value for name, value in settings.items() if value is not None}

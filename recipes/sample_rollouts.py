@@ -103,8 +103,7 @@ class SampleArguments:
         },
     )
     dtype: str = field(
-        default="float32",
-        metadata={"help": "transformers: dtype of the policy's weights, e.g. bfloat16 on a GPU."},
+        default="float32", metadata={"help": "transformers: dtype of the policy's weights, e.g. bfloat16 on a GPU."}
     )
     device: str | None = field(
         default=None, metadata={"help": "transformers: device, e.g. cuda:1. If omitted, a GPU if there is one."}

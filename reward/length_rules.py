@@ -191,12 +191,7 @@ def l1_max_length_reward(
 
 
 def laser_length_reward(
-    lengths: Tensor,
-    correct: Tensor,
-    group: Tensor | None = None,
-    *,
-    target_length: Tensor | int,
-    bonus: float = 0.5,
+    lengths: Tensor, correct: Tensor, group: Tensor | None = None, *, target_length: Tensor | int, bonus: float = 0.5
 ) -> Tensor:
     """A bonus for correct answers within a target: ``C + bonus * C * 1(L <= L_T)``.
 
@@ -216,12 +211,7 @@ def laser_length_reward(
 
 
 def leash_length_reward(
-    lengths: Tensor,
-    correct: Tensor,
-    group: Tensor | None = None,
-    *,
-    target_length: Tensor | int,
-    multiplier: float,
+    lengths: Tensor, correct: Tensor, group: Tensor | None = None, *, target_length: Tensor | int, multiplier: float
 ) -> Tensor:
     """Length over a target costs, at a price that changes: ``clip(2C - 1 - lam * max(0, L / L_t - 1), -1, 1)``.
 

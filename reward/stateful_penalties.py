@@ -195,14 +195,7 @@ class LaserDLengthReward(StatefulLengthReward):
     name = "laser_d"
     penalty = staticmethod(laser_d_length_reward)
 
-    def __init__(
-        self,
-        task_reward: Callable | str,
-        *,
-        candidates: Sequence[int],
-        every: int = 20,
-        **options,
-    ):
+    def __init__(self, task_reward: Callable | str, *, candidates: Sequence[int], every: int = 20, **options):
         self.candidates = [int(length) for length in candidates]
         if not self.candidates or any(b <= a for a, b in zip(self.candidates, self.candidates[1:], strict=False)):
             raise ValueError(f"candidates must be ascending lengths, at least one, got {self.candidates}.")

@@ -5,10 +5,4 @@ from lenvm_rl.decoding.guidance import LengthGuidance
 from lenvm_rl.decoding.processor import LengthGuidedLogitsProcessor
 from lenvm_rl.decoding.report import GuidanceReport
 
-__all__ = [
-    "GuidanceReport",
-    "LengthGuidance",
-    "LengthGuidedLogitsProcessor",
-    "generate_guided",
-    "mean_length_at",
-]
+__all__ = ["GuidanceReport", "LengthGuidance", "LengthGuidedLogitsProcessor", "generate_guided", "mean_length_at"]

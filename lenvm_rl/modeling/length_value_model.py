@@ -357,10 +357,7 @@ class LengthValueModel(PreTrainedModel):
         shared = self._shared
         # The owner may have made the embeddings ask for gradients by a hook.
         detached = self.config.form == HEAD or (shared is not None and self.frozen)
-        with (
-            nullcontext() if shared is None else shared.seen_alone(),
-            torch.no_grad() if detached else nullcontext(),
-        ):
+        with nullcontext() if shared is None else shared.seen_alone(), torch.no_grad() if detached else nullcontext():
             outputs = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -30,14 +30,7 @@ FULL_HEAD = LINEAR_HEAD | {"v_head.fc.weight", "v_head.fc.bias"}
 
 
 def load_released_checkpoint(
-    path,
-    gamma,
-    tokenizer=None,
-    generator=None,
-    gamma_fit=None,
-    truncated_share=None,
-    dtype="float32",
-    **load_kwargs,
+    path, gamma, tokenizer=None, generator=None, gamma_fit=None, truncated_share=None, dtype="float32", **load_kwargs
 ) -> LengthValueModel:
     """A length value model from a checkpoint of the paper's released code.
 

@@ -32,8 +32,7 @@ class LengthValueTrainingArguments(TrainingArguments):
     gamma_quantile: float = field(default=0.99, metadata={"help": "Which quantile of the lengths gamma is fitted to."})
     gamma_coverage: float = field(default=0.99, metadata={"help": "Magnitude of the return at that quantile."})
     lam: float = field(
-        default=1.0,
-        metadata={"help": "Lambda of the lambda-returns, in [0, 1]; 1 is plain Monte Carlo returns."},
+        default=1.0, metadata={"help": "Lambda of the lambda-returns, in [0, 1]; 1 is plain Monte Carlo returns."}
     )
     truncated: str = field(
         default="bootstrap",
@@ -44,8 +43,7 @@ class LengthValueTrainingArguments(TrainingArguments):
         },
     )
     only_correct: bool = field(
-        default=False,
-        metadata={"help": "Fit only on completions whose column `correct` is true."},
+        default=False, metadata={"help": "Fit only on completions whose column `correct` is true."}
     )
     domain_column: str | None = field(
         default=None,

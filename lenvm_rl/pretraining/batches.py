@@ -295,12 +295,7 @@ class StepSampler(Sampler[int]):
     """
 
     def __init__(
-        self,
-        sizes: Sequence[int],
-        step_size: int,
-        seed: int,
-        epoch: Callable[[], int],
-        groups: Sequence | None = None,
+        self, sizes: Sequence[int], step_size: int, seed: int, epoch: Callable[[], int], groups: Sequence | None = None
     ):
         self.sizes, self.step_size, self.seed, self.epoch = list(sizes), step_size, seed, epoch
         self.members: dict | None = None

@@ -105,12 +105,7 @@ def summarize(statistics: Tensor, lengths: Tensor, finished: Tensor, groups: Ten
 
 
 def length_value_metrics(
-    logits: Tensor,
-    lengths: Tensor,
-    finished: Tensor,
-    groups: Tensor,
-    gamma: float,
-    targets: Tensor | None = None,
+    logits: Tensor, lengths: Tensor, finished: Tensor, groups: Tensor, gamma: float, targets: Tensor | None = None
 ) -> dict[str, float]:
     """Metrics of logits against completions whose lengths are known (arXiv 2604.27039, sections 4.4 and 5).
 

@@ -20,14 +20,7 @@ from accelerate import DistributedType
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from lenvm_rl.files import MetricsFile
 from lenvm_rl.modeling.length_value_model import LengthValueModel

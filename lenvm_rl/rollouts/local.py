@@ -28,13 +28,7 @@ from lenvm_rl.prediction import (
     lengths_from_logits,
     weights_fingerprint,
 )
-from lenvm_rl.rollouts.job import (
-    SamplingJob,
-    SamplingSettings,
-    batch_seed,
-    in_order,
-    run_to_file,
-)
+from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, batch_seed, in_order, run_to_file
 from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.tokenization import Prompt, check_same_tokenizer, load_prompts
 

@@ -199,10 +199,7 @@ class ScriptedModel(PreTrainedModel):
     @classmethod
     def _from_table(cls, chain: TokenChain, table: Tensor, gamma: float | None):
         config = ScriptedConfig(
-            vocab_size=chain.vocab_size,
-            gamma=gamma,
-            eos_token_id=chain.eos_token_id,
-            pad_token_id=chain.pad_token_id,
+            vocab_size=chain.vocab_size, gamma=gamma, eos_token_id=chain.eos_token_id, pad_token_id=chain.pad_token_id
         )
         model = cls(config)
         with torch.no_grad():

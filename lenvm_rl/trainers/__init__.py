@@ -5,11 +5,4 @@ from lenvm_rl.trainers.configs import LenVMGRPOConfig, LenVMPPOConfig
 from lenvm_rl.trainers.grpo import LenVMGRPOTrainer
 from lenvm_rl.trainers.ppo import LenVMPPOTrainer
 
-__all__ = [
-    "LenVMGRPOConfig",
-    "LenVMGRPOTrainer",
-    "LenVMPPOConfig",
-    "LenVMPPOTrainer",
-    "TaskCritic",
-    "TaskCriticConfig",
-]
+__all__ = ["LenVMGRPOConfig", "LenVMGRPOTrainer", "LenVMPPOConfig", "LenVMPPOTrainer", "TaskCritic", "TaskCriticConfig"]

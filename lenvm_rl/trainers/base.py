@@ -35,11 +35,7 @@ from lenvm_rl.trainers.rollouts import (
     read_sampled,
     run_end_ids,
 )
-from lenvm_rl.trainers.streams import (
-    Completions,
-    centered_gated_advantage,
-    read_completions,
-)
+from lenvm_rl.trainers.streams import Completions, centered_gated_advantage, read_completions
 
 
 class LenVMTrainer(ResumableTrainer):

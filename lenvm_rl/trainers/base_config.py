@@ -102,8 +102,7 @@ class LenVMConfig(RefreshConfig):
         },
     )
     gate_threshold: float = field(
-        default=0.5,
-        metadata={"help": "A completion is correct where the raw value of gate_reward is above this."},
+        default=0.5, metadata={"help": "A completion is correct where the raw value of gate_reward is above this."}
     )
     length_gate_center: bool = field(
         default=False,

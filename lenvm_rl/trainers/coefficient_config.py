@@ -85,8 +85,7 @@ class CoefficientConfig(GRPOConfig):
         default=0.0, metadata={"help": "Distance that is kept from accuracy_floor, 0 or more."}
     )
     accuracy_half_life: float = field(
-        default=10.0,
-        metadata={"help": "Half-life of the moving average of accuracy, in generation batches."},
+        default=10.0, metadata={"help": "Half-life of the moving average of accuracy, in generation batches."}
     )
     length_coef_rate: float = field(
         default=0.02,

@@ -102,8 +102,7 @@ class LenVMPPOConfig(LenVMConfig):
     )
     vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss, above 0."})
     cliprange_value: float | None = field(
-        default=0.2,
-        metadata={"help": "Range of value clipping around the values at sampling time. None: no clipping."},
+        default=0.2, metadata={"help": "Range of value clipping around the values at sampling time. None: no clipping."}
     )
     critic_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps at the start in which only the critic learns."}
@@ -120,8 +119,7 @@ class LenVMPPOConfig(LenVMConfig):
         default=None, metadata={"help": "Lambda of the critic's targets, in [0, 1]. Default: task_lam."}
     )
     length_adaptive_lam: bool = field(
-        default=False,
-        metadata={"help": "Lambda of the policy by length, 1 - 1 / (alpha * L), instead of task_lam."},
+        default=False, metadata={"help": "Lambda of the policy by length, 1 - 1 / (alpha * L), instead of task_lam."}
     )
     length_adaptive_alpha: float = field(
         default=0.05, metadata={"help": "Alpha of length_adaptive_lam: share of a completion that credit reaches over."}

@@ -55,10 +55,7 @@ _SCORERS = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
 }
-_OF_TASK = {
-    TaskType.SEQ_CLS: AutoModelForSequenceClassification,
-    TaskType.TOKEN_CLS: AutoModelForTokenClassification,
-}
+_OF_TASK = {TaskType.SEQ_CLS: AutoModelForSequenceClassification, TaskType.TOKEN_CLS: AutoModelForTokenClassification}
 
 
 def make_critic(critic, critic_init: str, policy, length_value_model, trust_remote_code: bool = False):

@@ -23,12 +23,7 @@ from lenvm_rl.trainers.critic import (
 )
 from lenvm_rl.trainers.metrics import Moments, critic_metrics, kl_reward_metrics
 from lenvm_rl.trainers.pictures import picture_inputs
-from lenvm_rl.trainers.streams import (
-    Completions,
-    final_rewards,
-    length_adaptive_lambda,
-    whiten,
-)
+from lenvm_rl.trainers.streams import Completions, final_rewards, length_adaptive_lambda, whiten
 
 
 class LenVMPPOTrainer(LenVMTrainer):

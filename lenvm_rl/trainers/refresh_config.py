@@ -46,8 +46,7 @@ class RefreshConfig(CoefficientConfig):
     """
 
     refresh_steps: int = field(
-        default=0,
-        metadata={"help": "Re-fit the length value model after every so many optimizer steps. 0: never."},
+        default=0, metadata={"help": "Re-fit the length value model after every so many optimizer steps. 0: never."}
     )
     refresh_completions: int = field(
         default=2048, metadata={"help": "How many of the latest completions it is re-fitted on."}
@@ -61,8 +60,7 @@ class RefreshConfig(CoefficientConfig):
         default=False, metadata={"help": "Re-fit on correct completions only, for length_gate='correct'."}
     )
     stale_explained_variance: float = field(
-        default=0.0,
-        metadata={"help": "Warn while the moving average of lenvm/explained_variance is below this."},
+        default=0.0, metadata={"help": "Warn while the moving average of lenvm/explained_variance is below this."}
     )
     stale_factor: float = field(
         default=2.0,

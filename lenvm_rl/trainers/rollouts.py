@@ -231,9 +231,5 @@ def importance_ratio(report: GuidanceReport, mask: Tensor, maximum: float) -> tu
     difference = F.pad(difference, (0, max(0, width - difference.shape[1])))[:, :width]
     ratio = torch.where(exists, difference.exp(), 1.0)
     over = (ratio > maximum) & exists
-    sums = {
-        "tokens": exists.sum().float(),
-        "ratio": (ratio * exists).sum(),
-        "truncated": over.sum().float(),
-    }
+    sums = {"tokens": exists.sum().float(), "ratio": (ratio * exists).sum(), "truncated": over.sum().float()}
     return ratio.clamp(max=maximum), sums

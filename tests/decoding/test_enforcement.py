@@ -124,13 +124,7 @@ class TestOthersWhoBar:
     def test_a_bound_that_a_minimum_length_serves_too(self, mode):
         policy, value = world(0.6)
         out, report = generate_guided(
-            policy,
-            value,
-            starts(20),
-            enforced(mode, 4),
-            min_new_tokens=3,
-            max_new_tokens=9,
-            return_report=True,
+            policy, value, starts(20), enforced(mode, 4), min_new_tokens=3, max_new_tokens=9, return_report=True
         )
         assert int(report.lengths.min()) >= 4 and report.overruled.isfinite().all()
 

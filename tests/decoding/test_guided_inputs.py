@@ -4,13 +4,7 @@ import pytest
 import torch
 from test_backbones_vlm import picture_inputs, tiny_vlm
 from tiny import tiny_gpt2, tiny_length_value_model, tiny_llama
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    T5Config,
-    T5ForConditionalGeneration,
-    WatermarkingConfig,
-)
+from transformers import DynamicCache, GenerationConfig, T5Config, T5ForConditionalGeneration, WatermarkingConfig
 
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.sandbox.scripted import EOS, PAD, START, ScriptedLengthValue, ScriptedPolicy, geometric_chain

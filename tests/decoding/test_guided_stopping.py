@@ -166,13 +166,7 @@ class TestWhoseEnd:
         policy, value = models()
         policy.generation_config.stop_strings = [f"w{int(whole[0, 1])}"]
         out, report = generate_guided(
-            policy,
-            value,
-            prompts(),
-            GREEDY,
-            tokenizer=tokenizer(),
-            max_new_tokens=LONGEST,
-            return_report=True,
+            policy, value, prompts(), GREEDY, tokenizer=tokenizer(), max_new_tokens=LONGEST, return_report=True
         )
         assert report.lengths[0] <= 2 and report.finish_reason[0] == "criterion"
         with pytest.raises(ValueError, match="stop_strings.*tokenizer="):

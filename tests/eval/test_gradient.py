@@ -10,13 +10,7 @@ import torch
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 
 from eval.gradient import GradientArguments, complete, main
-from eval.gradient_batches import (
-    ExplainedVariance,
-    TokenBatch,
-    batch_gradients,
-    length_values,
-    select_parameters,
-)
+from eval.gradient_batches import ExplainedVariance, TokenBatch, batch_gradients, length_values, select_parameters
 from eval.gradient_estimators import (
     LENGTH_GRADIENT,
     LENVM_GRADIENT,

@@ -11,15 +11,7 @@ from tiny import EOS, tiny_length_value_model, tiny_tokenizer, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eval.length_tokens import (
-    Occurrences,
-    TokenArguments,
-    find_occurrences,
-    main,
-    measure_tokens,
-    rank,
-    report_tokens,
-)
+from eval.length_tokens import Occurrences, TokenArguments, find_occurrences, main, measure_tokens, rank, report_tokens
 from eval.statistics import mean_interval
 from eval.token_values import token_values
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain

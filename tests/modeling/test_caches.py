@@ -4,24 +4,8 @@ import warnings
 
 import pytest
 import torch
-from tiny import (
-    assert_same_logits,
-    tiny_gpt2,
-    tiny_length_value_model,
-    tiny_llama,
-    tiny_qwen2,
-    tiny_qwen3,
-    tokens,
-)
-from transformers import (
-    DynamicCache,
-    JambaConfig,
-    JambaModel,
-    MambaConfig,
-    MambaModel,
-    MiniMaxConfig,
-    MiniMaxModel,
-)
+from tiny import assert_same_logits, tiny_gpt2, tiny_length_value_model, tiny_llama, tiny_qwen2, tiny_qwen3, tokens
+from transformers import DynamicCache, JambaConfig, JambaModel, MambaConfig, MambaModel, MiniMaxConfig, MiniMaxModel
 
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 

@@ -10,10 +10,7 @@ from lenvm_rl.pretraining.loss import CUT, IGNORED
 
 
 def test_a_batch_by_hand():
-    rollouts = [
-        make_rollout([10, 11], [12, 13, EOS], group=4),
-        make_rollout([20], [21, 22], "length", group=5),
-    ]
+    rollouts = [make_rollout([10, 11], [12, 13, EOS], group=4), make_rollout([20], [21, 22], "length", group=5)]
     batch = LengthValueCollator(row_length=8)(rollouts)
     assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 20, 21, 22]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]

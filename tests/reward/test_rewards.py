@@ -116,10 +116,7 @@ def test_ready_made_rewards_have_a_name_and_survive_pickling(reward):
 
 def test_the_ready_made_linear_reward_by_hand():
     rewards = gsm8k_linear(
-        prompts=["p"] * 3,
-        completions=["5", "so 5", "6"],
-        completion_ids=lengths_of(128, 1000, 3),
-        answer=["5"] * 3,
+        prompts=["p"] * 3, completions=["5", "so 5", "6"], completion_ids=lengths_of(128, 1000, 3), answer=["5"] * 3
     )
     assert rewards == pytest.approx([0.9, 0.6, 0.0])
 

@@ -381,12 +381,7 @@ def test_whatever_trl_takes_is_a_task_reward(kind, make):
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [
-        ("starts_low", "starts_low"),
-        ("partial_grader", "starts_low"),
-        ("grader", "Grader"),
-        ("grader.score", "score"),
-    ],
+    [("starts_low", "starts_low"), ("partial_grader", "starts_low"), ("grader", "Grader"), ("grader.score", "score")],
 )
 def test_dotted_paths_lead_to_any_of_them(path, name):
     assert linear(f"test_rewards_calls.{path}").__name__ == f"{name}_linear"

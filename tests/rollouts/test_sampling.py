@@ -15,13 +15,7 @@ from transformers import GenerationConfig
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.prediction import predict_length, weights_fingerprint
 from lenvm_rl.rollouts import local as sampling
-from lenvm_rl.rollouts.local import (
-    RolloutSampler,
-    SamplingSettings,
-    load_prompts,
-    sample_rollouts,
-    sample_to_file,
-)
+from lenvm_rl.rollouts.local import RolloutSampler, SamplingSettings, load_prompts, sample_rollouts, sample_to_file
 from lenvm_rl.rollouts.record import find_problem, read_rollouts
 
 PROMPTS = ["w6 w7 w8 w9 w10 w11", "w12", "w20 w21 w22", "w30 w31 w32 w33"]

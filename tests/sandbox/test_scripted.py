@@ -101,12 +101,7 @@ def test_generate_follows_the_chain_with_and_without_a_cache(use_cache):
     policy = ScriptedPolicy.from_chain(chain)
     prompts = torch.tensor([[PAD, START], [3, 4]]).repeat_interleave(2000, dim=0)
     ids = policy.generate(
-        prompts,
-        attention_mask=(prompts != PAD).long(),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=60,
-        use_cache=use_cache,
+        prompts, attention_mask=(prompts != PAD).long(), do_sample=True, top_k=0, max_new_tokens=60, use_cache=use_cache
     )
     lengths = (ids[:, 2:] != PAD).sum(dim=1).double().view(2, 2000)
     expected = chain.mean_length()[[START, 4]]

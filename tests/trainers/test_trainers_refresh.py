@@ -54,11 +54,7 @@ def test_squared_errors_by_hand():
     """gamma = 1/2, V = -0.8 after w8 and -0.5 elsewhere. A finished completion of 2 tokens has G = -3/4, -1/2; one that
     was cut after 2 goes on with V(s_2) = -0.8: G = -3/4 - 1/4 * 0.8 = -0.95 and -1/2 - 1/2 * 0.8 = -0.9. A token that
     nobody chose is no state and costs nothing: G = -1/2 at the one action before it."""
-    rows = [
-        row([6], [7, 1]),
-        row([6, 6], [7, 8], finished=False),
-        row([8], [7, 9, 1], actions=[1, 0, 0]),
-    ]
+    rows = [row([6], [7, 1]), row([6, 6], [7, 8], finished=False), row([8], [7, 9, 1], actions=[1, 0, 0])]
     errors, actions = squared_errors(scripted_lenvm({8: -0.8}), rows, 0.5, "cpu")
     expected = [[0.25**2, 0, 0], [0.45**2, 0.4**2, 0], [0.3**2, 0, 0]]
     torch.testing.assert_close(errors, torch.tensor(expected))
