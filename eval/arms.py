@@ -6,10 +6,7 @@ rule (top-k, top-p, min-p) holds for every arm, the base policy included.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.batches import context_of, left_padded
 from eval.samples import Samples, SampleStore
@@ -25,14 +22,7 @@ from eval.tradeoff_kl import DivergenceMeter
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length, padding_id, strip_completion
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.reward_functions import (
-    accepted,
-    callable_at,
-    check_returned,
-    correctness_values,
-    is_asynchronous,
-    name_of,
-)
+from lenvm_rl.reward_functions import call_reward, correctness_values, name_of
 from lenvm_rl.tokenization import check_room, check_same_tokenizer, tokenize_prompts
 
 logger = logging.getLogger(__name__)
@@ -80,60 +70,6 @@ class Arm:
     def is_graded(self) -> np.ndarray:
         """`graded`, with one entry per completion in any case."""
         return np.ones(len(self.lengths), dtype=bool) if self.graded is None else self.graded
-
-
-def load_reward(path: str) -> Callable[..., Sequence[float]]:
-    """The reward function behind a dotted path, such as `reward.sandbox.sandbox_reward`.
-
-    Modules are looked for where Python looks, and in the current folder.
-
-    Raises:
-        ValueError: there is no such module or name, or it is no function.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return callable_at(path)
-
-
-def call_reward(
-    reward: Callable[..., Sequence[float]],
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
-    completion_ids: Sequence[list[int]],
-    columns: Mapping[str, Sequence[Any]],
-    num_generations: int | None = None,
-) -> list[float | None]:
-    """What a TRL reward function pays, called as TRL calls it; what it logs is logged nowhere.
-
-    Args:
-        reward (callable): the function.
-        tokenizer (`PreTrainedTokenizerBase`): decodes the completions.
-        prompts (sequence): one per completion, texts or lists of messages.
-        completion_ids (sequence of lists of `int`): sampled ids.
-        columns (mapping): one list per column of the dataset, an entry per completion.
-        num_generations (`int`, *optional*): completions of each prompt, side by side, for functions that ask for it.
-
-    Raises:
-        ValueError: it does not pay every completion a number or `None`.
-    """
-    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    chats = [[{"role": "assistant", "content": text}] for text in texts]
-    conversational = bool(prompts) and not isinstance(prompts[0], str)
-    further = {"trainer_state": TrainerState(), "log_extra": _log_nothing, "log_metric": _log_nothing}
-    further |= {} if num_generations is None else {"num_generations": num_generations}
-    paid = reward(
-        prompts=list(prompts),
-        completions=chats if conversational else texts,
-        completion_ids=list(completion_ids),
-        **(accepted(reward, further) | dict(columns)),
-    )
-    if is_asynchronous(reward):
-        paid = asyncio.run(paid)
-    return check_returned(paid, name_of(reward), len(completion_ids))
-
-
-def _log_nothing(*arguments: Any, **named: Any) -> None:
-    pass
 
 
 def read_grades(reward: Callable[..., Any], paid: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from eval.arms import call_reward, load_reward, read_grades
+from eval.arms import read_grades
 from eval.batches import end_ids_of
 from eval.command_line import run
 from eval.datasets import EvaluationPrompts
@@ -45,7 +45,7 @@ from eval.tradeoff_arguments import TradeoffArguments, check_data, read_run, sam
 from lenvm_rl.endings import own_length
 from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.prediction import weights_fingerprint
-from lenvm_rl.reward_functions import check_columns
+from lenvm_rl.reward_functions import call_reward, check_columns, load_reward
 from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.local import sample_to_file
 from lenvm_rl.rollouts.record import RolloutMetadata

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from eval.arms import Arm, Sampler, load_reward, value_scale
+from eval.arms import Arm, Sampler, value_scale
 from eval.datasets import sandbox_prompts
 from eval.samples import SampleStore
 from eval.style_frontier import StyleFrontier, measure_points
@@ -19,7 +19,7 @@ from eval.tradeoff_arguments import Comparison, TradeoffArguments, check_data
 from eval.tradeoff_kl import policy_divergence
 from lenvm_rl.decoding.generation import LengthGuidance
 from lenvm_rl.modeling.loading import has_tokenizer, load_length_value_model, load_policy, load_tokenizer
-from lenvm_rl.reward_functions import check_columns
+from lenvm_rl.reward_functions import check_columns, load_reward
 from lenvm_rl.sandbox import clean_length, read_completion
 from lenvm_rl.tokenization import check_same_tokenizer, tokenize_prompts
 

@@ -7,6 +7,7 @@ what is correct apart from what is paid ([`lenvm_rl.reward_functions.ShapedRewar
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import importlib
@@ -19,6 +20,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 # What a reward function is called with, by keyword: by TRL beside the columns of the dataset, all but some of them, and
 # by the trainers of this library.
@@ -117,6 +119,60 @@ def _where_it_was_looked_for(path: str) -> str:
     if last is None:
         return f"no module of that name is in {os.getcwd()}, or where Python looks for modules"
     return f"looked in {getattr(last, '__file__', None) or 'a module without a file'}"
+
+
+def load_reward(path: str) -> Callable[..., Sequence[float]]:
+    """The reward function behind a dotted path, such as `reward.sandbox.sandbox_reward`.
+
+    Modules are looked for where Python looks, and in the current folder.
+
+    Raises:
+        ValueError: there is no such module or name, or it is no function.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return callable_at(path)
+
+
+def call_reward(
+    reward: Callable[..., Sequence[float]],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    completion_ids: Sequence[list[int]],
+    columns: Mapping[str, Sequence[Any]],
+    num_generations: int | None = None,
+) -> list[float | None]:
+    """What a TRL reward function pays, called as TRL calls it; what it logs is logged nowhere.
+
+    Args:
+        reward (callable): the function.
+        tokenizer (`PreTrainedTokenizerBase`): decodes the completions.
+        prompts (sequence): one per completion, texts or lists of messages.
+        completion_ids (sequence of lists of `int`): sampled ids.
+        columns (mapping): one list per column of the dataset, an entry per completion.
+        num_generations (`int`, *optional*): completions of each prompt, side by side, for functions that ask for it.
+
+    Raises:
+        ValueError: it does not pay every completion a number or `None`.
+    """
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    conversational = bool(prompts) and not isinstance(prompts[0], str)
+    further = {"trainer_state": TrainerState(), "log_extra": _log_nothing, "log_metric": _log_nothing}
+    further |= {} if num_generations is None else {"num_generations": num_generations}
+    paid = reward(
+        prompts=list(prompts),
+        completions=chats if conversational else texts,
+        completion_ids=list(completion_ids),
+        **(accepted(reward, further) | dict(columns)),
+    )
+    if is_asynchronous(reward):
+        paid = asyncio.run(paid)
+    return check_returned(paid, name_of(reward), len(completion_ids))
+
+
+def _log_nothing(*arguments: Any, **named: Any) -> None:
+    pass
 
 
 def check_columns(function: Callable, columns: Iterable[str], source: str = "the dataset") -> None:

@@ -19,12 +19,11 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from eval.arms import call_reward, load_reward
 from lenvm_rl.files import atomic_file, read_json
 from lenvm_rl.modeling.backbones import load_model
 from lenvm_rl.modeling.loading import ADAPTER_FILE, check_policy, load_tokenizer, model_type, read_config
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
-from lenvm_rl.reward_functions import are_correct, name_of
+from lenvm_rl.reward_functions import are_correct, call_reward, load_reward, name_of
 from lenvm_rl.rollouts.job import SamplingSettings, find_column_problem
 from lenvm_rl.rollouts.local import sample_to_file
 from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts, split_by_prompt

@@ -12,9 +12,9 @@ import torch
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config
 
-from eval.arms import load_reward
 from lenvm_rl.files import last_complete_checkpoint
 from lenvm_rl.programs import choose_threads
+from lenvm_rl.reward_functions import load_reward
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.configs import LenVMConfig
 from recipes.arguments import StageArguments

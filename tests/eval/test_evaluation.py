@@ -8,12 +8,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from eval.arms import Arm, Sampler, load_reward, value_scale
+from eval.arms import Arm, Sampler, value_scale
 from eval.seeds import collect, print_table
 from eval.style_frontier import StyleFrontier
 from eval.tradeoff import TradeoffArguments, main, read_run, summarise
 from lenvm_rl.decoding.generation import LengthGuidance
 from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.reward_functions import load_reward
 from lenvm_rl.sandbox import PolicySettings, sandbox_tokenizer
 from lenvm_rl.sandbox.policy import new_policy
 from reward.sandbox import sandbox_reward

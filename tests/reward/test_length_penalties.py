@@ -6,7 +6,7 @@ import pytest
 import torch
 from trl.rewards import get_cosine_scaled_reward, get_soft_overlong_punishment
 
-from eval.arms import load_reward
+from lenvm_rl.reward_functions import load_reward
 from reward import baselines
 from reward.length_penalties import (
     ALPLengthReward,

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from places import DATA
 
-from eval.arms import load_reward
+from lenvm_rl.reward_functions import load_reward
 from reward import mathematics
 from reward.mathematics import grade, math_reward, unreadable_golds
 

@@ -16,7 +16,6 @@ from torch import nn
 from trainer_parts import VOCAB, batch_of, grpo, ppo, prompts, scripted, settings
 
 import reward
-from eval.arms import load_reward
 from lenvm_rl.reward_functions import (
     ShapedReward,
     StatefulReward,
@@ -24,6 +23,7 @@ from lenvm_rl.reward_functions import (
     callable_at,
     check_returned,
     is_asynchronous,
+    load_reward,
     name_of,
     unwrapped,
 )
