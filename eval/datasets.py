@@ -1,14 +1,23 @@
-"""The prompts that arms are compared on: the sandbox's, those of named tasks, or a dataset of one's own."""
+"""What programs evaluate on: prompts of the sandbox, of named tasks or of a dataset of one's own; and rollouts."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
 
+from datasets import Dataset
+from transformers.hf_argparser import HfArg
+
+from eval.runs import OUTPUTS, check_sandbox, is_sandbox, output_folder, set_threads
+from lenvm_rl.modeling.loading import load_policy, load_tokenizer, read_config
 from lenvm_rl.reward_functions import BY_TRL, NO_COLUMNS
+from lenvm_rl.rollouts.job import SamplingSettings
+from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts
 from lenvm_rl.sandbox import DIFFICULTIES, Problem, distinct_problems
-from lenvm_rl.tokenization import find_prompt_problem, load_prompts
+from lenvm_rl.tokenization import check_same_tokenizer, find_prompt_problem, load_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -115,4 +124,69 @@ def dataset_prompts(
         columns["answer"] = dataset[answer_column][:]
     return EvaluationPrompts(
         [[{"role": "user", "content": prompt}] for prompt in prompts] if chat else prompts, columns
+    )
+
+
+@dataclass
+class RolloutArguments:
+    """Which length value model is measured, and against which completions."""
+
+    length_value_model: str = HfArg(help="Pretrained length value model: folder or hub id.")
+    rollouts: str | None = HfArg(
+        default=None,
+        help="Rollouts (.jsonl or .parquet, see recipes/sample_rollouts.py) of prompts that the model was not fitted "
+        "on. Default: sample the sandbox's evaluation prompts of --policy.",
+    )
+    policy: str | None = HfArg(
+        default=None, help="A policy of the built-in sandbox to sample, without --rollouts: folder."
+    )
+    base: str | None = HfArg(
+        default=None,
+        help="The model that a length value model of form adapter or head was fitted on: folder or hub id. Default: "
+        "--policy.",
+    )
+    num_prompts: int = HfArg(default=120, help="Sandbox prompts to sample; by fours, one of each kind.")
+    num_samples: int = HfArg(default=64, help="Completions to sample per prompt.")
+    max_new_tokens: int = HfArg(default=128, help="Longest completion that is sampled, end-of-sequence counted.")
+    batch_size: int = HfArg(default=256, help="Completions per generate call.")
+    temperature: float = HfArg(default=1.0, help="Temperature of the sampling.")
+    seed: int = HfArg(default=0, help="Seed of prompts, sampling and intervals.")
+    output_dir: str | None = HfArg(
+        default=None,
+        help="Where the results, and sampled rollouts, are written. Default: outputs/ and the program's name.",
+    )
+
+    def in_folder(self, program: str, report: str) -> Self:
+        """These arguments with the folder to write to, which is made."""
+        about = ("length_value_model", "rollouts", "policy")
+        folder = output_folder(self.output_dir, Path(OUTPUTS) / program, report, asdict(self), about)
+        return replace(self, output_dir=str(folder))
+
+
+def find_rollouts(args: RolloutArguments) -> tuple[Dataset, RolloutMetadata]:
+    """The rollouts that the arguments name, or completions of the sandbox's evaluation prompts."""
+    fingerprint = read_config(args.length_value_model).tokenizer_fingerprint
+    if args.rollouts is not None:
+        rollouts, metadata = read_rollouts(args.rollouts)
+        check_same_tokenizer(fingerprint, metadata.tokenizer_fingerprint)
+        set_threads(is_sandbox(metadata.tokenizer_fingerprint))
+        return rollouts, metadata
+    if args.policy is None:
+        raise ValueError("Give --policy to sample completions of, or --rollouts that are there already.")
+    tokenizer = load_tokenizer(args.policy)
+    instead = "Sample it on prompts of its own with recipes/sample_rollouts.py, and give those --rollouts."
+    check_sandbox(tokenizer, args.policy, "The prompts that are sampled here are", instead)
+    check_same_tokenizer(fingerprint, tokenizer)
+    set_threads(sandbox=True)
+    problems = sandbox_problems(args.num_prompts, args.seed)
+    settings = SamplingSettings(args.num_samples, args.max_new_tokens, args.batch_size, args.temperature)
+    return sample_to_file(
+        Path(args.output_dir) / "rollouts.jsonl",
+        load_policy(args.policy),
+        tokenizer,
+        [problem.prompt for problem in problems],
+        settings,
+        seed=args.seed,
+        extra_columns={"difficulty": [problem.difficulty for problem in problems]},
+        generator=args.policy,
     )

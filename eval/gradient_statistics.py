@@ -22,8 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.prompt_boundary import quotient
-from eval.statistics import Interval, percentile_interval
+from eval.statistics import Interval, percentile_interval, quotient
 
 # Entries of gradients held at once while their inner products are taken.
 CHUNK_ENTRIES = 2**25

@@ -16,13 +16,12 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from eval.prompt_boundary import quotient
 from eval.rank_agreement import rank_intervals
-from eval.statistics import Interval, mean_interval, statistic_interval
+from eval.statistics import Interval, mean_interval, quotient, statistic_interval
 from eval.token_values import state_logits
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.pretraining.metrics import POINTS, point_index, sequence_statistics, summarize
-from lenvm_rl.pretraining.references import mean_by_group, reference_metrics, relative_errors
+from lenvm_rl.pretraining.references import half_returns, mean_by_group, reference_metrics, relative_errors
 from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining_from_value
 
 # Measured at each point of the way.
@@ -163,6 +162,28 @@ def boundary_table(data: Completions) -> tuple[Tensor, Tensor]:
     return predicted[whole], remaining_from_value(returns, data.gamma)[whole]
 
 
+def half_intervals(data: Completions, **bootstrap: int) -> dict[str, Interval]:
+    """Errors against halves of a prompt's completions: the model's, the other half's, and the ratio of the two.
+
+    A model that knows every prompt's expected return exactly has about 0.7 times the error between halves, since only
+    one of its two sides is noisy. Prompts with a cut completion, or with a single one, are left out.
+    """
+    _, group = torch.unique(data.groups, return_inverse=True)
+    halved = (mean_by_group(data.finished, group) == 1.0) & (torch.bincount(group) >= 2)
+    if not bool(halved.any()):
+        return {}
+    halves = remaining_from_value(half_returns(data.lengths, group, data.gamma)[:, :, halved], data.gamma)
+    predicted = mean_by_group(remaining_from_logits(data.at(0)[0], data.gamma), group)[halved]
+    errors = relative_errors(predicted, halves), relative_errors(halves, halves.flip(1))
+    table = torch.stack([each.mean(dim=(0, 1)) for each in errors], dim=1).numpy()
+    statistics: dict[str, Callable] = {
+        "half_mre": lambda means: means[:, 0],
+        "reference_half_mre": lambda means: means[:, 1],
+        "half_ratio": lambda means: quotient(means[:, 0], means[:, 1]),
+    }
+    return {name: statistic_interval(table, each, **bootstrap) for name, each in statistics.items()}
+
+
 def measure(data: Completions, num_resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
     """Every metric, with an interval where one is bootstrapped and NaN for its ends elsewhere.
 
@@ -174,8 +195,8 @@ def measure(data: Completions, num_resamples: int = 2000, seed: int = 0) -> dict
     Returns:
         `dict[str, Interval]`: see [`~lenvm_rl.pretraining.length_value_metrics`] (without `loss`, which depends on
         what cut completions are taken for), [`~lenvm_rl.pretraining.references.reference_metrics`],
-        [`median_intervals`], and [`ALONG`] at each point. Where no completion ended: `completions` and
-        `truncated_share` alone.
+        [`median_intervals`], [`half_intervals`], and [`ALONG`] at each point. Where no completion ended: `completions`
+        and `truncated_share` alone.
     """
     counts = {
         "completions": float(len(data.lengths)),
@@ -201,5 +222,6 @@ def measure(data: Completions, num_resamples: int = 2000, seed: int = 0) -> dict
         errors = (predicted - consistent).abs()
         found["consistent_mae"] = mean_interval(errors.numpy(), **bootstrap)
         found["consistent_mre"] = mean_interval((errors / consistent).numpy(), **bootstrap)
+    found.update(half_intervals(data, **bootstrap))
     found["kendall_tau"] = found["kendall_tau_at_0"]
     return found

@@ -36,8 +36,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eval.command_line import run
+from eval.datasets import RolloutArguments, find_rollouts
 from eval.length_measures import ALONG, Completions, boundary_table, measure, read_completions
-from eval.prompt_boundary import BoundaryArguments, find_rollouts
 from eval.report import (
     Entry,
     as_entry,
@@ -79,11 +79,12 @@ REFERENCES = {
     )
     + (None, None),
     "prompt's other half (noise)": (None, None, None, None, "reference_half_mre"),
+    "the model's error over that": (None, None, None, None, "half_ratio"),
 }
 
 
 @dataclass
-class PredictionArguments(BoundaryArguments):
+class PredictionArguments(RolloutArguments):
     """Which model is measured, against which completions, and where to write it."""
 
     domain_column: str | None = field(

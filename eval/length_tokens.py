@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from wordcloud import WordCloud
 
 from eval.command_line import run
-from eval.prompt_boundary import BoundaryArguments, find_rollouts
+from eval.datasets import RolloutArguments, find_rollouts
 from eval.report import cell_text, save_csv, save_figure, save_json
 from eval.statistics import percentile_interval, resampled_means
 from eval.token_values import TokenValues, token_values
@@ -48,7 +48,7 @@ COLUMNS = 512
 
 
 @dataclass
-class TokenArguments(BoundaryArguments):
+class TokenArguments(RolloutArguments):
     """Which completions are read by which model, and how tokens are ranked."""
 
     tokenizer_name_or_path: str | None = field(

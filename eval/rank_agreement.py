@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.prompt_boundary import quotient
-from eval.statistics import Interval, percentile_interval
+from eval.statistics import Interval, percentile_interval, quotient
 from lenvm_rl.pretraining.metrics import kendall_tau
 
 # Pairs of completions compared at once.

@@ -40,6 +40,11 @@ class Interval:
         return f"{self.estimate:.3f}{ends}"
 
 
+def quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """NaN where there is nothing to divide by, as in a resample of one prompt only."""
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+
+
 def weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mean of each column of `values` `(N, K)` under `weights` `(N, K)`; NaN where the weights sum to 0."""
     total = weights.sum(axis=0)

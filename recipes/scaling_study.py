@@ -27,8 +27,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from eval import prompt_boundary
-from eval.statistics import Interval
 from lenvm_rl.files import atomic_file
 from lenvm_rl.pretraining.trainer import (
     LengthValueTrainer,
@@ -59,6 +57,8 @@ METRICS = (
     *(f"length_mre_at_{point}" for point in (0, 25, 50, 75)),
     *(f"length_mae_at_{point}" for point in (0, 25, 50, 75)),
 )
+# The same of a model that is measured at the prompt.
+BOUNDARY_METRICS = ("half_mre", "reference_half_mre", "consistent_mre", "consistent_prompts", "length_mre_at_0")
 
 
 @dataclass
@@ -300,8 +300,8 @@ def run_cells(study: Study, cells: list[Cell]) -> Iterator[tuple[Cell, dict[str,
         yield cell, result
 
 
-def measure_at_the_prompt(args: ScalingArguments) -> dict[str, Interval]:
-    """Trains one model on more prompts, and measures it with `eval.prompt_boundary`.
+def measure_at_the_prompt(args: ScalingArguments) -> None:
+    """Trains one model on more prompts, and writes its metrics at the prompt, intervals aside, to `boundary.json`.
 
     What the prompt alone says about a length is little beside what the completion says later, so it takes many prompts,
     rather than many completions of each, to learn it.
@@ -317,18 +317,21 @@ def measure_at_the_prompt(args: ScalingArguments) -> dict[str, Interval]:
     own.train_tokens, own.held_out_samples = args.boundary_tokens, args.boundary_held_out_samples
     study = prepare_study(own)
     cell = Cell(own.prompts[-1], own.samples[-1], seed=0)
-    model = folder / "length_value_model"
-    run_stage(
-        "training a length value model",
-        model,
-        study.settings_of(cell),
-        lambda: study.train_cell(cell).save_model(str(model)),
-    )
-    return prompt_boundary.main(
-        prompt_boundary.BoundaryArguments(
-            length_value_model=str(model), rollouts=str(folder / "evaluation.jsonl"), output_dir=str(folder)
-        )
-    )
+    model, report = folder / "length_value_model", folder / "boundary.json"
+
+    def make() -> None:
+        trainer = study.train_cell(cell)
+        measured = trainer.evaluate()
+        with atomic_file(report) as file:
+            file.write(json.dumps({name: measured[f"eval_{name}"] for name in BOUNDARY_METRICS}, indent=1).encode())
+        trainer.save_model(str(model))
+
+    run_stage("training a length value model", model, study.settings_of(cell), make)
+    found = json.loads(report.read_text(encoding="utf-8"))
+    console.print(f"relative error at the prompt against one half of the completions: {found['half_mre']:.3f}")
+    console.print(f"relative error between the halves: {found['reference_half_mre']:.3f}")
+    command = f"python -m eval.length_prediction --rollouts {folder}/evaluation.jsonl --length_value_model {model}"
+    console.print(f"With intervals: {command}", soft_wrap=True)
 
 
 def main(args: ScalingArguments) -> None:

@@ -8,17 +8,7 @@ from ragged import EOS, random_rollouts
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from eval import (
-    gradient,
-    length_control,
-    length_prediction,
-    length_tokens,
-    prompt_boundary,
-    speed,
-    speed_batching,
-    tradeoff,
-    viewer,
-)
+from eval import gradient, length_control, length_prediction, length_tokens, speed, speed_batching, tradeoff, viewer
 from eval.arms import value_scale
 from eval.token_values import token_values
 from lenvm_rl.modeling.length_value_model import LengthValueModel
@@ -104,7 +94,7 @@ def test_the_viewer_and_length_tokens_show_its_values(place, form, tmp_path):
 
 
 @pytest.mark.parametrize("form", SHARED)
-def test_length_prediction_and_the_prompt_boundary_measure_it(place, form, tmp_path):
+def test_length_prediction_measures_it(place, form, tmp_path):
     files = {"rollouts": str(place / "rollouts.jsonl"), "length_value_model": str(place / form)}
     settings = {"output_dir": str(tmp_path), "base": str(place / "base")}
     report = length_prediction.main(length_prediction.PredictionArguments(**files, **settings, num_resamples=20))
@@ -113,11 +103,7 @@ def test_length_prediction_and_the_prompt_boundary_measure_it(place, form, tmp_p
     errors = [abs(float(one.remaining[0]) - len(ids)) for one, ids in zip(values, completions, strict=True)]
     found = report["domains"]["all"]["length_mae_at_0"]["estimate"]
     assert found == pytest.approx(sum(errors) / len(errors), rel=1e-4)
-    measured = prompt_boundary.main(prompt_boundary.BoundaryArguments(**files, **settings))
-    assert measured["model_mre"].estimate > 0
-    arguments = (length_prediction.PredictionArguments, prompt_boundary.BoundaryArguments)
-    for program, kind in zip((length_prediction, prompt_boundary), arguments, strict=True):
-        refused(program.main, kind(**files, output_dir=str(tmp_path)))
+    refused(length_prediction.main, length_prediction.PredictionArguments(**files, output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("form", SHARED)

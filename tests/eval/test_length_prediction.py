@@ -13,13 +13,21 @@ from datasets import Dataset
 from ragged import make_rollout, random_rollouts
 from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
 
-from eval.length_measures import ALONG, Completions, measure, median_intervals, moment_intervals, read_completions
+from eval.length_measures import (
+    ALONG,
+    Completions,
+    half_intervals,
+    measure,
+    median_intervals,
+    moment_intervals,
+    read_completions,
+)
 from eval.length_prediction import PredictionArguments, main, print_tables, report_of, split_domains
 from eval.rank_agreement import pair_counts, pairwise_accuracy, rank_intervals
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.pretraining.metrics import POINTS, kendall_tau, length_value_metrics, sequence_statistics
 from lenvm_rl.pretraining.references import reference_metrics
-from lenvm_rl.returns import logits_from_remaining
+from lenvm_rl.returns import logits_from_remaining, remaining_from_value
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
 from lenvm_rl.sandbox import PolicySettings, sandbox_tokenizer
 from lenvm_rl.sandbox.policy import new_policy
@@ -133,6 +141,34 @@ def test_a_perfect_model_scores_perfectly_and_a_slope_is_found():
     moments = moment_intervals(values, returns, squares, groups, num_resamples=50)
     assert moments["calibration_slope"].estimate == pytest.approx(0.5)
     assert moments["explained_variance"].estimate == pytest.approx(0.0, abs=1e-9)
+
+
+def at_the_prompt(predicted, lengths, gamma=GAMMA):
+    """Completions `(P, N)` of prompts for which `predicted` `(P,)` was said."""
+    rows, count = lengths.shape
+    statistics = torch.zeros(rows * count, 11, dtype=torch.double)
+    statistics[:, 0] = logits_from_remaining(predicted, gamma).repeat_interleave(count)
+    groups, ended = torch.arange(rows).repeat_interleave(count), torch.ones(rows * count).bool()
+    return Completions(statistics, lengths.flatten(), ended, groups, torch.ones(rows * count), gamma)
+
+
+def test_errors_against_halves_by_hand():
+    """Halves that agree leave no noise; a model that is 10 % off everywhere has a relative error of 0.1."""
+    lengths = torch.tensor([[10.0] * 8, [20.0] * 8, [40.0] * 8])
+    found = half_intervals(at_the_prompt(1.1 * lengths[:, 0], lengths), num_resamples=20)
+    assert found["half_mre"].estimate == pytest.approx(0.1)
+    assert found["reference_half_mre"].estimate == pytest.approx(0.0, abs=1e-9)
+    assert half_intervals(at_the_prompt(lengths[:, 0], lengths[:, :1])) == {}
+
+
+def test_a_model_that_knows_the_expected_return_has_about_seven_tenths_of_the_noise():
+    torch.manual_seed(0)
+    gamma, ends = 0.95, torch.linspace(0.02, 0.2, 400)
+    lengths = 1 + torch.distributions.Geometric(ends).sample((64,)).T
+    value = -(1 - gamma) / (1 - gamma * (1 - ends))
+    data = at_the_prompt(remaining_from_value(value.double(), gamma), lengths.long(), gamma)
+    found = half_intervals(data, num_resamples=200)["half_ratio"]
+    assert found.estimate == pytest.approx(0.5**0.5, abs=0.04) and found.low < found.estimate < found.high
 
 
 def test_the_floor_by_hand():

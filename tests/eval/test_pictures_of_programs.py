@@ -8,7 +8,7 @@ from ragged import EOS, make_rollout, random_rollouts
 from test_report import overlapping
 from tiny import tiny_length_value_model, tiny_tokenizer
 
-from eval import figures, gradient_report, length_prediction, length_tokens, prompt_boundary
+from eval import figures, gradient_report, length_prediction, length_tokens
 from eval.figures import plot_tradeoff
 from eval.gradient_estimators import estimators
 from eval.length_control_cells import Completion
@@ -161,12 +161,6 @@ def test_one_prompt_has_numbers_without_intervals(drawn, tmp_path, capsys, count
     assert found["estimate"] >= 0 and found["low"] is None is found["high"]
     assert all(entry["low"] is None for entry in report["domains"]["all"].values())
     assert "There is one prompt" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="two of either"):
-        prompt_boundary.main(
-            prompt_boundary.BoundaryArguments(
-                str(tmp_path / "lenvm"), str(tmp_path / "r.jsonl"), output_dir=str(tmp_path / "b")
-            )
-        )
 
 
 def test_a_domain_that_looks_like_markup_is_written_as_it_is(drawn, tmp_path, capsys):

@@ -337,7 +337,6 @@ PROGRAMS = {
     ],
     "length_prediction": ["--length_value_model", "nowhere/lenvm", "--rollouts", "rollouts.jsonl"],
     "length_tokens": ["--length_value_model", "mine/lenvm", "--rollouts", "rollouts.tsv"],
-    "prompt_boundary": ["--length_value_model", "mine/policy", "--rollouts", "rollouts.jsonl"],
     "viewer": ["--length_value_model", "mine/lenvm", "--rollouts", "no.jsonl"],
     "seeds": ["nowhere"],
     "speed": ["batching", "--rollouts", "rollouts.jsonl", "--length_value_model", "nowhere/lenvm"],
@@ -385,8 +384,7 @@ def test_an_interrupt_says_that_the_same_command_goes_on(there, monkeypatch, cap
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lenvm_rl.rollouts.read_rollouts", interrupt)
-    for name in ("eval.prompt_boundary", "eval.length_prediction"):
-        monkeypatch.setattr(f"{name}.find_rollouts", interrupt)
+    monkeypatch.setattr("eval.datasets.find_rollouts", interrupt)
     with pytest.raises(SystemExit) as caught:
         start("length_prediction", ["--length_value_model", "mine/lenvm"], monkeypatch)
     assert caught.value.code == 130 and "run the same command again" in capsys.readouterr().err
