@@ -16,11 +16,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.batches import context_of, left_padded
 from eval.samples import Samples, SampleStore
 from eval.tradeoff_kl import DivergenceMeter
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length, padding_id, strip_completion
+from lenvm_rl.modeling.backbones import context_of
+from lenvm_rl.modeling.completions import pad_left
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.reward_functions import call_reward, correctness_values, name_of
 from lenvm_rl.tokenization import check_room, check_same_tokenizer, tokenize_prompts
@@ -132,7 +133,7 @@ class Sampler:
         where one token has all the probability.
         """
         prompt_ids = tokenize_prompts(self.tokenizer, self.prompts)
-        check_room([len(ids) for ids in prompt_ids], self.max_new_tokens, context_of(policy))
+        check_room([len(ids) for ids in prompt_ids], self.max_new_tokens, context_of(policy.config))
         # Prompts of similar length share a batch, so that little of it is padding.
         order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
         rows = [index for index in order for _ in range(self.num_samples)]
@@ -190,7 +191,7 @@ class Sampler:
         self, policy: PreTrainedModel, prompts: list[list[int]], strength: float, ends: list[int]
     ) -> tuple[list[tuple[list[int], str]], np.ndarray | None]:
         """Completions of a batch with their finish reasons, and each one's divergence from the policy itself."""
-        ids, mask = left_padded(prompts, padding_id(self.tokenizer, ends), policy.device)
+        ids, mask = pad_left(prompts, padding_id(self.tokenizer, ends), policy.device)
         inputs = {"input_ids": ids, "attention_mask": mask}
         # Nothing but the guidance acts: a repetition penalty of the model's own would set its arm apart from training.
         bare = GenerationConfig(eos_token_id=ends, pad_token_id=padding_id(self.tokenizer, ends))

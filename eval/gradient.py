@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from eval.arms import read_grades
-from eval.batches import end_ids_of
 from eval.command_line import run
 from eval.datasets import EvaluationPrompts
 from eval.gradient_batches import ExplainedVariance, batch_gradients, length_values, read_batches, select_parameters
@@ -260,7 +259,7 @@ def measure(args: GradientArguments, data: EvaluationPrompts, pad_token: str | N
     # All gradients of the policy of the sandbox are some 2 GB; a file that has no name is gone with the process.
     with tempfile.TemporaryFile(dir=args.output_dir) as file:
         gradients = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
-        ends = end_ids_of(metadata)
+        ends = metadata.end_ids
         batches = zip(read_batches(rollouts, args.batch_size, ends), correct.split(args.batch_size), strict=True)
         for number, (batch, right) in enumerate(tqdm(batches, total=args.num_batches, desc="gradients", unit="batch")):
             graded = GradedBatch(

@@ -9,12 +9,11 @@ from dataclasses import dataclass, fields
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from eval.gradient_estimators import GradedBatch, LengthValues
 from lenvm_rl.endings import own_length
-from lenvm_rl.modeling.completions import completion_logits, position_ids_from_mask
+from lenvm_rl.modeling.completions import completion_logits, pad_left, pad_right, token_log_probs
 from lenvm_rl.trainers.streams import Completions
 
 
@@ -48,18 +47,17 @@ class TokenBatch:
 
         Without `end_ids`, the ids that end a completion, the last token of every finished one is taken for its end.
         """
-
-        def padded(rows: Sequence[list[int]], side: str) -> tuple[Tensor, Tensor]:
-            ids = [torch.tensor(row) for row in rows]
-            masks = [torch.ones(len(row), dtype=torch.int64) for row in rows]
-            return tuple(pad_sequence(each, batch_first=True, padding_side=side) for each in (ids, masks))
-
         ended = torch.tensor(finished, dtype=torch.bool)
         if end_ids is None:
             lengths = torch.tensor([len(row) for row in completions]) - ended.long()
         else:
             lengths = torch.tensor([own_length(row, end_ids) for row in completions])
-        return cls(*padded(prompts, "left"), *padded(completions, "right"), ended, lengths)
+        return cls(*pad_left(prompts), *pad_right(completions), ended, lengths)
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What models read along completions, see [`lenvm_rl.modeling.completions`]."""
+        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
 
     @property
     def completions(self) -> Completions:
@@ -87,7 +85,7 @@ def length_values(model: nn.Module, batch: TokenBatch, forward_size: int) -> Len
     found = []
     for start in range(0, len(batch.finished), forward_size):
         part = batch.rows(slice(start, start + forward_size), device)
-        logits = completion_logits(model, part.prompt_ids, part.prompt_mask, part.completion_ids, part.completion_mask)
+        logits = completion_logits(model, *part.inputs)
         found.append(-torch.sigmoid(logits.double()).cpu())
     return LengthValues(torch.cat(found), model.config.gamma)
 
@@ -105,22 +103,6 @@ def select_parameters(policy: nn.Module, pattern: str | None) -> list[nn.Paramet
     for name, parameter in named.items():
         parameter.requires_grad_(name in chosen)
     return [named[name] for name in chosen]
-
-
-def token_log_probs(policy: PreTrainedModel, batch: TokenBatch, temperature: float) -> Tensor:
-    """``log pi(a_t | s_t)`` of every token of every completion at a temperature: `(N, T)`, float32, 0 at padding."""
-    steps = batch.completion_ids.shape[1]
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
-    logits = policy(
-        input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
-        attention_mask=mask,
-        position_ids=position_ids_from_mask(mask),
-        logits_to_keep=steps + 1,
-        use_cache=False,
-    ).logits[:, :-1]
-    scores = logits.float() / temperature
-    chosen = scores.gather(2, batch.completion_ids.unsqueeze(2)).squeeze(2) - scores.logsumexp(dim=2)
-    return torch.where(batch.completion_mask.bool(), chosen, 0.0)
 
 
 def batch_gradients(
@@ -170,7 +152,7 @@ def token_outputs(
     """
     head = policy.get_output_embeddings()
     if head is None or any(weight is parameter for weight in head.parameters() for parameter in parameters):
-        log_probs = token_log_probs(policy, batch, temperature)
+        log_probs = token_log_probs(policy, *batch.inputs, temperature)
         return log_probs, torch.ones_like(log_probs)
     seen: list[Tensor] = []
 
@@ -180,7 +162,7 @@ def token_outputs(
 
     hook = head.register_forward_pre_hook(cut)
     try:
-        log_probs = token_log_probs(policy, batch, temperature)
+        log_probs = token_log_probs(policy, *batch.inputs, temperature)
     finally:
         hook.remove()
     hidden, leaf = seen

@@ -18,12 +18,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.batches import context_of, left_padded
 from lenvm_rl.decoding.generation import generate_guided
 from lenvm_rl.decoding.guidance import AT_LEAST, EQUAL_TO, FEASIBLE, PATIENT, LengthGuidance
 from lenvm_rl.endings import strip_completion
 from lenvm_rl.files import Journal
-from lenvm_rl.modeling.completions import position_ids_from_mask
+from lenvm_rl.modeling.backbones import context_of
+from lenvm_rl.modeling.completions import pad_left, pad_right, token_log_probs
 from lenvm_rl.rollouts.job import batch_seed
 from lenvm_rl.tokenization import check_room
 
@@ -185,7 +185,7 @@ class LengthSampler:
                 requests.sort(key=lambda request: len(self._prompt(request)))
                 widths = {request.prompt: len(self._prompt(request)) for request in requests}
                 try:
-                    check_room([widths[prompt] for prompt in sorted(widths)], cap, context_of(self.policy))
+                    check_room([widths[prompt] for prompt in sorted(widths)], cap, context_of(self.policy.config))
                 except ValueError as error:
                     error.add_note("Completions are that long for --targets, --cap_factor and --cap_extra.")
                     raise
@@ -222,7 +222,7 @@ class LengthSampler:
     def sample(self, batch: Sequence[Request], seed: int) -> list[Completion]:
         """The completions of one batch, whose cap is that of its largest target."""
         cap = max(self.caps.values()) if batch[0].target is None else max(self.caps[each.target] for each in batch)
-        ids, mask = left_padded([self._prompt(request) for request in batch], self.pad_token_id, self.policy.device)
+        ids, mask = pad_left([self._prompt(request) for request in batch], self.pad_token_id, self.policy.device)
         torch.manual_seed(seed)
         output, report = generate_guided(
             self.policy,
@@ -289,18 +289,8 @@ def completion_nll(
     found: list[list[float]] = []
     for start in range(0, len(prompt_ids), size):
         prompts, completions = prompt_ids[start : start + size], completion_ids[start : start + size]
-        ids, mask = left_padded(prompts, 0, policy.device)
-        steps = max(len(row) for row in completions)
-        answer = torch.tensor([[*row, *[0] * (steps - len(row))] for row in completions], device=policy.device)
-        exists = torch.tensor([[1] * len(row) + [0] * (steps - len(row)) for row in completions], device=policy.device)
-        mask = torch.cat([mask, exists], dim=1)
-        logits = policy(
-            input_ids=torch.cat([ids, answer], dim=1),
-            attention_mask=mask,
-            position_ids=position_ids_from_mask(mask),
-            logits_to_keep=steps + 1,
-        ).logits[:, :-1]
-        cost = logits.float().logsumexp(dim=-1) - logits.gather(2, answer.unsqueeze(2)).squeeze(2).float()
+        batch = (*pad_left(prompts, device=policy.device), *pad_right(completions, device=policy.device))
+        cost = -token_log_probs(policy, *batch)
         # Ten thousandths of a nat: no measure needs more, and the journal holds one number a token.
         found += [
             [round(value, 4) for value in row[: len(own)]] for row, own in zip(cost.tolist(), completions, strict=True)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from eval.rank_agreement import rank_intervals
 from eval.statistics import Interval, mean_interval, quotient, statistic_interval
-from eval.token_values import state_logits
+from lenvm_rl.modeling.completions import state_logits
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.pretraining.metrics import POINTS, point_index, sequence_statistics, summarize
 from lenvm_rl.pretraining.references import half_returns, mean_by_group, reference_metrics, relative_errors

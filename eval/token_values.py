@@ -8,15 +8,14 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from lenvm_rl.decoding.scoring import check_scorable
+from lenvm_rl.modeling.completions import state_logits
 from lenvm_rl.returns import horizon_shift, remaining_from_logits
 
 
@@ -82,59 +81,6 @@ def token_values(
         for index, logits in zip(batch, states, strict=True):
             found[index] = _values(logits.double(), bool(finished[index]), model.config.gamma)
     return [found[index] for index in range(len(completion_ids))]
-
-
-@torch.no_grad()
-def state_logits(
-    model: nn.Module,
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    finished: Sequence[bool],
-    max_tokens: int,
-) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Logits of all states along completions, forward by forward, the longest completions first.
-
-    Args:
-        model, prompt_ids, completion_ids, finished, max_tokens: as in [`token_values`]; the model may be of any target.
-
-    Yields:
-        `tuple[list[int], list[torch.Tensor]]`: indices of the completions of a forward, and for each the logits of its
-        states `(L,)`, or `(L + 1,)` if it was cut, on the CPU.
-    """
-    # Nothing is read after an end-of-sequence token, so it is not run.
-    rows = [
-        [*prompt, *(completion[:-1] if ended else completion)]
-        for prompt, completion, ended in zip(prompt_ids, completion_ids, finished, strict=True)
-    ]
-    with tqdm(total=len(rows), desc="reading", unit="completion") as progress:
-        for batch in _batches([len(row) for row in rows], max_tokens):
-            logits = _run(model, [rows[index] for index in batch])
-            yield (
-                batch,
-                [row[len(prompt_ids[index]) - 1 : len(rows[index])] for index, row in zip(batch, logits, strict=True)],
-            )
-            progress.update(len(batch))
-
-
-def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows that share a forward, the longest first: what is too large for the memory fails at once."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _run(model: nn.Module, rows: Sequence[list[int]]) -> Tensor:
-    """Logits of rows padded on the right, on the CPU."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-    output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-    return output.logits.cpu()
 
 
 def _values(logits: Tensor, finished: bool, gamma: float) -> TokenValues:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor
+from lenvm_rl.modeling.completions import choice_logits, pad_left, pad_right
 
 # Logits held at once by one forward: 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
@@ -87,8 +88,8 @@ def policy_divergence(
             completions come from a distribution whose divergence from the policy is known.
     """
     pairs = zip(
-        completion_logits(policy, prompt_ids, completions),
-        completion_logits(reference, reference_prompt_ids or prompt_ids, completions),
+        row_logits(policy, prompt_ids, completions),
+        row_logits(reference, reference_prompt_ids or prompt_ids, completions),
         completions,
         strict=True,
     )
@@ -105,20 +106,14 @@ def policy_divergence(
 
 
 @torch.no_grad()
-def completion_logits(
-    model: PreTrainedModel, prompt_ids: Sequence[list[int]], completions: Sequence[list[int]]
+def row_logits(
+    policy: PreTrainedModel, prompt_ids: Sequence[list[int]], completions: Sequence[list[int]]
 ) -> Iterator[Tensor]:
     """Logits `(T, V)` of the states in which each completion's `T` tokens were chosen, completion by completion."""
-    rows = [prompt + completion[:-1] for prompt, completion in zip(prompt_ids, completions, strict=True)]
-    entries = max(map(len, rows)) * model.get_input_embeddings().weight.shape[0]
-    size = max(1, LOGITS_AT_ONCE // entries)
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
-        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(batch):
-            ids[place, : len(row)] = torch.tensor(row)
-            mask[place, : len(row)] = 1
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        for place, row in enumerate(batch):
-            yield logits[place, len(prompt_ids[start + place]) - 1 : len(row)]
+    width = max(len(prompt) + len(row) for prompt, row in zip(prompt_ids, completions, strict=True))
+    size = max(1, LOGITS_AT_ONCE // (width * policy.get_input_embeddings().weight.shape[0]))
+    for start in range(0, len(completions), size):
+        prompts, rows = prompt_ids[start : start + size], completions[start : start + size]
+        batch = (*pad_left(prompts, device=policy.device), *pad_right(rows, device=policy.device))
+        for logits, row in zip(choice_logits(policy, *batch), rows, strict=True):
+            yield logits[: len(row)]

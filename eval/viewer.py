@@ -19,7 +19,6 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from eval.batches import end_ids_of
 from eval.command_line import STARTS_OVER, run
 from eval.runs import check_writable, is_sandbox, set_threads
 from eval.token_values import TokenValues, token_values
@@ -146,7 +145,7 @@ def main(args: ViewerArguments) -> dict[str, Any]:
         max_tokens=args.forward_tokens,
     )
     entries = [
-        completion_entry(record, row, values, tokenizer, end_ids_of(metadata))
+        completion_entry(record, row, values, tokenizer, metadata.end_ids)
         for record, row, values in zip(records, args.rows, found, strict=True)
     ]
     about = (

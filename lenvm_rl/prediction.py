@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.files import atomic_file
-from lenvm_rl.modeling.completions import context_of
+from lenvm_rl.modeling.backbones import context_of
+from lenvm_rl.modeling.completions import pad_left
 from lenvm_rl.modeling.configuration import LengthValueConfig
 from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.returns import remaining_from_logits
@@ -98,13 +99,8 @@ def boundary_logits(length_value_model: nn.Module, prompt_ids: Sequence[list[int
     order = sorted(range(len(sizes)), key=lambda index: sizes[index])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for batch in tqdm(batches, desc="predicting", unit="batch", disable=len(batches) < 2):
-        width = sizes[batch[-1]]
-        rows = [[0] * (width - sizes[index]) + list(prompt_ids[index]) for index in batch]
-        mask = [[0] * (width - sizes[index]) + [1] * sizes[index] for index in batch]
-        device = length_value_model.device
-        output = length_value_model(
-            input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device)
-        )
+        ids, mask = pad_left([prompt_ids[index] for index in batch], device=length_value_model.device)
+        output = length_value_model(input_ids=ids, attention_mask=mask)
         logits[batch] = output.logits[:, -1].float().cpu()
     return logits
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from lenvm_rl.modeling.completions import context_of, position_ids_from_mask, window_sizes
+from lenvm_rl.modeling.backbones import context_of, window_sizes
+from lenvm_rl.modeling.completions import position_ids_from_mask
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 
 MASKABLE_ATTENTION = ("eager", "sdpa")

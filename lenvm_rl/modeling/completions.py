@@ -1,23 +1,49 @@
-"""What a value model says along completions: one number for every state, from before the first token to after the last.
+"""What a model says along completions: the one reading of values and of log-probabilities, and the layout of a batch.
 
-A batch is laid out as TRL has it: prompts `(B, P)` padded on the left, completions `(B, T)` padded on the right.
+A batch is laid out as TRL has it: prompts `(B, P)` padded on the left, completions `(B, T)` padded on the right. A
+value model has `T + 1` states along a completion, from before the first token to after the last; a policy has chosen
+`T` tokens. What stands at masked slots does not matter, not even an id outside the vocabulary.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 
-def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.LongTensor:
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_token_id: int = 0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask `(B, S)` of rows of ids, padded on the left."""
+    return _padded(rows, "left", pad_token_id, device)
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], pad_token_id: int = 0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask `(B, S)` of rows of ids, padded on the right."""
+    return _padded(rows, "right", pad_token_id, device)
+
+
+def _padded(rows, side, filler, device) -> tuple[Tensor, Tensor]:
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    exists = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, filler, side).to(device), pad_sequence(exists, True, 0, side).to(device)
+
+
+def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
     """Positions counted from each row's first token, so that padding on the left moves nothing.
 
     Args:
-        attention_mask (`torch.Tensor` of shape `(B, S)`):
-            1 for tokens, 0 for padding.
+        attention_mask (`torch.Tensor` of shape `(B, S)`): 1 for tokens, 0 for padding.
 
     Returns:
         `torch.LongTensor` of shape `(B, S)`: 0 at padding before the tokens, the last token's position after them.
-
-    Raises:
-        `ValueError`: the mask is not two-dimensional, so that no positions can be read off it.
     """
     if attention_mask.ndim != 2:
         raise ValueError(
@@ -28,38 +54,31 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.LongTensor:
 
 
 def completion_logits(
-    model, prompt_ids, prompt_mask, completion_ids, completion_mask, chunk_size=None, further_inputs=None
-) -> torch.FloatTensor:
-    """The logits of a batch of completions at every state.
-
-    Runs with gradients if the caller has them on. What stands at masked slots does not matter, not even an id outside
-    the vocabulary.
+    model: Callable,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    chunk_size: int | None = None,
+    further_inputs: Callable[[slice], dict] | None = None,
+) -> Tensor:
+    """The logits of a value model at every state of a batch of completions, with gradients if the caller has them on.
 
     Args:
-        model (`Callable`):
-            `model(input_ids=…, attention_mask=…)` returns an object with `.logits` of shape `(B, S)`; positions are
-            counted from the mask.
-        prompt_ids (`torch.LongTensor` of shape `(B, P)`):
-            Prompts, padded on the left.
-        prompt_mask (`torch.Tensor` of shape `(B, P)`):
-            1 where a prompt token exists.
-        completion_ids (`torch.LongTensor` of shape `(B, T)`):
-            Completions, padded on the right.
-        completion_mask (`torch.Tensor` of shape `(B, T)`):
-            1 where a completion token exists.
-        chunk_size (`int`, *optional*):
-            Rows per forward; all at once by default.
-        further_inputs (`Callable`, *optional*):
-            `further_inputs(rows)` gives the model's further keyword arguments for a `slice` of rows, such as those of
-            pictures.
+        model (`Callable`): `model(input_ids=…, attention_mask=…)` returns an object with `.logits` of shape `(B, S)`;
+            positions are counted from the mask.
+        prompt_ids, prompt_mask (`torch.Tensor` of shape `(B, P)`): prompts, padded on the left.
+        completion_ids, completion_mask (`torch.Tensor` of shape `(B, T)`): completions, padded on the right.
+        chunk_size (`int`, *optional*): rows per forward; all at once by default.
+        further_inputs (`Callable`, *optional*): gives the model's further keyword arguments for a `slice` of rows,
+            such as their pictures.
 
     Returns:
         `torch.FloatTensor` of shape `(B, T + 1)`: entry t is the logit of the state before token t, so entry 0 is read
         at the last prompt token and the entry at the row's length after its last token. Entries beyond that are 0.
 
     Raises:
-        `ValueError`: shapes disagree, a prompt is empty or not padded on the left, a completion is not padded on the
-            right, chunk_size is below 1, or the model does not give one number per position.
+        `ValueError`: the batch is laid out otherwise, or the model does not give one number per position.
     """
     _check_layout(prompt_ids, prompt_mask, completion_ids, completion_mask)
     if chunk_size is not None and chunk_size < 1:
@@ -77,27 +96,71 @@ def completion_logits(
                 f"{tuple(logits.shape)}: make one with `LengthValueModel.from_backbone`."
             )
         chunks.append(logits[:, prompt_ids.shape[1] - 1 :].float())
-    exists = torch.nn.functional.pad(completion_mask.bool(), (1, 0), value=True)
+    exists = nn.functional.pad(completion_mask.bool(), (1, 0), value=True)
     return torch.where(exists, torch.cat(chunks), 0.0)
 
 
-def bootstrap_values(values: torch.Tensor, mask: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def state_logits(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    finished: Sequence[bool],
+    max_tokens: int = 16384,
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """[`completion_logits`] of any number of rows of ids, forward by forward, the longest completions first.
+
+    Args:
+        model (`LengthValueModel`): in eval mode.
+        prompt_ids, completion_ids (sequence of sequences of `int`): each completion, end-of-sequence kept, and its
+            prompt.
+        finished (`Sequence[bool]`): whether the last token is an end, after which nothing is read.
+        max_tokens (`int`, *optional*, defaults to `16384`): most tokens in a forward, padding counted; more where one
+            row is longer.
+
+    Yields:
+        `tuple[list[int], list[torch.Tensor]]`: indices of the completions of a forward, and for each the logits of its
+        states `(L,)`, or `(L + 1,)` if it was cut, on the CPU.
+    """
+    rows = [
+        [*prompt, *(completion[:-1] if ended else completion)]
+        for prompt, completion, ended in zip(prompt_ids, completion_ids, finished, strict=True)
+    ]
+    with tqdm(total=len(rows), desc="reading", unit="completion") as progress:
+        for batch in _longest_first([len(row) for row in rows], max_tokens):
+            ids, mask = pad_right([rows[index] for index in batch], device=model.device)
+            logits = model(input_ids=ids, attention_mask=mask).logits.cpu()
+            yield (
+                batch,
+                [row[len(prompt_ids[index]) - 1 : len(rows[index])] for index, row in zip(batch, logits, strict=True)],
+            )
+            progress.update(len(batch))
+
+
+def _longest_first(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows that share a forward, the longest first: what is too large for the memory fails at once."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def bootstrap_values(values: Tensor, mask: Tensor, finished: Tensor) -> Tensor:
     """The value after each row's last token: exactly 0 where the completion finished, because nothing follows the end.
 
     Args:
-        values (`torch.Tensor` of shape `(B, T + 1)`):
-            One number per state, as [`completion_logits`] lays them out. The 0 of a finished row is a value; as a logit
-            it would not say "nothing follows".
-        mask (`torch.Tensor` of shape `(B, T)`):
-            1 where a token exists: ones, then zeros, in each row.
-        finished (`torch.Tensor` of shape `(B,)`):
-            True where the last token is the end of sequence, False where the completion was cut.
+        values (`torch.Tensor` of shape `(B, T + 1)`): one number per state, as [`completion_logits`] lays them out.
+            The 0 of a finished row is a value; as a logit it would not say "nothing follows".
+        mask (`torch.Tensor` of shape `(B, T)`): 1 where a token exists: ones, then zeros, in each row.
+        finished (`torch.Tensor` of shape `(B,)`): True where nothing follows, False where the completion was cut.
 
     Returns:
         `torch.Tensor` of shape `(B,)`, in the dtype of values.
-
-    Raises:
-        `ValueError`: shapes disagree, or a row of the mask is not ones, then zeros.
     """
     rows, steps = mask.shape
     if values.shape != (rows, steps + 1) or finished.shape != (rows,):
@@ -108,6 +171,45 @@ def bootstrap_values(values: torch.Tensor, mask: torch.Tensor, finished: torch.T
     _check_padded_on_the_right(mask)
     last = values.gather(1, mask.long().sum(dim=1, keepdim=True)).squeeze(1)
     return torch.where(finished.bool(), 0.0, last)
+
+
+def choice_logits(
+    policy: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """The policy's logits `(B, T, V)` that each token of a batch of completions was chosen by; arguments as in
+    [`completion_logits`]."""
+    mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    return policy(
+        input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
+        attention_mask=mask,
+        position_ids=position_ids_from_mask(mask),
+        logits_to_keep=completion_ids.shape[1] + 1,
+        use_cache=False,
+    ).logits[:, :-1]
+
+
+def token_log_probs(
+    policy: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """``log pi(a_t | s_t)`` of every token of a batch of completions, all tokens being candidates.
+
+    Args:
+        policy (`PreTrainedModel`): gradients go back to it if the caller has them on.
+        prompt_ids, prompt_mask, completion_ids, completion_mask: as in [`completion_logits`].
+        temperature (`float`, *optional*, defaults to `1.0`): of the policy, positive.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, T)`: 0 at padding.
+    """
+    batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+    scores = choice_logits(policy, *batch).float() / temperature
+    chosen = scores.gather(2, completion_ids.unsqueeze(2)).squeeze(2) - scores.logsumexp(dim=2)
+    return torch.where(completion_mask.bool(), chosen, 0.0)
 
 
 def _check_layout(prompt_ids, prompt_mask, completion_ids, completion_mask) -> None:
@@ -129,93 +231,3 @@ def _check_padded_on_the_right(mask) -> None:
     tokens = mask.bool()
     if (tokens[:, 1:] & ~tokens[:, :-1]).any():
         raise ValueError("A completion is padded on the right, so a row of its mask is ones, then zeros.")
-
-
-_GRIDS = ("image_grid_thw", "video_grid_thw")
-_STRETCHED = ("dynamic", "yarn")
-_REACHES = ("window", "chunk", "block", "local", "span")
-
-
-def _places_on_grid(decoder) -> bool:
-    return hasattr(decoder, "get_rope_index")
-
-
-def grid_offsets(decoder):
-    """How far the next position is ahead of the number of tokens, `(B, 1)`, if the decoder has just made its own."""
-    return decoder.rope_deltas if _places_on_grid(decoder) else None
-
-
-def context_of(config) -> int | None:
-    """Tokens that a model can read, prompt included, as its config says it; `None` where it names no limit.
-
-    Args:
-        config (`PretrainedConfig`): of a decoder, or of a model around one.
-    """
-    text = config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    if limit is not None and rope.get("rope_type") in _STRETCHED:
-        # Their configs name what the model was trained on before its positions were stretched.
-        trained = rope.get("original_max_position_embeddings") or limit
-        limit = max(limit, int(trained * (rope.get("factor") or 1.0)))
-    return limit
-
-
-def window_sizes(config) -> list[int]:
-    """Numbers in a decoder's config that may be the reach of an attention, in tokens, ascending."""
-    text = config.get_text_config(decoder=True).to_dict()
-    named = [value for name, value in text.items() if any(part in name for part in _REACHES)]
-    return sorted({value for value in named if isinstance(value, int) and not isinstance(value, bool) and value > 1})
-
-
-def decoder_positions(decoder, inputs, attention_mask, position_ids, past_key_values, backbone_kwargs):
-    """Position ids for a forward of the decoder.
-
-    Args:
-        decoder (`PreTrainedModel`):
-            The decoder.
-        inputs (`torch.Tensor` of shape `(B, S)` or `(B, S, H)`):
-            Token ids or embedded tokens.
-        attention_mask (`torch.Tensor`, *optional*):
-            As [`~lenvm_rl.modeling.LengthValueModel.forward`] takes it.
-        position_ids (`torch.LongTensor`, *optional*):
-            The caller's, which are kept.
-        past_key_values (`Cache`, *optional*):
-            What came before.
-        backbone_kwargs (`dict`):
-            Further inputs, among them those of pictures.
-
-    Returns:
-        `torch.LongTensor` or `None`: `(B, S)`; `(4, B, S)` for text without a mask in a decoder with multimodal
-        positions, which so keeps packed sequences apart; `None` where the decoder makes its own.
-
-    Raises:
-        `ValueError`: no positions can be told from what is given.
-    """
-    multimodal = _places_on_grid(decoder)
-    if multimodal and position_ids is None:
-        if any(backbone_kwargs.get(name) is not None for name in _GRIDS):
-            _check_pictures(inputs, past_key_values, backbone_kwargs)
-            return None
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise ValueError(
-                "With a cache, positions after a picture cannot be counted from the mask: give `position_ids`, the "
-                "number of tokens before plus the output's `rope_deltas` (0 without pictures)."
-            )
-        if attention_mask is None:
-            position_ids = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
-    if position_ids is None and attention_mask is not None:
-        position_ids = position_ids_from_mask(attention_mask)[:, -inputs.shape[1] :]
-    if multimodal and attention_mask is None and past_key_values is None and position_ids.ndim == 2:
-        return position_ids.expand(4, *position_ids.shape)
-    return position_ids
-
-
-def _check_pictures(inputs, past_key_values, backbone_kwargs) -> None:
-    if inputs.is_floating_point() or backbone_kwargs.get("mm_token_type_ids") is None:
-        raise ValueError(
-            "A picture's place is found in `input_ids` and `mm_token_type_ids`: give the model everything that the "
-            "processor returns."
-        )
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError("Pictures come with the prompt, and not after a cache: give the whole sequence.")

@@ -16,13 +16,13 @@ from lenvm_rl.modeling.backbones import (
     copy_decoder,
     decoder_config_from_dict,
     decoder_from_config,
+    decoder_positions,
     is_quantized,
     load_decoder,
     load_model,
     save_code,
     with_code,
 )
-from lenvm_rl.modeling.completions import decoder_positions
 from lenvm_rl.modeling.heads import ScoreHead
 from lenvm_rl.modeling.length_value_model import LengthValueHead, LengthValueModel
 

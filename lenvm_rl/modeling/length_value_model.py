@@ -21,19 +21,14 @@ from lenvm_rl.modeling.backbones import (
     check_causal,
     copy_decoder,
     decoder_from_config,
+    decoder_positions,
     fitting_fingerprint,
+    grid_offsets,
     load_model,
     save_code,
     with_code,
 )
 from lenvm_rl.modeling.card import write_model_card
-from lenvm_rl.modeling.completions import (
-    bootstrap_values,
-    completion_logits,
-    decoder_positions,
-    grid_offsets,
-    position_ids_from_mask,
-)
 from lenvm_rl.modeling.configuration import HOW_TO_ADD_GAMMA, LengthValueConfig, check_complete, checked_gamma
 from lenvm_rl.modeling.heads import LengthValueHead
 from lenvm_rl.modeling.sharing import (
@@ -46,16 +41,6 @@ from lenvm_rl.modeling.sharing import (
     lora_settings,
     shared_decoder,
 )
-
-__all__ = [
-    "LengthValueConfig",
-    "LengthValueHead",
-    "LengthValueModel",
-    "LengthValueOutput",
-    "bootstrap_values",
-    "completion_logits",
-    "position_ids_from_mask",
-]
 
 
 class LengthValueOutput(NamedTuple):

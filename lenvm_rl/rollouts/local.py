@@ -20,6 +20,8 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lenvm_rl.endings import end_token_ids, strip_completion
+from lenvm_rl.modeling.backbones import context_of
+from lenvm_rl.modeling.completions import pad_left
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import (
     boundary_logits,
@@ -140,7 +142,7 @@ class RolloutSampler(SamplingJob):
         super().__init__(tokenizer, prompts, settings, seed=seed, extra_columns=extra_columns, eos_token_ids=ends)
         self.model, self.length_value_model = model, length_value_model
         self._predicted: list[float] | None = None
-        self.check_room(getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        self.check_room(context_of(model.config))
         if length_value_model is not None:
             check_predictor(length_value_model)
             check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
@@ -199,15 +201,12 @@ class RolloutSampler(SamplingJob):
 
     @torch.no_grad()
     def _generate(self, prompt_ids: list[list[int]], index: int) -> list[list[int]]:
-        width = max(len(row) for row in prompt_ids)
-        pad = self.pad_token_id
         device = self.model.device
-        input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompt_ids], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+        input_ids, mask = pad_left(prompt_ids, self.pad_token_id, device)
         with _bare_generation(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(batch_seed(self.seed, index))
             output = self.model.generate(input_ids, attention_mask=mask, generation_config=self._generation_config())
-        return output[:, width:].tolist()
+        return output[:, input_ids.shape[1] :].tolist()
 
     def _generation_config(self) -> GenerationConfig:
         settings = self.settings

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
+from lenvm_rl.endings import end_token_ids
 from lenvm_rl.files import atomic_file, read_json
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,11 @@ class RolloutMetadata:
     def vocab_size(self) -> int | None:
         """Number of token ids of the generator's tokenizer, or `None` if the fingerprint does not say."""
         return self.tokenizer_fingerprint.get("vocab_size")
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end a completion: those recorded, or else the tokenizer's own."""
+        return end_token_ids(None, self.eos_token_ids or self.tokenizer_fingerprint.get("eos_token_id"))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the metadata as JSON, atomically."""

@@ -29,8 +29,10 @@ from lenvm_rl.decoding.generation import LengthGuidedLogitsProcessor
 from lenvm_rl.decoding.guidance import LengthGuidance
 from lenvm_rl.decoding.processor import MAX_UNTRUNCATED_VOCABULARY
 from lenvm_rl.endings import end_token_ids, padding_id
+from lenvm_rl.modeling.backbones import context_of
+from lenvm_rl.modeling.completions import pad_left
 from lenvm_rl.prediction import boundary_logits, lengths_from_logits
-from lenvm_rl.serve.generation import Choice, Draw, Job, Watcher, pad_left
+from lenvm_rl.serve.generation import Choice, Draw, Job, Watcher
 from lenvm_rl.serve.protocol import ChatRequest, GenerationRequest, RequestError, read_request
 from lenvm_rl.tokenization import check_same_tokenizer, tokenize_prompts
 
@@ -82,7 +84,7 @@ class Engine:
             raise ValueError("max_new_tokens_limit and max_choices must be at least 1, max_waiting at least 0.")
         check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
         both = (model, length_value_model)
-        self.context = min((context for one in both if (context := context_of(one)) is not None), default=None)
+        self.context = min((context for one in both if (context := context_of(one.config)) is not None), default=None)
         if self.context is None and max_new_tokens_limit is None:
             raise ValueError("The models' configs name no max_position_embeddings: give max_new_tokens_limit.")
         self.model, self.length_value_model, self.name = model.eval(), length_value_model, name
@@ -272,11 +274,6 @@ class Engine:
         )
 
 
-def context_of(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model can read, `None` if its config names no number."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 @torch.no_grad()
 def widest_batch(model: PreTrainedModel, length_value_model: nn.Module, pad_token_id: int) -> float:
     """The width up to which rows padded on the left say what they say alone: 0 for never, infinity for always.
@@ -294,8 +291,10 @@ def widest_batch(model: PreTrainedModel, length_value_model: nn.Module, pad_toke
         slack = torch.finfo(own.dtype).eps ** 0.5 * float(alone[alone.isfinite()].abs().max())
         if not torch.allclose(alone, beside, rtol=0.0, atol=slack):
             return 0
-        rope = getattr(own.config.get_text_config(decoder=True), "rope_parameters", None)
+        text = own.config.get_text_config(decoder=True)
+        rope = getattr(text, "rope_parameters", None)
         for kind in (rope, *rope.values()) if rope else ({},):
             if not rope or (isinstance(kind, dict) and kind.get("rope_type") in ROPE_OF_THE_LONGEST_ROW):
-                widths.append(kind.get("original_max_position_embeddings", context_of(own)))
+                limit = getattr(text, "max_position_embeddings", None)
+                widths.append(kind.get("original_max_position_embeddings", limit))
     return min((width for width in widths if width is not None), default=math.inf)

@@ -81,13 +81,6 @@ class Job:
         return self.request.stream and any(choice.text or choice.finish_reason for choice in self.choices)
 
 
-def pad_left(prompts: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left, and the mask of what exists: `(B, S)` both."""
-    width = max(len(row) for row in prompts)
-    ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in prompts], device=device)
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-
-
 class Draw(LogitsProcessor):
     """Chooses the next tokens of sampled requests, each from a random stream of its own, and bars all others.
 

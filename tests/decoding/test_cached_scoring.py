@@ -26,7 +26,7 @@ from transformers import (
 
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.decoding.scoring import CandidateScorer, FullRowScorer
-from lenvm_rl.modeling.completions import context_of, window_sizes
+from lenvm_rl.modeling.backbones import context_of, window_sizes
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
 GROUPED = SIZES | {"num_key_value_heads": 1, "intermediate_size": 32}

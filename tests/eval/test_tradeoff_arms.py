@@ -16,7 +16,7 @@ from eval import tradeoff_kl
 from eval.arms import Arm, Sampler
 from eval.tradeoff import TradeoffArguments, main, read_run
 from eval.tradeoff_arms import ask, measure_trained, shortest_of
-from eval.tradeoff_kl import DivergenceMeter, completion_logits, policy_divergence, token_divergence
+from eval.tradeoff_kl import DivergenceMeter, policy_divergence, row_logits, token_divergence
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import strip_completion
 from lenvm_rl.sandbox.scripted import EOS, START, ScriptedLengthValue, ScriptedPolicy, TokenChain, random_chain
@@ -145,10 +145,10 @@ def test_divergence_of_two_policies_is_exact_in_each_state():
 def test_logits_of_completions_do_not_depend_on_their_batch(monkeypatch):
     policy = tiny_llama()
     prompts, completions = [[5, 6, 7, 8], [9], [10, 11]], [[20, 21, 1], [22, 23, 24, 25, 1], [1]]
-    together = list(completion_logits(policy, prompts, completions))
+    together = list(row_logits(policy, prompts, completions))
     monkeypatch.setattr(tradeoff_kl, "LOGITS_AT_ONCE", 1)
     for batched, single, prompt, completion in zip(
-        together, completion_logits(policy, prompts, completions), prompts, completions, strict=True
+        together, row_logits(policy, prompts, completions), prompts, completions, strict=True
     ):
         row = policy(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         assert batched.shape == (len(completion), 64)

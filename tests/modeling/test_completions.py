@@ -4,9 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_length_value_model, tiny_llama, tiny_qwen2
+from tiny import tiny_gpt2, tiny_length_value_model, tiny_llama, tiny_qwen2, tokens
 
-from lenvm_rl.modeling.completions import bootstrap_values, completion_logits, position_ids_from_mask
+from lenvm_rl.modeling.completions import (
+    bootstrap_values,
+    completion_logits,
+    pad_left,
+    pad_right,
+    position_ids_from_mask,
+    state_logits,
+    token_log_probs,
+)
 
 # Two rows: a prompt of 3 with a completion of 2, and a prompt of 2 with a completion of 4.
 PROMPT_MASK = torch.tensor([[1, 1, 1], [0, 1, 1]])
@@ -141,3 +149,26 @@ def test_bootstrapping_needs_one_value_more_than_tokens_and_one_flag_per_row():
             bootstrap_values(values, mask, ended)
     with pytest.raises(ValueError, match="padded on the right"):
         bootstrap_values(torch.zeros(1, 3), torch.tensor([[0, 1]]), torch.tensor([False]))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_log_probs_are_those_of_each_completion_alone(make):
+    policy = make()
+    prompts = [tokens(1, size, seed=size)[0].tolist() for size in (2, 5)]
+    completions = [tokens(1, size, seed=10 + size)[0].tolist() for size in (4, 1)]
+    together = token_log_probs(policy, *pad_left(prompts), *pad_right(completions), temperature=0.7)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        logits = policy(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        alone = (logits / 0.7).log_softmax(dim=-1).gather(1, torch.tensor(completion).unsqueeze(1))[:, 0]
+        torch.testing.assert_close(together[row, : len(completion)], alone, atol=1e-5, rtol=1e-5)
+        assert not together[row, len(completion) :].any()
+
+
+def test_rows_of_any_length_have_the_logits_of_the_batch_and_nothing_is_read_after_an_end():
+    model = tiny_length_value_model().freeze()
+    prompts, completions = [[1, 2, 3], [4, 5]], [[6, 7], [8, 9, 10, 11]]
+    whole = completion_logits(model, *pad_left(prompts), *pad_right(completions))
+    read = list(state_logits(model, prompts, completions, finished=[True, False], max_tokens=6))
+    assert [batch for batch, _ in read] == [[1], [0]]
+    torch.testing.assert_close(read[0][1][0], whole[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(read[1][1][0], whole[0, :2], rtol=0, atol=1e-5)
