@@ -6,23 +6,29 @@ rule (top-k, top-p, min-p) holds for every arm, the base policy included.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.samples import Samples, SampleStore
-from eval.tradeoff_kl import DivergenceMeter
+from eval.tradeoff.divergence import DivergenceMeter
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length, padding_id, strip_completion
+from lenvm_rl.files import atomic_file
 from lenvm_rl.modeling.backbones import context_of
 from lenvm_rl.modeling.completions import pad_left
 from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.prediction import weights_fingerprint
 from lenvm_rl.reward_functions import call_reward, correctness_values, name_of
 from lenvm_rl.tokenization import check_room, check_same_tokenizer, tokenize_prompts
 
@@ -46,7 +52,7 @@ class Arm:
             graded.
         prompt (`numpy.ndarray` of shape `(N,)`): index of its prompt.
         kl (`numpy.ndarray` of shape `(N,)`, *optional*):
-            Each completion's estimate of the divergence from the base policy, in nats, see `eval.tradeoff_kl`.
+            Each completion's estimate of the divergence from the base policy, in nats, see `eval.tradeoff.divergence`.
         kl_bound (`float`, *optional*): a bound that the divergence is known not to exceed, in nats.
         sampled (`numpy.ndarray` of shape `(N,)`, *optional*):
             Tokens that were sampled for each completion, where that is more than its own.
@@ -297,3 +303,57 @@ def value_scale(model: LengthValueModel, prompt_ids: Sequence[list[int]], comple
             "what the length value model says (`python -m eval.length_prediction`)."
         )
     return scale
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled completions of an arm, before they are graded.
+
+    Args:
+        completions (list of lists of `int`): ids, end-of-sequence kept.
+        finished (list of `bool`): whether each ended.
+        kl (list of `float`, *optional*): divergence of each from the same policy at strength 0.
+    """
+
+    completions: list[list[int]]
+    finished: list[bool]
+    kl: list[float] | None
+
+
+class SampleStore:
+    """Sampled arms in a folder, a file each, so that an interrupted comparison goes on where it was.
+
+    A file's name is a hash of all that its samples depend on, weights included: another comparison in the same folder
+    uses what it shares with this one, and nothing else.
+
+    Args:
+        folder (`str` or path): made when the first arm is kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._fingerprints: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def get(self, name: str, models: Sequence[nn.Module], depends: Any, sample: Callable[[], Samples]) -> Samples:
+        """The samples of an arm, read or else made by `sample` and kept.
+
+        Args:
+            name (`str`): of the arm, for the log.
+            models (sequence of `nn.Module`): what samples.
+            depends (any): what else the samples depend on, as JSON can hold it.
+            sample (callable): samples the arm.
+        """
+        identity = json.dumps([[self._fingerprint(model) for model in models], depends])
+        path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+        if path.is_file():
+            logger.info("%s: sampled before, %s", name, path)
+            return Samples(**json.loads(path.read_text(encoding="ascii")))
+        samples = sample()
+        with atomic_file(path) as file:
+            file.write(json.dumps(asdict(samples)).encode("ascii"))
+        return samples
+
+    def _fingerprint(self, model: nn.Module) -> str:
+        if model not in self._fingerprints:
+            self._fingerprints[model] = weights_fingerprint(model)
+        return self._fingerprints[model]

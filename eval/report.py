@@ -1,7 +1,8 @@
-"""What the programs write: numbers as JSON and CSV, cells of tables, and figures.
+"""What every program prints and writes: tables, JSON, CSV and figures, with intervals among their cells.
 
-An interval is written as `{"estimate", "low", "high"}`. What is not defined is null, since JSON has no NaN, and a dash
-in a table.
+A program describes its table once, as [`Column`]s over rows that are dictionaries (or anything else), and prints it
+with [`print_table`]; [`save_report`] writes the same rows as CSV, beside a JSON of everything. An interval in a row is
+an [`Entry`], `{"estimate", "low", "high"}`; what is not defined is null, since JSON has no NaN, and a dash in a table.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from eval.statistics import Interval
 from lenvm_rl.files import atomic_file
@@ -30,7 +37,7 @@ FULL_DECADES = 3
 def as_entry(interval: Interval) -> Entry:
     """An interval for JSON: null for what is not defined, such as the ends of a single prompt's."""
     values = {name: float(getattr(interval, name)) for name in ENDS}
-    return {name: value if np.isfinite(value) else None for name, value in values.items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def is_known(entry: Entry | None) -> bool:
@@ -38,17 +45,97 @@ def is_known(entry: Entry | None) -> bool:
     return entry is not None and entry["estimate"] is not None
 
 
-def cell_text(entry: Entry | None, digits: int, scale: float = 1.0, sign: str = "") -> str:
-    """An interval as "estimate [low, high]", without ends where there are none; a dash where nothing is known."""
-    if not is_known(entry):
+def cell_text(
+    value: Any, digits: int = 1, scale: float = 1.0, sign: str = "", unit: str = "", ends: bool = True
+) -> str:
+    """A cell of a table.
+
+    Args:
+        value (`Any`): an interval (an [`Entry`] or an `Interval`) gives "estimate [low, high]", without ends where it
+            has none; a float is rounded, a whole number, a truth value or a text stands as it is; what is missing or
+            not a number is a dash.
+        digits (`int`, *optional*, defaults to `1`): decimals.
+        scale (`float`, *optional*, defaults to `1.0`): factor of what is shown, 100 for percent.
+        sign (`str`, *optional*): `"+"` shows the sign of positive numbers too.
+        unit (`str`, *optional*): follows each number.
+        ends (`bool`, *optional*, defaults to `True`): whether an interval's ends are shown.
+    """
+    if isinstance(value, Interval):
+        value = as_entry(value)
+    if isinstance(value, Mapping):
+        numbers = [value[name] for name in (ENDS if ends else ENDS[:1])]
+    elif isinstance(value, float):
+        numbers = [value if math.isfinite(value) else None]
+    else:
+        return "–" if value is None else str(value)
+    if numbers[0] is None:
         return "–"
-    shown = [f"{scale * entry[name]:{sign}.{digits}f}" for name in ENDS if entry[name] is not None]
+    shown = [f"{scale * number:{sign}.{digits}f}{unit}" for number in numbers if number is not None]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0]
 
 
 def estimate_text(entry: Entry | None, digits: int, scale: float = 1.0) -> str:
     """An interval's estimate alone; a dash where there is none."""
-    return f"{scale * entry['estimate']:.{digits}f}" if is_known(entry) else "–"
+    return cell_text(entry, digits, scale, ends=False)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a printed table.
+
+    Args:
+        title (`str`): its head.
+        value (`str` or `Callable`): the key of the rows' cell, dashes where it is missing; or what makes it of a row.
+        digits, scale, sign, unit, ends: as in [`cell_text`].
+        left (`bool`, *optional*, defaults to `False`): whether it stands on the left side, as the first column does.
+    """
+
+    title: str
+    value: str | Callable[[Any], Any]
+    digits: int = 1
+    scale: float = 1.0
+    sign: str = ""
+    unit: str = ""
+    ends: bool = True
+    left: bool = False
+
+    def cell(self, row: Any) -> str:
+        """The cell of a row, as rich's markup."""
+        value = self.value(row) if callable(self.value) else row.get(self.value)
+        return escape(cell_text(value, self.digits, self.scale, self.sign, self.unit, self.ends))
+
+
+def print_table(
+    console: Console,
+    rows: Sequence[Any],
+    columns: Sequence[Column],
+    title: str | None = None,
+    sections: Callable[[Any], Any] | None = None,
+) -> None:
+    """Prints a line for each row, and a rule wherever `sections` of a row is not that of the next one."""
+    table = Table(title=title and escape(title))
+    for place, column in enumerate(columns):
+        left = column.left or place == 0
+        table.add_column(column.title, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        last = sections is not None and following is not None and sections(row) != sections(following)
+        table.add_row(*(column.cell(row) for column in columns), end_section=last)
+    console.print(table)
+
+
+def verdict(name: str, value: float, sign: str, bound: float) -> str:
+    """A sentence about what was measured and what was asked: "NAME: 0.95 (asked >= 0.9: met)"."""
+    met = value >= bound if sign == ">=" else value <= bound
+    return f"{name}: {value:.2f} (asked {sign} {bound}: {'met' if met else 'not met'})"
+
+
+def save_report(
+    folder: str | os.PathLike, name: str, report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """Writes `NAME.json` into a folder and, where there are rows, `NAME.csv`."""
+    save_json(Path(folder) / f"{name}.json", report)
+    if rows is not None:
+        save_csv(Path(folder) / f"{name}.csv", rows)
 
 
 def save_json(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
@@ -89,6 +176,24 @@ def save_figure(path: str | os.PathLike, figure: Figure) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
+def draw_intervals(axis: Axes, x: Sequence[Any], y: Sequence[Any], **look: Any) -> None:
+    """Points with error bars; `x` and `y` hold entries or bare numbers, and a point of an unknown entry is left out.
+
+    Nothing is drawn, and nothing stands in the legend, where no point is known. `look` is what `Axes.errorbar` takes.
+    """
+    points = [
+        pair for pair in zip(x, y, strict=True) if all(not isinstance(v, dict | None) or is_known(v) for v in pair)
+    ]
+    if not points:
+        return
+    places, errors = [], []
+    for values in zip(*points, strict=True):
+        bare = not isinstance(values[0], dict)
+        places.append(values if bare else [value["estimate"] for value in values])
+        errors.append(None if bare else half_widths(values))
+    axis.errorbar(*places, xerr=errors[0], yerr=errors[1], **{"linestyle": "none", "elinewidth": 0.8, **look})
+
+
 def half_widths(entries: Sequence[Entry]) -> list[list[float]]:
     """Distances of the intervals' ends from their estimates, for error bars: below, above.
 
@@ -99,6 +204,12 @@ def half_widths(entries: Sequence[Entry]) -> list[list[float]]:
         ends = [entry["estimate"] if entry[name] is None else entry[name] for entry in entries]
         sides.append([max(0.0, sign * (entry["estimate"] - end)) for entry, end in zip(entries, ends, strict=True)])
     return sides
+
+
+def legend_below(figure: Figure, *axes: Axes, ncols: int = 4) -> None:
+    """One legend of several panels under all of them, where it hides no point."""
+    handles, labels = zip(*(axis.get_legend_handles_labels() for axis in axes), strict=True)
+    figure.legend(sum(handles, []), sum(labels, []), loc="outside lower center", ncols=ncols, fontsize=8)
 
 
 def as_label(text: str) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from eval.arms import Arm, Sampler, value_scale
 from eval.seeds import collect, print_table
 from eval.style_frontier import StyleFrontier
-from eval.tradeoff import TradeoffArguments, main, read_run, summarise
+from eval.tradeoff.__main__ import TradeoffArguments, main, read_run, summarise
 from lenvm_rl.decoding.generation import LengthGuidance
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.reward_functions import load_reward

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 
-from eval.gradient import GradientArguments, complete, main
-from eval.gradient_batches import ExplainedVariance, TokenBatch, batch_gradients, length_values, select_parameters
-from eval.gradient_estimators import (
+from eval.gradient.__main__ import GradientArguments, complete, main
+from eval.gradient.batches import ExplainedVariance, TokenBatch, batch_gradients, length_values, select_parameters
+from eval.gradient.estimators import (
     LENGTH_GRADIENT,
     LENVM_GRADIENT,
     SEQUENCE,
@@ -23,7 +23,7 @@ from eval.gradient_estimators import (
     position_baseline,
     position_baseline_of_others,
 )
-from eval.gradient_statistics import GradientStatistics, inner_products
+from eval.gradient.signal import GradientStatistics, inner_products
 from lenvm_rl.advantages import gae
 from lenvm_rl.sandbox import distinct_problems
 from lenvm_rl.sandbox.scripted import EOS, START, ScriptedLengthValue, ScriptedPolicy, TokenChain

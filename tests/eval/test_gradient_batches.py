@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import PAD, tiny_gpt2, tiny_llama
 
-from eval.gradient_batches import TokenBatch, batch_gradients, select_parameters
+from eval.gradient.batches import TokenBatch, batch_gradients, select_parameters
 
 
 def test_gradients_do_not_depend_on_the_forward_size_and_are_linear():

@@ -8,14 +8,16 @@ from ragged import EOS, make_rollout, random_rollouts
 from test_report import overlapping
 from tiny import tiny_length_value_model, tiny_tokenizer
 
-from eval import figures, gradient_report, length_prediction, length_tokens
-from eval.figures import plot_tradeoff
-from eval.gradient_estimators import estimators
+from eval import length_prediction, length_tokens
+from eval.gradient import report as gradient_report
+from eval.gradient.estimators import estimators
 from eval.length_control_cells import Completion
 from eval.length_control_figures import plot_length_control
 from eval.length_control_report import summarise_cell
 from eval.length_prediction import PredictionArguments
 from eval.length_tokens import TokenArguments, cloud_words
+from eval.tradeoff import report as tradeoff_report
+from eval.tradeoff.report import plot_tradeoff
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
 from lenvm_rl.tokenization import tokenizer_fingerprint
 
@@ -32,7 +34,7 @@ def drawn(monkeypatch):
         canvas.draw()
         found.append((figure, canvas.get_renderer()))
 
-    for module in (figures, gradient_report, length_prediction, length_tokens, plot_length_control.__globals__):
+    for module in (tradeoff_report, gradient_report, length_prediction, length_tokens, plot_length_control.__globals__):
         namespace = module if isinstance(module, dict) else vars(module)
         monkeypatch.setitem(namespace, "save_figure", keep)
     return found

@@ -10,13 +10,15 @@ import pytest
 from ragged import EOS, random_rollouts
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 
-from eval import gradient, length_control, length_prediction, tradeoff
-from eval.gradient import GradientArguments
+from eval import length_control, length_prediction
+from eval.gradient import __main__ as gradient
+from eval.gradient.__main__ import GradientArguments
 from eval.length_control import LengthControlArguments
 from eval.length_prediction import PredictionArguments
 from eval.measurement import measure_in_process
 from eval.runs import Run, check_sandbox, find_run, is_sandbox, output_folder
-from eval.tradeoff_arguments import TradeoffArguments, read_run, sampled_as_fitted
+from eval.tradeoff import __main__ as tradeoff
+from eval.tradeoff.arguments import TradeoffArguments, read_run, sampled_as_fitted
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.programs import TRACEBACK_VARIABLE
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from eval.gradient_estimators import (
+from eval.gradient.estimators import (
     GATE,
     GROUP,
     LENGTH_GRADIENT,
@@ -23,7 +23,7 @@ from eval.gradient_estimators import (
     VALUE_SPACE,
     Estimator,
 )
-from eval.gradient_statistics import GradientStatistics
+from eval.gradient.signal import GradientStatistics
 from eval.report import as_entry, cell_text, half_widths, is_known, save_figure
 
 # Share of the completions that may be cut without a word.
@@ -48,8 +48,8 @@ def summarise(
     """A dictionary for each estimator, the highest signal-to-noise ratio first.
 
     Args:
-        found (list of [`~eval.gradient_estimators.Estimator`]): as their gradients are numbered.
-        statistics ([`~eval.gradient_statistics.GradientStatistics`]): of these gradients.
+        found (list of [`~eval.gradient.estimators.Estimator`]): as their gradients are numbered.
+        statistics ([`~eval.gradient.signal.GradientStatistics`]): of these gradients.
         batch_size (`int`): completions in a batch.
         task (`int`), length (`int`): which of them the cosines are to.
     """

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.gradient_statistics import GradientStatistics, inner_products
+from eval.gradient.signal import GradientStatistics, inner_products
 
 
 def statistics_of(gradients, **options):
@@ -81,7 +81,7 @@ def test_the_ratio_to_the_best_of_several():
 def test_inner_products_do_not_depend_on_the_chunk(monkeypatch):
     gradients = np.random.default_rng(4).normal(size=(2, 3, 7)).astype(np.float32)
     whole = inner_products(gradients)
-    monkeypatch.setattr("eval.gradient_statistics.CHUNK_ENTRIES", 12)
+    monkeypatch.setattr("eval.gradient.signal.CHUNK_ENTRIES", 12)
     np.testing.assert_allclose(inner_products(gradients), whole, rtol=1e-6)
     assert whole[0, 1, 2, 0] == pytest.approx(float(gradients[0, 2] @ gradients[1, 0]), rel=1e-5)
 

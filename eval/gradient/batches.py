@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eval.gradient_estimators import GradedBatch, LengthValues
+from eval.gradient.estimators import GradedBatch, LengthValues
 from lenvm_rl.endings import own_length
 from lenvm_rl.modeling.completions import completion_logits, pad_left, pad_right, token_log_probs
 from lenvm_rl.trainers.streams import Completions

@@ -9,7 +9,7 @@ Prints one table and writes tradeoff.json, .csv and .png, and samples/, with whi
 Every arm uses the same prompts, the same candidate rule and the same length: tokens without end-of-sequence. Intervals
 are 95 % bootstraps over prompts. A task adds two baselines, the budget asked for in the prompt and the shortest of
 several samples (its cost is in "sampled tokens"); other data has them by --prompt_only and --best_of. "KL to base" is
-how far an arm is from the base policy, see `eval.tradeoff_kl`.
+how far an arm is from the base policy, see `eval.tradeoff.divergence`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from eval.command_line import run
-from eval.figures import plot_tradeoff
 from eval.report import save_csv, save_json
 from eval.runs import OUTPUTS, output_folder, set_threads
-from eval.tradeoff_arguments import TradeoffArguments, read_run, sampled_as_fitted
-from eval.tradeoff_arms import collect_arms
-from eval.tradeoff_report import print_table, remarks, summarise
+from eval.tradeoff.arguments import TradeoffArguments, read_run, sampled_as_fitted
+from eval.tradeoff.arms import collect_arms
+from eval.tradeoff.report import plot_tradeoff, print_table, remarks, summarise
 
 # What a comparison is about: results about others are not written over.
 MODELS = ("policy", "length_value_model", "trained")

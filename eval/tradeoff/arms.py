@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from eval.arms import Arm, Sampler, value_scale
+from eval.arms import Arm, Sampler, SampleStore, value_scale
 from eval.datasets import sandbox_prompts
-from eval.samples import SampleStore
 from eval.style_frontier import StyleFrontier, measure_points
-from eval.tradeoff_arguments import Comparison, TradeoffArguments, check_data
-from eval.tradeoff_kl import policy_divergence
+from eval.tradeoff.arguments import Comparison, TradeoffArguments, check_data
+from eval.tradeoff.divergence import policy_divergence
 from lenvm_rl.decoding.generation import LengthGuidance
 from lenvm_rl.modeling.loading import has_tokenizer, load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.reward_functions import check_columns, load_reward
@@ -33,7 +32,7 @@ def make_sampler(comparison: Comparison, output_dir: Path) -> Sampler:
     """The sampler of the base policy's arms: models, prompts and reward, checked against each other.
 
     Raises:
-        ValueError: see [`~eval.tradeoff_arguments.check_data`]; tokenizers differ, or the reward function needs a
+        ValueError: see [`~eval.tradeoff.arguments.check_data`]; tokenizers differ, or the reward function needs a
             column that is not there.
     """
     args = comparison.args
@@ -167,7 +166,7 @@ def measure_trained(
 
     Untilted, the exact divergence of both policies at the states that its completions visit. Tilted, the divergence of
     the tilt from the trained policy, which the arm has, plus the log-ratio of trained and base policy at the sampled
-    tokens: ``log p'/p + log p/q``. See [`~eval.tradeoff_kl.policy_divergence`] on the candidate rule.
+    tokens: ``log p'/p + log p/q``. See [`~eval.tradeoff.divergence.policy_divergence`] on the candidate rule.
 
     Args:
         sampler ([`~eval.arms.Sampler`]): of the trained policy.

@@ -5,10 +5,10 @@
     python -m eval.gradient --policy MODEL --length_value_model LENVM --task gsm8k --dataset_name gsm8k_test.jsonl \
         --parameters 'layers\\.29\\.mlp' --num_batches 32 --forward_size 4
 
-Batches are sampled once, and every estimator (`eval.gradient_estimators`) turns each of them into one gradient, with
+Batches are sampled once, and every estimator (`eval.gradient.estimators`) turns each of them into one gradient, with
 the same constant normaliser. The signal-to-noise ratio of a batch is the squared length of the expected gradient, as
 the product of the means of two halves of the batches, over the trace of the covariance between batches; the formulas
-are in `eval.gradient_statistics`. Beside it stand the cosines of the expected gradient to that of the task and to that
+are in `eval.gradient.signal`. Beside it stand the cosines of the expected gradient to that of the task and to that
 of the plain length return: what a gate, and its remedies, take from the task. Intervals are 95 % bootstraps over
 batches. Prints one table and writes gradient.json, .csv and .png.
 """
@@ -34,13 +34,13 @@ from transformers.utils import logging as transformers_logging
 from eval.arms import read_grades
 from eval.command_line import run
 from eval.datasets import EvaluationPrompts
-from eval.gradient_batches import ExplainedVariance, batch_gradients, length_values, read_batches, select_parameters
-from eval.gradient_estimators import LENGTH_GRADIENT, TASK_GRADIENT, GradedBatch, estimators
-from eval.gradient_report import all_cosines, compare_penalties, plot_gradients, print_report, summarise
-from eval.gradient_statistics import GradientStatistics, inner_products
+from eval.gradient.batches import ExplainedVariance, batch_gradients, length_values, read_batches, select_parameters
+from eval.gradient.estimators import LENGTH_GRADIENT, TASK_GRADIENT, GradedBatch, estimators
+from eval.gradient.report import all_cosines, compare_penalties, plot_gradients, print_report, summarise
+from eval.gradient.signal import GradientStatistics, inner_products
 from eval.report import save_csv, save_json
 from eval.runs import OUTPUTS, SANDBOX_RUN, output_folder, set_threads
-from eval.tradeoff_arguments import TradeoffArguments, check_data, read_run, sampled_as_fitted
+from eval.tradeoff.arguments import TradeoffArguments, check_data, read_run, sampled_as_fitted
 from lenvm_rl.endings import own_length
 from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.prediction import weights_fingerprint
