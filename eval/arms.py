@@ -330,7 +330,7 @@ class SampleStore:
         folder (`str` or path): made when the first arm is kept.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._fingerprints: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
