@@ -1,85 +1,64 @@
-"""Length penalties ready for `reward_funcs`, as `reward.baselines.gsm8k_gr3`; `reward.length_penalties` explains them.
+"""Length penalties ready for `reward_funcs`, as `reward.baselines.gsm8k_gr3`; `reward.rules` explains the rules.
 
 Their knobs are the papers' where there are any, and otherwise fit a `max_completion_length` of 512 tokens for GSM8K and
 4096 for mathematics (`reward.mathematics`), with targets of a quarter of that. For the sandbox they fit what its base
-policy writes, 12 tokens in the mean and 48 at the 99th percentile. With other knobs, make one in a module of your own.
-
-Stateful ones (`leash`, `laser_d`) need the callback [`reward.checkpointing.RewardStates`] to resume; the trainers of
-`lenvm_rl` add it themselves.
+policy writes, 12 tokens in the mean and 48 at the 99th percentile; its prices per token are higher than the papers',
+for its completions have tens of tokens, not thousands. With other knobs, make one in a module of your own.
 """
 
 from trl.rewards import get_cosine_scaled_reward, get_soft_overlong_punishment
 
-# These two are in reward/gsm8k.py, and can be had from here, too.
-from reward.gsm8k import gsm8k_kimi as gsm8k_kimi
-from reward.gsm8k import gsm8k_linear as gsm8k_linear
 from reward.gsm8k import gsm8k_reward
-from reward.length_penalties import (
-    ALPLengthReward,
-    AroraLengthReward,
-    CosineLengthReward,
-    GR3LengthReward,
-    KimiLengthReward,
-    L1ExactLengthReward,
-    L1MaxLengthReward,
-    LaserLengthReward,
-    LinearLengthReward,
-    ShorterBetterLengthReward,
-    SoftOverlongLengthReward,
-    TruncationLengthReward,
-)
+from reward.length_reward import LengthReward
 from reward.mathematics import math_reward
 from reward.sandbox import sandbox_reward
-from reward.stateful_penalties import LaserDLengthReward, LeashLengthReward
 
-# TRL's own, in which all answers pay. The cosine grades mathematics itself: it needs conversations, and the gold
-# answers in the column `solution`.
+# TRL's own, in which all answers pay; the first three are to be added to the task reward. The cosine grades mathematics
+# itself: it needs conversations, and the gold answers in the column `solution`.
+trl_soft_overlong_48 = get_soft_overlong_punishment(48, 36)
 trl_soft_overlong_512 = get_soft_overlong_punishment(512, 128)
 trl_soft_overlong_4096 = get_soft_overlong_punishment(4096, 1024)
 trl_math_cosine_4096 = get_cosine_scaled_reward(4096)
 
-# GSM8K.
-gsm8k_truncation = TruncationLengthReward(gsm8k_reward, limit=128)
-gsm8k_soft_overlong = SoftOverlongLengthReward(gsm8k_reward, max_length=512, cache=128)
-gsm8k_cosine = CosineLengthReward(gsm8k_reward, max_length=512)
-gsm8k_arora = AroraLengthReward(gsm8k_reward)
-gsm8k_alp = ALPLengthReward(gsm8k_reward)
-gsm8k_l1_exact = L1ExactLengthReward(gsm8k_reward)
-gsm8k_l1_max = L1MaxLengthReward(gsm8k_reward)
-gsm8k_laser = LaserLengthReward(gsm8k_reward, target_length=128)
-gsm8k_laser_d = LaserDLengthReward(gsm8k_reward, candidates=range(64, 513, 64))
-gsm8k_shorter_better = ShorterBetterLengthReward(gsm8k_reward)
-gsm8k_gr3 = GR3LengthReward(gsm8k_reward)
-gsm8k_leash = LeashLengthReward(gsm8k_reward, target_length=128)
+# GSM8K. The linear one pays correct answers 1 down to 0.6, so that the default gate_threshold of 0.5 still tells them
+# from wrong ones. The wanted lengths of L1 are the dataset's column `target_length`, which the prompt has to name.
+gsm8k_linear = LengthReward("linear", gsm8k_reward, alpha=0.4, max_length=512)
+gsm8k_truncation = LengthReward("truncation", gsm8k_reward, limit=128)
+gsm8k_l1_exact = LengthReward("l1_exact", gsm8k_reward, target_length="target_length")
+gsm8k_l1_max = LengthReward("l1_max", gsm8k_reward, target_length="target_length")
+gsm8k_kimi = LengthReward("kimi", gsm8k_reward)
+gsm8k_arora = LengthReward("arora", gsm8k_reward)
+gsm8k_alp = LengthReward("alp", gsm8k_reward)
+gsm8k_shorter_better = LengthReward("shorter_better", gsm8k_reward)
+gsm8k_gr3 = LengthReward("gr3", gsm8k_reward)
+gsm8k_laser = LengthReward("laser", gsm8k_reward, target_length=128)
+gsm8k_laser_d = LengthReward("laser_d", gsm8k_reward, candidates=range(64, 513, 64))
+gsm8k_leash = LengthReward("leash", gsm8k_reward, target_length=128)
 
 # Mathematics.
-math_linear = LinearLengthReward(math_reward, alpha=0.4, max_length=4096)
-math_kimi = KimiLengthReward(math_reward)
-math_truncation = TruncationLengthReward(math_reward, limit=1024)
-math_soft_overlong = SoftOverlongLengthReward(math_reward, max_length=4096, cache=1024)
-math_cosine = CosineLengthReward(math_reward, max_length=4096)
-math_arora = AroraLengthReward(math_reward)
-math_alp = ALPLengthReward(math_reward)
-math_l1_exact = L1ExactLengthReward(math_reward)
-math_l1_max = L1MaxLengthReward(math_reward)
-math_laser = LaserLengthReward(math_reward, target_length=1024)
-math_laser_d = LaserDLengthReward(math_reward, candidates=range(512, 4097, 512))
-math_shorter_better = ShorterBetterLengthReward(math_reward)
-math_gr3 = GR3LengthReward(math_reward)
-math_leash = LeashLengthReward(math_reward, target_length=1024)
+math_linear = LengthReward("linear", math_reward, alpha=0.4, max_length=4096)
+math_truncation = LengthReward("truncation", math_reward, limit=1024)
+math_l1_exact = LengthReward("l1_exact", math_reward, target_length="target_length")
+math_l1_max = LengthReward("l1_max", math_reward, target_length="target_length")
+math_kimi = LengthReward("kimi", math_reward)
+math_arora = LengthReward("arora", math_reward)
+math_alp = LengthReward("alp", math_reward)
+math_shorter_better = LengthReward("shorter_better", math_reward)
+math_gr3 = LengthReward("gr3", math_reward)
+math_laser = LengthReward("laser", math_reward, target_length=1024)
+math_laser_d = LengthReward("laser_d", math_reward, candidates=range(512, 4097, 512))
+math_leash = LengthReward("leash", math_reward, target_length=1024)
 
-# The sandbox. Prices per token are higher than the papers': its completions have tens of tokens, not thousands.
-sandbox_linear = LinearLengthReward(sandbox_reward, alpha=0.4, max_length=48)
-sandbox_kimi = KimiLengthReward(sandbox_reward)
-sandbox_truncation = TruncationLengthReward(sandbox_reward, limit=24)
-sandbox_soft_overlong = SoftOverlongLengthReward(sandbox_reward, max_length=48, cache=36)
-sandbox_cosine = CosineLengthReward(sandbox_reward, max_length=48)
-sandbox_arora = AroraLengthReward(sandbox_reward)
-sandbox_alp = ALPLengthReward(sandbox_reward, beta=5e-3)
-sandbox_l1_exact = L1ExactLengthReward(sandbox_reward, target_length=12, alpha=1e-2)
-sandbox_l1_max = L1MaxLengthReward(sandbox_reward, target_length=12, alpha=1e-2)
-sandbox_laser = LaserLengthReward(sandbox_reward, target_length=12)
-sandbox_laser_d = LaserDLengthReward(sandbox_reward, candidates=range(4, 129, 4))
-sandbox_shorter_better = ShorterBetterLengthReward(sandbox_reward, beta=2e-2)
-sandbox_gr3 = GR3LengthReward(sandbox_reward)
-sandbox_leash = LeashLengthReward(sandbox_reward, target_length=10)
+# The sandbox.
+sandbox_linear = LengthReward("linear", sandbox_reward, alpha=0.4, max_length=48)
+sandbox_truncation = LengthReward("truncation", sandbox_reward, limit=24)
+sandbox_l1_exact = LengthReward("l1_exact", sandbox_reward, target_length=12, alpha=1e-2)
+sandbox_l1_max = LengthReward("l1_max", sandbox_reward, target_length=12, alpha=1e-2)
+sandbox_kimi = LengthReward("kimi", sandbox_reward)
+sandbox_arora = LengthReward("arora", sandbox_reward)
+sandbox_alp = LengthReward("alp", sandbox_reward, beta=5e-3)
+sandbox_shorter_better = LengthReward("shorter_better", sandbox_reward, beta=2e-2)
+sandbox_gr3 = LengthReward("gr3", sandbox_reward)
+sandbox_laser = LengthReward("laser", sandbox_reward, target_length=12)
+sandbox_laser_d = LengthReward("laser_d", sandbox_reward, candidates=range(4, 129, 4))
+sandbox_leash = LengthReward("leash", sandbox_reward, target_length=10)

@@ -8,9 +8,6 @@ from fractions import Fraction
 from typing import Any
 
 from reward.answers import FINAL_MARK, completion_texts, find_answer
-from reward.answers import completion_text as completion_text
-from reward.answers import last_boxed as last_boxed
-from reward.length_penalties import KimiLengthReward, LinearLengthReward
 from reward.numerals import LONGEST_TEXT, last_number, numbers_in, value_of
 
 
@@ -72,10 +69,3 @@ def final_number(text: str) -> Fraction | None:
     if answer.shown_by == "nothing" or (answer.shown_by != "boxed" and not re.search(r"\d", answer.text)):
         return last_number(text if answer.shown_by != "nothing" else answer.text)
     return value_of(answer.text)
-
-
-# Ready for `reward_funcs`, as `reward.gsm8k.gsm8k_linear`: correct answers earn 1 down to 0.6 at 512 tokens, so that
-# the default gate_threshold of 0.5 still tells them from wrong ones, which earn 0.
-gsm8k_linear = LinearLengthReward(gsm8k_reward, alpha=0.4, max_length=512)
-# Kimi's length term alone: give it beside `reward.gsm8k.gsm8k_reward`, weighted by `reward_weights`.
-gsm8k_kimi = KimiLengthReward(gsm8k_reward)

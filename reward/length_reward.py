@@ -1,12 +1,24 @@
-"""The base of the length penalties as TRL reward functions: what is called, counted, grouped and brought together."""
+"""Sequence-level length penalties as TRL reward functions: a rule of [`reward.rules`] around a task reward.
+
+Ready-made ones are in `reward.baselines`. With knobs of your own, write a module and give its dotted path:
+
+    from reward.gsm8k import gsm8k_reward
+    from reward.length_reward import LengthReward
+
+    gsm8k_gr3 = LengthReward("gr3", gsm8k_reward, alpha=0.2)
+
+Keep the unshaped reward in view: give TRL the task reward too (with weight 0 in `reward_weights` where the penalty
+already contains it), and filter and evaluate on that. Each penalty also logs its mean, as `<name>/unshaped`.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import accumulate
-from typing import Any, Literal
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,29 +28,35 @@ from lenvm_rl.reward_functions import (
     accepted,
     callable_at,
     check_returned,
+    exchanged,
+    fails_together,
     is_asynchronous,
     name_of,
     number_of_processes,
+    process_index,
 )
-from reward.processes import Part, Runs, knobs_of_all, parts_of_all, run_starts
+from reward.rules import RULES
 
 logger = logging.getLogger(__name__)
 
 
 class LengthReward:
-    """A TRL reward function made of a task reward and a length penalty. Picklable where the task reward is.
+    """A TRL reward function made of a task reward and a length rule. Picklable where the task reward is.
 
     Completions of one prompt must stand together, as TRL has them: runs of equal prompts are the groups, unless their
-    size is known (`num_generations`). A group may span processes: a penalty that looks at more than one completion
-    (its `scope`) brings the rows of all together, so every process has to call it.
+    size is known (`num_generations`). A group may span processes: a rule that looks at more than one completion (its
+    `scope`) brings the rows of all together, so every process has to call it.
 
     Lengths are counted in `completion_ids`. End-of-sequence counts unless `eos_token_ids` are given: a reward function
-    is not told what ends a completion, so without them a target of 100 tokens leaves room for 99 and an end.
+    is not told what ends a completion, so without them a target of 100 tokens leaves room for 99 and an end. Tool
+    output and environment text do not count where it is known which tokens they are: the trainers of `lenvm_rl` say so
+    with the keyword `tool_mask`, and a `rollout_func` may return a list of that name. TRL's own `GRPOTrainer` does not
+    tell reward functions, so there they count; where messages of a tool can be seen, a warning says so.
 
-    Tool output and environment text are not the policy's, and do not count where it is known which tokens they are: the
-    trainers of `lenvm_rl` say so with the keyword `tool_mask`, and a `rollout_func` may return a list of that name.
-    TRL's own `GRPOTrainer` does not tell reward functions, so there they count; where messages of a tool can be seen in
-    the completions, a warning says so.
+    Where the rule has a state (LEASH's multiplier, LASER-D's targets), each call pays with the state as it stands and
+    then moves it; it is a [`~lenvm_rl.reward_functions.StatefulReward`], and the state is logged as
+    `<name>/multiplier` and the like. The trainers of `lenvm_rl` keep it in checkpoints; for trainers of TRL, add the
+    callback [`lenvm_rl.trainers.rewards.RewardStates`].
 
     Attributes:
         unshaped_flags (list of `float` or `None`):
@@ -46,87 +64,92 @@ class LengthReward:
             not apply; `None` before any call ([`lenvm_rl.reward_functions.ShapedReward`]).
 
     Args:
+        rule (`str`): name of a rule ([`reward.rules.RULES`]).
         task_reward (`Callable` or `str`):
             TRL reward function, or its dotted path, that returns 0 or 1 for each completion, or `None` where it does
             not apply; such completions get `None` and are left out of their group. Functions, lambdas, bound methods,
             `functools.partial`s and objects that can be called will do; asynchronous ones will not.
         threshold (`float`, *optional*):
-            For a task reward that is not 0 or 1: a completion is correct where it is above this. The penalty then pays
-            for being correct, not for the number.
+            For a task reward that is not 0 or 1: a completion is correct where it is above this. The rule then pays for
+            being correct, not for the number.
         num_generations (`int`, *optional*):
             Size of each group, which keeps two equal prompts in a row apart. Prompts that do not come in whole groups
             of this size are an error. The trainers of `lenvm_rl` say the size with each call, in evaluation the one of
             evaluation, and what they say counts.
         eos_token_ids (`int` or collection of `int`, *optional*):
             Tokens that end a completion; where the policy chose one as the last, it is not counted.
-        knobs: keyword arguments of the penalty.
-
-    A penalty of your own is a subclass with a `name`, a `penalty`, and if they differ from these a `scope` and a
-    `least_generations`.
+        knobs:
+            Keyword arguments of the rule and its state. A `str` is the name of a column of the dataset that holds the
+            number for each prompt: `target_length="budget"`, which the prompt then has to name, too.
     """
-
-    name = "length"
-    penalty: Callable[..., Tensor]
-    # What a completion's reward depends on: itself alone ("completion"; `group` is then `None`), the completions of its
-    # prompt ("group"), or a state that all completions of a batch move ("batch").
-    scope: Literal["completion", "group", "batch"] = "group"
-    # With fewer completions of a prompt, length makes no difference.
-    least_generations = 1
 
     def __init__(
         self,
+        rule: str,
         task_reward: Callable | str,
         *,
         threshold: float | None = None,
         num_generations: int | None = None,
         eos_token_ids: int | Collection[int] | None = None,
-        **knobs,
+        **knobs: Any,
     ):
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, got {rule!r}.")
         task_reward = callable_at(task_reward) if isinstance(task_reward, str) else task_reward
         if not callable(task_reward) or isinstance(task_reward, (type, torch.nn.Module)):
             kind = task_reward.__name__ if isinstance(task_reward, type) else type(task_reward).__name__
             raise ValueError(f"task_reward must be a TRL reward function that returns flags, got {kind}.")
         if is_asynchronous(task_reward):
             raise ValueError("task_reward is asynchronous: a length penalty needs an ordinary function.")
+        self.name = rule
+        self.rule = RULES[rule]
         self.task_reward = task_reward
         self.threshold = threshold
         self.num_generations = num_generations
         self.eos_token_ids = frozenset(end_token_ids(None, eos_token_ids))
-        self.knobs = knobs
         self.unshaped_flags: list[float | None] | None = None
-        self.__name__ = f"{name_of(task_reward)}_{self.name}"
+        self.__name__ = f"{name_of(task_reward)}_{rule}"
         self._warned: set[str] = set()
-        if num_generations is not None and num_generations < self.least_generations:
+        if num_generations is not None and num_generations < self.rule.least_generations:
             raise ValueError(
-                f"num_generations must be at least {self.least_generations} for {type(self).__name__}, "
+                f"num_generations must be at least {self.rule.least_generations} for {rule!r}, "
                 f"got {num_generations}{self._alone}."
             )
+        self.columns = {name: knob for name, knob in knobs.items() if isinstance(knob, str)}
+        self.knobs = {name: knob for name, knob in knobs.items() if name not in self.columns}
+        self.state = None
+        if self.rule.state is not None:
+            self.state = self.rule.state(**self.knobs)
+            # Only where there is a state is this a `StatefulReward`.
+            self.state_dict, self.load_state_dict = self.state.state_dict, self.state.load_state_dict
+            self.reset = self.state.reset
         # Wrong knobs are an error here rather than in the first training step.
         empty = torch.zeros(0)
-        type(self).penalty(empty, empty, empty.long(), **self._knobs([], {}))
+        self.rule.rewards(empty, empty, empty.long(), **self._knobs([], dict.fromkeys(self.columns.values(), [])))
 
-    def __call__(self, prompts: Sequence, completions: Sequence, completion_ids: Sequence, **columns) -> list:
+    def __call__(self, prompts: Sequence, completions: Sequence, completion_ids: Sequence, **columns: Any) -> list:
         """Rewards of the completions, in order; `None` where the task reward is `None`."""
         self.unshaped_flags = None
-
-        def own() -> Part:
-            return self._part(prompts, completions, completion_ids, columns)
-
-        parts, index = ([own()], 0) if self.scope == "completion" else parts_of_all(own)
-        lengths = [length for part in parts for length in part.lengths]
+        for name, value in ({} if self.state is None else self.state.shown()).items():
+            self._log(columns, name, value)
+        if self.rule.scope == "completion":
+            parts, index = [self._part(prompts, completions, completion_ids, columns)], 0
+        else:
+            with fails_together("The task reward of a length penalty"):
+                part = self._part(prompts, completions, completion_ids, columns)
+            parts, index = exchanged(part), process_index()
+        sampled = [length for part in parts for length in part.lengths]
         flags = [flag for part in parts for flag in part.flags]
         counted = [row for row, flag in enumerate(flags) if flag is not None]
+        lengths = torch.tensor([sampled[row] for row in counted])
+        correct = torch.tensor([flags[row] for row in counted])
         group = None
-        if self.scope == "group":
-            groups = self._groups(len(flags), run_starts([part.prompts for part in parts]), columns)
+        if self.rule.scope == "group":
+            groups = self._groups(len(flags), run_starts(parts), columns)
             group = torch.tensor([groups[row] for row in counted], dtype=torch.long)
-        rewards = self._shaped(
-            torch.tensor([lengths[row] for row in counted]),
-            torch.tensor([flags[row] for row in counted]),
-            group,
-            knobs_of_all(parts),
-        )
-        self._move(lengths)
+        rewards = self.rule.rewards(lengths, correct, group, **knobs_of_all(parts))
+        if self.state is not None:
+            self.state.move(sampled, lengths, correct, group)
         result: list[float | None] = [None] * len(flags)
         for row, reward in zip(counted, rewards.tolist(), strict=True):
             result[row] = reward
@@ -140,8 +163,7 @@ class LengthReward:
         told |= accepted(self.task_reward, further)
         returned = self.task_reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **told)
         paid = check_returned(returned, name_of(self.task_reward), len(completion_ids))
-        paid = [None if flag is None else float(flag) for flag in paid]
-        flags = paid
+        flags = paid = [None if flag is None else float(flag) for flag in paid]
         if self.threshold is not None:
             flags = [None if flag is None else float(flag > self.threshold) for flag in paid]
         self.unshaped_flags = list(flags)
@@ -150,23 +172,25 @@ class LengthReward:
             # TRL averages over what all processes log: so often that each completion counts once.
             times = 1 if number_of_processes() == 1 else len(scored)
             self._log(columns, "unshaped", sum(scored) / len(scored), times)
+        compared = prompts if self.rule.scope == "group" and self._size_by_place(columns) is None else []
         return Part(
-            self._lengths(completions, completion_ids, columns.get("tool_mask")),
-            flags,
-            Runs.of(prompts if self.scope == "group" and self._size_by_place(columns) is None else []),
-            self._knobs([row for row, flag in enumerate(flags) if flag is not None], columns),
+            lengths=self._lengths(completions, completion_ids, columns.get("tool_mask")),
+            flags=flags,
+            starts=[True] * bool(len(compared)) + [now != before for before, now in pairwise(compared)],
+            ends=[compared[0], compared[-1]] if len(compared) else [],
+            knobs=self._knobs([row for row, flag in enumerate(flags) if flag is not None], columns),
         )
 
-    def _shaped(self, lengths: Tensor, correct: Tensor, group: Tensor | None, knobs: Mapping[str, Any]) -> Tensor:
-        """Rewards of the counted completions, of all processes unless the scope is a completion."""
-        return type(self).penalty(lengths, correct, group, **knobs)
-
-    def _move(self, lengths: Sequence[int]) -> None:
-        """Called after each call with the lengths of all completions in its scope, those without a flag too."""
-
-    def _knobs(self, counted: Sequence[int], columns: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Keyword arguments of the penalty for this process's counted completions; for none, before there are any."""
-        return self.knobs
+    def _knobs(self, counted: Sequence[int], columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the rule for this process's counted completions."""
+        missing = sorted(set(self.columns.values()) - set(columns)) if counted else []
+        if missing:
+            raise ValueError(
+                f"{self.__name__} needs the dataset's column {missing[0]!r} ({', '.join(self.columns)}): add it, or "
+                "give one number for all."
+            )
+        read = {name: torch.tensor([columns[one][row] for row in counted]) for name, one in self.columns.items()}
+        return (self.knobs if self.state is None else self.state.knobs()) | read
 
     def _lengths(self, completions: Sequence, completion_ids: Sequence, tool_mask: Sequence | None) -> list[int]:
         """Tokens of each completion that the policy wrote."""
@@ -216,13 +240,13 @@ class LengthReward:
                     "another size, leave num_generations out."
                 )
             groups = [row // size for row in range(rows)]
-        if self.least_generations > 1 and rows and len(set(groups)) == rows:
+        if self.rule.least_generations > 1 and rows and len(set(groups)) == rows:
             self._warn("alone", f"there is one completion of each prompt{self._alone}.")
         return groups
 
     @property
     def _alone(self) -> str:
-        compares = self.least_generations > 1
+        compares = self.rule.least_generations > 1
         return ", which has nothing to be compared with, so that its length makes no difference" if compares else ""
 
     def _warn(self, what: str, message: str) -> None:
@@ -235,6 +259,45 @@ class LengthReward:
         if "log_metric" in columns:
             for _ in range(times):
                 columns["log_metric"](f"{self.__name__}/{name}", value)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process brings to a rule that looks at the completions of all: rows are in the order of processes.
+
+    Args:
+        lengths (list of `int`): tokens of each of its completions.
+        flags (list of `float`): 1, 0, or `None` where the completion is not counted.
+        starts (list of `bool`): whether each prompt differs from the one before; `True` at the first.
+        ends (list): the first and the last prompt, or nothing: all of them may be large.
+        knobs (mapping): keyword arguments of the rule; a tensor with a dimension has an entry per counted completion.
+    """
+
+    lengths: list[int]
+    flags: list[float | None]
+    starts: list[bool]
+    ends: list[Any]
+    knobs: Mapping[str, Any]
+
+
+def run_starts(parts: Sequence[Part]) -> list[bool]:
+    """Whether each prompt of all processes differs from the one before, a run that spans two of them being one."""
+    starts, last = [], []
+    for part in parts:
+        if part.ends:
+            starts += [not last or part.ends[0] != last[0], *part.starts[1:]]
+            last = part.ends[1:]
+    return starts
+
+
+def knobs_of_all(parts: Sequence[Part]) -> dict[str, Any]:
+    """The knobs for the counted completions of all processes."""
+
+    def together(name: str, value: Any) -> Any:
+        per_completion = isinstance(value, Tensor) and value.ndim > 0
+        return torch.cat([part.knobs[name] for part in parts]) if per_completion else value
+
+    return {name: together(name, value) for name, value in parts[0].knobs.items()}
 
 
 def _has_tool_output(completion: Any) -> bool:

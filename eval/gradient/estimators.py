@@ -4,7 +4,7 @@ All are to be multiplied with ``grad log pi(a_t | s_t)`` and summed; a larger ad
 are runs of `group_size` rows. What a completion gets as a whole is the same number at each of its tokens and has the
 group's mean for a baseline, as in GRPO (arXiv 2402.03300) and its variant without the division (arXiv 2503.20783). The
 mean of the *others* (arXiv 2402.14740) differs by the factor ``K / (K - 1)`` only, so its signal-to-noise ratio is the
-same. Of the penalties in `reward.length_penalties` these are the ones that need no target length, for on that their
+same. Of the penalties in `reward.rules` these are the ones that need no target length, for on that their
 direction would depend; where a penalty contains the task reward, it is taken out.
 
 Returns are those of `lenvm_rl.returns`. Without a model a cut completion is taken for one that ended at the cut.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lenvm_rl.advantages import length_advantage
 from lenvm_rl.trainers.streams import WHITEN_EPSILON, Completions, centered_gated_advantage
-from reward.length_penalties import (
+from reward.rules import (
     alp_length_reward,
     arora_length_reward,
     gr3_length_reward,
@@ -143,25 +143,25 @@ def whole_return(batch: GradedBatch) -> Tensor:
 
 
 def linear_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.length_penalties.linear_length_reward`], ``-C L / L_max``: a gated penalty."""
+    """Length term of [`~reward.rules.linear_length_reward`], ``-C L / L_max``: a gated penalty."""
     rewards = linear_length_reward(batch.tokens, batch.correct, alpha=1.0, max_length=batch.max_length)
     return centred(batch, rewards.double() - batch.correct)
 
 
 def kimi_penalty(batch: GradedBatch, penalize_wrong: bool) -> Tensor:
-    """[`~reward.length_penalties.kimi_length_reward`] (arXiv 2501.12599), in the paper's form or gated."""
+    """[`~reward.rules.kimi_length_reward`] (arXiv 2501.12599), in the paper's form or gated."""
     rewards = kimi_length_reward(batch.tokens, batch.correct, batch.groups, penalize_wrong=penalize_wrong)
     return centred(batch, rewards.double())
 
 
 def arora_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.length_penalties.arora_length_reward`] (arXiv 2502.04463): a gated penalty."""
+    """Length term of [`~reward.rules.arora_length_reward`] (arXiv 2502.04463): a gated penalty."""
     rewards = arora_length_reward(batch.tokens, batch.correct, batch.groups, alpha=1.0)
     return centred(batch, rewards.double() - batch.correct)
 
 
 def alp_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.length_penalties.alp_length_reward`] (arXiv 2506.05256), in the paper's form.
+    """Length term of [`~reward.rules.alp_length_reward`] (arXiv 2506.05256), in the paper's form.
 
     ``-L max(p, 1/K)``: a price that follows the group's pass rate, for wrong completions as well.
     """
@@ -170,7 +170,7 @@ def alp_penalty(batch: GradedBatch) -> Tensor:
 
 
 def shorter_better_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.length_penalties.shorter_better_length_reward`] (arXiv 2504.21370), the paper's form."""
+    """Length term of [`~reward.rules.shorter_better_length_reward`] (arXiv 2504.21370), the paper's form."""
     rewards = shorter_better_length_reward(
         batch.tokens, batch.correct, batch.groups, alpha=0.0, beta=1.0, penalize_wrong=True
     )
@@ -178,7 +178,7 @@ def shorter_better_penalty(batch: GradedBatch) -> Tensor:
 
 
 def gr3_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.length_penalties.gr3_length_reward`] (arXiv 2603.10535): a gated penalty."""
+    """Length term of [`~reward.rules.gr3_length_reward`] (arXiv 2603.10535): a gated penalty."""
     rewards = gr3_length_reward(batch.tokens, batch.correct, batch.groups)
     return centred(batch, rewards.double() - batch.correct)
 

@@ -311,7 +311,7 @@ def test_presets_fill_in_what_is_not_said_and_no_more(run_dir, tmp_path):
     # A run on texts of its own stays on texts.
     run = json.loads((run_dir / "run.json").read_text())
     run["data"] = {"dataset_name": "mine.jsonl", "prompt_column": "text", "chat": False}
-    (tmp_path / "run.json").write_text(json.dumps({**run, "reward": "reward.gsm8k.gsm8k_linear"}))
+    (tmp_path / "run.json").write_text(json.dumps({**run, "reward": "reward.baselines.gsm8k_linear"}))
     assert read_run(TradeoffArguments(**{**given, "run_dir": str(tmp_path)})).prompts == ["w7", "w7"]
 
 

@@ -19,7 +19,7 @@ from recipes.arguments import StageArguments, check_setup
 from recipes.stage_records import run_stage
 from recipes.stages import Run
 from recipes.training import read_log, show_progress
-from reward.length_penalties import LinearLengthReward
+from reward.length_reward import LengthReward
 
 CONFIGS = Path(ppo_shaped.__file__).parent / "configs"
 
@@ -203,7 +203,7 @@ class Remembering:
 
 
 remembering = Remembering()
-PENALTY = LinearLengthReward(by_name, alpha=0.1, max_length=10)
+PENALTY = LengthReward("linear", by_name, alpha=0.1, max_length=10)
 
 
 def check_rewards(tmp_path, rows, *names, **arguments):

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="an extra of its own: pip install 'lenvm-rl[reasoning-gym]'")
 
-from reward.length_penalties import GR3LengthReward
+from reward.length_reward import LengthReward
 from reward.reasoning_gym import reasoning_gym_correct, reasoning_gym_reward, reasoning_gym_rows
 
 
@@ -70,7 +70,7 @@ def test_rows_hold_what_their_task_is_made_from():
 def test_a_penalty_over_a_mixture_of_tasks():
     rows = reasoning_gym_rows("chain_sum", 1, seed=0) * 2 + reasoning_gym_rows("letter_counting", 1, seed=0) * 2
     completions = [f"<answer>{row['answer']}</answer>" for row in rows]
-    rewards = GR3LengthReward(reasoning_gym_correct, alpha=1.0)(
+    rewards = LengthReward("gr3", reasoning_gym_correct, alpha=1.0)(
         prompts=[row["prompt"] for row in rows],
         completions=completions,
         completion_ids=[[1] * length for length in (50, 150, 10, 10)],

@@ -1,15 +1,17 @@
 """Length penalties by hand, their TRL form, and GSM8K grading against the real data."""
 
 import json
-import pickle
 from fractions import Fraction
 
 import pytest
 import torch
 from places import DATA
 
-from reward.gsm8k import completion_text, final_number, gold_number, gsm8k_kimi, gsm8k_linear, gsm8k_reward
-from reward.length_penalties import KimiLengthReward, LinearLengthReward, kimi_length_reward, linear_length_reward
+from reward.answers import completion_text
+from reward.baselines import gsm8k_linear
+from reward.gsm8k import final_number, gold_number, gsm8k_reward
+from reward.length_reward import LengthReward
+from reward.rules import kimi_length_reward
 
 GSM8K = DATA / "gsm8k"
 needs_gsm8k = pytest.mark.skipif(
@@ -31,20 +33,6 @@ def lengths_of(*lengths):
     return [[7] * length for length in lengths]
 
 
-def test_linear_by_hand():
-    rewards = linear_length_reward(
-        torch.tensor([40, 100, 250, 40]), torch.tensor([True, True, True, False]), alpha=0.5, max_length=100
-    )
-    torch.testing.assert_close(rewards, torch.tensor([0.8, 0.5, 0.5, 0.0]))
-
-
-def test_linear_never_pays_a_correct_answer_less_than_a_wrong_one():
-    with pytest.raises(ValueError, match="alpha"):
-        linear_length_reward(torch.tensor([1]), torch.tensor([1]), alpha=1.5, max_length=10)
-    with pytest.raises(ValueError, match="max_length"):
-        LinearLengthReward(flag_column, alpha=0.5, max_length=0)
-
-
 def test_kimi_by_hand_over_two_groups_in_any_order():
     lengths = torch.tensor([10, 5, 20, 5, 30, 5])
     correct = torch.tensor([1, 1, 1, 0, 0, 1])
@@ -61,7 +49,7 @@ def test_kimi_pays_a_short_wrong_answer_nothing():
 
 
 @pytest.mark.parametrize(
-    "penalty", [KimiLengthReward(flag_column), LinearLengthReward(flag_column, alpha=0.5, max_length=9)]
+    "penalty", [LengthReward("kimi", flag_column), LengthReward("linear", flag_column, alpha=0.5, max_length=9)]
 )
 def test_a_shaped_number_is_not_a_flag(penalty):
     with pytest.raises(ValueError, match="0.7"):
@@ -69,7 +57,7 @@ def test_a_shaped_number_is_not_a_flag(penalty):
 
 
 def test_groups_are_runs_of_equal_prompts_and_other_columns_pass_through():
-    reward = KimiLengthReward(flag_column)
+    reward = LengthReward("kimi", flag_column)
     rewards = reward(
         prompts=["p", "p", "q", "q", "p", "p"],
         completions=[""] * 6,
@@ -83,35 +71,10 @@ def test_groups_are_runs_of_equal_prompts_and_other_columns_pass_through():
 
 
 def test_a_completion_without_a_flag_gets_none_and_leaves_its_group():
-    rewards = KimiLengthReward(flag_column)(
+    rewards = LengthReward("kimi", flag_column)(
         prompts=["p"] * 3, completions=[""] * 3, completion_ids=lengths_of(10, 90, 20), right=[1, None, 1]
     )
     assert rewards == [0.5, None, -0.5]
-
-
-def test_wrong_number_of_flags_and_asynchronous_rewards_are_refused():
-    async def later(**columns):
-        return [1.0]
-
-    with pytest.raises(ValueError, match="returned 1 rewards, but 2"):
-        KimiLengthReward(flag_column)(
-            prompts=["p"] * 2, completions=[""] * 2, completion_ids=lengths_of(1, 2), right=[1]
-        )
-    with pytest.raises(ValueError, match="asynchronous"):
-        KimiLengthReward(later)
-
-
-@pytest.mark.parametrize("reward", [gsm8k_linear, gsm8k_kimi])
-def test_ready_made_rewards_have_a_name_and_survive_pickling(reward):
-    again = pickle.loads(pickle.dumps(reward))
-    assert again.__name__ == reward.__name__ in ("gsm8k_reward_linear", "gsm8k_reward_kimi")
-    call = {
-        "prompts": ["p", "p"],
-        "completions": ["It is 5.", "It is 6."],
-        "completion_ids": lengths_of(256, 512),
-        "answer": ["#### 5", "#### 5"],
-    }
-    assert again(**call) == reward(**call)
 
 
 def test_the_ready_made_linear_reward_by_hand():

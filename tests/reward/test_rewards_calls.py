@@ -29,21 +29,7 @@ from lenvm_rl.reward_functions import (
 )
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
 from lenvm_rl.trainers.rewards import watched_rewards
-from reward.length_penalties import (
-    ALPLengthReward,
-    AroraLengthReward,
-    CosineLengthReward,
-    GR3LengthReward,
-    KimiLengthReward,
-    L1ExactLengthReward,
-    L1MaxLengthReward,
-    LaserLengthReward,
-    LinearLengthReward,
-    ShorterBetterLengthReward,
-    SoftOverlongLengthReward,
-    TruncationLengthReward,
-)
-from reward.stateful_penalties import LaserDLengthReward, LeashLengthReward
+from reward.length_reward import LengthReward
 
 EOS = 1
 
@@ -88,24 +74,22 @@ partial_grader = functools.partial(starts_low, level=5)
 
 
 def linear(task_reward=flag_column, **changes):
-    return LinearLengthReward(task_reward, **{"alpha": 1.0, "max_length": 10, **changes})
+    return LengthReward("linear", task_reward, **{"alpha": 1.0, "max_length": 10, **changes})
 
 
 EVERY = [
     linear(),
-    TruncationLengthReward(flag_column, limit=3),
-    SoftOverlongLengthReward(flag_column, max_length=8, cache=8),
-    CosineLengthReward(flag_column, max_length=10),
-    KimiLengthReward(flag_column),
-    AroraLengthReward(flag_column, alpha=0.4),
-    ALPLengthReward(flag_column, beta=0.01),
-    ShorterBetterLengthReward(flag_column, beta=0.01),
-    GR3LengthReward(flag_column),
-    LaserLengthReward(flag_column, target_length=3),
-    L1ExactLengthReward(flag_column, target_length=3, alpha=0.01),
-    L1MaxLengthReward(flag_column, target_length=3, alpha=0.01),
-    LeashLengthReward(flag_column, target_length=2, multiplier=0.1),
-    LaserDLengthReward(flag_column, candidates=[3, 4]),
+    LengthReward("truncation", flag_column, limit=3),
+    LengthReward("kimi", flag_column),
+    LengthReward("arora", flag_column, alpha=0.4),
+    LengthReward("alp", flag_column, beta=0.01),
+    LengthReward("shorter_better", flag_column, beta=0.01),
+    LengthReward("gr3", flag_column),
+    LengthReward("laser", flag_column, target_length=3),
+    LengthReward("l1_exact", flag_column, target_length=3, alpha=0.01),
+    LengthReward("l1_max", flag_column, target_length=3, alpha=0.01),
+    LengthReward("leash", flag_column, target_length=2, multiplier=0.1),
+    LengthReward("laser_d", flag_column, candidates=[3, 4]),
 ]
 each = pytest.mark.parametrize("penalty", EVERY, ids=lambda penalty: penalty.name)
 
@@ -207,7 +191,7 @@ def test_flags_of_any_kind_are_flags(right):
     ids=("tensor", "array", "column", "iterator"),
 )
 def test_flags_may_come_in_any_container(right):
-    assert called(KimiLengthReward(flag_column), [[5], [5, 5]], right) == [0.5, 0.0]
+    assert called(LengthReward("kimi", flag_column), [[5], [5, 5]], right) == [0.5, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +232,7 @@ def test_the_unshaped_flags_are_those_of_the_last_call(penalty):
 
 
 def test_with_a_threshold_the_flag_is_what_counts_as_correct():
-    reward = TruncationLengthReward(flag_column, limit=1, threshold=0.3)
+    reward = LengthReward("truncation", flag_column, limit=1, threshold=0.3)
     assert called(reward, [[5], [5, 5], [5]], [0.4, 0.4, 0.3]) == [1.0, 0.0, 0.0]
     assert reward.unshaped_flags == [1.0, 1.0, 0.0]
 
@@ -285,22 +269,22 @@ def test_a_group_of_one_is_refused_where_length_makes_no_difference(penalty, cap
     again = {**copy.deepcopy(penalty.__dict__["knobs"]), "num_generations": 1}
     if penalty.name in ALONE:
         with pytest.raises(ValueError, match="num_generations"):
-            type(penalty)(flag_column, **again)
+            LengthReward(penalty.name, flag_column, **again)
 
 
 def test_groups_of_one_have_these_values():
     one = ([[5] * 4], [1])
-    assert called(KimiLengthReward(flag_column), *one) == [0.0]
-    assert called(AroraLengthReward(flag_column, alpha=0.4), *one) == pytest.approx([0.8])
-    assert called(ShorterBetterLengthReward(flag_column), *one) == [2.0]
-    assert called(GR3LengthReward(flag_column, alpha=1.0), *one) == [0.5]
+    assert called(LengthReward("kimi", flag_column), *one) == [0.0]
+    assert called(LengthReward("arora", flag_column, alpha=0.4), *one) == pytest.approx([0.8])
+    assert called(LengthReward("shorter_better", flag_column), *one) == [2.0]
+    assert called(LengthReward("gr3", flag_column, alpha=1.0), *one) == [0.5]
     # p = 1 = 1/K; correct prompts are easy ones.
-    assert called(ALPLengthReward(flag_column, beta=0.1, num_generations=1), *one) == pytest.approx([0.6])
-    assert called(LaserDLengthReward(flag_column, candidates=[3, 4], num_generations=1), *one) == [1.5]
+    assert called(LengthReward("alp", flag_column, beta=0.1, num_generations=1), *one) == pytest.approx([0.6])
+    assert called(LengthReward("laser_d", flag_column, candidates=[3, 4], num_generations=1), *one) == [1.5]
 
 
 def test_equal_prompts_side_by_side_are_named_where_they_show(caplog):
-    reward = KimiLengthReward(flag_column)
+    reward = LengthReward("kimi", flag_column)
     ids = [[5] * length for length in (10, 30, 100, 300, 1, 2)]
     called(reward, ids[:4], [1] * 4, prompts=["p", "p", "q", "q"])
     assert caplog.messages == []
@@ -312,14 +296,14 @@ def test_equal_prompts_side_by_side_are_named_where_they_show(caplog):
 
 def test_the_size_that_the_trainer_says_counts():
     lengths = [[5] * length for length in (10, 30, 100, 300)]
-    reward = KimiLengthReward(flag_column, num_generations=4)
+    reward = LengthReward("kimi", flag_column, num_generations=4)
     # One group; two, as in an evaluation; and a dataset with a column of that name.
     assert called(reward, lengths, [1] * 4)[0] == 0.5
     assert called(reward, lengths, [1] * 4, num_generations=2) == [0.5, -0.5, 0.5, -0.5]
     assert called(reward, lengths, [1] * 4, num_generations=[2, 2, 2, 2])[2] < 0.5
     # Prompts within a group may differ by what an environment wrote into them.
     seen = [[{"role": "user", "content": f"seed {row}"}] for row in range(4)]
-    assert called(KimiLengthReward(flag_column), lengths, [1] * 4, prompts=seen, num_generations=4)[0] == 0.5
+    assert called(LengthReward("kimi", flag_column), lengths, [1] * 4, prompts=seen, num_generations=4)[0] == 0.5
     assert called(reward, lengths, [1] * 4, prompts=seen, environments=[None] * 4)[0] == 0.5
     with pytest.raises(ValueError, match="num_generations=4"):
         called(reward, lengths, [1] * 4, prompts=seen)
@@ -328,7 +312,7 @@ def test_the_size_that_the_trainer_says_counts():
 
 
 def test_environments_without_a_size_are_named(caplog):
-    called(KimiLengthReward(flag_column), [[5], [5, 5]], [1, 1], environments=[None, None])
+    called(LengthReward("kimi", flag_column), [[5], [5, 5]], [1, 1], environments=[None, None])
     (message,) = caplog.messages
     assert "num_generations" in message
 
@@ -343,7 +327,7 @@ def test_ends_may_be_one_several_or_none():
 @pytest.mark.parametrize("kind", [float, np.float64, np.float32, torch.tensor])
 def test_knobs_may_be_numbers_of_any_kind(kind):
     assert called(linear(alpha=kind(0.5), max_length=kind(10.0)), [[5] * 5], [1]) == pytest.approx([0.75])
-    assert called(L1ExactLengthReward(flag_column, target_length=kind(9.0), alpha=0.1), [[5] * 5], [1]) == (
+    assert called(LengthReward("l1_exact", flag_column, target_length=kind(9.0), alpha=0.1), [[5] * 5], [1]) == (
         pytest.approx([0.6])
     )
 
@@ -364,7 +348,9 @@ CALLABLES = {
 
 
 @pytest.mark.parametrize("kind", CALLABLES)
-@pytest.mark.parametrize("make", [linear, KimiLengthReward, functools.partial(LeashLengthReward, target_length=2)])
+@pytest.mark.parametrize(
+    "make", [linear, functools.partial(LengthReward, "kimi"), functools.partial(LengthReward, "leash", target_length=2)]
+)
 def test_whatever_trl_takes_is_a_task_reward(kind, make):
     task_reward, name = CALLABLES[kind]
     reward = make(task_reward)
@@ -484,7 +470,7 @@ def test_the_trainers_tell_the_size_of_groups_and_the_mask(tmp_path, make, base)
         return [float(len(ids)) for ids in completion_ids]
 
     completions = [[8, 9, 1]] * 4 + [[7, 1]] * 4
-    rewards = [strict, listens, KimiLengthReward(starts_low, num_generations=4)]
+    rewards = [strict, listens, LengthReward("kimi", starts_low, num_generations=4)]
     trainer = make(tmp_path, rewards, trainer=scripted(base, completions), num_generations_eval=2)
     batch_of(trainer)
     batch_of(trainer, "eval")
@@ -528,10 +514,10 @@ def test_what_an_environment_wrote_is_no_length_in_training(tmp_path, base, conf
 
 def test_a_trainer_takes_penalties_of_anything(tmp_path):
     rewards = [
-        KimiLengthReward(functools.partial(starts_low, level=5)),
-        LinearLengthReward(grader, alpha=0.5, max_length=6),
-        LeashLengthReward(grader.score, target_length=2),
-        functools.partial(GR3LengthReward(lambda completion_ids, **columns: starts_low(completion_ids))),
+        LengthReward("kimi", functools.partial(starts_low, level=5)),
+        LengthReward("linear", grader, alpha=0.5, max_length=6),
+        LengthReward("leash", grader.score, target_length=2),
+        functools.partial(LengthReward("gr3", lambda completion_ids, **columns: starts_low(completion_ids))),
     ]
     trainer = grpo(tmp_path, rewards, max_steps=1, data=prompts(2))
     trainer.train()

@@ -11,9 +11,8 @@ from places import PATHS
 from processes import FakeProcesses
 
 from lenvm_rl.trainers.rewards import watched
-from reward import length_penalties as penalties
-from reward.length_penalties import KimiLengthReward, LengthReward, LinearLengthReward
-from reward.stateful_penalties import LaserDLengthReward, LeashLengthReward
+from reward.length_reward import LengthReward
+from reward.rules import RULES, length_rule
 
 
 def flag_column(completions, right, **columns):
@@ -25,20 +24,18 @@ def flag_column(completions, right, **columns):
 
 # A setting of each penalty that bites at the lengths below.
 PENALTIES = [
-    penalties.LinearLengthReward(flag_column, alpha=0.5, max_length=100),
-    penalties.TruncationLengthReward(flag_column, limit=50),
-    penalties.SoftOverlongLengthReward(flag_column, max_length=100, cache=80),
-    penalties.CosineLengthReward(flag_column, max_length=100),
-    penalties.KimiLengthReward(flag_column),
-    penalties.AroraLengthReward(flag_column, alpha=0.4),
-    penalties.ALPLengthReward(flag_column, beta=0.01),
-    penalties.ShorterBetterLengthReward(flag_column, beta=0.01),
-    penalties.GR3LengthReward(flag_column),
-    penalties.LaserLengthReward(flag_column, target_length=50),
-    penalties.L1ExactLengthReward(flag_column, alpha=0.01),
-    penalties.L1MaxLengthReward(flag_column, alpha=0.01),
-    LeashLengthReward(flag_column, target_length=50, multiplier=0.5, rate=0.1),
-    LaserDLengthReward(flag_column, candidates=[20, 40, 60, 80], every=2),
+    LengthReward("linear", flag_column, alpha=0.5, max_length=100),
+    LengthReward("truncation", flag_column, limit=50),
+    LengthReward("kimi", flag_column),
+    LengthReward("arora", flag_column, alpha=0.4),
+    LengthReward("alp", flag_column, beta=0.01),
+    LengthReward("shorter_better", flag_column, beta=0.01),
+    LengthReward("gr3", flag_column),
+    LengthReward("laser", flag_column, target_length=50),
+    LengthReward("l1_exact", flag_column, alpha=0.01, target_length="target_length"),
+    LengthReward("l1_max", flag_column, alpha=0.01, target_length="target_length"),
+    LengthReward("leash", flag_column, target_length=50, multiplier=0.5, rate=0.1),
+    LengthReward("laser_d", flag_column, candidates=[20, 40, 60, 80], every=2),
 ]
 each = pytest.mark.parametrize("penalty", PENALTIES, ids=lambda penalty: penalty.name)
 
@@ -73,7 +70,7 @@ def drawn(groups=4, size=6, seed=0):
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_a_group_over_processes_is_one_group(monkeypatch, count):
     batch = rows([10, 20, 30, 40, 50, 60, 70, 80], [1] * 8)
-    reward = KimiLengthReward(flag_column)
+    reward = LengthReward("kimi", flag_column)
     processes = FakeProcesses(monkeypatch, count)
     parts = processes.run(lambda rank: reward(**share_of(batch, rank, count)))
     # 0.5 - (L - 10) / 70.
@@ -103,14 +100,14 @@ def test_every_penalty_pays_what_it_pays_on_one_process(monkeypatch, penalty, co
     assert len(set(map(repr, expected[0]))) >= 3, "this setting does not bite"
     flags = [flag for one in many for flag in one.unshaped_flags]
     assert flags == batch["right"] == alone.unshaped_flags
-    if isinstance(alone, (LeashLengthReward, LaserDLengthReward)):
+    if alone.state is not None:
         assert all(one.state_dict() == alone.state_dict() != penalty.state_dict() for one in many)
     # What looks at one completion at a time asks nobody; otherwise, whether all went well, and then what each has.
-    assert processes.exchanges == (0 if penalty.scope == "completion" else 6)
+    assert processes.exchanges == (0 if penalty.rule.scope == "completion" else 6)
 
 
 def test_the_scope_of_each_penalty():
-    scopes = {penalty.name: penalty.scope for penalty in PENALTIES}
+    scopes = {penalty.name: penalty.rule.scope for penalty in PENALTIES}
     assert [name for name, scope in scopes.items() if scope == "group"] == [
         "kimi",
         "arora",
@@ -124,7 +121,7 @@ def test_the_scope_of_each_penalty():
 
 @pytest.mark.parametrize("right", [[[None, None], [1, 1]], [[1, 1], [None, None]]])
 def test_a_process_with_nothing_to_count_takes_part(monkeypatch, right):
-    reward = KimiLengthReward(flag_column)
+    reward = LengthReward("kimi", flag_column)
     parts = FakeProcesses(monkeypatch, 2).run(lambda rank: reward(**rows([10, 30], right[rank])))
     assert parts == [[None, None] if flags[0] is None else [0.5, -0.5] for flags in right]
 
@@ -152,7 +149,7 @@ def test_an_error_on_one_process_reaches_all(monkeypatch, name):
 
 
 def test_groups_that_are_not_whole_are_refused_on_all(monkeypatch):
-    reward = KimiLengthReward(flag_column, num_generations=4)
+    reward = LengthReward("kimi", flag_column, num_generations=4)
     for prompts in (["p", "q", "q"], ["p", "p", "p"]):
         outcomes = FakeProcesses(monkeypatch, 2).run(lambda rank, p=prompts: reward(**rows([1, 2, 3], [1] * 3, p)))
         assert all("num_generations=4" in str(outcome) for outcome in outcomes)
@@ -161,7 +158,7 @@ def test_groups_that_are_not_whole_are_refused_on_all(monkeypatch):
 def test_the_unshaped_reward_is_the_mean_over_the_completions_of_all(monkeypatch):
     # 1 of 3 on one process, 1 of 1 on the other: 2 of 4.
     right = [[1, 0, 0], [1, None, None]]
-    for penalty in (PENALTIES[0], KimiLengthReward(flag_column)):
+    for penalty in (PENALTIES[0], LengthReward("kimi", flag_column)):
         logged = []
         reward = copy.deepcopy(penalty)
 
@@ -191,23 +188,16 @@ def test_an_error_of_any_reward_function_ends_the_trainers_of_all(monkeypatch, t
     assert len(list(tmp_path.iterdir())) == 1
 
 
-class WantedKimi(LengthReward):
-    """A penalty of somebody's own that compares lengths within a group and reads a column."""
+def test_columns_that_a_rule_within_a_group_reads_come_along(monkeypatch):
+    monkeypatch.setitem(RULES, "wanted", None)
 
-    name = "wanted"
-
-    @staticmethod
-    def penalty(lengths, correct, group, *, wanted):
+    @length_rule("wanted")
+    def wanted_of_the_longest(lengths, correct, group, *, wanted):
         assert wanted.shape == lengths.shape
         return lengths - lengths.max() + wanted if len(lengths) else lengths
 
-    def _knobs(self, counted, columns):
-        return {"wanted": torch.tensor([columns["wanted"][row] for row in counted])}
-
-
-def test_columns_that_a_penalty_reads_come_along(monkeypatch):
     batch = rows([1, 2, 3, 4], [1, None, 1, 1], wanted=[10, 20, 30, 40])
-    reward = WantedKimi(flag_column)
+    reward = LengthReward("wanted", flag_column, wanted="wanted")
     parts = FakeProcesses(monkeypatch, 2).run(lambda rank: reward(**share_of(batch, rank, 2)))
     assert parts == [[7, None], [29, 40]]
 
@@ -219,23 +209,23 @@ import torch
 
 from trainer_parts import grpo
 from lenvm_rl.reward_functions import check_returned
-from reward.length_penalties import KimiLengthReward, kimi_length_reward
-from reward.stateful_penalties import LaserDLengthReward, LeashLengthReward
+from reward.length_reward import LengthReward
+from reward.rules import kimi_length_reward
 
 def starts_low(completion_ids, **columns):
     return [float(ids[0] < 8) if len(ids) % 5 else None for ids in completion_ids]
 
 seen = []
 
-class Seen(KimiLengthReward):
+class Seen(LengthReward):
     def __call__(self, prompts, completions, completion_ids, **columns):
         paid = super().__call__(prompts, completions, completion_ids, **columns)
         seen.append((completion_ids, starts_low(completion_ids), paid, columns["num_generations"]))
         return paid
 
 # A process has eight rows and a group sixteen: one group spans both.
-rewards = [Seen(starts_low), LeashLengthReward(starts_low, target_length=3),
-           LaserDLengthReward(starts_low, candidates=[1, 2, 4, 6], every=2)]
+rewards = [Seen("kimi", starts_low), LengthReward("leash", starts_low, target_length=3),
+           LengthReward("laser_d", starts_low, candidates=[1, 2, 4, 6], every=2)]
 trainer = grpo({folder!r}, rewards, num_generations=16, max_steps=2, ddp_backend="gloo")
 trainer.train()
 rank = trainer.accelerator.process_index
@@ -260,7 +250,7 @@ def fails(completion_ids, **columns):
     return [1.0] * len(completion_ids)
 
 try:
-    KimiLengthReward(fails)(prompts=["p"], completions=[""], completion_ids=[[1]])
+    LengthReward("kimi", fails)(prompts=["p"], completions=[""], completion_ids=[[1]])
 except (OSError if rank else RuntimeError) as error:
     assert "the grader is not there" in str(error)
 else:
@@ -279,5 +269,5 @@ def test_two_real_processes(tmp_path):
 
 def test_a_linear_penalty_asks_nobody(monkeypatch):
     processes = FakeProcesses(monkeypatch, 2)
-    reward = LinearLengthReward(flag_column, alpha=1.0, max_length=10, num_generations=16)
+    reward = LengthReward("linear", flag_column, alpha=1.0, max_length=10, num_generations=16)
     assert processes.run(lambda rank: reward(**rows([5], [1]))) == [[0.5], [0.5]] and processes.exchanges == 0

@@ -15,7 +15,7 @@ from tiny import tiny_llama
 from trainer_parts import VOCAB, counts_of_w8, first_is_w8, grpo, logged, ppo, prompts, random_lenvm
 from transformers.trainer_callback import TrainerState
 
-from reward.stateful_penalties import LaserDLengthReward, LeashLengthReward
+from reward.length_reward import LengthReward
 
 KILL_AT, SAVED_AT = 12, 20
 
@@ -23,8 +23,8 @@ KILL_AT, SAVED_AT = 12, 20
 def stateful():
     """Two reward functions whose knobs move with what they are given."""
     return [
-        LeashLengthReward(first_is_w8, target_length=2, multiplier=0.5, rate=0.5),
-        LaserDLengthReward(first_is_w8, candidates=[1, 2, 4, 6], every=3),
+        LengthReward("leash", first_is_w8, target_length=2, multiplier=0.5, rate=0.5),
+        LengthReward("laser_d", first_is_w8, candidates=[1, 2, 4, 6], every=3),
     ]
 
 

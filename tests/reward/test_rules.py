@@ -1,27 +1,17 @@
-"""Length penalties: worked examples of every rule, what holds for all of them, TRL's own, and their TRL form."""
+"""Length rules: worked examples of every one, what holds for all of them, and their form as TRL reward functions."""
 
 import pickle
 
 import pytest
 import torch
-from trl.rewards import get_cosine_scaled_reward, get_soft_overlong_punishment
 
 from lenvm_rl.reward_functions import load_reward
 from reward import baselines
-from reward.length_penalties import (
-    ALPLengthReward,
-    AroraLengthReward,
-    GR3LengthReward,
-    KimiLengthReward,
-    L1ExactLengthReward,
-    L1MaxLengthReward,
-    LaserLengthReward,
-    LengthReward,
-    LinearLengthReward,
-    TruncationLengthReward,
+from reward.length_reward import LengthReward
+from reward.rules import (
+    RULES,
     alp_length_reward,
     arora_length_reward,
-    cosine_length_reward,
     gr3_length_reward,
     kimi_length_reward,
     l1_exact_length_reward,
@@ -29,9 +19,9 @@ from reward.length_penalties import (
     laser_d_length_reward,
     laser_length_reward,
     leash_length_reward,
+    length_rule,
     linear_length_reward,
     shorter_better_length_reward,
-    soft_overlong_length_reward,
     truncation_length_reward,
 )
 
@@ -40,17 +30,6 @@ PAYING = {"penalize_wrong": True}
 WORKED = [
     (linear_length_reward, {"alpha": 0.5, "max_length": 100}, [40, 100, 250, 40], [1, 1, 1, 0], [0.8, 0.5, 0.5, 0]),
     (truncation_length_reward, {"limit": 100}, [100, 101, 10], [1, 1, 0], [1, 0, 0]),
-    (
-        soft_overlong_length_reward,
-        {"max_length": 100, "cache": 20},
-        [80, 90, 100, 200, 90],
-        [1, 1, 1, 1, 0],
-        [0, -0.5, -1, -1, 0],
-    ),
-    (soft_overlong_length_reward, {"max_length": 100, "cache": 20, **PAYING}, [90, 90], [1, 0], [-0.5, -0.5]),
-    (soft_overlong_length_reward, {"max_length": 100, "cache": 0}, [100, 101], [1, 1], [0, -1]),
-    (cosine_length_reward, {"max_length": 100}, [0, 50, 100, 300, 50], [1, 1, 1, 1, 0], [1, 0.75, 0.5, 0.5, 0]),
-    (cosine_length_reward, {"max_length": 100, **PAYING}, [0, 50, 100], [0, 0, 0], [-1, -0.75, -0.5]),
     (kimi_length_reward, {}, [10, 20, 30], [1, 1, 0], [0.5, 0, 0]),
     (kimi_length_reward, PAYING, [10, 20, 30], [1, 1, 0], [0.5, 0, -0.5]),
     (arora_length_reward, {"alpha": 0.2}, [10, 30, 500], [1, 1, 0], [0.946212, 0.853788, 0]),
@@ -95,11 +74,9 @@ WORKED = [
     ),
 ]
 # A setting of each rule that bites at the lengths below.
-RULES = [
+BITING = [
     (linear_length_reward, {"alpha": 0.5, "max_length": 100}),
     (truncation_length_reward, {"limit": 50}),
-    (soft_overlong_length_reward, {"max_length": 100, "cache": 80}),
-    (cosine_length_reward, {"max_length": 100}),
     (kimi_length_reward, {}),
     (arora_length_reward, {"alpha": 0.4}),
     (alp_length_reward, {"beta": 0.01}),
@@ -111,7 +88,7 @@ RULES = [
     (gr3_length_reward, {}),
     (leash_length_reward, {"target_length": 50, "multiplier": 0.5}),
 ]
-names = pytest.mark.parametrize(("rule", "knobs"), RULES, ids=lambda value: getattr(value, "__name__", ""))
+names = pytest.mark.parametrize(("rule", "knobs"), BITING, ids=lambda value: getattr(value, "__name__", ""))
 
 
 def flag_column(completions, right, **columns):
@@ -152,8 +129,8 @@ def test_by_default_a_wrong_answer_neither_pays_nor_gains_by_its_length(rule, kn
     rewards = rule(lengths, correct, group, **knobs)
     wrong = rewards[~correct]
     assert wrong.unique().tolist() == [-1.0 if rule is leash_length_reward else 0.0]
-    if rule not in (kimi_length_reward, soft_overlong_length_reward):
-        # These two are to be added to the task reward; all others contain it.
+    if rule is not kimi_length_reward:
+        # That one is to be added to the task reward; all others contain it.
         assert (rewards[correct] >= wrong[0]).all() and rewards[correct].mean() > wrong[0] + 0.1
 
 
@@ -185,9 +162,9 @@ def test_groups_are_apart_and_order_does_not_matter(rule, knobs):
 @names
 def test_a_shaped_number_and_a_wrong_shape_are_refused(rule, knobs):
     lengths, correct, group = drawn(4)
-    with pytest.raises(ValueError, match="correctness flag"):
+    with pytest.raises(ValueError, match="correct"):
         rule(lengths, correct * 0.7, group, **knobs)
-    with pytest.raises(ValueError, match="shaped like lengths"):
+    with pytest.raises(ValueError, match="correct"):
         rule(lengths, correct[:-1], group, **knobs)
 
 
@@ -196,23 +173,23 @@ def test_a_shaped_number_and_a_wrong_shape_are_refused(rule, knobs):
     [kimi_length_reward, arora_length_reward, alp_length_reward, shorter_better_length_reward, gr3_length_reward],
 )
 def test_rules_within_a_group_need_one(rule):
-    with pytest.raises(ValueError, match="needs `group`"):
+    with pytest.raises(ValueError, match="group"):
         rule(torch.tensor([1]), torch.tensor([1]), None)
 
 
 @pytest.mark.parametrize(
     ("rule", "knobs", "message"),
     [
-        (truncation_length_reward, {"limit": 0}, "limit must be at least 1"),
-        (soft_overlong_length_reward, {"max_length": 10, "cache": 11}, "cache must lie between"),
-        (cosine_length_reward, {"max_length": 0}, "max_length"),
-        (arora_length_reward, {"alpha": 1.1}, "alpha must lie in"),
-        (alp_length_reward, {"beta": -1.0}, "would pay for length"),
-        (l1_exact_length_reward, {"target_length": 0}, "target_length must be at least 1"),
-        (l1_max_length_reward, {"target_length": torch.tensor([1, 2])}, "shaped like lengths"),
-        (l1_max_length_reward, {"target_length": float("nan")}, "target_length must be at least 1"),
-        (laser_d_length_reward, {"targets": [1, 2]}, "three lengths"),
-        (laser_d_length_reward, {"targets": [1, 2, 0]}, "the target of hard prompts"),
+        (truncation_length_reward, {"limit": 0}, "limit"),
+        (linear_length_reward, {"alpha": 1.5, "max_length": 10}, "alpha"),
+        (linear_length_reward, {"alpha": 0.5, "max_length": 0}, "max_length"),
+        (arora_length_reward, {"alpha": 1.1}, "alpha"),
+        (alp_length_reward, {"beta": -1.0}, "beta"),
+        (l1_exact_length_reward, {"target_length": 0}, "target_length"),
+        (l1_max_length_reward, {"target_length": torch.tensor([1, 2])}, "target_length"),
+        (l1_max_length_reward, {"target_length": float("nan")}, "target_length"),
+        (laser_d_length_reward, {"targets": [1, 2]}, "targets"),
+        (laser_d_length_reward, {"targets": [1, 2, 0]}, "targets"),
         (shorter_better_length_reward, {"beta": float("nan")}, "beta"),
         (gr3_length_reward, {"alpha": -0.1}, "alpha"),
         (leash_length_reward, {"target_length": 5, "multiplier": -1.0}, "multiplier"),
@@ -221,22 +198,6 @@ def test_rules_within_a_group_need_one(rule):
 def test_knobs_that_make_no_sense_are_refused(rule, knobs, message):
     with pytest.raises(ValueError, match=message):
         rule(torch.tensor([3]), torch.tensor([1]), torch.tensor([0]), **knobs)
-
-
-def test_the_soft_overlong_punishment_is_trls():
-    lengths = torch.arange(1, 131)
-    mine = soft_overlong_length_reward(lengths, torch.zeros(130), max_length=100, cache=30, penalize_wrong=True)
-    theirs = get_soft_overlong_punishment(100, 30)([[0] * length for length in lengths])
-    torch.testing.assert_close(mine, torch.tensor(theirs))
-
-
-def test_the_cosine_is_trls():
-    lengths = torch.tensor([1, 30, 77, 100, 140] * 2)
-    correct = torch.tensor([1] * 5 + [0] * 5)
-    completions = [[{"role": "assistant", "content": f"\\boxed{{{7 + right}}}"}] for right in correct.tolist()]
-    theirs = get_cosine_scaled_reward(100)(completions, ["$8$"] * 10, [[0] * length for length in lengths])
-    mine = cosine_length_reward(lengths, correct, max_length=100, penalize_wrong=True)
-    torch.testing.assert_close(mine, torch.tensor(theirs))
 
 
 def test_equal_knobs_make_equal_rules():
@@ -261,23 +222,20 @@ def test_equal_knobs_make_equal_rules():
 
 def test_a_threshold_makes_flags_of_a_graded_reward_and_the_unshaped_one_is_logged():
     logged = {}
-    reward = TruncationLengthReward(flag_column, limit=10, threshold=0.5)
+    reward = LengthReward("truncation", flag_column, limit=10, threshold=0.5)
     assert called(reward, [5, 5, 50], [0.9, 0.4, 1.0], log_metric=logged.__setitem__) == [1.0, 0.0, 0.0]
     assert logged == {"flag_column_truncation/unshaped": pytest.approx((0.9 + 0.4 + 1.0) / 3)}
 
 
 def test_a_task_reward_may_be_a_dotted_path():
-    reward = GR3LengthReward("reward.gsm8k.gsm8k_reward")
+    reward = LengthReward("gr3", "reward.gsm8k.gsm8k_reward")
     assert reward.__name__ == "gsm8k_reward_gr3"
-    for path in ("gsm8k_reward", "reward.gsm8k.nothing"):
-        with pytest.raises(ValueError, match="dotted path"):
-            GR3LengthReward(path)
 
 
 def test_num_generations_keeps_equal_prompts_apart_and_groups_whole():
     lengths, right = [10, 30, 100, 300], [1, 1, 1, 1]
-    assert called(KimiLengthReward(flag_column), lengths, right)[1] > 0
-    pairs = KimiLengthReward(flag_column, num_generations=2)
+    assert called(LengthReward("kimi", flag_column), lengths, right)[1] > 0
+    pairs = LengthReward("kimi", flag_column, num_generations=2)
     assert called(pairs, lengths, right) == [0.5, -0.5, 0.5, -0.5]
     assert called(pairs, lengths, right, prompts=["p", "p", "q", "q"]) == [0.5, -0.5, 0.5, -0.5]
     for prompts in (["p", "q", "q", "q"], ["p", "p", "p", "q"], ["p", "p", "q", "r"]):
@@ -290,43 +248,53 @@ def test_num_generations_keeps_equal_prompts_apart_and_groups_whole():
 
 def test_the_end_counts_unless_it_is_known():
     ids = {"completion_ids": [[5, 5, 9], [5, 5, 5], []], "prompts": ["p"] * 3, "completions": [""] * 3}
-    counted = TruncationLengthReward(flag_column, limit=2)
-    known = TruncationLengthReward(flag_column, limit=2, eos_token_ids=[9, 10])
+    counted = LengthReward("truncation", flag_column, limit=2)
+    known = LengthReward("truncation", flag_column, limit=2, eos_token_ids=[9, 10])
     assert counted(right=[1, 1, 1], **ids) == [0.0, 0.0, 1.0]
     assert known(right=[1, 1, 1], **ids) == [1.0, 0.0, 1.0]
 
 
-def test_wanted_lengths_come_from_a_column_row_by_row():
-    reward = L1ExactLengthReward(flag_column, alpha=0.01)
-    assert called(reward, [100, 100, 100], [1, None, 1], target_length=[100, 7, 50]) == [1.0, None, 0.5]
-    budget = L1MaxLengthReward(flag_column, alpha=0.01)
+def test_a_knob_may_be_a_column_row_by_row():
+    reward = LengthReward("l1_exact", flag_column, alpha=0.01, target_length="wanted")
+    assert called(reward, [100, 100, 100], [1, None, 1], wanted=[100, 7, 50], target_length=[1] * 3) == [1.0, None, 0.5]
+    budget = LengthReward("l1_max", flag_column, alpha=0.01, target_length="target_length")
     assert called(budget, [60, 60], [1, 1], target_length=[60, 70]) == pytest.approx([0.5, 0.6])
-    with pytest.raises(ValueError, match="column 'target_length'"):
-        called(reward, [5], [1])
-    other = L1ExactLengthReward(flag_column, alpha=0.01, target_column="budget")
-    assert called(other, [100], [1], budget=[90], target_length=[1]) == pytest.approx([0.9])
-    assert called(L1ExactLengthReward(flag_column, alpha=0.01, target_length=90), [100], [1]) == pytest.approx([0.9])
+    with pytest.raises(ValueError, match="'wanted'"):
+        called(reward, [5], [1], target_length=[5])
+    fixed = LengthReward("l1_exact", flag_column, alpha=0.01, target_length=90)
+    assert called(fixed, [100], [1]) == pytest.approx([0.9])
+
+
+def test_a_rule_of_ones_own_is_one_function(monkeypatch):
+    monkeypatch.delitem(RULES, "halved", raising=False)
+
+    @length_rule("halved", scope="completion")
+    def halved(lengths, correct, group, *, limit):
+        return correct * (1.0 - 0.5 * (lengths > limit))
+
+    reward = LengthReward("halved", flag_column, limit=5)
+    assert called(reward, [5, 6, 5], [1, 1, 0]) == [1.0, 0.5, 0.0] and reward.__name__ == "flag_column_halved"
+    del RULES["halved"]
+    with pytest.raises(ValueError, match="rule .*kimi.*'halved'"):
+        LengthReward("halved", flag_column, limit=5)
 
 
 def test_a_wrong_knob_is_an_error_at_once():
     with pytest.raises(TypeError, match="alfa"):
-        AroraLengthReward(flag_column, alfa=0.1)
+        LengthReward("arora", flag_column, alfa=0.1)
     with pytest.raises(TypeError, match="target_length"):
-        LaserLengthReward(flag_column)
+        LengthReward("laser", flag_column)
     with pytest.raises(ValueError, match="beta"):
-        ALPLengthReward(flag_column, beta=-1.0)
+        LengthReward("alp", flag_column, beta=-1.0)
     with pytest.raises(ValueError, match="num_generations"):
-        LinearLengthReward(flag_column, alpha=0.1, max_length=5, num_generations=0)
+        LengthReward("linear", flag_column, alpha=0.1, max_length=5, num_generations=0)
 
 
 READY = sorted(name for name, value in vars(baselines).items() if isinstance(value, LengthReward))
 
 
 def test_every_rule_is_ready_for_every_task():
-    rules = (
-        "alp arora cosine gr3 kimi l1_exact l1_max laser laser_d leash linear shorter_better soft_overlong truncation"
-    )
-    ready = sorted(f"{task}_{rule}" for task in ("gsm8k", "math", "sandbox") for rule in rules.split())
+    ready = sorted(f"{task}_{rule}" for task in ("gsm8k", "math", "sandbox") for rule in RULES)
     assert ready == READY
     assert baselines.trl_soft_overlong_512(completion_ids=[[0] * 448]) == [-0.5]
 
@@ -342,6 +310,4 @@ def test_ready_made_rewards_are_found_by_their_path_and_survive_pickling(name):
     rewards = reward(prompts=["p"] * 3, completion_ids=ids, **call)
     assert again(prompts=["p"] * 3, completion_ids=ids, **call) == rewards and len(rewards) == 3
     if not name.startswith("sandbox"):
-        assert (rewards[0] >= rewards[2] or "l1_exact" in name) and (
-            rewards[2] > rewards[1] or "kimi" in name or "soft" in name
-        )
+        assert (rewards[0] >= rewards[2] or "l1_exact" in name) and (rewards[2] > rewards[1] or "kimi" in name)
