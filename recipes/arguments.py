@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.hf_argparser import HfArg
 from trl import ModelConfig
 
 from recipes.command_line import ProgramParser, read_config
@@ -19,62 +20,48 @@ CONFIGS = Path(__file__).parent / "configs"
 class StageArguments:
     """What comes before training: data, rewards, rollouts of the policy, and its length value model."""
 
-    length_value_model: str | None = field(
+    length_value_model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Pretrained length value model (folder or hub id). Default: sample rollouts and pretrain one."
-        },
+        help="Pretrained length value model (folder or hub id). Default: sample rollouts and pretrain one.",
     )
-    dataset_name: str | None = field(
+    dataset_name: str | None = HfArg(
+        default=None, help="Prompts: a hub id or a .jsonl, .json, .parquet or .csv file. Default: the built-in sandbox."
+    )
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a hub dataset.")
+    dataset_split: str = HfArg(default="train", help="Split of a hub dataset.")
+    prompt_column: str = HfArg(
+        default="prompt", help="Column with the prompt, text or messages; other columns go to the rewards."
+    )
+    chat: bool = HfArg(default=False, help="Wrap text prompts as a user's message, for the model's chat template.")
+    pad_token: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Prompts: a hub id or a .jsonl, .json, .parquet or .csv file. Default: the built-in sandbox."
-        },
+        help="Pad token, for a tokenizer that has none or pads with its end-of-sequence token: a token that the "
+        "model never writes.",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
-    prompt_column: str = field(
-        default="prompt",
-        metadata={"help": "Column with the prompt, text or messages; other columns go to the rewards."},
-    )
-    chat: bool = field(
-        default=False, metadata={"help": "Wrap text prompts as a user's message, for the model's chat template."}
-    )
-    pad_token: str | None = field(
-        default=None,
-        metadata={
-            "help": "Pad token, for a tokenizer that has none or pads with its end-of-sequence token: a token that the "
-            "model never writes."
-        },
-    )
-    reward_funcs: list[str] = field(
+    reward_funcs: list[str] = HfArg(
         default_factory=lambda: ["reward.sandbox.sandbox_reward"],
-        metadata={"help": "Dotted paths of reward functions. gate_reward names the one that says what is correct."},
+        help="Dotted paths of reward functions. gate_reward names the one that says what is correct.",
     )
-    policy_tokens: int = field(default=5_000_000, metadata={"help": "Sandbox: tokens the policy is fitted on."})
-    sample_prompts: int = field(default=480, metadata={"help": "Prompts to sample rollouts for."})
-    sample_num_samples: int = field(default=16, metadata={"help": "Completions per prompt."})
-    sample_batch_size: int = field(default=256, metadata={"help": "Completions per generate call."})
-    pretrain_epochs: float = field(default=2.0, metadata={"help": "Passes over the rollouts."})
-    pretrain_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the length value model."})
-    pretrain_batch_size: int = field(default=32, metadata={"help": "Completions per optimiser step and process."})
-    pretrain_only_correct: bool = field(
+    policy_tokens: int = HfArg(default=5_000_000, help="Sandbox: tokens the policy is fitted on.")
+    sample_prompts: int = HfArg(default=480, help="Prompts to sample rollouts for.")
+    sample_num_samples: int = HfArg(default=16, help="Completions per prompt.")
+    sample_batch_size: int = HfArg(default=256, help="Completions per generate call.")
+    pretrain_epochs: float = HfArg(default=2.0, help="Passes over the rollouts.")
+    pretrain_learning_rate: float = HfArg(default=2e-5, help="Learning rate of the length value model.")
+    pretrain_batch_size: int = HfArg(default=32, help="Completions per optimiser step and process.")
+    pretrain_only_correct: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Fit the length value model on correct completions only, a remedy for length_gate='correct'."
-        },
+        help="Fit the length value model on correct completions only, a remedy for length_gate='correct'.",
     )
-    train_prompts: int | None = field(
-        default=None, metadata={"help": "Training prompts. Default: all of the dataset; 2048 of the sandbox."}
+    train_prompts: int | None = HfArg(
+        default=None, help="Training prompts. Default: all of the dataset; 2048 of the sandbox."
     )
-    trained_name: str | None = field(
+    trained_name: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Subfolder of output_dir for the trained policy, so that several runs can share the earlier "
-            "stages. Default: the algorithm's name."
-        },
+        help="Subfolder of output_dir for the trained policy, so that several runs can share the earlier "
+        "stages. Default: the algorithm's name.",
     )
-    smoke: bool = field(default=False, metadata={"help": "Run every stage at a size that only shows that it runs."})
+    smoke: bool = HfArg(default=False, help="Run every stage at a size that only shows that it runs.")
 
     def __post_init__(self) -> None:
         if self.smoke:

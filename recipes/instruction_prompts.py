@@ -13,8 +13,10 @@ import json
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from lenvm_rl.files import atomic_file
 from lenvm_rl.programs import AGAIN, run_program
@@ -40,11 +42,11 @@ SOURCES: dict[str, tuple[str, Callable[[dict], str]]] = {
 class PromptArguments:
     """Which prompts, and where to."""
 
-    data_dir: str = field(metadata={"help": "Folder with the published files."})
-    output: str = field(metadata={"help": "The file to write, one JSON object a line."})
-    per_domain: int = field(default=60, metadata={"help": "Prompts of each set, or all that it has if fewer."})
-    max_characters: int = field(default=1500, metadata={"help": "Longer prompts are left out, and counted."})
-    seed: int = field(default=0, metadata={"help": "Which prompts are drawn, and in which order they stand."})
+    data_dir: str = HfArg(help="Folder with the published files.")
+    output: str = HfArg(help="The file to write, one JSON object a line.")
+    per_domain: int = HfArg(default=60, help="Prompts of each set, or all that it has if fewer.")
+    max_characters: int = HfArg(default=1500, help="Longer prompts are left out, and counted.")
+    seed: int = HfArg(default=0, help="Which prompts are drawn, and in which order they stand.")
 
 
 def read_prompts(data_dir: Path, domain: str) -> list[str]:

@@ -13,7 +13,9 @@ Then compare with tilted decoding: python -m eval.tradeoff --run_dir OUTPUT_DIR
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from lenvm_rl.modeling.loading import ADAPTER_FILE, model_type
 from lenvm_rl.programs import run_program
@@ -26,12 +28,10 @@ from recipes.training import make_run, prepare_process, train_stage
 class CriticArguments:
     """Which task critic PPO learns with."""
 
-    critic: str = field(
+    critic: str = HfArg(
         default="learned",
-        metadata={
-            "help": "'learned' (starts from critic_init), 'lenvm' (no task critic: a baseline for the task, the frozen "
-            "length value model for length), or the path of a saved critic or of a reward model."
-        },
+        help="'learned' (starts from critic_init), 'lenvm' (no task critic: a baseline for the task, the frozen "
+        "length value model for length), or the path of a saved critic or of a reward model.",
     )
 
 

@@ -22,11 +22,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers.hf_argparser import HfArg
 
 from lenvm_rl.modeling.loading import load_tokenizer
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
@@ -61,25 +62,20 @@ ROWS = {
 class PretrainArguments:
     """What to fit, and on what."""
 
-    rollouts: str = field(
-        metadata={"help": "The rollouts: a .jsonl or .parquet file with its .metadata.json beside it."}
+    rollouts: str = HfArg(help="The rollouts: a .jsonl or .parquet file with its .metadata.json beside it.")
+    model_name_or_path: str = HfArg(
+        help="The backbone: a folder or a hub id of a decoder with the tokenizer of the rollouts, such as the "
+        "policy itself or a smaller model of its family."
     )
-    model_name_or_path: str = field(
-        metadata={
-            "help": "The backbone: a folder or a hub id of a decoder with the tokenizer of the rollouts, such as the "
-            "policy itself or a smaller model of its family."
-        }
+    eval_rollouts: str | None = HfArg(
+        default=None, help="Rollouts to evaluate on. If omitted, prompts are held out of the rollouts."
     )
-    eval_rollouts: str | None = field(
-        default=None, metadata={"help": "Rollouts to evaluate on. If omitted, prompts are held out of the rollouts."}
+    eval_share: float = HfArg(
+        default=0.05, help="Share of the prompts to hold out without eval_rollouts; 0 for no evaluation."
     )
-    eval_share: float = field(
-        default=0.05, metadata={"help": "Share of the prompts to hold out without eval_rollouts; 0 for no evaluation."}
-    )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
-    pad_token: str | None = field(
-        default=None,
-        metadata={"help": "Pad token, for a tokenizer that has none or pads with its end-of-sequence token."},
+    resume: bool = HfArg(default=False, help="Go on from the last checkpoint in output_dir.")
+    pad_token: str | None = HfArg(
+        default=None, help="Pad token, for a tokenizer that has none or pads with its end-of-sequence token."
     )
 
 

@@ -4,8 +4,8 @@
         --dataset_name openai/gsm8k --dataset_config main --prompt_column question --keep_columns answer --chat
 
 The policy runs in this process with transformers, or with vLLM (`--backend vllm`), or behind a server (`--backend
-server --server_url http://localhost:8000/v1 --server_kind vllm`; vLLM, SGLang, llama.cpp, `transformers serve`, or any
-other with the OpenAI completions endpoint).
+server --server_url http://localhost:8000/v1 --server_kind vllm`; vLLM, `transformers serve`, or any other with the
+OpenAI completions endpoint).
 
 With `--length_value_model PATH`, a length value model of the same tokenizer predicts each prompt's length and groups
 prompts into batches by it, so that fewer rows wait for the longest of their batch (transformers only: servers and vLLM
@@ -19,12 +19,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.modeling.backbones import load_model
@@ -45,112 +46,85 @@ logger = logging.getLogger(__name__)
 class SampleArguments:
     """What to sample, from whom, and where to."""
 
-    model_name_or_path: str = field(
-        metadata={
-            "help": "The policy: a folder or a hub id of a causal language model. A server's is loaded there; here its "
-            "tokenizer and its generation config are read."
-        }
+    model_name_or_path: str = HfArg(
+        help="The policy: a folder or a hub id of a causal language model. A server's is loaded there; here its "
+        "tokenizer and its generation config are read."
     )
-    dataset_name: str = field(
-        metadata={"help": "The prompts: a local .jsonl, .json, .parquet or .csv file, or the hub id of a data set."}
+    dataset_name: str = HfArg(
+        help="The prompts: a local .jsonl, .json, .parquet or .csv file, or the hub id of a data set."
     )
-    output: str = field(metadata={"help": "The rollout file to write: a path that ends in .jsonl or .parquet."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set from the hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a data set from the hub."})
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "Column of the prompts: text, or lists of messages."}
+    output: str = HfArg(help="The rollout file to write: a path that ends in .jsonl or .parquet.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a data set from the hub.")
+    dataset_split: str = HfArg(default="train", help="Split of a data set from the hub.")
+    prompt_column: str = HfArg(default="prompt", help="Column of the prompts: text, or lists of messages.")
+    keep_columns: list[str] = HfArg(
+        default_factory=list, help="Further columns to keep with every completion, e.g. the answer."
     )
-    keep_columns: list[str] = field(
-        default_factory=list, metadata={"help": "Further columns to keep with every completion, e.g. the answer."}
+    limit: int | None = HfArg(default=None, help="Use only the first so many prompts.")
+    chat: bool = HfArg(
+        default=False, help="Put a text prompt into a user message, so that the chat template is applied."
     )
-    limit: int | None = field(default=None, metadata={"help": "Use only the first so many prompts."})
-    chat: bool = field(
-        default=False, metadata={"help": "Put a text prompt into a user message, so that the chat template is applied."}
+    system_prompt: str | None = HfArg(default=None, help="A system message before it (with --chat).")
+    num_samples: int = HfArg(default=4, help="Completions per prompt.")
+    max_new_tokens: int = HfArg(
+        default=1024, help="Most tokens per completion; a longer one is cut and marked as truncated."
     )
-    system_prompt: str | None = field(default=None, metadata={"help": "A system message before it (with --chat)."})
-    num_samples: int = field(default=4, metadata={"help": "Completions per prompt."})
-    max_new_tokens: int = field(
-        default=1024, metadata={"help": "Most tokens per completion; a longer one is cut and marked as truncated."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 keeps every token."})
-    top_k: int = field(
-        default=0, metadata={"help": "Keep only so many of the most probable tokens; 0 keeps every one."}
-    )
-    batch_size: int = field(
+    temperature: float = HfArg(default=1.0, help="Sampling temperature; 0 is greedy.")
+    top_p: float = HfArg(default=1.0, help="Nucleus sampling; 1 keeps every token.")
+    top_k: int = HfArg(default=0, help="Keep only so many of the most probable tokens; 0 keeps every one.")
+    batch_size: int = HfArg(
         default=64,
-        metadata={
-            "help": "Completions under way at once: those of one generate call, or requests to a server. Thousands "
-            "keep vLLM busy."
-        },
+        help="Completions under way at once: those of one generate call, or requests to a server. Thousands "
+        "keep vLLM busy.",
     )
-    seed: int = field(
-        default=0,
-        metadata={
-            "help": "Seed. The same arguments give the same rollouts, as far as a server or vLLM keeps to seeds."
-        },
+    seed: int = HfArg(
+        default=0, help="Seed. The same arguments give the same rollouts, as far as a server or vLLM keeps to seeds."
     )
-    pad_token: str | None = field(
-        default=None,
-        metadata={"help": "Pad token, for a tokenizer that has none or pads with its end-of-sequence token."},
+    pad_token: str | None = HfArg(
+        default=None, help="Pad token, for a tokenizer that has none or pads with its end-of-sequence token."
     )
-    backend: str = field(
+    backend: str = HfArg(
         default="transformers",
-        metadata={
-            "help": "Where the policy runs. transformers: in this process, with generate; vllm: in this process, with "
-            "vLLM's engine (to be installed by itself); server: behind an HTTP server, see server_url.",
-            "choices": ["transformers", "server", "vllm"],
-        },
+        help="Where the policy runs. transformers: in this process, with generate; vllm: in this process, with "
+        "vLLM's engine (to be installed by itself); server: behind an HTTP server, see server_url.",
+        metadata={"choices": ["transformers", "server", "vllm"]},
     )
-    dtype: str = field(
-        default="float32", metadata={"help": "transformers: dtype of the policy's weights, e.g. bfloat16 on a GPU."}
+    dtype: str = HfArg(default="float32", help="transformers: dtype of the policy's weights, e.g. bfloat16 on a GPU.")
+    device: str | None = HfArg(
+        default=None, help="transformers: device, e.g. cuda:1. If omitted, a GPU if there is one."
     )
-    device: str | None = field(
-        default=None, metadata={"help": "transformers: device, e.g. cuda:1. If omitted, a GPU if there is one."}
-    )
-    length_value_model: str | None = field(
+    length_value_model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "transformers: a length value model (folder or hub id) by whose predicted lengths prompts are "
-            "grouped into batches, longest first. Default: grouped by the prompt's own length."
-        },
+        help="transformers: a length value model (folder or hub id) by whose predicted lengths prompts are "
+        "grouped into batches, longest first. Default: grouped by the prompt's own length.",
     )
-    server_url: str | None = field(
-        default=None, metadata={"help": "server: base address with the API's version, e.g. http://localhost:8000/v1."}
+    server_url: str | None = HfArg(
+        default=None, help="server: base address with the API's version, e.g. http://localhost:8000/v1."
     )
-    server_kind: str = field(
+    server_kind: str = HfArg(
         default="openai",
-        metadata={
-            "help": "server: what it is. vllm, sglang, llama.cpp give the sampled token ids; transformers and openai "
-            "(any other with the OpenAI completions endpoint) give text, see retokenize.",
-            "choices": list(SERVERS),
-        },
+        help="server: what it is. vllm gives the sampled token ids; transformers and openai (any other with the OpenAI "
+        "completions endpoint) give text, see retokenize.",
+        metadata={"choices": list(SERVERS)},
     )
-    server_model: str | None = field(
-        default=None, metadata={"help": "server: the model's name there. Default: model_name_or_path."}
+    server_model: str | None = HfArg(default=None, help="server: the model's name there. Default: model_name_or_path.")
+    server_key_variable: str | None = HfArg(
+        default=None, help="server: environment variable that holds the API key, if it wants one."
     )
-    server_key_variable: str | None = field(
-        default=None, metadata={"help": "server: environment variable that holds the API key, if it wants one."}
-    )
-    server_timeout: float = field(default=600.0, metadata={"help": "server: seconds to wait for an answer."})
-    server_retries: int = field(default=8, metadata={"help": "server: times that a failed request is repeated."})
-    retokenize: bool = field(
+    server_timeout: float = HfArg(default=600.0, help="server: seconds to wait for an answer.")
+    server_retries: int = HfArg(default=8, help="server: times that a failed request is repeated.")
+    retokenize: bool = HfArg(
         default=False,
-        metadata={
-            "help": "server: make token ids from the text where a server gives none. They can differ from what was "
-            "sampled: the records say where, and the metadata how often."
-        },
+        help="server: make token ids from the text where a server gives none. They can differ from what was "
+        "sampled: the records say where, and the metadata how often.",
     )
-    engine_arguments: str | None = field(
-        default=None,
-        metadata={"help": "vllm: further arguments of vllm.LLM as JSON, e.g. '{\"tensor_parallel_size\": 2}'."},
+    engine_arguments: str | None = HfArg(
+        default=None, help="vllm: further arguments of vllm.LLM as JSON, e.g. '{\"tensor_parallel_size\": 2}'."
     )
-    eos_token_ids: list[int] | None = field(
+    eos_token_ids: list[int] | None = HfArg(
         default=None,
-        metadata={
-            "help": "server, vllm: ids that end a completion. Default: the tokenizer's and those of the policy's "
-            "generation config. (transformers always takes these.)"
-        },
+        help="server, vllm: ids that end a completion. Default: the tokenizer's and those of the policy's "
+        "generation config. (transformers always takes these.)",
     )
 
 

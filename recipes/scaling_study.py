@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 from lenvm_rl.files import atomic_file
@@ -65,55 +66,51 @@ BOUNDARY_METRICS = ("half_mre", "reference_half_mre", "consistent_mre", "consist
 class ScalingArguments:
     """Sizes of the study. The defaults take about twelve minutes on one core."""
 
-    output_dir: str = field(default="outputs/scaling", metadata={"help": "Where everything is written."})
-    policy: str | None = field(
-        default=None, metadata={"help": "The sandbox's policy: a folder. Default: one is fitted, which takes minutes."}
+    output_dir: str = HfArg(default="outputs/scaling", help="Where everything is written.")
+    policy: str | None = HfArg(
+        default=None, help="The sandbox's policy: a folder. Default: one is fitted, which takes minutes."
     )
-    policy_tokens: int = field(default=5_000_000, metadata={"help": "Tokens that a policy is fitted on."})
-    train_tokens: int = field(
-        default=400_000, metadata={"help": "Tokens that every model is trained on, prompts counted, padding not."}
+    policy_tokens: int = HfArg(default=5_000_000, help="Tokens that a policy is fitted on.")
+    train_tokens: int = HfArg(
+        default=400_000, help="Tokens that every model is trained on, prompts counted, padding not."
     )
-    hidden_sizes: list[int] = field(
+    hidden_sizes: list[int] = HfArg(
         default_factory=lambda: [4, 8, 16, 32, 64],
-        metadata={"help": "Model sizes: widths of decoders of two layers, fitted to the sandbox's text beforehand."},
+        help="Model sizes: widths of decoders of two layers, fitted to the sandbox's text beforehand.",
     )
-    backbone_tokens: int = field(
-        default=1_000_000, metadata={"help": "Tokens of text that each of these decoders is fitted on."}
-    )
-    prompts: list[int] = field(
+    backbone_tokens: int = HfArg(default=1_000_000, help="Tokens of text that each of these decoders is fitted on.")
+    prompts: list[int] = HfArg(
         default_factory=lambda: [32, 128, 512],
-        metadata={"help": "Numbers of training prompts, ascending, multiples of 4; the last is that of other axes."},
+        help="Numbers of training prompts, ascending, multiples of 4; the last is that of other axes.",
     )
-    samples: list[int] = field(
+    samples: list[int] = HfArg(
         default_factory=lambda: [1, 2, 4, 8, 16],
-        metadata={"help": "Completions per prompt, ascending; the last is that of the other axes."},
+        help="Completions per prompt, ascending; the last is that of the other axes.",
     )
-    horizons: list[float] = field(
+    horizons: list[float] = HfArg(
         default_factory=lambda: [0.25, 1.0, 4.0],
-        metadata={"help": "Values of gamma: multiples of the horizon 1 / (1 - gamma) that is fitted to the rollouts."},
+        help="Values of gamma: multiples of the horizon 1 / (1 - gamma) that is fitted to the rollouts.",
     )
-    seeds: int = field(default=3, metadata={"help": "Seeds of each cell: weights, order, and which data is used."})
-    held_out_prompts: int = field(default=120, metadata={"help": "Prompts to evaluate on; a multiple of 4."})
-    held_out_samples: int = field(default=16, metadata={"help": "Completions of each of them."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion, end-of-sequence counted."})
-    batch_size: int = field(default=32, metadata={"help": "Completions per optimiser step."})
-    learning_rate: float = field(
-        default=2e-3,
-        metadata={"help": "Peak learning rate at a width of 64; for others it goes with 1 / width, up to ten times."},
+    seeds: int = HfArg(default=3, help="Seeds of each cell: weights, order, and which data is used.")
+    held_out_prompts: int = HfArg(default=120, help="Prompts to evaluate on; a multiple of 4.")
+    held_out_samples: int = HfArg(default=16, help="Completions of each of them.")
+    max_new_tokens: int = HfArg(default=128, help="Longest completion, end-of-sequence counted.")
+    batch_size: int = HfArg(default=32, help="Completions per optimiser step.")
+    learning_rate: float = HfArg(
+        default=2e-3, help="Peak learning rate at a width of 64; for others it goes with 1 / width, up to ten times."
     )
-    boundary: bool = field(
-        default=False,
-        metadata={"help": "Instead of the study: train one model for longer, and measure it at the prompt."},
+    boundary: bool = HfArg(
+        default=False, help="Instead of the study: train one model for longer, and measure it at the prompt."
     )
-    boundary_tokens: int = field(default=1_600_000, metadata={"help": "Tokens that this one is trained on."})
-    boundary_prompts: int = field(default=2048, metadata={"help": "Its training prompts."})
-    boundary_samples: int = field(default=8, metadata={"help": "Completions of each of them."})
-    boundary_batch_size: int = field(default=128, metadata={"help": "Completions per optimiser step."})
-    boundary_held_out_samples: int = field(
-        default=64, metadata={"help": "Completions per held-out prompt that it is measured against."}
+    boundary_tokens: int = HfArg(default=1_600_000, help="Tokens that this one is trained on.")
+    boundary_prompts: int = HfArg(default=2048, help="Its training prompts.")
+    boundary_samples: int = HfArg(default=8, help="Completions of each of them.")
+    boundary_batch_size: int = HfArg(default=128, help="Completions per optimiser step.")
+    boundary_held_out_samples: int = HfArg(
+        default=64, help="Completions per held-out prompt that it is measured against."
     )
-    report: bool = field(default=False, metadata={"help": "Only write the report of what is there already."})
-    smoke: bool = field(default=False, metadata={"help": "A size that only shows that it runs."})
+    report: bool = HfArg(default=False, help="Only write the report of what is there already.")
+    smoke: bool = HfArg(default=False, help="A size that only shows that it runs.")
 
     def __post_init__(self) -> None:
         if self.smoke:

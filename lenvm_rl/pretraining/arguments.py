@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from lenvm_rl.pretraining.batches import TRUNCATED_ENDINGS
 from lenvm_rl.returns import check_gamma
@@ -19,63 +20,47 @@ class LengthValueTrainingArguments(TrainingArguments):
     learning rate near 1e-3.
     """
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the rollouts."})
-    gamma: float | None = field(
+    learning_rate: float = HfArg(default=2e-5, help="The initial learning rate.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="The learning rate schedule.")
+    num_train_epochs: float = HfArg(default=2.0, help="Passes over the rollouts.")
+    gamma: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Discount of the length return, in (0, 1). If omitted, it is fitted to the rollouts, so that the "
-            "gamma_quantile of their lengths has a return of minus gamma_coverage."
-        },
+        help="Discount of the length return, in (0, 1). If omitted, it is fitted to the rollouts, so that the "
+        "gamma_quantile of their lengths has a return of minus gamma_coverage.",
     )
-    gamma_quantile: float = field(default=0.99, metadata={"help": "Which quantile of the lengths gamma is fitted to."})
-    gamma_coverage: float = field(default=0.99, metadata={"help": "Magnitude of the return at that quantile."})
-    lam: float = field(
-        default=1.0, metadata={"help": "Lambda of the lambda-returns, in [0, 1]; 1 is plain Monte Carlo returns."}
-    )
-    truncated: str = field(
+    gamma_quantile: float = HfArg(default=0.99, help="Which quantile of the lengths gamma is fitted to.")
+    gamma_coverage: float = HfArg(default=0.99, help="Magnitude of the return at that quantile.")
+    lam: float = HfArg(default=1.0, help="Lambda of the lambda-returns, in [0, 1]; 1 is plain Monte Carlo returns.")
+    truncated: str = HfArg(
         default="bootstrap",
-        metadata={
-            "help": "What a truncated completion is taken for. bootstrap: cut, worth what the model says at the cut; "
-            "drop: left out; infinite: endless, worth -1; finished: ended at the cut (biased, for comparison only).",
-            "choices": list(TRUNCATED_ENDINGS),
-        },
+        help="What a truncated completion is taken for. bootstrap: cut, worth what the model says at the cut; "
+        "drop: left out; infinite: endless, worth -1; finished: ended at the cut (biased, for comparison only).",
+        metadata={"choices": list(TRUNCATED_ENDINGS)},
     )
-    only_correct: bool = field(
-        default=False, metadata={"help": "Fit only on completions whose column `correct` is true."}
-    )
-    domain_column: str | None = field(
+    only_correct: bool = HfArg(default=False, help="Fit only on completions whose column `correct` is true.")
+    domain_column: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Column of the rollouts that names each prompt's domain: the metrics of the evaluation are then "
-            "given for each domain, too, and stand in the model card."
-        },
+        help="Column of the rollouts that names each prompt's domain: the metrics of the evaluation are then "
+        "given for each domain, too, and stand in the model card.",
     )
-    packing: bool = field(
+    packing: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Put several short sequences in one row instead of padding each. Turn it off for a backbone that "
-            "does not keep packed sequences apart (an error says so): sequences of an optimiser step are then sorted "
-            "into micro-batches by their length."
-        },
+        help="Put several short sequences in one row instead of padding each. Turn it off for a backbone that "
+        "does not keep packed sequences apart (an error says so): sequences of an optimiser step are then sorted "
+        "into micro-batches by their length.",
     )
-    row_length: int | None = field(
+    row_length: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Most tokens in a packed row. If omitted: the longest sequence of the micro-batch, or twice that "
-            "(twice that with share_prompts)."
-        },
+        help="Most tokens in a packed row. If omitted: the longest sequence of the micro-batch, or twice that "
+        "(twice that with share_prompts).",
     )
 
-    share_prompts: bool = field(
+    share_prompts: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Compute a prompt once for several of its completions, for prompts that are long beside their "
-            "completions (`python -m eval.speed pretraining --help` measures it). Optimiser steps are then made of "
-            "whole prompts drawn at random, not of completions: give a batch size that holds all of a prompt's. "
-            "Llama, Qwen2 and Qwen3, with the attention sdpa or eager."
-        },
+        help="Compute a prompt once for several of its completions, for prompts that are long beside their "
+        "completions (`python -m eval.speed pretraining --help` measures it). Optimiser steps are then made of "
+        "whole prompts drawn at random, not of completions: give a batch size that holds all of a prompt's. "
+        "Llama, Qwen2 and Qwen3, with the attention sdpa or eager.",
     )
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.local import sample_rollouts, sample_to_file
 from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts, split_by_prompt, write_rollouts
 from lenvm_rl.rollouts.server import sample_from_server
-from lenvm_rl.rollouts.sharegpt import read_sharegpt
+from lenvm_rl.rollouts.text import read_sharegpt, read_traces
 from lenvm_rl.rollouts.vllm import sample_with_vllm
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SamplingSettings",
     "read_rollouts",
     "read_sharegpt",
+    "read_traces",
     "sample_from_server",
     "sample_rollouts",
     "sample_to_file",

@@ -1,7 +1,7 @@
 """A sampling job in steps that survive being killed, wherever its completions come from.
 
-[`SamplingJob`] is the part that every engine shares: which completions there are to sample, in which steps, what the
-metadata says about them, and the progress bar. [`run_to_file`] runs one into a rollout file.
+[`SamplingJob`] is what every engine shares: which completions there are to sample, in which steps, what the metadata
+says about them, and the progress bar. [`run_to_file`] runs one into a rollout file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SamplingSettings:
     Args:
         num_samples (`int`): completions per prompt.
         max_new_tokens (`int`): most tokens per completion, the end-of-sequence token counted.
-        batch_size (`int`): completions that are under way at once: those of a `generate` call, or of a server.
+        batch_size (`int`): completions that are under way at once, in a `generate` call or on a server.
         temperature (`float`, *optional*, defaults to `1.0`): 0 is greedy decoding.
         top_p (`float`, *optional*, defaults to `1.0`): nucleus; 1 keeps every token.
         top_k (`int`, *optional*, defaults to `0`): most probable tokens kept; 0 keeps every token.
@@ -84,15 +84,11 @@ class SamplingJob(ABC):
         tokenizer (`PreTrainedTokenizerBase`): the policy's.
         prompts (`Sequence[str | list[dict]]`): texts (tokenised as they are) or lists of messages (the chat template
             is applied, with the generation prompt).
-        settings ([`SamplingSettings`]): `batch_size` is how many completions are under way at once; the result does
-            not depend on it unless `depends_on_batch_size`.
+        settings ([`SamplingSettings`]): the result does not depend on `batch_size` unless `depends_on_batch_size`.
         seed (`int`): decides the seed of every step.
         extra_columns (`dict[str, Sequence]`, *optional*): further columns of the records, one entry per prompt.
-        eos_token_ids (`Sequence[int]`, *optional*, defaults to the tokenizer's): every id that ends a completion.
-
-    Raises:
-        ValueError: if there is no prompt, a prompt has no tokens, an extra column has another length, or nothing ends a
-            completion.
+        eos_token_ids (`Sequence[int]`, *optional*, defaults to the tokenizer's): every id that ends a completion, such
+            as the policy's generation config has them.
     """
 
     engine = ""
@@ -135,11 +131,7 @@ class SamplingJob(ABC):
         """Yields (step, its records) for each of the steps, in any order: what an engine has to say."""
 
     def check_room(self, context: int | None) -> None:
-        """Raise a `ValueError` if a prompt leaves no room for a completion.
-
-        Args:
-            context (`int`, *optional*): most tokens that the engine takes for both; not checked when omitted.
-        """
+        """Raise a `ValueError` if a prompt leaves no room for a completion in the `context` of the engine, if known."""
         check_room([len(ids) for ids in self.prompt_ids], self.settings.max_new_tokens, context)
 
     def step_sizes(self) -> list[int]:
@@ -153,11 +145,7 @@ class SamplingJob(ABC):
     def prepare(self, kept: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
         """What the steps are planned by and [`SamplingJob.description`] cannot pin down to the last bit.
 
-        Args:
-            kept (`list[dict]`, *optional*): what this method returned when the job was begun; to be used again.
-
-        Returns:
-            `list[dict]`: for the journal; empty if there is nothing of the kind.
+        The journal keeps what is returned, and a job that goes on gets it as `kept`, to be used again.
         """
         return []
 
@@ -175,10 +163,7 @@ class SamplingJob(ABC):
 
     def record(self, number: int, completion_ids: list[int], finish_reason: str, **columns: Any) -> dict[str, Any]:
         """The rollout record of a completion, by its number."""
-        return self.record_of(self.prompt_of(number), completion_ids, finish_reason, **columns)
-
-    def record_of(self, prompt: int, completion_ids: list[int], finish_reason: str, **columns: Any) -> dict[str, Any]:
-        """The rollout record of a completion, by the index of its prompt."""
+        prompt = self.prompt_of(number)
         return {
             "prompt": self.prompts[prompt],
             "prompt_ids": self.prompt_ids[prompt],
@@ -238,7 +223,7 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
     Every finished step is appended to `<name>.journal` as one line; a half-written last line is done again. What the
     steps were planned by (predicted lengths) is the first line there, so that the plan stays what it was. When all
     are there, the rollouts and their metadata are written under `path` and the journal is removed. If the finished file
-    exists already, it is read.
+    exists already, it is read; one that was begun with other arguments is refused.
 
     Args:
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
@@ -248,10 +233,6 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
     Returns:
         `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them. A completion that makes no valid
         record is set aside in `<name>.rejected.jsonl`, logged, and counted in `sampling["set_aside"]`.
-
-    Raises:
-        ValueError: if a finished file or a journal under this name was begun with other arguments, or no completion
-            makes a valid record.
     """
     path = check_suffix(path)
     metadata = job.metadata(generator)

@@ -1,6 +1,4 @@
-"""Rollouts from a policy in this process, and the prompts for them; the token ids are kept exactly as sampled.
-
-From a server: `lenvm_rl.rollouts.server`; with vLLM: `lenvm_rl.rollouts.vllm`.
+"""Rollouts from a policy in this process, with transformers; the token ids are kept exactly as sampled.
 
 The work is cut into batches by a plan that depends on the prompts and the settings only, and every batch has a seed of
 its own. So a run gives the same records every time, and [`sample_to_file`], killed at any moment and started again,
@@ -32,9 +30,7 @@ from lenvm_rl.prediction import (
 )
 from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, batch_seed, in_order, run_to_file
 from lenvm_rl.rollouts.record import RolloutMetadata
-from lenvm_rl.tokenization import Prompt, check_same_tokenizer, load_prompts
-
-__all__ = ["RolloutSampler", "load_prompts", "sample_rollouts", "sample_to_file"]
+from lenvm_rl.tokenization import Prompt, check_same_tokenizer
 
 
 def sample_rollouts(
@@ -42,47 +38,24 @@ def sample_rollouts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    batch_size: int,
     seed: int,
     extra_columns: dict[str, Sequence[Any]] | None = None,
     length_value_model: LengthValueModel | None = None,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Samples completions with transformers' `generate`.
-
-    The settings given here are the only ones: what the model's generation config holds (a repetition penalty, top-k
-    50, ...) is ignored, except for its end-of-sequence ids.
+    """Samples completions with transformers' `generate`; arguments as in [`RolloutSampler`].
 
     Args:
-        model (`PreTrainedModel`): the policy; its mode, its generation config and the global random state are left
-            as they were.
-        tokenizer (`PreTrainedTokenizerBase`): with a pad token that is not an end-of-sequence token.
-        prompts (`Sequence[str | list[dict]]`): texts (tokenised as they are) or lists of messages (the chat template
-            is applied, with the generation prompt).
-        num_samples, max_new_tokens, temperature, top_p, top_k, batch_size: see
-            [`~lenvm_rl.rollouts.SamplingSettings`].
-        seed (`int`): the same seed, prompts, settings, model and hardware give the same records.
-        extra_columns (`dict[str, Sequence]`, *optional*): further columns, one entry per prompt.
-        length_value_model (`LengthValueModel`, *optional*): groups prompts into batches by the length that it predicts,
-            longest first, instead of by the length of the prompt. Other batches, other random streams: completions
-            differ, their distribution does not.
+        settings: the fields of [`~lenvm_rl.rollouts.SamplingSettings`], by name.
 
     Returns:
         `list[dict]`: rollout records (see `lenvm_rl.rollouts.record`), `num_samples` for each prompt, in the order of
         the prompts. `group` is the index of the prompt.
-
-    Raises:
-        ValueError: if pad is an end-of-sequence token, a prompt has no tokens or leaves no room for `max_new_tokens`
-            in the model's context, there is no prompt, an extra column has another length, or the length value model
-            cannot predict for this tokenizer (see [`~lenvm_rl.prediction.predict_length`]).
     """
-    settings = SamplingSettings(num_samples, max_new_tokens, batch_size, temperature, top_p, top_k)
-    sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, extra_columns, length_value_model)
-    return in_order(dict(sampler.run()))
+    given = SamplingSettings(**settings)
+    return in_order(
+        dict(RolloutSampler(model, tokenizer, prompts, given, seed, extra_columns, length_value_model).run())
+    )
 
 
 def sample_to_file(
@@ -93,36 +66,38 @@ def sample_to_file(
     settings: SamplingSettings,
     *,
     seed: int,
-    extra_columns: dict[str, Sequence[Any]] | None = None,
     generator: str | None = None,
-    length_value_model: LengthValueModel | None = None,
+    **job: Any,
 ) -> tuple[Dataset, RolloutMetadata]:
-    """[`sample_rollouts`] into a file, in steps that survive being killed.
-
-    Killed at any moment and started again with the same arguments, it goes on where it was, see
-    [`~lenvm_rl.rollouts.job.run_to_file`]. If the finished file exists already, it is read, not sampled.
+    """[`sample_rollouts`] into a file, in steps that survive being killed (see [`~lenvm_rl.rollouts.job.run_to_file`]).
 
     Args:
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
-        model, tokenizer, prompts, seed, extra_columns, length_value_model: as in [`sample_rollouts`].
-        settings ([`~lenvm_rl.rollouts.SamplingSettings`]): how to sample.
+        model, tokenizer, prompts, settings, seed, job (`extra_columns`, `length_value_model`): as in
+            [`RolloutSampler`].
         generator (`str`, *optional*, defaults to the model's `name_or_path`): what the metadata calls the policy.
 
     Returns:
         `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them.
-
-    Raises:
-        ValueError: as [`sample_rollouts`]; also if a finished file or a journal under this name was begun with other
-            arguments.
     """
-    sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, extra_columns, length_value_model)
+    sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, **job)
     return run_to_file(path, sampler, generator or model.config.name_or_path or f"{type(model).__name__} in memory")
 
 
 class RolloutSampler(SamplingJob):
     """A sampling job with transformers' `generate`; a step is a batch, whose completions share a random stream.
 
-    Arguments as in [`sample_rollouts`].
+    The settings given here are the only ones: what the model's generation config holds (a repetition penalty, top-k
+    50, ...) is ignored, except for its end-of-sequence ids.
+
+    Args:
+        model (`PreTrainedModel`): the policy; its mode, its generation config and the global random state are left
+            as they were.
+        tokenizer, prompts, settings, extra_columns: see [`~lenvm_rl.rollouts.job.SamplingJob`].
+        seed (`int`): the same seed, prompts, settings, model and hardware give the same records.
+        length_value_model (`LengthValueModel`, *optional*): groups prompts into batches by the length that it predicts,
+            longest first, instead of by the length of the prompt. Other batches, other random streams: completions
+            differ, their distribution does not.
     """
 
     engine = "transformers"
@@ -167,20 +142,18 @@ class RolloutSampler(SamplingJob):
         self._predicted = [entry["predicted_length"] for entry in kept]
         return kept
 
-    def plan(self) -> list[list[tuple[int, int]]]:
-        """The (prompt, sample) pairs of each batch: prompts of similar length together, in an order that is fixed.
+    def plan(self) -> list[list[int]]:
+        """The completions of each batch, by number: prompts of similar length together, in an order that is fixed.
 
         With a length value model it is the completions that are of similar length, as far as it can tell.
         """
-        size, samples = self.settings.batch_size, self.settings.num_samples
+        size = self.settings.batch_size
         if self.length_value_model is not None:
             if self._predicted is None:
                 self.prepare()
-            lengths = [self._predicted[self.prompt_of(number)] for number in range(len(self))]
-            return [[divmod(number, samples) for number in batch] for batch in length_aware_batches(lengths, size)]
-        order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompt_ids[index]))
-        pairs = [(prompt, sample) for prompt in order for sample in range(samples)]
-        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+            return length_aware_batches([self._predicted[self.prompt_of(number)] for number in range(len(self))], size)
+        order = sorted(range(len(self)), key=lambda number: len(self.prompt_ids[self.prompt_of(number)]))
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     def step_sizes(self):
         """See [`~lenvm_rl.rollouts.job.SamplingJob.step_sizes`]."""
@@ -192,11 +165,11 @@ class RolloutSampler(SamplingJob):
         for index in steps:
             yield index, self._sample_batch(index, plan[index])
 
-    def _sample_batch(self, index: int, pairs: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        rows = self._generate([self.prompt_ids[prompt] for prompt, _ in pairs], index)
+    def _sample_batch(self, index: int, batch: list[int]) -> list[dict[str, Any]]:
+        rows = self._generate([self.prompt_ids[self.prompt_of(number)] for number in batch], index)
         return [
-            self.record_of(prompt, *strip_completion(row, self.eos_token_ids, self.settings.max_new_tokens))
-            for (prompt, _), row in zip(pairs, rows, strict=True)
+            self.record(number, *strip_completion(row, self.eos_token_ids, self.settings.max_new_tokens))
+            for number, row in zip(batch, rows, strict=True)
         ]
 
     @torch.no_grad()
@@ -209,17 +182,12 @@ class RolloutSampler(SamplingJob):
         return output[:, input_ids.shape[1] :].tolist()
 
     def _generation_config(self) -> GenerationConfig:
-        settings = self.settings
-        common = {
-            "max_new_tokens": settings.max_new_tokens,
-            "eos_token_id": self.eos_token_ids,
-            "pad_token_id": self.pad_token_id,
-        }
-        if settings.temperature == 0:
-            return GenerationConfig(do_sample=False, **common)
-        return GenerationConfig(
-            do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, **common
-        )
+        settings, sampling = self.settings, {"do_sample": False}
+        if settings.temperature > 0:
+            sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+            sampling["do_sample"] = True
+        ends = {"eos_token_id": self.eos_token_ids, "pad_token_id": self.pad_token_id}
+        return GenerationConfig(max_new_tokens=settings.max_new_tokens, **ends, **sampling)
 
 
 @contextmanager

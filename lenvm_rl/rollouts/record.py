@@ -53,10 +53,8 @@ class RolloutMetadata:
         seed (`int` or `None`): seed of the sampling; `None` if it is not known.
         eos_token_ids (`list[int]`, *optional*, defaults to `[]`): the ids that end a completion. When given, records
             are checked against them.
-        num_prompts (`int`, *optional*, defaults to `0`): distinct groups; counted by [`write_rollouts`].
-        num_completions (`int`, *optional*, defaults to `0`): records; counted by [`write_rollouts`].
-        truncated_share (`float`, *optional*, defaults to `0.0`): share of completions that were cut, in [0, 1];
-            counted by [`write_rollouts`].
+        num_prompts, num_completions (`int`), truncated_share (`float`, in [0, 1]): distinct groups, records, and the
+            share of cut completions; counted by [`write_rollouts`].
     """
 
     generator: str
@@ -109,7 +107,7 @@ def rejected_path(path: str | os.PathLike) -> Path:
 def find_problem(
     record: Any, vocab_size: int | None = None, eos_token_ids: Iterable[int] = (), prompt_type: type | None = None
 ) -> str | None:
-    """What is wrong with a record.
+    """What is wrong with a record, in a sentence; `None` if it is good.
 
     Args:
         record (`Any`): a candidate record.
@@ -117,9 +115,6 @@ def find_problem(
         eos_token_ids (`Iterable[int]`, *optional*, defaults to `()`): ids that end a completion. When given, one of
             them must be the last token of a `"stop"` completion, and none may stand anywhere else.
         prompt_type (`type`, *optional*): `str` or `list`, the kind of prompt that the rest of the file has.
-
-    Returns:
-        `str` or `None`: a sentence, or `None` if the record is good.
     """
     if not isinstance(record, dict):
         return f"a record must be an object with the fields {', '.join(REQUIRED_COLUMNS)}, not {type(record).__name__}"
@@ -163,23 +158,20 @@ def _find_id_problem(ids: Any, vocab_size: int | None) -> str | None:
 def write_rollouts(
     path: str | os.PathLike, records: Iterable[dict[str, Any]] | Dataset, metadata: RolloutMetadata
 ) -> RolloutMetadata:
-    """Writes rollouts and their metadata, each file atomically.
+    """Writes rollouts and their metadata, each file atomically; a bad record is refused, by its number from 1.
 
     Args:
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
         records (iterable of `dict`, or `datasets.Dataset`): one record per completion.
-        metadata (`RolloutMetadata`): where they come from; its counts are filled in here.
+        metadata (`RolloutMetadata`): where they come from.
 
     Returns:
         `RolloutMetadata`: a copy of `metadata` with the counts.
-
-    Raises:
-        ValueError: for another file type, no record at all, or a bad record (named by its number, from 1).
     """
     path = check_suffix(path)
     groups: set[int] = set()
     reasons: Counter[str] = Counter()
-    find = _Validator(metadata)
+    find = _finder(metadata)
 
     def checked() -> Iterator[dict[str, Any]]:
         for number, record in enumerate(records, start=1):
@@ -222,10 +214,6 @@ def read_rollouts(path: str | os.PathLike, metadata: RolloutMetadata | None = No
     Returns:
         `tuple[datasets.Dataset, RolloutMetadata]`: the good records in file order, and where they come from, with
         the counts of what was kept.
-
-    Raises:
-        FileNotFoundError: if the file, or its metadata, does not exist.
-        ValueError: for another file type, or if no good record is left.
     """
     path = check_suffix(path)
     if not path.is_file():
@@ -251,11 +239,11 @@ def read_rollouts(path: str | os.PathLike, metadata: RolloutMetadata | None = No
 
 
 def set_aside(path: str | os.PathLike, rejected: list[dict[str, Any]], total: int) -> None:
-    """Writes bad records to `<name>.rejected.jsonl`, in place of what was there, and says so in the log.
+    """Writes bad records, if any, to `<name>.rejected.jsonl`, in place of what was there, and says so in the log.
 
     Args:
         path (`str` or `os.PathLike`): the file that the records come from, or would have gone into.
-        rejected (`list[dict]`): the records: `file`, `line` (from 1), `reason`, `record`. None, and nothing is written.
+        rejected (`list[dict]`): `file`, `line` (from 1), `reason` and `record` of each.
         total (`int`): how many records there were, the good ones counted.
     """
     if not rejected:
@@ -305,18 +293,17 @@ def split_by_prompt(dataset: Dataset, held_out: float, seed: int = 0) -> tuple[D
     )
 
 
-class _Validator:
-    """[`find_problem`] with the settings of one file; the first good record decides the kind of the prompts."""
+def _finder(metadata: RolloutMetadata) -> Callable[[Any], str | None]:
+    """[`find_problem`] for one file; its first good record decides the kind of the prompts."""
+    kinds: list[type] = []
 
-    def __init__(self, metadata: RolloutMetadata):
-        self.metadata = metadata
-        self.prompt_type: type | None = None
-
-    def __call__(self, record: Any) -> str | None:
-        problem = find_problem(record, self.metadata.vocab_size, self.metadata.eos_token_ids, self.prompt_type)
-        if problem is None and self.prompt_type is None:
-            self.prompt_type = type(record["prompt"])
+    def find(record: Any) -> str | None:
+        problem = find_problem(record, metadata.vocab_size, metadata.eos_token_ids, *kinds)
+        if problem is None and not kinds:
+            kinds.append(type(record["prompt"]))
         return problem
+
+    return find
 
 
 def check_suffix(path: str | os.PathLike) -> Path:
@@ -326,8 +313,8 @@ def check_suffix(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def _iterate_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    """Yields (line number, record or text, problem). A binary file is split at newlines only, never at U+2028."""
+def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """Yields (line, what it holds or its text, problem). A binary file is split at newlines only, never at U+2028."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -350,8 +337,8 @@ def _iterate_parquet(path: Path) -> Iterator[tuple[int, Any, str | None]]:
 
 def _read_tables(path: Path, metadata: RolloutMetadata) -> tuple[list[pa.Table], list[dict[str, Any]], int]:
     """Good records as arrow tables, bad ones with line and reason, and the number of records read."""
-    iterate: Callable = _iterate_jsonl if path.suffix == ".jsonl" else _iterate_parquet
-    find = _Validator(metadata)
+    iterate: Callable = iterate_jsonl if path.suffix == ".jsonl" else _iterate_parquet
+    find = _finder(metadata)
     tables: list[pa.Table] = []
     good: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
@@ -361,14 +348,12 @@ def _read_tables(path: Path, metadata: RolloutMetadata) -> tuple[list[pa.Table],
         problem = problem or find(record)
         if problem:
             rejected.append({"file": path.name, "line": number, "reason": problem, "record": record})
-            continue
-        good.append(record)
+        else:
+            good.append(record)
         if len(good) == _CHUNK:
             tables.append(_build_table(good))
             good = []
-    if good:
-        tables.append(_build_table(good))
-    return tables, rejected, total
+    return [*tables, _build_table(good)] if good else tables, rejected, total
 
 
 def _build_table(records: list[dict[str, Any]]) -> pa.Table:

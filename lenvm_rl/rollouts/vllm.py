@@ -22,8 +22,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.endings import strip_completion
-from lenvm_rl.rollouts.job import Prompt, SamplingJob, SamplingSettings, run_to_file
+from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, run_to_file
 from lenvm_rl.rollouts.record import RolloutMetadata
+from lenvm_rl.tokenization import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -49,45 +50,25 @@ def sample_with_vllm(
     Args:
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
         model (`str`): folder or hub id of the policy.
-        tokenizer, prompts, extra_columns: see [`~lenvm_rl.rollouts.job.SamplingJob`].
-        settings ([`~lenvm_rl.rollouts.SamplingSettings`]): `batch_size` is the number of completions per call;
-            some thousands keep the engine busy.
-        seed (`int`): decides the seed of every completion.
-        eos_token_ids (`Sequence[int]`, *optional*, defaults to the tokenizer's): every id that ends a completion, such
-            as those of the policy's generation config.
+        tokenizer, prompts, settings, seed, extra_columns, eos_token_ids: see
+            [`~lenvm_rl.rollouts.job.SamplingJob`]. `batch_size` is the number of completions per call; some thousands
+            keep the engine busy.
         generator (`str`, *optional*, defaults to `model`): what the metadata calls the policy.
         engine_arguments: further arguments of `vllm.LLM` (`tensor_parallel_size`, `dtype`, `max_model_len`, ...). Left
             to itself, vLLM computes in 16 bits where the checkpoint has 32.
 
     Returns:
         `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them. The metadata's `sampling` says with
-        which version of vLLM (`vllm_version`) and in which `dtype` they were sampled.
-
-    Raises:
-        ImportError: if vLLM is not installed.
-        ValueError: see [`~lenvm_rl.rollouts.job.SamplingJob`] and [`~lenvm_rl.rollouts.job.run_to_file`]; also if a
-            prompt leaves no room for `max_new_tokens` in what vLLM takes (`max_model_len`), or a job that was begun in
-            one dtype would go on in another.
+        which version of vLLM (`vllm_version`) and in which `dtype` they were sampled; a job that was begun in one dtype
+        goes on in no other.
     """
-    job = VLLMJob(
-        model,
-        tokenizer,
-        prompts,
-        settings,
-        engine_arguments,
-        seed=seed,
-        extra_columns=extra_columns,
-        eos_token_ids=eos_token_ids,
-    )
+    own = {"seed": seed, "extra_columns": extra_columns, "eos_token_ids": eos_token_ids}
+    job = VLLMJob(model, tokenizer, prompts, settings, engine_arguments, **own)
     return run_to_file(path, job, generator or model)
 
 
 def import_vllm():
-    """The module `vllm`.
-
-    Raises:
-        ImportError: if it is not installed, with what to do.
-    """
+    """The module `vllm`; where it is not installed, the error says what to do."""
     try:
         return importlib.import_module("vllm")
     except ImportError as error:
@@ -102,7 +83,7 @@ class VLLMJob(SamplingJob):
 
     Args:
         model, engine_arguments: see [`sample_with_vllm`].
-        others: see [`~lenvm_rl.rollouts.job.SamplingJob`].
+        tokenizer, prompts, settings, others: see [`~lenvm_rl.rollouts.job.SamplingJob`].
     """
 
     engine = "vllm"

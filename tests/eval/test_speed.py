@@ -14,7 +14,8 @@ from eval import speed, speed_batching, speed_pretraining
 from eval.measurement import Measurement, Meter, measure_in_process, run_steps
 from eval.speed_pretraining import CASES, Settings, make_rollouts, measure, print_measurements
 from lenvm_rl.prediction import predict_length
-from lenvm_rl.rollouts.local import RolloutSampler, SamplingSettings
+from lenvm_rl.rollouts.job import SamplingSettings
+from lenvm_rl.rollouts.local import RolloutSampler
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
 from lenvm_rl.tokenization import tokenizer_fingerprint
 
@@ -152,7 +153,7 @@ def test_the_orders_are_those_of_the_sampler(tmp_path):
         sampler = RolloutSampler(
             tiny_llama(), tokenizer, prompts, SamplingSettings(3, 50, 7), 0, length_value_model=option
         )
-        batches = [[3 * prompt + sample for prompt, sample in batch] for batch in sampler.plan()]
+        batches = sampler.plan()
         assert costs[name].steps == speed_batching.decode_steps(lengths, batches)
         assert costs[name].padding == speed_batching.padding_steps(lengths, batches)
     assert costs["predicted length"].padding != costs["prompt length"].padding

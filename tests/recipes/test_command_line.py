@@ -8,7 +8,7 @@ import torch
 
 from lenvm_rl.programs import sentence_of
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
-from recipes import import_sharegpt, pretrain_lenvm, sample_rollouts
+from recipes import import_rollouts, pretrain_lenvm, sample_rollouts
 from recipes.arguments import read_arguments
 from recipes.command_line import ProgramParser
 
@@ -130,7 +130,7 @@ def test_what_is_not_there_is_named(tmp_path):
         parse("--config", "a.yaml", "--config=b.yaml")
 
 
-@pytest.mark.parametrize("program", [sample_rollouts, pretrain_lenvm, import_sharegpt])
+@pytest.mark.parametrize("program", [sample_rollouts, pretrain_lenvm, import_rollouts])
 def test_every_recipe_reads_its_command_line_so(program):
     assert isinstance(program.make_parser(), ProgramParser)
 

@@ -12,7 +12,7 @@ from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import weights_fingerprint
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments
 from lenvm_rl.rollouts.record import read_rollouts
-from recipes import import_sharegpt, pretrain_lenvm, sample_rollouts
+from recipes import import_rollouts, pretrain_lenvm, sample_rollouts
 
 
 @pytest.fixture
@@ -176,21 +176,21 @@ def test_conversations_become_a_rollout_file(tmp_path, policy, caplog):
     arguments = ["--sharegpt", tmp_path / "a.jsonl", "--tokenizer_name_or_path", policy, "--max_tokens", 4]
     arguments += ["--assume", "cut_at_max_tokens", "--output", tmp_path / "r.jsonl"]
     with caplog.at_level(logging.INFO):
-        import_sharegpt.main(*import_sharegpt.make_parser().parse_args_and_config([str(text) for text in arguments]))
+        import_rollouts.main(*import_rollouts.make_parser().parse_args_and_config([str(text) for text in arguments]))
     rollouts, metadata = read_rollouts(tmp_path / "r.jsonl")
     assert rollouts["completion_ids"][:] == [[8, 9, EOS], [8, 9, 10, 11], [8, EOS]]
     assert rollouts["finish_reason"][:] == ["stop", "length", "stop"]
     assert rollouts["length_error"][:] == [0, 0, -1]
     assert metadata.sampling["retokenization"]["wrong_length"] == 1 and metadata.generator == "m"
     shown = caplog.text
-    assert "3 completions of 1 prompts, 33.3% taken for truncated, 1 records set aside" in shown
+    assert "3 completions of 1 prompts, 2 to 4 tokens (median 3), 33.3% taken for truncated, 1 set aside" in shown
     assert "1 have another number of tokens than was sampled" in shown
     assert "which completions ended is not in the file; assumed: cut at max tokens" in shown
     assert (tmp_path / "a.rejected.jsonl").exists()
 
 
 def test_every_field_explains_itself():
-    own = (sample_rollouts.SampleArguments, import_sharegpt.ImportArguments, pretrain_lenvm.PretrainArguments)
+    own = (sample_rollouts.SampleArguments, import_rollouts.ImportArguments, pretrain_lenvm.PretrainArguments)
     for arguments in (*own, LengthValueTrainingArguments):
         for entry in fields(arguments):
             assert entry.metadata.get("help") or not entry.init, f"{arguments.__name__}.{entry.name}"

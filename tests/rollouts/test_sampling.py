@@ -15,8 +15,10 @@ from transformers import GenerationConfig
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.prediction import predict_length, weights_fingerprint
 from lenvm_rl.rollouts import local as sampling
-from lenvm_rl.rollouts.local import RolloutSampler, SamplingSettings, load_prompts, sample_rollouts, sample_to_file
+from lenvm_rl.rollouts.job import SamplingSettings
+from lenvm_rl.rollouts.local import RolloutSampler, sample_rollouts, sample_to_file
 from lenvm_rl.rollouts.record import find_problem, read_rollouts
+from lenvm_rl.tokenization import load_prompts
 
 PROMPTS = ["w6 w7 w8 w9 w10 w11", "w12", "w20 w21 w22", "w30 w31 w32 w33"]
 
@@ -90,7 +92,8 @@ def test_batching_and_left_padding_do_not_change_greedy_completions():
 
 def test_prompts_of_similar_length_share_a_batch(policy):
     sampler = RolloutSampler(*policy, PROMPTS, SamplingSettings(2, 8, 3), seed=0)
-    assert sampler.plan() == [[(1, 0), (1, 1), (2, 0)], [(2, 1), (3, 0), (3, 1)], [(0, 0), (0, 1)]]
+    # Numbers 2 and 3 are the samples of prompt 1.
+    assert sampler.plan() == [[2, 3, 4], [5, 6, 7], [0, 1]]
 
 
 @pytest.fixture
@@ -114,8 +117,8 @@ def test_prompts_of_similar_predicted_length_share_a_batch(policy, predictor):
     order = sorted(range(4), key=lambda index: -predicted[index])
     assert len(set(predicted)) == 4 and order not in ([1, 2, 3, 0], [0, 3, 2, 1])
     sampler = RolloutSampler(*policy, PROMPTS, SamplingSettings(2, 8, 3), 0, length_value_model=predictor)
-    pairs = [(prompt, number) for prompt in order for number in range(2)]
-    assert sampler.plan() == [pairs[:3], pairs[3:6], pairs[6:]]
+    numbers = [2 * prompt + sample for prompt in order for sample in range(2)]
+    assert sampler.plan() == [numbers[:3], numbers[3:6], numbers[6:]]
     assert sampler.step_sizes() == [3, 3, 2]
 
 
@@ -143,10 +146,10 @@ def test_a_job_goes_on_with_the_predictions_that_it_was_begun_with(policy, predi
     whole = sample(policy, length_value_model=predictor)
     original = RolloutSampler._sample_batch
 
-    def killed(self, index, pairs):
+    def killed(self, index, batch):
         if index == 2:
             raise KeyboardInterrupt
-        return original(self, index, pairs)
+        return original(self, index, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(RolloutSampler, "_sample_batch", killed)
@@ -246,11 +249,11 @@ def test_a_file_is_sampled_once_and_goes_on_from_its_journal(policy, tmp_path, m
     calls = []
     original = RolloutSampler._sample_batch
 
-    def counted(self, index, pairs):
+    def counted(self, index, batch):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(index)
-        return original(self, index, pairs)
+        return original(self, index, batch)
 
     monkeypatch.setattr(RolloutSampler, "_sample_batch", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -282,7 +285,8 @@ import sys, time
 
 sys.path[:0] = {paths!r}
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
-from lenvm_rl.rollouts.local import RolloutSampler, SamplingSettings, sample_to_file
+from lenvm_rl.rollouts.job import SamplingSettings
+from lenvm_rl.rollouts.local import RolloutSampler, sample_to_file
 original = RolloutSampler._sample_batch
 RolloutSampler._sample_batch = lambda *a: (time.sleep(0.2), original(*a))[1]
 policy = tiny_llama(initializer_range=0.02), tiny_tokenizer()

@@ -11,7 +11,7 @@ import torch
 from scripted_server import sampled
 from tiny import EOS, tiny_tokenizer
 
-from lenvm_rl.rollouts.local import SamplingSettings
+from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.vllm import VLLMJob, import_vllm, sample_with_vllm
 
 PROMPTS = ["w6 w7", "w12", "w20 w21 w22"]
