@@ -32,7 +32,8 @@ from eval.measurement import (
     run_steps,
     setting,
 )
-from lenvm_rl.modeling.length_value_model import LengthValueHead, LengthValueModel
+from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.modeling.value_model import LengthValueHead
 from lenvm_rl.pretraining.batches import padding_share
 from lenvm_rl.pretraining.loss import IGNORED, length_value_loss
 from lenvm_rl.pretraining.trainer import LengthValueCollator, LengthValueTrainer, LengthValueTrainingArguments

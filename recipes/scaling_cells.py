@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.nn.functional import linear, silu
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lenvm_rl.modeling.heads import LengthValueHead
+from lenvm_rl.modeling.value_model import LengthValueHead
 from lenvm_rl.pretraining.trainer import LengthValueTrainer, completion_lengths
 
 
@@ -75,7 +75,7 @@ class RoundedHead(LengthValueHead):
     """The head with every number it reads and makes rounded to bfloat16; the weights that are trained stay float32."""
 
     def forward(self, hidden_states):
-        """See [`~lenvm_rl.modeling.heads.LengthValueHead.forward`]."""
+        """See [`~lenvm_rl.modeling.value_model.LengthValueHead.forward`]."""
         hidden = _rounded(hidden_states)
         for layer, activation in ((self.hidden, silu), (self.output, lambda logits: logits)):
             hidden = _rounded(linear(hidden, _rounded(layer.weight), _rounded(layer.bias)))

@@ -1,79 +1,69 @@
 """What a length value model is made of and what its values mean: the part of it that is written in `config.json`."""
 
+from __future__ import annotations
+
 import numbers
+from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from lenvm_rl.modeling.backbones import decoder_config_from_dict
 from lenvm_rl.modeling.sharing import FULL, check_form
+from lenvm_rl.modeling.value_model import ValueModelConfig
+
+HOW_TO_ADD_GAMMA = (
+    "If a model's config lacks it and you know it: `LengthValueModel.from_pretrained(path, "
+    "config=LengthValueConfig.from_pretrained(path, gamma=…))`, then `save_pretrained`."
+)
 
 
-class LengthValueConfig(PretrainedConfig):
+class LengthValueConfig(ValueModelConfig):
     """Configuration of a [`LengthValueModel`]: its decoder, and what its values mean.
 
     Args:
-        backbone_config (`PretrainedConfig` or `dict`, *optional*):
-            Configuration of the decoder. No model can be made without it.
-        gamma (`float`, *optional*):
-            Discount of the length return, in (0, 1). It belongs to the weights: a value says nothing without it, so no
-            model can be made or loaded without it.
-        gamma_fit (`dict`, *optional*):
-            What gamma was fitted on (quantile, coverage, number of lengths …): free form, JSON.
-        tokenizer_fingerprint (`dict`, *optional*):
-            See [`~lenvm_rl.tokenization.tokenizer_fingerprint`]. Without it, no policy can be compared with it.
-        generator (`str`, *optional*):
-            The policy whose completions the model was fitted on.
-        truncated_share (`float`, *optional*):
-            Share of those completions that were cut before their end, in [0, 1].
-        sampling (`dict`, *optional*):
-            The settings that those completions were sampled with: free form, JSON.
-        metrics (`dict`, *optional*):
-            What the model reached, for its card: `{domain: {metric: number}}`.
-        form (`str`, *optional*, defaults to `"full"`):
-            `"full"`: a decoder and a head; `"adapter"`: a LoRA adapter and a head on a base that is shared; `"head"`: a
-            head alone on a base that is shared.
-        lora (`dict`, *optional*):
-            Settings of the adapter, see [`~lenvm_rl.modeling.sharing.lora_settings`].
+        backbone_config (`PretrainedConfig` or `dict`, *optional*): the decoder's. No model can be made without it.
+        gamma (`float`, *optional*): discount of the length return, in (0, 1). It belongs to the weights: a value says
+            nothing without it, so no model can be made or loaded without it.
+        gamma_fit (`dict`, *optional*): what gamma was fitted on (quantile, coverage, number of lengths …): free form.
+        tokenizer_fingerprint (`dict`, *optional*): see [`~lenvm_rl.tokenization.tokenizer_fingerprint`]. Without it, no
+            policy can be compared with it.
+        generator (`str`, *optional*): the policy whose completions the model was fitted on.
+        truncated_share (`float`, *optional*): share of those completions that were cut before their end, in [0, 1].
+        sampling (`dict`, *optional*): the settings that those completions were sampled with: free form.
+        metrics (`dict`, *optional*): what the model reached, for its card: `{domain: {metric: number}}`.
+        form (`str`, *optional*, defaults to `"full"`): `"full"`: a decoder and a head; `"adapter"`: a LoRA adapter and
+            a head on a base that is shared; `"head"`: a head alone on a base that is shared.
+        lora (`dict`, *optional*): settings of the adapter, see [`~lenvm_rl.modeling.sharing.lora_settings`].
 
     Raises:
-        `ValueError`: gamma is not a number strictly between 0 and 1, there is no such form, transformers does not know
-            the decoder's type, or the model was fitted to another target than the return.
+        `ValueError`: gamma is not in (0, 1), there is no such form, transformers does not know the decoder's type, or
+            the model was fitted to another target than the return (a retired ablation).
     """
 
     model_type = "length_value"
-    sub_configs = {"backbone_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
         self,
-        backbone_config=None,
-        gamma=None,
-        gamma_fit=None,
-        tokenizer_fingerprint=None,
-        generator=None,
-        truncated_share=None,
-        sampling=None,
-        metrics=None,
-        form=FULL,
-        lora=None,
-        **kwargs,
+        backbone_config: PretrainedConfig | dict | None = None,
+        gamma: float | None = None,
+        gamma_fit: dict | None = None,
+        tokenizer_fingerprint: dict | None = None,
+        generator: str | None = None,
+        truncated_share: float | None = None,
+        sampling: dict | None = None,
+        metrics: dict | None = None,
+        form: str = FULL,
+        lora: dict | None = None,
+        **kwargs: Any,
     ):
-        self.backbone_config = None
-        # Models of earlier versions say what they were fitted to; those of an ablation have no values.
+        # Models of earlier versions say what they were fitted to.
         target, _ = kwargs.pop("target", "return"), kwargs.pop("target_scale", None)
         if target != "return":
             raise ValueError(
                 f"This model was fitted to target={target!r}, an ablation that has no values: pretrain one on the "
                 "length return."
             )
-        super().__init__(**kwargs)
-        # Set only now: the inherited method hands its own settings to every sub-configuration, so the decoder's choice
-        # of attention would be lost, and a model would compute otherwise before saving than after loading.
-        if isinstance(backbone_config, dict):
-            backbone_config = decoder_config_from_dict(backbone_config)
-        self.backbone_config = backbone_config
-        if "attn_implementation" in kwargs:
-            self._attn_implementation = kwargs["attn_implementation"]
+        super().__init__(backbone_config, **kwargs)
         self.gamma = None if gamma is None else checked_gamma(gamma)
         self.gamma_fit = gamma_fit
         self.tokenizer_fingerprint = tokenizer_fingerprint
@@ -85,23 +75,8 @@ class LengthValueConfig(PretrainedConfig):
         self.form = form
         self.lora = lora
 
-    def get_text_config(self, decoder=None, encoder=None):
-        """The decoder's text configuration, where generic code looks for the hidden size, the vocabulary and the like.
 
-        (The inherited method would take the field `generator` for a sub-configuration.)
-        """
-        if self.backbone_config is None:
-            return self
-        return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
-
-
-HOW_TO_ADD_GAMMA = (
-    "If a model's config lacks it and you know it: `LengthValueModel.from_pretrained(path, "
-    "config=LengthValueConfig.from_pretrained(path, gamma=…))`, then `save_pretrained`."
-)
-
-
-def checked_gamma(gamma) -> float:
+def checked_gamma(gamma: float) -> float:
     """Gamma as a float; a `ValueError` unless it is a number strictly between 0 and 1."""
     if isinstance(gamma, numbers.Real) and not isinstance(gamma, bool) and 0 < float(gamma) < 1:
         return float(gamma)
@@ -111,7 +86,7 @@ def checked_gamma(gamma) -> float:
     )
 
 
-def check_complete(config) -> None:
+def check_complete(config: LengthValueConfig) -> None:
     """Raise a `ValueError` unless a model can be made from the config: with a decoder, a gamma and a known form."""
     if config.backbone_config is None:
         raise ValueError(

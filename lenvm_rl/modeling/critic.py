@@ -1,64 +1,53 @@
 """The task critic of PPO: a decoder with a scalar head that estimates the task return at every token."""
 
+from __future__ import annotations
+
 import copy
 import json
 import os
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
 from lenvm_rl.modeling.adapters import add_adapters, bare_model, merged_copy
-from lenvm_rl.modeling.backbones import (
-    copy_decoder,
-    decoder_config_from_dict,
-    decoder_from_config,
-    decoder_positions,
-    is_quantized,
-    load_decoder,
-    load_model,
-    save_code,
-    with_code,
-)
-from lenvm_rl.modeling.heads import ScoreHead
-from lenvm_rl.modeling.length_value_model import LengthValueHead, LengthValueModel
+from lenvm_rl.modeling.backbones import copy_decoder, decoder_from_config, is_quantized, load_decoder, load_model
+from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.modeling.value_model import LengthValueHead, ScoreHead, ValueModel, ValueModelConfig
 
 MLP, LINEAR = HEADS = ("mlp", "linear")
 
 
-class TaskCriticConfig(PretrainedConfig):
+class TaskCriticConfig(ValueModelConfig):
     """Configuration of a [`TaskCritic`].
 
     Args:
-        backbone_config (`PretrainedConfig` or `dict`, *optional*):
-            Configuration of the decoder. A critic cannot be made without it.
-        head (`str`, *optional*, defaults to `"mlp"`):
-            `"mlp"`: a [`TaskCriticHead`]; `"linear"`: a [`~lenvm_rl.modeling.heads.ScoreHead`].
+        backbone_config (`PretrainedConfig` or `dict`, *optional*): the decoder's. No critic can be made without it.
+        head (`str`, *optional*, defaults to `"mlp"`): `"mlp"`: a [`TaskCriticHead`]; `"linear"`: a
+            [`~lenvm_rl.modeling.value_model.ScoreHead`].
         head_bias (`bool`, *optional*, defaults to `True`): whether a linear head has a bias.
-        adapters (`dict`, *optional*):
-            Settings of PEFT's adapters by name, see [`~lenvm_rl.modeling.adapters.adapter_settings`].
-        frozen (`dict`, *optional*):
-            The weights that do not learn, by name, and the dtype that each is held in. All others are float32.
-
-    Raises:
-        `ValueError`: there is no such head, or transformers does not know the decoder's type.
+        adapters (`dict`, *optional*): settings of PEFT's adapters by name, see
+            [`~lenvm_rl.modeling.adapters.adapter_settings`].
+        frozen (`dict`, *optional*): the weights that do not learn, by name, and the dtype that each is held in. All
+            others are float32.
     """
 
     model_type = "lenvm_task_critic"
-    sub_configs = {"backbone_config": AutoConfig}
 
-    def __init__(self, backbone_config=None, head=MLP, head_bias=True, adapters=None, frozen=None, **kwargs):
-        self.backbone_config = None
-        super().__init__(**kwargs)
-        # Set only now: the inherited method would overwrite the decoder's choice of attention.
-        if isinstance(backbone_config, dict):
-            backbone_config = decoder_config_from_dict(backbone_config)
-        self.backbone_config = backbone_config
-        if "attn_implementation" in kwargs:
-            self._attn_implementation = kwargs["attn_implementation"]
+    def __init__(
+        self,
+        backbone_config: PretrainedConfig | dict | None = None,
+        head: str = MLP,
+        head_bias: bool = True,
+        adapters: dict | None = None,
+        frozen: dict | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(backbone_config, **kwargs)
         if head not in HEADS:
             raise ValueError(f"head='{head}' is none of a task critic; there are {', '.join(HEADS)}.")
         self.head, self.head_bias = head, head_bias
@@ -86,7 +75,7 @@ class TaskCriticHead(LengthValueHead):
     OUTPUT_SCALE = 0.0
 
 
-class TaskCritic(PreTrainedModel):
+class TaskCritic(ValueModel):
     """A decoder with a head of one number. Saved and loaded like any model of transformers.
 
     What of it learns is said by `requires_grad`, and kept when it is saved and loaded, as are adapters. What learns has
@@ -99,47 +88,32 @@ class TaskCritic(PreTrainedModel):
     """
 
     config_class = TaskCriticConfig
-    base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["head.hidden", "head.output"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
-    def __init__(self, config: TaskCriticConfig, backbone: PreTrainedModel | None = None, head=None):
+    def __init__(
+        self, config: TaskCriticConfig, backbone: PreTrainedModel | None = None, head: nn.Module | None = None
+    ):
         if config.backbone_config is None:
             raise ValueError("The config has no `backbone_config`: make a critic with `TaskCritic.from_backbone`.")
         super().__init__(config)
         self.backbone = decoder_from_config(config.backbone_config) if backbone is None else backbone
         if head is None:
-            hidden_size = config.backbone_config.get_text_config(decoder=True).hidden_size
+            hidden_size = config.get_text_config(decoder=True).hidden_size
             head = TaskCriticHead(hidden_size) if config.head == MLP else ScoreHead(hidden_size, config.head_bias)
         self.head = head
         if backbone is None:
             add_adapters(self, config.adapters or {})
-            self.post_init()
-        else:
-            # The decoder's weights are given, and the head has drawn its own.
-            with no_init_weights():
-                self.post_init()
-
-    def _init_weights(self, module):
-        if isinstance(module, TaskCriticHead):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
+        self._complete(given=backbone is not None)
 
     @classmethod
-    def from_backbone(cls, model_or_path, trust_remote_code: bool = False) -> "TaskCritic":
+    def from_backbone(
+        cls, model_or_path: PreTrainedModel | str | os.PathLike, trust_remote_code: bool = False
+    ) -> TaskCritic:
         """A float32 critic, all of which learns, with the decoder of another model and a new head.
 
         Args:
-            model_or_path (`PreTrainedModel` or `peft.PeftModel` or `str`):
-                A causal language model, a decoder, or a [`LengthValueModel`], whose weights are copied; adapters are
-                merged into the copy (of a shared decoder, those of the length value model alone). Or a folder or hub
-                id to load a decoder from (safetensors only).
+            model_or_path (`PreTrainedModel` or `peft.PeftModel` or `str`): a causal language model, a decoder, or a
+                [`LengthValueModel`], whose weights are copied; adapters are merged into the copy (of a shared decoder,
+                the length value model's alone). Or a folder or hub id to load a decoder from (safetensors only).
             trust_remote_code (`bool`, *optional*, defaults to `False`): for a path, whether code beside it is run.
 
         Raises:
@@ -159,29 +133,23 @@ class TaskCritic(PreTrainedModel):
         return cls(TaskCriticConfig(backbone_config=backbone.config), backbone=backbone).to(backbone.device)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, dtype=None, **kwargs) -> "TaskCritic":
-        """Load a critic, with what is frozen in it and the dtype that this was held in. Only safetensors are loaded.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        dtype: str | torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> TaskCritic:
+        """Load a critic, in eval mode, with what is frozen in it and the dtype that this was held in.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or hub id.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or hub id; only safetensors are loaded.
             dtype (`str` or `torch.dtype`, *optional*): one for all weights but the head's, instead.
             kwargs: as for any model of transformers.
-
-        Returns:
-            [`TaskCritic`]: in eval mode.
-
-        Raises:
-            `FileNotFoundError`: the path does not exist.
-            `ValueError`: weights are missing, which would be random.
         """
-        path = pretrained_model_name_or_path
-        kwargs = load_model(partial(with_code, cls.config_class), path, kwargs)
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"use_safetensors": True, "output_loading_info": True, "dtype": dtype or torch.float32}
-        model, info = load_model(super().from_pretrained, path, *model_args, **kwargs)
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if lacking:
-            raise ValueError(f"The critic at '{path}' lacks weights, which would be random: {', '.join(lacking[:6])}.")
+        kwargs["dtype"] = dtype or torch.float32
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         frozen = model.config.frozen or {}
         for name, weight in model.named_parameters():
             weight.requires_grad = name not in frozen
@@ -189,32 +157,29 @@ class TaskCritic(PreTrainedModel):
                 weight.data = weight.data.to(getattr(torch, frozen[name]))
         if model.config.adapters:
             renew_buffers(model, unset_like(model))
-        return (model, info) if with_info else model
+        return loaded
 
-    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
         """As for any model of transformers, with what is frozen at the moment."""
         frozen = {name: weight for name, weight in self.named_parameters() if not weight.requires_grad}
         self.config.frozen = {name: str(weight.dtype).removeprefix("torch.") for name, weight in frozen.items()} or None
-        if is_main_process:
-            save_code(self.backbone, save_directory)
         # Under the names that the weights have here: a run that goes on reads them into its own critic.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, **backbone_kwargs) -> TaskCriticOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **backbone_kwargs: Any,
+    ) -> TaskCriticOutput:
         """Values at every position; `(B, S)` arguments.
 
         Positions are counted from the mask where none are given, or made by a decoder that sees pictures, which takes
         all else that the processor returns.
         """
-        position_ids = decoder_positions(self.backbone, input_ids, attention_mask, position_ids, None, backbone_kwargs)
-        outputs = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            **backbone_kwargs,
-        )
+        outputs, _ = self._decode(input_ids, attention_mask, position_ids, None, None, False, backbone_kwargs)
         return TaskCriticOutput(logits=self.head(outputs.last_hidden_state))
 
 
@@ -231,9 +196,8 @@ def unset_like(critic: TaskCritic) -> TaskCritic:
 
 
 def renew_buffers(critic: TaskCritic, like: TaskCritic) -> None:
-    """Take over what is computed from the settings and never saved, such as the frequencies of rotary positions.
-
-    Loading leaves such buffers of adapters unset, and a cast of the whole model rounds them.
+    """Take over, in place, what is computed from the settings and never saved, such as the frequencies of rotary
+    positions: loading leaves such buffers of adapters unset, and a cast of the whole model rounds them.
 
     Args:
         critic ([`TaskCritic`]): changed in place.
@@ -246,7 +210,7 @@ def renew_buffers(critic: TaskCritic, like: TaskCritic) -> None:
             critic.get_submodule(parent)._buffers[leaf] = buffer.to(critic.device)
 
 
-def load_critic(folder, trust_remote_code: bool = False) -> TaskCritic:
+def load_critic(folder: str | os.PathLike, trust_remote_code: bool = False) -> TaskCritic:
     """The critic that was saved in `folder`, as it was."""
     return load_model(TaskCritic.from_pretrained, folder, trust_remote_code=trust_remote_code)
 

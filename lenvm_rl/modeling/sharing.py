@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lenvm_rl.modeling.adapters import adapted_layers, as_json, bare_model
 from lenvm_rl.modeling.backbones import check_decoder, copy_decoder, load_decoder
-from lenvm_rl.modeling.heads import Float32Module
+from lenvm_rl.modeling.value_model import Float32Module
 
 FULL, ADAPTER, HEAD = FORMS = ("full", "adapter", "head")
 ADAPTER_NAME = "length_value"
@@ -153,9 +153,8 @@ class SharedDecoder:
             Settings of the adapter, see [`lora_settings`]; without them, there is none.
 
     Attributes:
-        adapter ([`~lenvm_rl.modeling.heads.Float32Module`] or `None`): the adapter's weights, under the names of the
-        decoder's
-            layers.
+        adapter ([`~lenvm_rl.modeling.value_model.Float32Module`] or `None`): the adapter's weights, under the names of
+            the decoder's layers.
         lora (`dict` or `None`): the settings, `target_modules` being resolved.
 
     Raises:

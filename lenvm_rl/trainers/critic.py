@@ -41,9 +41,9 @@ from lenvm_rl.modeling.critic import (
     renew_buffers,
     unset_like,
 )
-from lenvm_rl.modeling.heads import ScoreHead
 from lenvm_rl.modeling.length_value_model import LengthValueConfig, LengthValueModel
 from lenvm_rl.modeling.sharing import SAME_ARCHITECTURE
+from lenvm_rl.modeling.value_model import ScoreHead
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.pictures import check_sees_pictures
 

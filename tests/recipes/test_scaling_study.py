@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from lenvm_rl.modeling.heads import LengthValueHead
+from lenvm_rl.modeling.value_model import LengthValueHead
 from lenvm_rl.sandbox import PolicySettings, sandbox_tokenizer
 from lenvm_rl.sandbox.policy import new_policy
 from recipes import scaling_study
