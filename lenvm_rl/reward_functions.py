@@ -1,8 +1,8 @@
 """What a TRL reward function is, and what one may be able to do besides: asked here by trainers and by rewards.
 
-TRL takes functions, lambdas, bound methods, `functools.partial`s of any of them, and objects that can be called. Two
-abilities are seen without knowing the class: to have a state that a resumed run needs ([`StatefulReward`]), and to say
-what is correct apart from what is paid ([`lenvm_rl.reward_functions.ShapedReward`]).
+TRL takes functions, lambdas, bound methods, `functools.partial`s of any of them, and objects that can be called. Three
+abilities are seen without knowing the class: to have a state that a resumed run needs ([`StatefulReward`]), to say what
+is correct apart from what is paid ([`ShapedReward`]), and to say which gold answers it cannot read ([`check_golds`]).
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import asyncio
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
-import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 # What a reward function is called with, by keyword: by TRL beside the columns of the dataset, all but some of them, and
@@ -27,6 +28,10 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 NO_COLUMNS = {"prompt", "completion", "completion_ids"}
 BY_US = {"num_generations"}
+# Between the flags 0 and 1.
+FLAG_THRESHOLD = 0.5
+# How many bad rows an error shows.
+SHOWN = 5
 
 
 @runtime_checkable
@@ -46,11 +51,30 @@ class StatefulReward(Protocol):
         """Go back to the state of a new run."""
 
 
+@runtime_checkable
+class ShapedReward(Protocol):
+    """A reward function that pays for more than being correct, such as a length penalty, and knows what is correct.
+
+    Attributes:
+        unshaped_flags (`list[float | None]` or `None`):
+            1 where a completion of the last call in this process was correct, 0 where it was not, `None` where that
+            was not judged. `None` before the first call.
+    """
+
+    unshaped_flags: list[float | None] | None
+
+
 def unwrapped(function: Callable) -> Callable:
     """What is called in the end, `functools.partial` taken off: the object to ask for its abilities."""
     while isinstance(function, functools.partial):
         function = function.func
     return function
+
+
+def judge_of(function: Callable) -> Callable:
+    """The function that says what is correct: itself, or the `task_reward` that it wraps."""
+    # A `functools.partial` stays what it is: another one of the same function may judge otherwise.
+    return getattr(unwrapped(function), "task_reward", function)
 
 
 def name_of(function: Callable) -> str:
@@ -65,73 +89,62 @@ def is_asynchronous(function: Callable) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
+def _parameters(function: Callable) -> tuple[dict[str, inspect.Parameter], bool] | None:
+    """What may be given by keyword, and whether anything may; `None` where there is no signature to read."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        # Compiled functions may have none.
+        return None
+    named = {name: one for name, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    return named, any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
 def accepted(function: Callable, further: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of further keywords that a function takes: TRL does not pass them, so it need not know them.
+    """The further keywords that a function takes: TRL does not pass them, so it need not know them.
 
     Args:
         function (`Callable`): a reward function. What a `functools.partial` has bound already is left to it.
         further (mapping): keywords by name.
     """
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        # Compiled functions may have no signature to read.
-        return {}
-    named = {name for name, each in parameters.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
-    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    named, takes_all = _parameters(function) or ({}, False)
     bound = function.keywords if isinstance(function, functools.partial) else {}
     return {name: value for name, value in further.items() if (takes_all or name in named) and name not in bound}
 
 
-def callable_at(path: str) -> Callable:
+def load_reward(path: str) -> Callable:
     """The reward function at a dotted path, such as `reward.gsm8k.gsm8k_reward` or `module.grader.method`.
+
+    Modules are looked for where Python looks, and in the current folder; one that fails raises its own error.
 
     Raises:
         ValueError: nothing is there, or a class, or something that cannot be called.
     """
-    if "." not in path:
+    parts = path.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise ValueError(f"{path!r} is not a dotted path; write it like reward.gsm8k.gsm8k_reward.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    found, where = None, f"no module of that name is in {os.getcwd()}, or where Python looks for modules"
+    names = [".".join(parts[: place + 1]) for place in range(len(parts))]
+    while names and (found is None or hasattr(found, "__path__")):
+        if names[0] not in sys.modules and importlib.util.find_spec(names[0]) is None:
+            break
+        found = importlib.import_module(names.pop(0))
+        where = f"looked in {getattr(found, '__file__', None) or 'a module without a file'}"
     try:
-        found = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
+        for name in names:
+            found = getattr(found, name.rpartition(".")[2])
+    except AttributeError as error:
         raise ValueError(
-            f"There is no reward function at the dotted path {path!r} ({error}; {_where_it_was_looked_for(path)}): "
-            "check it. A module of your own is hidden by another one of its name, so give it a name of its own."
+            f"There is no reward function at the dotted path {path!r} ({error}; {where}): check it. A module of your "
+            "own is hidden by another one of its name, so give it a name of its own."
         ) from error
     if inspect.isclass(found):
         raise ValueError(f"{path!r} is a class, not a function: name an object that was made from it, or a function.")
     if not callable(found):
         raise ValueError(f"{path!r} is a {type(found).__name__}, not a function: name a function inside it.")
     return found
-
-
-def _where_it_was_looked_for(path: str) -> str:
-    """The file of the last module on a dotted path; one that is there and cannot be imported raises its own error."""
-    last = None
-    for place, part in enumerate(path.split(".")[:-1]):
-        name = ".".join(path.split(".")[: place + 1])
-        if name not in sys.modules:
-            folders = sys.path if last is None else getattr(last, "__path__", [])
-            if any(os.path.exists(os.path.join(folder, part + end)) for folder in folders for end in (".py", "")):
-                importlib.import_module(name)
-            break
-        last = sys.modules[name]
-    if last is None:
-        return f"no module of that name is in {os.getcwd()}, or where Python looks for modules"
-    return f"looked in {getattr(last, '__file__', None) or 'a module without a file'}"
-
-
-def load_reward(path: str) -> Callable[..., Sequence[float]]:
-    """The reward function behind a dotted path, such as `reward.sandbox.sandbox_reward`.
-
-    Modules are looked for where Python looks, and in the current folder.
-
-    Raises:
-        ValueError: there is no such module or name, or it is no function.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return callable_at(path)
 
 
 def call_reward(
@@ -183,24 +196,24 @@ def check_columns(function: Callable, columns: Iterable[str], source: str = "the
         columns (iterable of `str`): of the dataset.
         source (`str`, *optional*): what the error calls it.
     """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
+    parameters = _parameters(function)
+    if parameters is None:
         return
+    named, takes_all = parameters
     columns = list(columns)
     given = BY_TRL | set(columns) - NO_COLUMNS
-    named = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
-    needed = {each.name for each in parameters if each.name in named and each.default is each.empty}
+    needed = {name for name, one in named.items() if one.default is one.empty}
     lacking = sorted(needed - given - BY_US)
     if lacking:
         raise ValueError(
             f"The reward function '{name_of(function)}' needs {', '.join(lacking)}, and {source} has the columns "
             f"{', '.join(columns)}: rename the one that it means, or give its parameter a default."
         )
-    if given - named and not any(each.kind is each.VAR_KEYWORD for each in parameters):
+    refused = sorted(given - set(named))
+    if refused and not takes_all:
         raise ValueError(
-            f"The reward function '{name_of(function)}' takes no {', '.join(sorted(given - named))}, and every reward "
-            "function is handed all of that: end its parameters with **kwargs."
+            f"The reward function '{name_of(function)}' takes no {', '.join(refused)}, and every reward function is "
+            "handed all of that: end its parameters with **kwargs."
         )
 
 
@@ -239,39 +252,38 @@ def check_returned(returned: Any, name: str, count: int) -> list:
     return rewards
 
 
-# Between the flags 0 and 1.
-FLAG_THRESHOLD = 0.5
+def check_golds(reward_funcs: Iterable[Any], columns: Dataset | Mapping[str, Sequence]) -> None:
+    """Raise a `ValueError` if a reward function cannot grade by a gold answer of a dataset.
 
+    For a program to call before its first stage: a reward function meets a gold answer only when its row is sampled.
+    Asked are functions with two attributes, `gold_columns`, the columns that it reads gold answers from (the first that
+    is there), and `unreadable_golds`, a function of such a column that returns its bad entries as texts; of length
+    penalties, the task reward inside them.
 
-@runtime_checkable
-class ShapedReward(Protocol):
-    """A reward function that pays for more than being correct, such as a length penalty, and knows what is correct.
-
-    Attributes:
-        unshaped_flags (`list[float | None]` or `None`):
-            1 where a completion of the last call in this process was correct, 0 where it was not, `None` where that
-            was not judged. `None` before the first call.
+    Args:
+        reward_funcs (iterable): what TRL takes for `reward_funcs`.
+        columns (`datasets.Dataset`, or mapping of `str` to sequences): the dataset, or its columns by name.
     """
-
-    unshaped_flags: list[float | None] | None
-
-
-@runtime_checkable
-class WrappingReward(Protocol):
-    """A reward function around another one, which says what is correct.
-
-    Attributes:
-        task_reward (`Callable`): the other one.
-    """
-
-    task_reward: Callable
-
-
-def judge_of(function: Callable) -> Callable:
-    """The function that a reward function leaves it to, to say what is correct: itself, or the one that it wraps."""
-    # A `functools.partial` stays what it is: another one of the same function may judge otherwise.
-    bare = unwrapped(function)
-    return bare.task_reward if isinstance(bare, WrappingReward) else function
+    names = columns.column_names if isinstance(columns, Dataset) else list(columns)
+    for reward in reward_funcs:
+        reward = unwrapped(judge_of(reward))
+        if not hasattr(reward, "unreadable_golds"):
+            continue
+        column = next((column for column in reward.gold_columns if column in names), None)
+        if column is None:
+            raise ValueError(
+                f"{name_of(reward)} reads gold answers from the column {' or '.join(map(repr, reward.gold_columns))}, "
+                f"but the dataset has {names}: rename the column that holds them."
+            )
+        golds = list(columns[column])
+        unreadable = set(reward.unreadable_golds(golds))
+        rows = [row for row, gold in enumerate(golds) if str(gold) in unreadable]
+        if rows:
+            shown = ", ".join(f"row {row}: {str(golds[row])[-80:]!r}" for row in rows[:SHOWN])
+            raise ValueError(
+                f"{name_of(reward)} cannot grade by {len(rows)} of {len(golds)} gold answers in the column {column!r} "
+                f"({shown}{', …' if len(rows) > SHOWN else ''}): write them in another way, or leave these rows out."
+            )
 
 
 def correctness_values(

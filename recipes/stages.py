@@ -23,7 +23,7 @@ from lenvm_rl.files import atomic_file, read_json
 from lenvm_rl.modeling.backbones import load_model
 from lenvm_rl.modeling.loading import ADAPTER_FILE, check_policy, load_tokenizer, model_type, read_config
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
-from lenvm_rl.reward_functions import are_correct, call_reward, load_reward, name_of
+from lenvm_rl.reward_functions import are_correct, call_reward, check_golds, load_reward, name_of
 from lenvm_rl.rollouts.job import SamplingSettings, find_column_problem
 from lenvm_rl.rollouts.local import sample_to_file
 from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts, split_by_prompt
@@ -36,7 +36,6 @@ from recipes.arguments import StageArguments, model_kwargs
 from recipes.reward_trial import try_rewards
 from recipes.sample_rollouts import make_prompts
 from recipes.stage_records import console, read_record, run_stage
-from reward.golds import check_golds
 
 logger = logging.getLogger(__name__)
 

@@ -11,21 +11,17 @@ from reward.answers import FINAL_MARK, completion_texts, find_answer
 from reward.numerals import LONGEST_TEXT, last_number, numbers_in, value_of
 
 
-def gsm8k_reward(completions: Sequence[str | Sequence[Mapping]], answer: Sequence[str], **columns) -> list[float]:
+def gsm8k_reward(completions: Sequence[str | Sequence[Mapping]], answer: Sequence[str], **columns: Any) -> list[float]:
     """1.0 where the completion's final number equals the gold one, else 0.0: a correctness flag.
-
-    [`reward.golds.check_golds`] names gold answers that hold no number before a run meets them.
 
     Args:
         completions (sequence of `str`, or of lists of messages): texts, or conversations whose last message is graded.
-        answer (sequence of `str`): the dataset's `answer` column: the gold number, alone or after ``####``.
+        answer (sequence of `str`):
+            The dataset's `answer` column: the gold number, alone or after ``####``; a `ValueError` where it holds none.
         columns: whatever else TRL passes. Of `prompts`, see [`reward.answers.completion_texts`].
 
     Returns:
         `list` of `float`: one reward for each completion, 0 for thinking that has no end.
-
-    Raises:
-        ValueError: if a gold answer holds no number.
     """
     texts = completion_texts(completions, columns)
     return [
@@ -47,17 +43,6 @@ def gold_number(answer: str | float) -> Fraction:
     return numbers[0]
 
 
-def unreadable_golds(golds: Iterable[Any]) -> list[str]:
-    """The gold answers, each once, that do not hold exactly one number."""
-    unreadable = {}
-    for gold in golds:
-        try:
-            gold_number(gold)
-        except ValueError:
-            unreadable[str(gold)] = None
-    return list(unreadable)
-
-
 def final_number(text: str) -> Fraction | None:
     """The number that a text without thinking ends on, or `None`.
 
@@ -69,3 +54,19 @@ def final_number(text: str) -> Fraction | None:
     if answer.shown_by == "nothing" or (answer.shown_by != "boxed" and not re.search(r"\d", answer.text)):
         return last_number(text if answer.shown_by != "nothing" else answer.text)
     return value_of(answer.text)
+
+
+def _unreadable_golds(golds: Iterable[Any]) -> list[str]:
+    """The gold answers, each once, that do not hold exactly one number."""
+    unreadable = {}
+    for gold in golds:
+        try:
+            gold_number(gold)
+        except ValueError:
+            unreadable[str(gold)] = None
+    return list(unreadable)
+
+
+# For `lenvm_rl.reward_functions.check_golds`.
+gsm8k_reward.gold_columns = ("answer",)
+gsm8k_reward.unreadable_golds = _unreadable_golds

@@ -26,11 +26,11 @@ from torch import Tensor
 from lenvm_rl.endings import end_token_ids, own_length
 from lenvm_rl.reward_functions import (
     accepted,
-    callable_at,
     check_returned,
     exchanged,
     fails_together,
     is_asynchronous,
+    load_reward,
     name_of,
     number_of_processes,
     process_index,
@@ -95,7 +95,7 @@ class LengthReward:
     ):
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, got {rule!r}.")
-        task_reward = callable_at(task_reward) if isinstance(task_reward, str) else task_reward
+        task_reward = load_reward(task_reward) if isinstance(task_reward, str) else task_reward
         if not callable(task_reward) or isinstance(task_reward, (type, torch.nn.Module)):
             kind = task_reward.__name__ if isinstance(task_reward, type) else type(task_reward).__name__
             raise ValueError(f"task_reward must be a TRL reward function that returns flags, got {kind}.")

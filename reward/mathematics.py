@@ -10,9 +10,12 @@ whatever thread it is graded.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from reward.answers import FINAL_MARK, Answer, bare, completion_texts, find_answer, last_boxed, outside_thinking
@@ -20,16 +23,46 @@ from reward.numerals import LONGEST_TEXT, canonical, value_of
 from reward.timed_calls import call_all
 
 try:
-    from reward import symbolic
+    import sympy
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 except ImportError as error:
     raise ImportError("reward.mathematics needs math-verify: pip install 'lenvm-rl[math]'") from error
 
 # Longest time that one answer may take to be parsed and compared.
 TIME_LIMIT_SECONDS = 5
+# Longest text, in characters, that is parsed: the time grows faster than the length.
+LONGEST_PARSED = 1000
+# Numbers of more digits are compared as they are written.
+MOST_WORKED_OUT = 100_000
+# Values that differ by more than this part of the larger one are two. A decimal may be rounded; sums and integrals are
+# worked out to about 15 digits, all else to 100.
+ROUNDED, SUMMED, EXACT = 1e-3, 1e-12, 1e-50
+# What a percent sign multiplies by, in one release of math-verify or another.
+PERCENT = {sympy.Rational(1, 100), sympy.UnevaluatedExpr(sympy.Rational(1, 100))}
+# The base that a number names at its end, as 52_8 or 4210_{5}.
+BASE = re.compile(r"\b[0-9A-Z]*\d[0-9A-Z]*_\{?(\d+)\}?$")
+REWRITTEN = tuple(
+    (re.compile(pattern), written)
+    for pattern, written in (
+        # No blank before what is no letter: math-verify takes " e }" for a unit.
+        (r"(?<=[a-zA-Z])\\(?:text|math|operator)[a-z]*\s*\{\s*([ei])\s*\}", r" \1"),
+        (r"\\(?:text|math|operator)[a-z]*\s*\{\s*([ei]|[-+\d.,/ ]+)\s*\}", r"\1"),
+        (r"\\R(?![a-zA-Z])|\\mathbf\s*(?:\{R\}|R(?![a-zA-Z]))", r"\\mathbb{R} "),
+        (r"\\(?:underline|mathbf|boldsymbol|bm|emph|textcolor\s*\{\w*\})\s*\{([^{}]*)\}", r"\1"),
+        (r"\\(?:[Bb]igg?[lrm]?|limits|(?:display|text)style|(?:left|right)\.)(?![a-zA-Z])", ""),
+        (r"\\(?:bf|rm|it|[lL]arge|LARGE|[hH]uge|color\s*\{\w*\})(?![a-zA-Z])", ""),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
+        (r"\\degree(?![a-zA-Z])", r"^\\circ "),
+        (r"\\langle\s*([^\\]*,[^\\]*)\\rangle", r"(\1)"),
+        (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+        (r"(?<=[\d}\s])(?:mm|cm|km|in|ft|yd|mi)\s*\^\s*\{?[23]\}?\s*$", ""),
+        (r"^\s*(?:=|\\approx)\s*", ""),
+    )
+)
 # A longer line, in characters, is prose: as LaTeX it would only take long to parse.
 LONGEST_BARE_ANSWER = 200
 # What sets LaTeX off from prose; \$ is a dollar sign.
-DELIMITER = re.compile(r"(?<!\\)\$|\\[(\[]")
 DELIMITED = re.compile(r"(?<!\\)\$([^$\n]+)(?<!\\)\$")
 DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]")
 WORDED = re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}")
@@ -56,12 +89,9 @@ def math_reward(
     completions: Sequence[str | Sequence[Mapping]],
     answer: Sequence[str] | None = None,
     solution: Sequence[str] | None = None,
-    **columns,
+    **columns: Any,
 ) -> list[float]:
     """1.0 where a completion's final answer equals the gold one, else 0.0: a correctness flag.
-
-    For `reward_funcs`, as `reward.mathematics.math_reward`. [`reward.golds.check_golds`] names gold answers that cannot
-    be read before a run meets them.
 
     Args:
         completions (sequence of `str`, or of lists of messages): texts, or conversations whose last message is graded.
@@ -75,7 +105,9 @@ def math_reward(
     Raises:
         ValueError: if there is neither column, or gold answers cannot be read: they are named.
     """
-    golds = gold_column({"answer": answer, "solution": solution})
+    golds = solution if answer is None else answer
+    if golds is None:
+        raise ValueError("math_reward needs the dataset's column of gold answers: name it 'answer' or 'solution'.")
     return [float(right) for right in _grade_all(completion_texts(completions, columns), golds)]
 
 
@@ -96,21 +128,16 @@ def grade(completion_text: str, gold_text: str) -> bool:
     return _grade_all([outside_thinking(completion_text)], [gold_text])[0]
 
 
-def gold_column(columns: Mapping[str, Sequence | None]) -> Sequence:
-    """The column of gold answers: `answer`, or else `solution`."""
-    golds = columns.get("answer")
-    golds = columns.get("solution") if golds is None else golds
-    if golds is None:
-        raise ValueError("math_reward needs the dataset's column of gold answers: name it 'answer' or 'solution'.")
-    return golds
-
-
-def unreadable_golds(golds: Iterable[Any]) -> list[str]:
+def _unreadable_golds(golds: Iterable[Any]) -> list[str]:
     """The gold answers, each once, that cannot be read, do not equal themselves, or take too long."""
     texts = {str(gold): _as_text(gold) for gold in golds}
     readable = _readable(texts.values())
     return [gold for gold, text in texts.items() if not readable[text]]
 
+
+# For `lenvm_rl.reward_functions.check_golds`.
+math_reward.gold_columns = ("answer", "solution")
+math_reward.unreadable_golds = _unreadable_golds
 
 # What was found out about gold answers so far.
 _known: dict[str, bool] = {}
@@ -127,7 +154,7 @@ def _readable(golds: Iterable[str]) -> dict[str, bool | None]:
                 _known[gold] = True
             else:
                 asked.append(gold)
-    found = call_all(symbolic.readable, [[_gold(gold)] for gold in asked], limit=TIME_LIMIT_SECONDS, otherwise=None)
+    found = call_all(is_readable, [[_gold(gold)] for gold in asked], limit=TIME_LIMIT_SECONDS, otherwise=None)
     _known.update((gold, answer) for gold, answer in zip(asked, found, strict=True) if answer is not None)
     return {gold: _known.get(gold) for gold in golds}
 
@@ -137,20 +164,15 @@ def _grade_all(texts: Sequence[str | None], golds: Sequence[Any]) -> list[bool]:
     golds = [_as_text(gold) for gold in golds]
     unreadable = sorted(gold for gold, found in _readable(golds).items() if found is False)
     if unreadable:
-        raise ValueError(unreadable_message(unreadable))
+        raise ValueError(
+            f"{len(unreadable)} gold answers hold nothing that can be read, such as {unreadable[:5]}: give LaTeX, a "
+            "number or a text, alone, in the last \\boxed{}, or after '####', or leave their rows out."
+        )
     verdicts = [_compare(text, _gold(gold)) for text, gold in zip(texts, golds, strict=True)]
     asked = list(dict.fromkeys(verdict for verdict in verdicts if not isinstance(verdict, bool)))
-    found = call_all(symbolic.equal, asked, limit=TIME_LIMIT_SECONDS, otherwise=False)
+    found = call_all(means_the_same, asked, limit=TIME_LIMIT_SECONDS, otherwise=False)
     answers = dict(zip(asked, found, strict=True))
     return [verdict if isinstance(verdict, bool) else answers[verdict] for verdict in verdicts]
-
-
-def unreadable_message(golds: Sequence[str]) -> str:
-    """What to do about gold answers that cannot be read."""
-    return (
-        f"{len(golds)} gold answers hold nothing that can be read, such as {list(golds[:5])}: give LaTeX, a number or "
-        "a text, alone, in the last \\boxed{}, or after '####', or leave their rows out."
-    )
 
 
 def _as_text(gold: Any) -> str:
@@ -169,7 +191,7 @@ def _gold(text: str) -> str:
 
 
 def _compare(text: str | None, gold: str) -> bool | tuple[str, tuple[tuple[str, str], ...]]:
-    """Whether a text gives a gold answer, or what to ask [`reward.symbolic.equal`]."""
+    """Whether a text gives a gold answer, or what to ask [`means_the_same`]."""
     if text is None:
         return False
     answer = find_answer(text)
@@ -195,7 +217,7 @@ def _compare(text: str | None, gold: str) -> bool | tuple[str, tuple[tuple[str, 
         sentence = _clean(re.split(r"[.!?]\s+(?=[A-Z])", shown)[-1])
         if number is not None and value_of(sentence, strict=True) == number:
             return True
-        readings = [("prose", answer.text[-symbolic.LONGEST * 2 // 3 :])]
+        readings = [("prose", answer.text[-LONGEST_PARSED * 2 // 3 :])]
         if len(shown) <= LONGEST_BARE_ANSWER and not formulas:
             readings.append(("latex", shown))
         return gold, tuple(readings)
@@ -205,7 +227,7 @@ def _compare(text: str | None, gold: str) -> bool | tuple[str, tuple[tuple[str, 
         return _same_number(value, number, rounded="." in shown or "." in gold)
     readings = [("latex", shown)]
     if formulas and DELIMITERS.sub("", answer.text).strip() != DELIMITERS.sub("", formulas[0]).strip():
-        readings.append(("prose", answer.text[-symbolic.LONGEST * 2 // 3 :]))
+        readings.append(("prose", answer.text[-LONGEST_PARSED * 2 // 3 :]))
     return gold, tuple(readings)
 
 
@@ -213,7 +235,7 @@ def _same_number(value: Fraction, gold: Fraction, rounded: bool) -> bool:
     """Whether two numbers are equal, or, where one is a decimal, alike in six places as math-verify has it."""
     if value == gold or not rounded:
         return value == gold
-    return round(value, 6) == round(gold, 6) and abs(value - gold) <= symbolic.ROUNDED * max(abs(value), abs(gold))
+    return round(value, 6) == round(gold, 6) and abs(value - gold) <= ROUNDED * max(abs(value), abs(gold))
 
 
 def _gold_value(gold: str) -> Fraction | None:
@@ -245,3 +267,115 @@ def _words(text: str) -> tuple[str, ...] | None:
 def _parts(text: str) -> tuple[str, ...]:
     parts = re.split(r"[,;&]|\band\b", _unworded(text).casefold())
     return tuple(sorted(filter(None, (ARTICLE.sub("", " ".join(part.split()).strip(".\"'")) for part in parts))))
+
+
+# What follows runs in `reward.timed_calls`: here is no time limit. math-verify parses LaTeX and plain expressions with
+# sympy. What it misreads is put into other words first (`_spelled`), and two of its verdicts are not left to it: on
+# numbers so small that it rounds them to 0, and on numbers too large to be worked out.
+
+
+def is_readable(gold: str) -> bool:
+    """Whether math-verify reads a gold answer, and holds it equal to itself."""
+    parsed = _latex(gold)
+    return not all(isinstance(part, str) for part in parsed) and _equal(parsed, parsed)
+
+
+def means_the_same(gold: str, readings: Sequence[Sequence[str]]) -> bool:
+    """Whether one of several readings of an answer equals the gold one.
+
+    Args:
+        gold (`str`): LaTeX.
+        readings (sequence of pairs): `"latex"` and the answer, or `"prose"` and a text that ends on it.
+    """
+    read = {"latex": _latex, "prose": _prose}
+    return any(_equal(_latex(gold), read[kind](text)) for kind, text in readings)
+
+
+def _spelled(text: str) -> str:
+    """`text` in LaTeX that math-verify reads as it is meant."""
+    text = canonical(text)
+    for pattern, written in REWRITTEN:
+        text = pattern.sub(written, text)
+    return text
+
+
+@lru_cache(maxsize=4096)
+def _latex(latex: str) -> list:
+    return _parse(f"\\boxed{{{_spelled(latex)}}}", [LatexExtractionConfig()])
+
+
+def _prose(text: str) -> list:
+    # What is said to be the answer has been looked for: math-verify takes any number near the word for it.
+    text = re.sub("answer", "result", text, flags=re.IGNORECASE)
+    return _parse(_spelled(text), [LatexExtractionConfig(), ExprExtractionConfig()])
+
+
+def _parse(text: str, extraction: list) -> list:
+    """A sympy expression and its LaTeX, or the LaTeX alone, or nothing."""
+    if len(text) > LONGEST_PARSED:
+        return []
+    found = parse(text, extraction, parsing_timeout=None)
+    # Expressions lose the base, and plain numbers end before it, so the text has the last word.
+    named = BASE.search(text.rstrip(" .$}"))
+    return [*found, named.group()] if found and named else found
+
+
+def _equal(gold: list, found: list) -> bool:
+    bases = {match.group(1) for match in (BASE.search(str(parts[-1])) for parts in (gold, found) if parts) if match}
+    if len(bases) > 1 or not gold or not found:
+        return False
+    if max(map(_digits, (gold[0], found[0]))) > MOST_WORKED_OUT:
+        return gold[0] == found[0]
+    # The order of gold and found matters: math-verify solves an equation for what the gold one says, not the other way.
+    return verify(gold, found, timeout_seconds=None) and not _apart(_right_side(gold[0]), _right_side(found[0]))
+
+
+def _right_side(value):
+    return value.rhs if isinstance(value, sympy.Eq) else value
+
+
+def _apart(one, other) -> bool:
+    """Whether two values that math-verify holds equal are different numbers, or hold some."""
+    if isinstance(one, sympy.MatrixBase) and isinstance(other, sympy.MatrixBase):
+        return any(itertools.starmap(_apart, zip(one.flat(), other.flat(), strict=False)))
+    if isinstance(one, sympy.Interval) and isinstance(other, sympy.Interval):
+        return _apart(one.start, other.start) or _apart(one.end, other.end)
+    if isinstance(one, (sympy.FiniteSet, sympy.Tuple)) and isinstance(other, (sympy.FiniteSet, sympy.Tuple)):
+        return any(all(_apart(mine, theirs) for theirs in other.args) for mine in one.args)
+    if not all(isinstance(value, sympy.Expr) and value.is_number for value in (one, other)):
+        return False
+    # 50% equals both 50 and 0.5.
+    if any(PERCENT.intersection(value.args) for value in (one, other)):
+        return False
+    difference, *sizes = (sympy.Abs(value).evalf(20) for value in (one - other, one, other))
+    if not all(value.is_Float or value.is_Integer for value in (difference, *sizes)):
+        return False
+    kinds = (
+        (ROUNDED, sympy.Float),
+        (SUMMED, (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit)),
+        (EXACT, sympy.Expr),
+    )
+    tolerance = next(size for size, kind in kinds if one.has(kind) or other.has(kind))
+    return bool(difference > tolerance * max(sizes))
+
+
+def _digits(value) -> float:
+    """About how many digits the largest whole number has that comes up when a value is worked out."""
+    if isinstance(value, sympy.MatrixBase):
+        return max((_digits(entry) for entry in value.flat()), default=0)
+    if not isinstance(value, sympy.Basic):
+        return 0
+    if isinstance(value, sympy.Rational):
+        return max(abs(value.p), value.q).bit_length() * math.log10(2)
+    sizes = [_digits(part) for part in value.args]
+    if isinstance(value, (sympy.Pow, sympy.exp, sympy.factorial)) and value.args[-1].is_number:
+        repeated = {sympy.Pow: sizes[0], sympy.factorial: sizes[-1]}.get(type(value), 1.0)
+        return max(1.0, repeated) * _size(value.args[-1], sizes[-1])
+    return sum(sizes) if isinstance(value, sympy.Mul) else max(sizes, default=0)
+
+
+def _size(value, digits: float) -> float:
+    """About how large an exponent or the argument of a factorial is, itself of so many digits."""
+    if digits > 15:
+        return math.inf
+    return abs(float(value)) if value.is_Rational or value.is_Float else 10**digits

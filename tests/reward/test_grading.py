@@ -7,10 +7,18 @@ import pytest
 from datasets import Dataset
 from grading_cases import RIGHT_MATHEMATICS, RIGHT_NUMBERS, WRONG_MATHEMATICS, WRONG_NUMBERS
 
-from reward.answers import completion_text, completion_texts, find_answer, last_boxed, outside_thinking
+from lenvm_rl.reward_functions import check_golds
+from reward.answers import (
+    ExactMatchReward,
+    completion_text,
+    completion_texts,
+    exact_match,
+    exact_match_marked,
+    find_answer,
+    last_boxed,
+    outside_thinking,
+)
 from reward.baselines import gsm8k_linear
-from reward.exact_match import ExactMatchReward, exact_match, exact_match_marked
-from reward.golds import check_golds
 from reward.gsm8k import gsm8k_reward
 from reward.mathematics import math_reward
 from reward.numerals import last_number, value_of

@@ -11,7 +11,7 @@ from places import DATA
 
 from lenvm_rl.reward_functions import load_reward
 from reward import mathematics
-from reward.mathematics import grade, math_reward, unreadable_golds
+from reward.mathematics import grade, math_reward
 
 MATH500, GSM8K = DATA / "math500" / "math500_test.json", DATA / "gsm8k"
 needs_math500 = pytest.mark.skipif(
@@ -108,8 +108,10 @@ def test_a_dotted_path_and_a_pickle_lead_to_the_reward():
 
 def test_gold_answers_that_cannot_be_read_are_named():
     unreadable = ["\\frac{1", "", "\\boxed{}", "\\begin{cases} x \\\\ y \\end{cases}", None, ["5"]]
-    assert unreadable_golds(["5", "x", *unreadable, "\\text{east}", ""]) == [str(gold) for gold in unreadable]
-    assert unreadable_golds(["1-\\frac{1}{\\mathrm{e}}", "(C)", "x \\in [-2,7]", 5, 0.5]) == []
+    assert math_reward.unreadable_golds(["5", "x", *unreadable, "\\text{east}", ""]) == [
+        str(gold) for gold in unreadable
+    ]
+    assert math_reward.unreadable_golds(["1-\\frac{1}{\\mathrm{e}}", "(C)", "x \\in [-2,7]", 5, 0.5]) == []
     with pytest.raises(ValueError, match=r"2 gold answers hold nothing that can be read, such as \['', '####'\]"):
         math_reward(["5"] * 4, answer=["5", "####", "", "####"])
     with pytest.raises(ValueError, match="1 gold answers"):

@@ -20,7 +20,6 @@ from lenvm_rl.reward_functions import (
     ShapedReward,
     StatefulReward,
     accepted,
-    callable_at,
     check_returned,
     is_asynchronous,
     load_reward,
@@ -376,7 +375,7 @@ def test_dotted_paths_lead_to_any_of_them(path, name):
 
 @pytest.mark.parametrize("path", ["starts_low", "test_rewards_calls.nothing", "nowhere.starts_low", "a b.c", ""])
 def test_a_dotted_path_to_nothing_is_refused(path):
-    for read in (linear, callable_at, load_reward):
+    for read in (linear, load_reward):
         with pytest.raises(ValueError, match="dotted path"):
             read(path)
 

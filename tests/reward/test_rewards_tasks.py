@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from reward import timed_calls
-from reward.exact_match import ExactMatchReward, exact_match, exact_match_last_line, exact_match_marked
+from reward.answers import ExactMatchReward, exact_match, exact_match_last_line, exact_match_marked
 
 
 @pytest.mark.parametrize(
