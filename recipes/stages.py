@@ -30,7 +30,7 @@ from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts, split_by_p
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 from lenvm_rl.sandbox.task import sandbox_tokenizer
 from lenvm_rl.tokenization import check_context, check_prompts, check_same_tokenizer, load_prompts
-from lenvm_rl.trainers.configs import LenVMConfig
+from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.gate import gate_index
 from recipes.arguments import StageArguments, model_kwargs
 from recipes.reward_trial import try_rewards

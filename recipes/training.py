@@ -16,7 +16,7 @@ from lenvm_rl.files import last_complete_checkpoint
 from lenvm_rl.programs import choose_threads
 from lenvm_rl.reward_functions import load_reward
 from lenvm_rl.trainers import checks
-from lenvm_rl.trainers.configs import LenVMConfig
+from lenvm_rl.trainers.config import LenVMConfig
 from recipes.arguments import StageArguments
 from recipes.stage_records import console, run_stage
 from recipes.stages import TRAIN_SEED, Run, gate_reward_path

@@ -56,10 +56,10 @@ _OF_CONFIGS = {
     "cliprange": "set `epsilon` for the policy; `cliprange_value` is the critic's",
     "gamma": "set `task_gamma` for the task; the length value model brings its own",
     "lam": "set `task_lam` for the task, `length_lam` for the length stream",
-    "kl_coef": "set `beta`, the weight of the divergence in the loss; in LenVMPPOConfig `kl_in_reward=True` with "
-    "`kl_reward_coef` puts it into the reward",
-    "init_kl_coef": "set `beta`, the weight of the divergence in the loss; in LenVMPPOConfig `kl_in_reward=True` with "
-    "`kl_reward_coef` puts it into the reward",
+    "kl_coef": "set `beta`, the weight of the divergence in the loss; in LenVMPPOConfig `kl_reward_coef` puts "
+    "it into the reward",
+    "init_kl_coef": "set `beta`, the weight of the divergence in the loss; in LenVMPPOConfig `kl_reward_coef` puts "
+    "it into the reward",
     "kl_estimator": "leave it out: the loss has the estimator k3, the reward k1",
     "kl_penalty": "leave it out: the loss has the estimator k3, the reward k1",
     "whiten_rewards": "set `whiten` of LenVMPPOConfig, which acts on the advantages",

@@ -1,41 +1,42 @@
-"""What both trainers share: a frozen length value model beside the policy, the streams it gives, and what is logged."""
+"""What both trainers share: a frozen length value model beside the policy, and the line from a batch to advantages."""
+
+from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
-from lenvm_rl.advantages import combine, gae, length_advantage
 from lenvm_rl.endings import through_first_end
 from lenvm_rl.files import MetricsFile, check_files, explained_failure
 from lenvm_rl.modeling.backbones import check_embeds
-from lenvm_rl.modeling.completions import completion_logits
-from lenvm_rl.shaping import length_potential, potential_shaping, value_potential
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.arguments import trainer_keywords
-from lenvm_rl.trainers.base_config import LenVMConfig
-from lenvm_rl.trainers.checks import check_reference_path, warn_of_another_reference
 from lenvm_rl.trainers.coefficient import LengthCoefficient
-from lenvm_rl.trainers.frozen import LengthValues, check_shards, place_length_value_model
-from lenvm_rl.trainers.gate import Gate, Outcomes, paid_share
-from lenvm_rl.trainers.metrics import completion_metrics, stream_metrics
-from lenvm_rl.trainers.pictures import picture_inputs
+from lenvm_rl.trainers.config import LenVMConfig
+from lenvm_rl.trainers.frozen import FrozenLengthValues, check_shards, load_length_value_model, place_length_value_model
+from lenvm_rl.trainers.gate import Gate
+from lenvm_rl.trainers.metrics import BatchMetrics, add_completions, add_guidance, add_streams, add_values
 from lenvm_rl.trainers.resuming import ResumableTrainer, stop_between_generations
 from lenvm_rl.trainers.rewards import check_reward_models, watched_rewards
 from lenvm_rl.trainers.rollouts import (
+    RATIO_MAX,
     Sampled,
     check_ends,
     check_guided_rollouts,
-    completion_budget,
-    ends_in_stop_string,
+    collect_completions,
     guided_generation,
     importance_ratio,
     read_guidance,
     read_sampled,
     run_end_ids,
 )
-from lenvm_rl.trainers.streams import Completions, centered_gated_advantage, read_completions
+from lenvm_rl.trainers.streams import Batch, Processes, Streams
+
+# Shares of a batch that are not logged: of what was scored, and paid for length.
+SCORED, PAID = "scored", "paid"
 
 
 class LenVMTrainer(ResumableTrainer):
@@ -81,10 +82,12 @@ class LenVMTrainer(ResumableTrainer):
         checks.check_not_tokenized(train_dataset, "training set")
         checks.check_not_tokenized(eval_dataset, "evaluation set")
         checks.check_dataset(train_dataset, args, grpo_arguments.get("environment_factory") is not None)
-        check_reference_path(model, args, grpo_arguments)
-        if self.always_dense or args.needs_length_value_model:
+        checks.check_reference_path(model, args, grpo_arguments)
+        # Otherwise batches stay as TRL makes them.
+        self._sets_advantages = self.always_dense or args.needs_length_value_model
+        if self._sets_advantages:
             checks.check_loss(args)
-        length_value_model = checks.load_length_value_model(length_value_model, args)
+        length_value_model = load_length_value_model(length_value_model, args)
         super().__init__(
             model,
             reward_funcs,
@@ -96,25 +99,23 @@ class LenVMTrainer(ResumableTrainer):
         )
         check_shards(self)
         check_embeds(self._tokenizer, self.model, "the policy")
-        warn_of_another_reference(model, self)
+        checks.warn_of_another_reference(model, self)
         # Known from here on: the tokenizer and the reward functions, as TRL sees them.
         self._gate = Gate(args, self.reward_funcs, self.reward_func_names)
-        checks.check_steering(args)
         self._coefficient = LengthCoefficient(args)
-        self.length_value_model = self._length_values = None
+        self.length_value_model = self._frozen = None
         if length_value_model is not None:
             self.length_value_model = place_length_value_model(length_value_model, self)
-            self._length_values = LengthValues(self.length_value_model, self)
-            self.length_gamma = self._length_values.gamma
+            self._frozen = FrozenLengthValues(self.length_value_model, self)
+            self.length_gamma = self._frozen.gamma
         # TRL cuts what stands behind an end off by these: it knows none of `generation_kwargs`, and before 1.16 the
         # tokenizer's only.
         self.eos_token_ids = self._ends = run_end_ids(self)
-        if self.always_dense or args.needs_length_value_model:
+        if self._sets_advantages:
             check_ends(self)
         self._sampled: Sampled | None = None
         self._raw_rewards: Tensor | None = None
-        self._guidance = read_guidance(args)
-        self._guidance_report = None
+        self._guidance, self._guidance_report = read_guidance(args), None
         if self._guidance is not None:
             check_guided_rollouts(self)
         self.add_callback(MetricsFile())
@@ -134,12 +135,20 @@ class LenVMTrainer(ResumableTrainer):
         """Whether it does so in this step."""
         return True
 
+    @property
+    def _chunk_size(self) -> int:
+        """Rows of a forward that only reads."""
+        args = self.args
+        return args.per_device_train_batch_size if self._mode == "train" else args.per_device_eval_batch_size
+
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
     def _log_all(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
+
+    # What TRL does on the way to a batch, and what is kept of it.
 
     def _generate(self, prompts):
         generated = super()._generate(prompts)
@@ -161,15 +170,6 @@ class LenVMTrainer(ResumableTrainer):
         (self._guidance_report,) = reports
         return completions
 
-    def _weigh_guided(self, advantages: Tensor, completions: Completions) -> Tensor:
-        """The advantages of guided completions `(B, T)`, each token weighed by its importance ratio."""
-        ratio, sums = importance_ratio(self._guidance_report, completions.mask, self.args.rollout_ratio_max)
-        self._guidance_report = None
-        totals = self._sum_over_processes(torch.stack([sums[name] for name in ("tokens", "ratio", "truncated")]))
-        tokens, total, truncated = totals.tolist()
-        self._log_all({"guidance/ratio": total / max(tokens, 1), "guidance/truncated": truncated / max(tokens, 1)})
-        return ratio * (advantages if advantages.dim() == 2 else advantages.unsqueeze(1))
-
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # The one place where the rewards of single functions can be had: they are not in the batch.
         with watched_rewards(self, None if self._sampled is None else self._sampled.tool_mask):
@@ -179,159 +179,93 @@ class LenVMTrainer(ResumableTrainer):
         self._raw_rewards = rewards
         return rewards
 
-    def _outcomes(self, rows: int) -> Outcomes:
-        first = self.accelerator.process_index * rows
-        mine = slice(first, first + rows)
-        return self._gate.outcomes(self._raw_rewards, self.reward_funcs, self.reward_weights, mine)
-
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, *arguments, **options
     ):
-        values = self._length_values
-        with contextlib.nullcontext() if values is None else values.reading(model, logits_to_keep):
+        frozen = self._frozen
+        with contextlib.nullcontext() if frozen is None else frozen.reading(model, logits_to_keep):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *arguments, **options
             )
 
-    def _value_logits(self, model, batch: dict, what: str) -> Tensor:
-        """Logits of a value model at every state, `(B, T + 1)`, without gradient, in chunks of the per-device batch."""
-        checks.check_ids(model, what, batch, self)
-        args = self.args
-        chunk = args.per_device_train_batch_size if self._mode == "train" else args.per_device_eval_batch_size
-        with torch.no_grad():
-            logits = completion_logits(
-                model,
-                batch["prompt_ids"],
-                batch["prompt_mask"],
-                batch["completion_ids"],
-                batch["completion_mask"],
-                chunk_size=chunk,
-                further_inputs=picture_inputs(batch),
-            )
-        checks.check_finite(logits, what, batch, self)
-        return logits
-
-    def _length_stream(self, logits: Tensor, completions: Completions, outcomes: Outcomes) -> Tensor:
-        """The length advantage `(B, T)`, gated, without `length_coef`."""
-        args, states = self.args, -torch.sigmoid(logits)
-        values, following = states[:, :-1], completions.following(states)
-        group = {
-            "group_size": self.num_generations if self._mode == "train" else self.num_generations_eval,
-            "gather": self.accelerator.gather,
-            "first_row": self.accelerator.process_index * len(values),
-        }
-        if args.length_gate_center:
-            length = centered_gated_advantage(
-                values, completions, self.length_gamma, following, outcomes.correct, judged=outcomes.judged, **group
-            )
-        else:
-            length = length_advantage(
-                values, completions.mask, self.length_gamma, args.length_lam, following, completions.actions
-            )
-            length = paid_share(args, outcomes, **group).to(length.dtype).unsqueeze(1) * length
-        return torch.where(outcomes.scored.unsqueeze(1), length, 0.0)
-
-    def _potential(self, logits: Tensor) -> Tensor:
-        """The shaping potential at every state, `shaping_coef` included: `(B, T + 1)`."""
-        if self.args.shaping_potential == "value":
-            potential = value_potential(logits)
-        else:
-            potential = length_potential(logits, self.length_gamma, self.max_completion_length)
-        return self.args.shaping_coef * potential
-
-    def _shaping_advantage(self, logits: Tensor, completions: Completions) -> Tensor:
-        """What shaping adds to a task advantage that has no critic: ``GAE(F, 0)``, `(B, T)`.
-
-        Never ``F_t`` by itself, which looks one token ahead, and never its sum, which is the same for all completions
-        of a prompt. With lambda 1 it is ``-Phi(s_t)``, a baseline. The task without a critic ends where it is cut, so
-        Phi is 0 there too. Or ``GAE(0, Phi)``, which is the same.
-        """
-        args, potential = self.args, self._potential(logits)
-        if args.shaping_form == "critic_offset":
-            rewards, values = torch.zeros_like(potential[:, :-1]), potential[:, :-1]
-        else:
-            rewards = self._shaping_rewards(potential, completions, terminal_cut=True)
-            values = torch.zeros_like(rewards)
-        return gae(rewards, values, completions.mask, args.task_gamma, args.task_lam, action_mask=completions.actions)
-
-    def _shaping_rewards(self, potential: Tensor, completions: Completions, terminal_cut: bool) -> Tensor:
-        """``F_t``, `(B, T)`, of a potential at every state, `(B, T + 1)`, which is 0 wherever the task ends."""
-        following = completions.following(potential, terminal_cut)
-        return potential_shaping(
-            potential[:, :-1], completions.mask, self.args.shaping_discount, following, completions.actions
-        )
+    # The line: a batch of TRL's is put together with what the models say of it, made into streams, and set.
 
     def _generate_and_score_completions(self, inputs):
-        if self._length_values is not None and self._mode == "train":
-            self._log_all(self._length_values.refresh_if_due())
+        if self._frozen is not None and self._mode == "train":
+            self._log_all(self._frozen.refresh_if_due(self.state.global_step, self.args.per_device_train_batch_size))
         batch = super()._generate_and_score_completions(inputs)
-        completions = self._read_completions(batch)
-        outcomes = self._outcomes(len(completions.mask))
-        reduce = self._sum_over_processes
-        measured = completion_metrics(completions, outcomes.correct, outcomes.judged, reduce)
-        self._log_all(measured)
-        logits = length = coefficient = None
-        if self._length_values is not None:
-            logits = self._length_values.logits(batch)
-            length = self._length_stream(logits, completions, outcomes)
-            coefficient = self._take_coefficient(measured, *self._any(outcomes.scored, length != 0.0))
-            training = self._mode == "train"
-            self._log_all(self._length_values.measure(logits, batch, completions, outcomes.correct, training))
-        task = self._task_stream(batch, completions, outcomes, logits)
-        self._log_all(stream_metrics(task, length, completions, reduce))
-        if self.always_dense or self.args.needs_length_value_model:
-            batch["advantages"] = self._add_streams(task, length, coefficient, completions, outcomes)
-        # Otherwise the batch stays as TRL made it.
-        if self._guidance_report is not None:
-            batch["advantages"] = self._weigh_guided(batch["advantages"], completions)
-        if self.log_completions and batch["advantages"].dim() == 2:
-            # TRL's own column holds the group-relative advantage, which is not what the policy learns from here.
-            means = batch["advantages"].sum(dim=1) / completions.actions.sum(dim=1).clamp(min=1)
-            self._logs["extra"]["policy_advantage"].extend(self.accelerator.gather(means).tolist())
+        read = self._collect(batch)
+        streams = self._streams(read)
+        metrics = BatchMetrics(self._sum_over_processes)
+        self._measure(metrics, read, streams)
+        self._set(metrics, batch, read, streams)
+        self._react(metrics.read(), batch, read)
         return batch
 
-    def _read_completions(self, batch: dict) -> Completions:
-        """The completions of a generation batch: which tokens are the policy's, and how each row ended."""
-        sampled, prompt_lengths = self._sampled, batch["prompt_mask"].sum(dim=1)
-        said, device = None, prompt_lengths.device
-        if sampled.finished is not None:
-            said = torch.tensor(sampled.finished, device=device)
-        budget = completion_budget(self, prompt_lengths, sampled)
-        if budget is not None:
-            stopped = ends_in_stop_string(self, batch["completion_ids"], batch["completion_mask"])
-            budget = budget.masked_fill(stopped, torch.iinfo(budget.dtype).max)
-        return read_completions(batch, self._ends, budget, said, torch.tensor(sampled.lengths, device=device))
+    def _collect(self, batch: dict) -> Batch:
+        """What the streams are made of: how completions ended and were rewarded, and what the models say of them."""
+        training = self._mode == "train"
+        completions = collect_completions(self, batch, self._sampled)
+        rows = len(completions.mask)
+        first = self.accelerator.process_index * rows
+        mine = slice(first, first + rows)
+        outcomes = self._gate.outcomes(self._raw_rewards, self.reward_funcs, self.reward_weights, mine)
+        group_size = self.num_generations if training else self.num_generations_eval
+        processes = Processes(group_size, first, self.accelerator.gather, self._sum_over_processes)
+        read = Batch(completions, outcomes, processes, batch["advantages"], max_length=self.max_completion_length)
+        if self._frozen is None:
+            return read
+        return replace(
+            read,
+            length_coef=self._coefficient.at(self._policy_step),
+            gamma=self._frozen.gamma,
+            length_logits=self._frozen.logits(batch, self._chunk_size),
+        )
 
-    def _add_streams(
-        self,
-        task: Tensor,
-        length: Tensor | None,
-        coefficient: float | None,
-        completions: Completions,
-        outcomes: Outcomes,
-    ) -> Tensor:
-        """The advantages `(B, T)` that the policy learns from."""
-        return combine(task, length, completions.mask, coefficient) if self.args.has_length_stream else task
+    def _streams(self, read: Batch) -> Streams:
+        """The streams of a batch, by one of the pure functions of [`lenvm_rl.trainers.streams`]."""
+        raise TypeError(f"{type(self).__name__} is only the common part: use LenVMGRPOTrainer or LenVMPPOTrainer.")
 
-    def _any(self, *flags: Tensor) -> list[bool]:
-        """Whether any entry of each tensor is on, on any process."""
-        return (self._sum_over_processes(torch.stack([each.any().float() for each in flags])) > 0).tolist()
+    def _measure(self, metrics: BatchMetrics, read: Batch, streams: Streams) -> None:
+        """Take in what is logged of the batch."""
+        add_completions(metrics, read.completions, read.outcomes)
+        add_streams(metrics, streams, read.completions)
+        if read.length_logits is not None:
+            # Whether anybody was, on any process.
+            metrics.mean(SCORED, read.outcomes.scored.float(), torch.ones_like(read.outcomes.scored))
+            metrics.mean(PAID, (streams.length != 0.0).float(), torch.ones_like(read.completions.mask))
+            add_values(metrics, read.length_logits, read.completions, read.gamma)
 
-    def _take_coefficient(self, measured: dict[str, float], is_scored: bool, is_paid: bool) -> float:
-        """The coefficient of this batch; what the batch measured moves that of the next one.
+    def _set(self, metrics: BatchMetrics, batch: dict, read: Batch, streams: Streams) -> None:
+        """Put the advantages into the batch."""
+        if not self._sets_advantages:
+            return
+        advantages = batch["advantages"] = streams.advantages
+        if self._guidance_report is not None:
+            ratio, truncated = importance_ratio(self._guidance_report, read.completions.mask)
+            add_guidance(metrics, ratio, truncated, read.completions)
+            batch["advantages"] = ratio.clamp(max=RATIO_MAX) * advantages
+            self._guidance_report = None
+        if self.log_completions:
+            # TRL's own column holds the group-relative advantage, which is not what the policy learns from here.
+            means = batch["advantages"].sum(dim=1) / read.completions.actions.sum(dim=1).clamp(min=1)
+            self._logs["extra"]["policy_advantage"].extend(self.accelerator.gather(means).tolist())
 
-        Args:
-            measured (`dict[str, float]`): of [`~lenvm_rl.trainers.metrics.completion_metrics`].
-            is_scored, is_paid (`bool`): whether any completion was scored, and whether any is paid for length.
-        """
-        coefficient = self._coefficient.at(self._policy_step)
-        self._log_all({"length/coef": coefficient})
-        if self._mode == "train":
-            self._gate.watch(measured["length/correct"], is_paid)
+    def _react(self, measured: dict[str, float], batch: dict, read: Batch) -> None:
+        """Log what was measured, and let it move what the batches to come are weighed and watched by."""
+        is_scored, is_paid = (measured.pop(name, 0.0) > 0.0 for name in (SCORED, PAID))
+        if self._frozen is not None:
+            self._log_all({"length/coef": read.length_coef})
+        self._log_all(measured)
+        if self._frozen is None or self._mode != "train":
+            return
+        self._gate.watch(measured["length/correct"], is_paid)
         # A policy that stands still answers no coefficient.
-        if self._mode == "train" and self._policy_learns and is_scored:
+        if self._policy_learns and is_scored:
             self._log_all(self._coefficient.observe(measured, is_paid))
-        return coefficient
+        self._log_all(self._frozen.observe(measured, batch, read.completions, read.outcomes.correct))
+
+    # Checkpoints.
 
     def _check_checkpoint(self, checkpoint: str) -> int:
         step = super()._check_checkpoint(checkpoint)
@@ -343,18 +277,18 @@ class LenVMTrainer(ResumableTrainer):
             super()._save_checkpoint(model, trial)
 
     def _write_state(self, folder: str) -> None:
-        if self.args.should_save:
-            self._coefficient.save(folder)
-        if self._length_values is not None:
-            self._length_values.save(folder, self.args.should_save)
+        if self._frozen is not None and self._frozen.refresh is not None:
+            self._frozen.refresh.save(folder, self.args.should_save)
         super()._write_state(folder)
 
     def _read_state(self, checkpoint: str) -> None:
+        if self._frozen is not None and self._frozen.refresh is not None:
+            self._frozen.refresh.load(checkpoint)
         super()._read_state(checkpoint)
-        self._coefficient.load(checkpoint)
-        if self._length_values is not None:
-            self._length_values.load(checkpoint)
 
-    def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
-        """The task advantage `(B, T)`, shaping included, 0 where no action is and for completions nobody scored."""
-        raise TypeError(f"{type(self).__name__} is only the common part: use LenVMGRPOTrainer or LenVMPPOTrainer.")
+    def _moving_parts(self) -> dict[str, object]:
+        parts = {**super()._moving_parts(), "length_coef": self._coefficient}
+        if self._frozen is not None:
+            parts |= {"drift": self._frozen.drift}
+            parts |= {} if self._frozen.refresh is None else {"refresh": self._frozen.refresh}
+        return parts

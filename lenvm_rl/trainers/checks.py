@@ -2,18 +2,14 @@
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
-from lenvm_rl.modeling.backbones import check_embeds, embedding_rows
-from lenvm_rl.modeling.length_value_model import LengthValueModel, is_shared
-from lenvm_rl.trainers.frozen import loaded_whole
+from lenvm_rl.modeling.backbones import check_embeds
 
 logger = logging.getLogger(__name__)
 
@@ -127,49 +123,6 @@ def check_config_class(args, config_class) -> None:
         )
 
 
-def load_length_value_model(model_or_path, args):
-    """The length value model of a run, loaded if it is a path, or `None` where none is needed and none is given.
-
-    A path to one that shares its decoder is left a path: see [`~lenvm_rl.trainers.frozen.on_shared_base`].
-
-    Raises:
-        `ValueError`: a coefficient needs one and there is none, or what was given is another kind of model.
-        `FileNotFoundError`: the path does not exist.
-    """
-    if model_or_path is None:
-        if args.needs_length_value_model:
-            raise ValueError(
-                f"length_coef={args.length_coef}, shaping_coef={args.shaping_coef} and rollout_guidance="
-                f"{args.rollout_guidance} need a length value model: pass `length_value_model=` (a LengthValueModel or "
-                "its path), or set the coefficients to 0 and leave guidance, length_target and accuracy_floor out."
-            )
-        return None
-    if isinstance(model_or_path, (str, os.PathLike)):
-        if is_shared(model_or_path):
-            return model_or_path
-        with loaded_whole(args):
-            model_or_path = LengthValueModel.from_pretrained(model_or_path, trust_remote_code=args.runs_remote_code)
-    if not isinstance(model_or_path, LengthValueModel):
-        raise ValueError(
-            f"`length_value_model` is a {type(model_or_path).__name__}; it has to be a LengthValueModel or the path of "
-            "one. Make one with `LengthValueModel.from_backbone` and pretrain it on rollouts of the policy."
-        )
-    return model_or_path
-
-
-def check_steering(args) -> None:
-    """Raise a `ValueError` if a steered coefficient would measure completions of another policy.
-
-    Args:
-        args (`LenVMConfig`): of the run.
-    """
-    if args.steering is not None and args.rollout_guidance is not None:
-        raise ValueError(
-            "length_target and accuracy_floor measure completions of the policy, which those of rollout_guidance are "
-            "not: leave one of them out."
-        )
-
-
 def check_optimizer(args) -> None:
     """Raise a `ValueError` if the optimizer takes no second model, as a learned critic is."""
     name = args.optim.value
@@ -182,7 +135,7 @@ def check_optimizer(args) -> None:
 
 def check_no_critic(args) -> None:
     """Raise a `ValueError` if something is set that a learned critic reads, where there is none (`LenVMPPOConfig`)."""
-    fields = ("critic_lam", "length_adaptive_lam", "critic_warmup_steps", "kl_in_reward")
+    fields = ("critic_lam", "length_adaptive_alpha", "critic_warmup_steps", "kl_reward_coef")
     changed = [name for name in fields if getattr(args, name) != type(args).__dataclass_fields__[name].default]
     if changed:
         raise ValueError(f"{', '.join(changed)} needs a learned critic, and critic='lenvm' has none: leave it out.")
@@ -201,67 +154,6 @@ def check_rewards(rewards: torch.Tensor, names: list[str]) -> None:
     if any(infinite):
         culprits = [name for name, bad in zip(names, infinite, strict=True) if bad]
         raise ValueError(f"The reward of {', '.join(culprits)} is infinite for a completion: return finite numbers.")
-
-
-def check_ids(model, what: str, batch: dict, trainer) -> None:
-    """Raise a `ValueError` if a completion holds a token that a value model does not embed.
-
-    Looked for only where the policy has more rows than the model, as models of one family but of several sizes do.
-
-    Args:
-        model (`torch.nn.Module`), what (`str`): the value model, and what the error calls it.
-        batch (`dict`): with `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`.
-        trainer (`trl.GRPOTrainer`): has the policy.
-    """
-    unwrap = trainer.accelerator.unwrap_model
-    rows, policy_rows = embedding_rows(unwrap(model)), embedding_rows(unwrap(trainer.model))
-    if rows is None or policy_rows is None or rows >= policy_rows:
-        return
-    masked = [batch[f"{part}_ids"] * batch[f"{part}_mask"] for part in ("prompt", "completion")]
-    largest = max(int(ids.max()) for ids in masked if ids.numel())
-    if largest >= rows:
-        raise ValueError(
-            f"The policy embeds {policy_rows} tokens and wrote the one of id {largest}, and the {what} embeds {rows}: "
-            f"give one with as many rows, or keep the policy from such tokens (`generation_kwargs` of `args`, "
-            f"{{'suppress_tokens': [...]}})."
-        )
-
-
-def check_finite(values: torch.Tensor, what: str, batch: dict, trainer) -> None:
-    """Stop the step on every process if any process got NaN or infinity from a value model, and keep its batch.
-
-    The batch is written to `output_dir` as safetensors: prompt and completion ids, their masks, and the values.
-
-    Args:
-        values (`torch.Tensor` of shape `(B, T + 1)`): what the model gave, anything finite where no state exists.
-        what (`str`): name of the model, for the error and the file.
-        batch (`dict`): with `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`.
-        trainer (`transformers.Trainer`): gives the processes, the step and the folder.
-
-    Raises:
-        `ValueError`: naming the file.
-    """
-    bad_rows = (~torch.isfinite(values)).any(dim=1)
-    bad_processes = trainer.accelerator.gather(bad_rows.any().int().reshape(1)).nonzero().flatten().tolist()
-    if not bad_processes:
-        return
-    step, rank = trainer.state.global_step, trainer.accelerator.process_index
-    stem = f"nonfinite_{what.replace(' ', '_')}_step{step}_rank"
-    if rank in bad_processes:
-        tensors = {k: batch[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
-        tensors["values"] = values
-        folder = Path(trainer.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, folder / f"{stem}{rank}.safetensors")
-    files = ", ".join(str(Path(trainer.args.output_dir) / f"{stem}{rank}.safetensors") for rank in bad_processes)
-    rows = bad_rows.nonzero().flatten().tolist()
-    where = f"rows {rows} of this process" if rows else "on another process"
-    raise ValueError(
-        f"The {what} gave NaN or infinity at step {step} ({where}). The batch is in {files}: load it with "
-        "safetensors.torch.load_file and run the model on it; check its weights, its dtype (float16 overflows) and the "
-        "learning rate."
-    )
 
 
 SHOWN = 3

@@ -1,28 +1,30 @@
 """The weight of the length stream while a run goes on: a constant, warmed up, or steered by what the run measures."""
 
-import json
+from __future__ import annotations
+
 import math
-import os
+from typing import Any
 
 from lenvm_rl.controllers import FloorController, TargetController
-from lenvm_rl.files import atomic_file
-from lenvm_rl.trainers.coefficient_config import CoefficientConfig
+from lenvm_rl.trainers.config import LenVMConfig
 
-STATE_FILE = "length_coef.json"
 # Generation batches that a controller of the length looks ahead: about as far as Adam's momentum carries a policy.
 HORIZON = 6.0
+# Generation batches after which a batch counts half in the moving average of accuracy: enough completions to tell a
+# percent from noise, and short against the time in which a policy reacts.
+HALF_LIFE = 10.0
 
 
 class LengthCoefficient:
-    """`length_coef` of a run, see [`~lenvm_rl.trainers.coefficient_config.CoefficientConfig`].
+    """`length_coef` of a run, see [`~lenvm_rl.trainers.config.LenVMConfig`].
 
     All processes hold the same: the measurements are those of all of them.
 
     Args:
-        args ([`CoefficientConfig`]): of the run.
+        args ([`LenVMConfig`]): of the run.
     """
 
-    def __init__(self, args: CoefficientConfig):
+    def __init__(self, args: LenVMConfig):
         self.args = args
         settings = {
             "initial": args.length_coef,
@@ -34,14 +36,13 @@ class LengthCoefficient:
         if args.steering == "target":
             self.controller = TargetController(args.length_target, args.length_coef_rate, horizon=HORIZON, **settings)
         elif args.steering == "floor":
-            floor = args.accuracy_floor + args.accuracy_margin
-            self.controller = FloorController(floor, args.length_coef_rate, args.accuracy_half_life, **settings)
+            self.controller = FloorController(args.accuracy_floor, args.length_coef_rate, HALF_LIFE, **settings)
 
     def at(self, step: int) -> float:
         """The coefficient of completions that are sampled after `step` optimizer steps of the policy."""
         if self.controller is not None:
             return self.controller.setting
-        if self.args.length_coef_schedule == "linear":
+        if self.args.length_coef_warmup_steps > 0:
             return self.args.length_coef * min(step / self.args.length_coef_warmup_steps, 1.0)
         return self.args.length_coef
 
@@ -49,7 +50,7 @@ class LengthCoefficient:
         """Move the coefficient of the batches to come by what this one measured; nothing measured moves nothing.
 
         Args:
-            metrics (`dict`): what [`~lenvm_rl.trainers.metrics.completion_metrics`] says of it, NaN for nothing.
+            metrics (`dict`): what [`~lenvm_rl.trainers.metrics.add_completions`] says of it, NaN for nothing.
             is_paid (`bool`, *optional*, defaults to `True`):
                 Whether its length stream pays anybody. Where nobody is (the gate is closed), no length answers the
                 coefficient, so the error does not add up.
@@ -65,39 +66,24 @@ class LengthCoefficient:
             return {"steering/accuracy": self.controller.average}
         return {}
 
-    def save(self, folder: str) -> None:
-        """Write the state of a steered coefficient into a checkpoint; any other follows from the step."""
-        if self.controller is not None:
-            state = {"steering": self.args.steering, **self.controller.state_dict()}
-            with atomic_file(os.path.join(folder, STATE_FILE)) as file:
-                file.write(json.dumps(state, indent=2).encode())
+    def state_dict(self) -> dict[str, Any] | None:
+        """The state of a steered coefficient; any other follows from the step."""
+        return self.controller and {"steering": self.args.steering, **self.controller.state_dict()}
 
-    def load(self, folder: str) -> None:
-        """Go on from the state in a checkpoint.
-
-        Raises:
-            `FileNotFoundError`: the checkpoint was written without steering.
-            `ValueError`: it was steered by something else, or by an earlier version of this.
-        """
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a state; a `ValueError` if it was steered otherwise, or not at all."""
         if self.controller is None:
             return
-        path = os.path.join(folder, STATE_FILE)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"The checkpoint '{folder}' has no file '{STATE_FILE}', so length_coef was not steered there: resume "
-                "with the settings of that run, or start a new run from its weights."
-            )
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
-        if state["steering"] != self.args.steering:
+        steering = None if state is None else state["steering"]
+        if steering != self.args.steering:
             raise ValueError(
-                f"The checkpoint '{folder}' steered length_coef by '{state['steering']}', this run does by "
-                f"'{self.args.steering}': resume with the settings of that run, or start a new run from its weights."
+                f"length_coef was steered by {steering} there, and is by {self.args.steering} here (length_target, "
+                "accuracy_floor): resume with the settings of that run, or start a new run from its weights."
             )
         try:
             self.controller.load_state_dict(state)
         except ValueError as error:
             raise ValueError(
-                f"The checkpoint '{folder}' was written by an earlier version, which steered length_coef otherwise "
-                f"({error}): resume with that version, or start a new run from its weights."
+                f"An earlier version steered length_coef otherwise ({error}): resume with that version, or start a new "
+                "run from the weights of the checkpoint."
             ) from error

@@ -45,7 +45,7 @@ from lenvm_rl.modeling.length_value_model import LengthValueConfig, LengthValueM
 from lenvm_rl.modeling.sharing import SAME_ARCHITECTURE
 from lenvm_rl.modeling.value_model import ScoreHead
 from lenvm_rl.trainers import checks
-from lenvm_rl.trainers.pictures import check_sees_pictures
+from lenvm_rl.trainers.reading import check_sees_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -301,8 +301,8 @@ def check_settings(critic, trainer) -> None:
             f"{'DeepSpeed' if trainer.is_deepspeed_enabled else 'FSDP'}: launch with DDP, or use critic='lenvm' or "
             "LenVMGRPOTrainer."
         )
-    if args.kl_in_reward and trainer._is_vlm:
-        raise ValueError("kl_in_reward=True reads text only, and the policy has pictures: use beta alone.")
+    if args.kl_reward_coef > 0.0 and trainer._is_vlm:
+        raise ValueError("kl_reward_coef reads text only, and the policy has pictures: use beta alone.")
     if args.multi_objective_aggregation != "sum_then_normalize":
         raise ValueError(
             f"multi_objective_aggregation='{args.multi_objective_aggregation}' normalises rewards over groups, "

@@ -1,4 +1,10 @@
-"""The frozen length value model of a run: its place, what it says of a batch, its re-fits, and what is saved of it."""
+"""The frozen length value model of a run: where it is placed, and what the run asks of it.
+
+Three things decide its place. Under FSDP and DeepSpeed its decoder goes the way of TRL's reference model, and its
+float32 head stays whole. In the forms `"adapter"` and `"head"` it shares a decoder that this run keeps frozen: the
+reference model's, or the base under a policy's adapters. And a head alone makes no forward of its own where it can read
+the one that TRL makes of the reference.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +26,43 @@ from lenvm_rl.modeling.backbones import check_embeds
 from lenvm_rl.modeling.length_value_model import LengthValueModel, is_shared
 from lenvm_rl.modeling.sharing import HEAD, shared_decoder
 from lenvm_rl.tokenization import check_same_tokenizer
-from lenvm_rl.trainers import checks
-from lenvm_rl.trainers.metrics import value_metrics
-from lenvm_rl.trainers.pictures import check_sees_pictures, check_text_only_arguments
+from lenvm_rl.trainers.reading import check_finite, check_sees_pictures, check_text_only_arguments, value_logits
 from lenvm_rl.trainers.refresh import Drift, LengthValueRefresh
 from lenvm_rl.trainers.streams import Completions
+
+logger = logging.getLogger(__name__)
+
+NAME = "length value model"
+
+
+def load_length_value_model(model_or_path, args):
+    """The length value model of a run, loaded if it is a path, or `None` where none is needed and none is given.
+
+    A path to one that shares its decoder is left a path: see [`on_shared_base`].
+
+    Raises:
+        `ValueError`: a coefficient needs one and there is none, or what was given is another kind of model.
+        `FileNotFoundError`: the path does not exist.
+    """
+    if model_or_path is None:
+        if args.needs_length_value_model:
+            raise ValueError(
+                f"length_coef={args.length_coef}, shaping_coef={args.shaping_coef} and rollout_guidance="
+                f"{args.rollout_guidance} need a length value model: pass `length_value_model=` (a LengthValueModel or "
+                "its path), or set the coefficients to 0 and leave guidance, length_target and accuracy_floor out."
+            )
+        return None
+    if isinstance(model_or_path, (str, os.PathLike)):
+        if is_shared(model_or_path):
+            return model_or_path
+        with loaded_whole(args):
+            model_or_path = LengthValueModel.from_pretrained(model_or_path, trust_remote_code=args.runs_remote_code)
+    if not isinstance(model_or_path, LengthValueModel):
+        raise ValueError(
+            f"`length_value_model` is a {type(model_or_path).__name__}; it has to be a LengthValueModel or the path of "
+            "one. Make one with `LengthValueModel.from_backbone` and pretrain it on rollouts of the policy."
+        )
+    return model_or_path
 
 
 def place_length_value_model(model_or_path, trainer):
@@ -32,7 +70,7 @@ def place_length_value_model(model_or_path, trainer):
 
     Args:
         model_or_path ([`LengthValueModel`] or `str`):
-            What [`~lenvm_rl.trainers.checks.load_length_value_model`] gave.
+            What [`load_length_value_model`] gave.
         trainer (`trl.GRPOTrainer`): constructed.
 
     Raises:
@@ -51,8 +89,8 @@ def place_length_value_model(model_or_path, trainer):
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
-class LengthValues:
-    """What a run asks of its length value model.
+class FrozenLengthValues:
+    """What a run asks of its length value model: its logits of a batch, its re-fits, and how far it has drifted.
 
     Args:
         model (`torch.nn.Module`): as [`place_length_value_model`] gives it.
@@ -67,63 +105,40 @@ class LengthValues:
         bare: LengthValueModel = trainer.accelerator.unwrap_model(model)
         self.gamma = bare.config.gamma
         self._reference = reference_states(bare, trainer)
-        self._drift = Drift(trainer.args)
-        self._refresh = None
+        self.drift, self.refresh = Drift(), None
         if trainer.args.refresh_steps > 0:
-            self._refresh = LengthValueRefresh(bare, trainer.args, trainer.accelerator)
+            self.refresh = LengthValueRefresh(bare, trainer.args, trainer.accelerator)
 
-    def reading(self, model, logits_to_keep: int):
+    def reading(self, model, logits_to_keep: int) -> contextlib.AbstractContextManager:
         """A context for a forward of TRL's: inside, a head alone reads along if `model` runs as the reference."""
         if self._reference is None or not is_reference_forward(model, self._trainer):
             return contextlib.nullcontext()
         return self._reference.caught(logits_to_keep + 1)
 
-    def logits(self, batch: dict) -> Tensor:
+    @torch.no_grad()
+    def logits(self, batch: dict, chunk_size: int) -> Tensor:
         """At every state of a generation batch, `(B, T + 1)`: read off the reference's forward where they can be."""
         caught = None if self._reference is None else self._reference.take()
         if caught is None:
-            return self._trainer._value_logits(self._model, batch, "length value model")
+            return value_logits(self._model, NAME, batch, self._trainer, chunk_size)
         exists = torch.nn.functional.pad(batch["completion_mask"].bool(), (1, 0), value=True)
         logits = torch.where(exists, caught, 0.0)
-        checks.check_finite(logits, "length value model", batch, self._trainer)
+        check_finite(logits, NAME, batch, self._trainer)
         return logits
 
-    def refresh_if_due(self) -> dict[str, float]:
+    def refresh_if_due(self, step: int, chunk_size: int) -> dict[str, float]:
         """Re-fit the model if the run asks for it and it is time. Before there are completions: what the model says of
         them then does not depend on how they turn out. Returns the metrics of the re-fit."""
-        if self._refresh is None:
-            return {}
-        trainer = self._trainer
-        measured = self._refresh.run_if_due(
-            self._model, trainer.state.global_step, trainer.args.per_device_train_batch_size
-        )
+        measured = {} if self.refresh is None else self.refresh.run_if_due(self._model, step, chunk_size)
         if measured:
-            self._drift.reset()
+            self.drift.reset()
         return measured
 
-    def measure(
-        self, logits: Tensor, batch: dict, completions: Completions, correct: Tensor, train: bool
-    ) -> dict[str, float]:
-        """Metrics `lenvm/…` of a generation batch; one of training is watched for drift and kept for a refresh."""
-        measured = value_metrics(logits, completions, self.gamma, self._trainer._sum_over_processes)
-        if not train:
-            return measured
-        if self._refresh is not None:
-            self._refresh.add(batch, completions, correct)
-        return {**measured, **self._drift.observe(measured)}
-
-    def save(self, folder: str, should_save: bool) -> None:
-        """Write into a checkpoint what a resumed run needs: every process calls this."""
-        if should_save:
-            self._drift.save(folder)
-        if self._refresh is not None:
-            self._refresh.save(folder, should_save)
-
-    def load(self, folder: str) -> None:
-        """Go on from a checkpoint."""
-        self._drift.load(folder)
-        if self._refresh is not None:
-            self._refresh.load(folder)
+    def observe(self, measured: dict, batch: dict, completions: Completions, correct: Tensor) -> dict[str, float]:
+        """Take in a batch of training and what was measured on it, for drift and for refreshes to come."""
+        if self.refresh is not None:
+            self.refresh.add(batch, completions, correct)
+        return self.drift.observe(measured)
 
 
 @contextmanager
@@ -185,8 +200,6 @@ def check_shards(trainer) -> None:
                 "out, and every process has all weights: launch with torchrun for DDP, or on GPUs."
             )
 
-
-logger = logging.getLogger(__name__)
 
 # How far two tokens are moved to tell relative positions from absolute ones, and what rounding may do to them.
 _SHIFT = 7

@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lenvm_rl.reward_functions import FLAG_THRESHOLD, correctness_values, judge_of
-from lenvm_rl.trainers.base_config import LenVMConfig
-from lenvm_rl.trainers.streams import group_pass_rate
+from lenvm_rl.trainers.config import LenVMConfig
+from lenvm_rl.trainers.streams import Outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def gate_index(
     A penalty around a task reward, beside that task reward, counts as one with it: both say the same.
 
     Args:
-        args ([`~lenvm_rl.trainers.base_config.LenVMConfig`]): of the run.
+        args ([`~lenvm_rl.trainers.config.LenVMConfig`]): of the run.
         functions, names: the reward functions (`torch.nn.Module` for a reward model), and what TRL calls them.
         users (sequence of `str`, *optional*): settings that need the answer, beside those of `args`.
 
@@ -82,28 +81,11 @@ def _doubt(args: LenVMConfig, judges: list[Callable], names: Sequence[str]) -> s
     return None
 
 
-@dataclass(frozen=True)
-class Outcomes:
-    """What the reward functions said about this process's completions.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards, 0 where nothing was scored.
-        scored (`torch.BoolTensor` of shape `(B,)`): where at least one function returned a number.
-        correct (`torch.BoolTensor` of shape `(B,)`): which are correct.
-        judged (`torch.BoolTensor` of shape `(B,)`): of which that is known; the others are not wrong.
-    """
-
-    rewards: Tensor
-    scored: Tensor
-    correct: Tensor
-    judged: Tensor
-
-
 class Gate:
     """What a run knows of which completions are correct.
 
     Args:
-        args ([`~lenvm_rl.trainers.base_config.LenVMConfig`]): of the run.
+        args ([`~lenvm_rl.trainers.config.LenVMConfig`]): of the run.
         functions, names: as in [`gate_index`].
 
     Attributes:
@@ -196,21 +178,3 @@ class Gate:
                 LONG,
                 self._names[self.index],
             )
-
-
-def paid_share(args: LenVMConfig, outcomes: Outcomes, **group) -> Tensor:
-    """Which share of its length advantage each completion is paid: `(B,)`, by `length_gate` and its threshold.
-
-    Args:
-        args ([`~lenvm_rl.trainers.base_config.LenVMConfig`]): of the run.
-        outcomes ([`Outcomes`]): of the completions.
-        group: `group_size`, `gather` and `first_row` of [`~lenvm_rl.trainers.streams.group_pass_rate`].
-    """
-    share = outcomes.correct.double() if args.length_gate == "correct" else torch.ones_like(outcomes.rewards).double()
-    if args.length_gate == "pass_rate" or args.length_gate_pass_rate is not None:
-        rate = group_pass_rate(outcomes.correct, outcomes.judged, **group)
-        if args.length_gate == "pass_rate":
-            share = rate * share
-        if args.length_gate_pass_rate is not None:
-            share = torch.where(rate >= args.length_gate_pass_rate, share, 0.0)
-    return share

@@ -1,13 +1,11 @@
 """GRPO with the length stream of a frozen length value model, and with potential-based shaping."""
 
-import torch
-from torch import Tensor
 from trl import GRPOTrainer
 
-from lenvm_rl.trainers.base import LenVMTrainer, Outcomes
+from lenvm_rl.trainers.base import LenVMTrainer
 from lenvm_rl.trainers.card import LENVM_CITATION
-from lenvm_rl.trainers.configs import LenVMGRPOConfig
-from lenvm_rl.trainers.streams import Completions
+from lenvm_rl.trainers.config import LenVMGRPOConfig
+from lenvm_rl.trainers.streams import Batch, Streams, grpo_streams
 
 
 class LenVMGRPOTrainer(LenVMTrainer):
@@ -60,9 +58,5 @@ class LenVMGRPOTrainer(LenVMTrainer):
     _paper = {**GRPOTrainer._paper, "citation": GRPOTrainer._paper["citation"] + "\n" + LENVM_CITATION}
     config_class = LenVMGRPOConfig
 
-    def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
-        task = torch.where(completions.actions, batch["advantages"].unsqueeze(1), 0.0)
-        if self.args.shaping_coef == 0.0:
-            return task
-        shaping = self._shaping_advantage(logits, completions)
-        return task + torch.where(outcomes.scored.unsqueeze(1), shaping, 0.0)
+    def _streams(self, read: Batch) -> Streams:
+        return grpo_streams(self.args, read)

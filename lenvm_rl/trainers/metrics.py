@@ -5,13 +5,16 @@ of sums. A number that is not defined for a batch (no finished completion, no co
 of its averages. Lengths are in tokens that the policy wrote, the end-of-sequence token not counted.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lenvm_rl.returns import discounted_return, remaining_from_logits, td_residual, wide_dtype
-from lenvm_rl.trainers.streams import Completions
+from lenvm_rl.trainers.streams import Completions, Outcomes, Streams
 
 # Relative variance of numbers that only float32 rounding tells apart.
 ROUNDING_VARIANCE = 1e-10
@@ -22,100 +25,108 @@ def for_sums(x: Tensor) -> Tensor:
     return x if wide_dtype(x.device) is torch.float64 else x.cpu()
 
 
-class Moments:
-    """First and second moments of masked arrays, added up over processes.
+def _mean(count, x, *_) -> float:
+    return x / count if count else math.nan
+
+
+def _variance(count, x, xx, *_) -> float:
+    return max(xx / count - (x / count) ** 2, 0.0) if count else math.nan
+
+
+def _cosine(count, x, xx, xy, yy, y) -> float:
+    return xy / math.sqrt(xx * yy) if xx > 0.0 and yy > 0.0 else math.nan
+
+
+def _varies(count, y, yy) -> bool:
+    """Whether numbers of these sums differ by more than float32 rounding."""
+    return count > 0 and yy / count - (y / count) ** 2 > ROUNDING_VARIANCE * (1.0 + (y / count) ** 2)
+
+
+def _slope(count, x, xx, xy, yy, y) -> float:
+    if not _varies(count, y, yy):
+        return math.nan
+    return (xy / count - (y / count) * x / count) / (yy / count - (y / count) ** 2)
+
+
+class BatchMetrics:
+    """Metrics of a batch, taken in one by one and read after one exchange of sums with the other processes.
+
+    Every method but `read` takes the metric's name, an array, where it counts (`mask`), and for two of them a second
+    array; all three of one shape.
 
     Args:
         reduce (`Callable`): sums a tensor over processes, such as `accelerator.reduce(…, reduction="sum")`.
     """
 
-    def __init__(self, reduce):
+    def __init__(self, reduce: Callable[[Tensor], Tensor]):
         self._reduce = reduce
-        self._sums: dict[str, Tensor] = {}
+        self._sums: list[Tensor] = []
+        self._read: list[tuple[str, Callable[..., float], int]] = []
 
-    def add(self, name: str, x: Tensor, mask: Tensor, y: Tensor | None = None) -> None:
-        """Take in `x`, and `y` beside it for a cosine, where `mask` is on (three tensors of one shape)."""
-        mask, x = for_sums(mask.bool()), for_sums(x.detach())
-        x = torch.where(mask, x, 0).double()
-        y = x if y is None else torch.where(mask, for_sums(y.detach()), 0).double()
-        sums = [mask.sum().double(), x.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum(), y.sum()]
-        self._sums[name] = torch.stack(sums)
+    def _add(self, name: str, read: Callable[..., float], *arrays: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        self._read.append((name, read, len(arrays)))
+        for x, mask, y in arrays:
+            mask, x = for_sums(mask.bool()), for_sums(x.detach())
+            x = torch.where(mask, x, 0).double()
+            y = x if y is None else torch.where(mask, for_sums(y.detach()), 0).double()
+            sums = [mask.sum().double(), x.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum(), y.sum()]
+            self._sums.append(torch.stack(sums))
 
-    def exchange(self) -> "Moments":
-        """Add up the sums of all processes: every process calls this once, after the same calls of `add`."""
-        totals = self._reduce(torch.stack(list(self._sums.values())))
-        self._sums = dict(zip(self._sums, totals.tolist(), strict=True))
-        return self
-
-    def mean(self, name: str) -> float:
+    def mean(self, name: str, x: Tensor, mask: Tensor) -> None:
         """Mean of `x`."""
-        count, total, *_ = self._sums[name]
-        return total / count if count else math.nan
+        self._add(name, lambda sums: _mean(*sums), (x, mask, None))
 
-    def variance(self, name: str) -> float:
-        """Population variance of `x`."""
-        count, total, squares, *_ = self._sums[name]
-        return max(squares / count - (total / count) ** 2, 0.0) if count else math.nan
-
-    def deviation(self, name: str) -> float:
+    def deviation(self, name: str, x: Tensor, mask: Tensor) -> None:
         """Population standard deviation of `x`."""
-        return math.sqrt(self.variance(name))
+        self._add(name, lambda sums: math.sqrt(_variance(*sums)), (x, mask, None))
 
-    def cosine(self, name: str) -> float:
+    def cosine(self, name: str, x: Tensor, y: Tensor, mask: Tensor) -> None:
         """Cosine of the angle between `x` and `y`."""
-        _, _, xx, xy, yy, _ = self._sums[name]
-        return xy / math.sqrt(xx * yy) if xx > 0.0 and yy > 0.0 else math.nan
+        self._add(name, lambda sums: _cosine(*sums), (x, mask, y))
 
-    def slope(self, name: str) -> float:
+    def slope(self, name: str, x: Tensor, y: Tensor, mask: Tensor) -> None:
         """Slope of the regression line of `x` on `y`, NaN where `y` does not vary but for float32 rounding."""
-        count, x, _, xy, yy, y = self._sums[name]
-        if not count:
-            return math.nan
-        mean = y / count
-        variance = yy / count - mean**2
-        if variance <= ROUNDING_VARIANCE * (1.0 + mean**2):
-            return math.nan
-        return (xy / count - mean * x / count) / variance
+        self._add(name, lambda sums: _slope(*sums), (x, mask, y))
 
-    def explained_variance(self, error: str, target: str) -> float:
+    def explained_variance(self, name: str, error: Tensor, target: Tensor, mask: Tensor) -> None:
         """``1 - Var(error) / Var(target)``: 1 for a perfect prediction, 0 for a constant one, NaN for equal targets.
 
         Targets that float32 rounding alone tells apart count as equal.
         """
-        variance = self.variance(target)
-        if variance <= ROUNDING_VARIANCE * (1.0 + self.mean(target) ** 2):
-            return math.nan
-        return 1.0 - self.variance(error) / variance
+
+        def read(errors, targets) -> float:
+            count, x, xx, *_ = targets
+            return 1.0 - _variance(*errors) / _variance(*targets) if _varies(count, x, xx) else math.nan
+
+        self._add(name, read, (error, mask, None), (target, mask, None))
+
+    def read(self) -> dict[str, float]:
+        """All metrics by name: every process calls this once, after the same calls of the others."""
+        totals = self._reduce(torch.stack(self._sums)).tolist()
+        found = {}
+        for name, read, count in self._read:
+            found[name] = read(*totals[:count])
+            totals = totals[count:]
+        return found
 
 
-def completion_metrics(completions: Completions, correct: Tensor, judged: Tensor, reduce) -> dict[str, float]:
+def add_completions(metrics: BatchMetrics, completions: Completions, outcomes: Outcomes) -> None:
     """`length/…`, of every run.
 
     - `length/mean`: mean length of all completions, cut ones at the length they were cut at.
     - `length/mean_correct`: mean length of the correct completions.
     - `length/correct`: share of correct completions among those that were judged, NaN if none was.
     - `length/truncated`: share of completions that did not end by themselves.
-
-    Args:
-        correct, judged (`torch.BoolTensor` of shape `(B,)`): as [`~lenvm_rl.trainers.gate.Gate.read`] gives them.
     """
-    lengths, correct = completions.lengths.float(), correct.bool()
+    lengths, correct = completions.lengths.float(), outcomes.correct.bool()
     everyone = torch.ones_like(correct)
-    moments = Moments(reduce)
-    moments.add("length", lengths, everyone)
-    moments.add("correct", lengths, correct)
-    moments.add("correct share", correct.float(), judged)
-    moments.add("truncated", (~completions.finished).float(), everyone)
-    moments.exchange()
-    return {
-        "length/mean": moments.mean("length"),
-        "length/mean_correct": moments.mean("correct"),
-        "length/correct": moments.mean("correct share"),
-        "length/truncated": moments.mean("truncated"),
-    }
+    metrics.mean("length/mean", lengths, everyone)
+    metrics.mean("length/mean_correct", lengths, correct)
+    metrics.mean("length/correct", correct.float(), outcomes.judged)
+    metrics.mean("length/truncated", (~completions.finished).float(), everyone)
 
 
-def value_metrics(logits: Tensor, completions: Completions, gamma: float, reduce) -> dict[str, float]:
+def add_values(metrics: BatchMetrics, logits: Tensor, completions: Completions, gamma: float) -> None:
     """`lenvm/…`, of every run with a length value model: does it still know this policy's lengths?
 
     - `lenvm/value_mean`: mean of V over the states in which the policy chose a token.
@@ -129,56 +140,37 @@ def value_metrics(logits: Tensor, completions: Completions, gamma: float, reduce
     Args:
         logits (`torch.Tensor` of shape `(B, T + 1)`): of the length value model at every state.
     """
-    actions = completions.actions
+    actions, finished = completions.actions, completions.finished
     extended = -torch.sigmoid(logits)
     values = extended[:, :-1]
-    residuals = td_residual(values, completions.mask, gamma, completions.following(extended), actions)
     to_come = actions.flip(1).long().cumsum(dim=1).flip(1)
     returns = discounted_return(to_come.to(values.dtype), gamma)
-    ended = actions & completions.finished.unsqueeze(1)
-    moments = Moments(reduce)
-    moments.add("value", values, actions)
-    moments.add("residual", residuals, actions)
-    moments.add("error", returns - values, ended)
-    moments.add("return", returns, ended, values)
-    moments.add("predicted", remaining_from_logits(logits[:, 0], gamma) - 1.0, completions.finished)
-    moments.add("realised", completions.lengths.float(), completions.finished)
-    moments.exchange()
-    return {
-        "lenvm/value_mean": moments.mean("value"),
-        "lenvm/td_residual_mean": moments.mean("residual"),
-        "lenvm/explained_variance": moments.explained_variance("error", "return"),
-        "lenvm/calibration_slope": moments.slope("return"),
-        "lenvm/predicted_length": moments.mean("predicted"),
-        "lenvm/realised_length": moments.mean("realised"),
-    }
+    ended = actions & finished.unsqueeze(1)
+    residuals = td_residual(values, completions.mask, gamma, completions.following(extended), actions)
+    metrics.mean("lenvm/value_mean", values, actions)
+    metrics.mean("lenvm/td_residual_mean", residuals, actions)
+    metrics.explained_variance("lenvm/explained_variance", returns - values, returns, ended)
+    metrics.slope("lenvm/calibration_slope", returns, values, ended)
+    metrics.mean("lenvm/predicted_length", remaining_from_logits(logits[:, 0], gamma) - 1.0, finished)
+    metrics.mean("lenvm/realised_length", completions.lengths.float(), finished)
 
 
-def stream_metrics(task: Tensor, length: Tensor | None, completions: Completions, reduce) -> dict[str, float]:
+def add_streams(metrics: BatchMetrics, streams: Streams, completions: Completions) -> None:
     """`advantage/…`: the streams before they are added, without `length_coef`.
 
     - `advantage/task_std`: standard deviation of the task stream over the policy's tokens.
     - `advantage/length_mean`, `advantage/length_std`: of the length stream, gated as it is used.
     - `advantage/cosine`: of the angle between the two; -1 where they want opposite things.
-
-    Args:
-        task (`torch.Tensor` of shape `(B, T)`): task stream.
-        length (`torch.Tensor` of shape `(B, T)`, *optional*): length stream of a run with a length value model.
     """
-    moments = Moments(reduce)
-    moments.add("task", task, completions.actions, length)
-    if length is not None:
-        moments.add("length", length, completions.actions)
-    moments.exchange()
-    metrics = {"advantage/task_std": moments.deviation("task")}
-    if length is not None:
-        metrics["advantage/length_mean"] = moments.mean("length")
-        metrics["advantage/length_std"] = moments.deviation("length")
-        metrics["advantage/cosine"] = moments.cosine("task")
-    return metrics
+    actions = completions.actions
+    metrics.deviation("advantage/task_std", streams.task, actions)
+    if streams.length is not None:
+        metrics.mean("advantage/length_mean", streams.length, actions)
+        metrics.deviation("advantage/length_std", streams.length, actions)
+        metrics.cosine("advantage/cosine", streams.task, streams.length, actions)
 
 
-def kl_reward_metrics(log_ratio: Tensor, coef: float, completions: Completions, reduce) -> dict[str, float]:
+def add_kl_reward(metrics: BatchMetrics, log_ratio: Tensor, coef: float, completions: Completions) -> None:
     """`kl_reward/…`, of a run with the divergence from the reference policy in its rewards.
 
     - `kl_reward/per_token`: mean of ``log pi - log pi_ref`` over the tokens that the policy chose.
@@ -188,16 +180,23 @@ def kl_reward_metrics(log_ratio: Tensor, coef: float, completions: Completions, 
         log_ratio (`torch.Tensor` of shape `(B, T)`): 0 where no action is.
         coef (`float`): its weight.
     """
-    moments = Moments(reduce)
-    moments.add("token", log_ratio, completions.actions)
-    moments.add("completion", -coef * log_ratio.sum(dim=1), completions.mask.any(dim=1))
-    moments.exchange()
-    return {"kl_reward/per_token": moments.mean("token"), "kl_reward/per_completion": moments.mean("completion")}
+    metrics.mean("kl_reward/per_token", log_ratio, completions.actions)
+    metrics.mean("kl_reward/per_completion", -coef * log_ratio.sum(dim=1), completions.mask.any(dim=1))
 
 
-def critic_metrics(
-    values: Tensor, returns: Tensor, mask: Tensor, reduce, realised: Tensor | None = None
-) -> dict[str, float]:
+def add_guidance(metrics: BatchMetrics, ratio: Tensor, truncated: Tensor, completions: Completions) -> None:
+    """`guidance/…`, of a run with guided rollouts.
+
+    - `guidance/ratio`: mean importance ratio of the tokens, before it is truncated; about 1 where nothing is wrong.
+    - `guidance/truncated`: share of the tokens whose ratio was truncated.
+    """
+    metrics.mean("guidance/ratio", ratio, completions.mask)
+    metrics.mean("guidance/truncated", truncated.float(), completions.mask)
+
+
+def add_critic(
+    metrics: BatchMetrics, values: Tensor, returns: Tensor, mask: Tensor, realised: Tensor | None = None
+) -> None:
     """`critic/…`, at sampling time: `critic/value_mean`, `critic/return_mean`, `critic/explained_variance`.
 
     The returns are those of lambda 1, whatever the critic's targets are: a target of a lower lambda is made of the
@@ -210,13 +209,6 @@ def critic_metrics(
             others, which go on with the critic's own value, are left out of the last two. All rows by default.
     """
     known = mask if realised is None else mask & realised.unsqueeze(1)
-    moments = Moments(reduce)
-    moments.add("value", values, mask)
-    moments.add("return", returns, known)
-    moments.add("error", returns - values, known)
-    moments.exchange()
-    return {
-        "critic/value_mean": moments.mean("value"),
-        "critic/return_mean": moments.mean("return"),
-        "critic/explained_variance": moments.explained_variance("error", "return"),
-    }
+    metrics.mean("critic/value_mean", values, mask)
+    metrics.mean("critic/return_mean", returns, known)
+    metrics.explained_variance("critic/explained_variance", returns - values, returns, known)

@@ -2,17 +2,15 @@
 
 import contextlib
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lenvm_rl.advantages import gae
-from lenvm_rl.modeling.completions import completion_logits
 from lenvm_rl.modeling.critic import TaskCritic
-from lenvm_rl.trainers import checks
-from lenvm_rl.trainers.base import LenVMTrainer, Outcomes
+from lenvm_rl.trainers.base import LenVMTrainer
 from lenvm_rl.trainers.card import LENVM_CITATION, PPO_CITATION
-from lenvm_rl.trainers.configs import LenVMPPOConfig
+from lenvm_rl.trainers.config import LenVMPPOConfig
 from lenvm_rl.trainers.critic import (
     CRITIC_FOLDER,
     check_same_critic,
@@ -21,9 +19,16 @@ from lenvm_rl.trainers.critic import (
     place_critic,
     read_critic,
 )
-from lenvm_rl.trainers.metrics import Moments, critic_metrics, kl_reward_metrics
-from lenvm_rl.trainers.pictures import picture_inputs
-from lenvm_rl.trainers.streams import Completions, final_rewards, length_adaptive_lambda, whiten
+from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_kl_reward
+from lenvm_rl.trainers.reading import value_logits
+from lenvm_rl.trainers.streams import Batch, Streams, ppo_streams, value_loss
+
+CRITIC = "task critic"
+
+
+def _counted(read: Batch) -> Tensor:
+    """Which tokens the critic learns from, `(B, T)`: actions of completions that were scored."""
+    return read.completions.actions & read.outcomes.scored.unsqueeze(1)
 
 
 class LenVMPPOTrainer(LenVMTrainer):
@@ -34,10 +39,10 @@ class LenVMPPOTrainer(LenVMTrainer):
 
     Task stream, with a learned critic: the weighted sum of the rewards is paid at the last token, with shaping rewards
     ``F_t`` added to every token where `shaping_coef` is set, so that the critic learns the shaped return, and likewise
-    the divergence from the reference policy with `kl_in_reward`.
+    the divergence from the reference policy with `kl_reward_coef`.
     ``A_task = GAE(r + F, V_task; task_gamma, task_lam)``, the critic's targets are ``A_task + V_task`` (each with a
-    lambda of its own where `critic_lam` or `length_adaptive_lam` is set), and `whiten` acts on ``A_task`` alone, unless
-    it says otherwise. A completion that was cut is an end, or goes on with the critic's value and the potential
+    lambda of its own where `critic_lam` or `length_adaptive_alpha` is set), and `whiten` acts on ``A_task`` alone,
+    unless it says otherwise. A completion that was cut is an end, or goes on with the critic's value and the potential
     (`truncation`). Then ``A = A_task + length_coef * A_len``, with ``A_len`` as in [`LenVMGRPOTrainer`]. Settings of
     groups, such as `scale_rewards`, only matter to `critic="lenvm"`.
 
@@ -111,115 +116,58 @@ class LenVMPPOTrainer(LenVMTrainer):
             length_value_model=length_value_model,
             **grpo_arguments,
         )
-        self._check_critic(critic)
+        check_settings(critic, self)
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
         critic = make_critic(critic, args.critic_init, policy, self.length_value_model, args.runs_remote_code)
         self.critic = None if critic is None else place_critic(critic, self)
-
-    def _check_critic(self, critic) -> None:
-        check_settings(critic, self)
 
     @property
     def _critic_learns(self) -> bool:
         return self.critic is not None and self.args.critic_learning_rate > 0.0
 
-    def _task_stream(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
-        scored = outcomes.scored.unsqueeze(1)
+    def _collect(self, batch: dict) -> Batch:
+        read = super()._collect(batch)
         if self.critic is None:
-            task = self._baseline_stream(batch, completions, outcomes, logits)
-        else:
-            values = self._value_logits(self.critic, batch, "task critic")
-            rewards = self._rewards(batch, completions, outcomes, logits)
-            offset = torch.zeros_like(values)
-            if self.args.shaping_coef != 0.0 and self.args.shaping_form == "critic_offset":
-                offset = self._potential(logits)
-            task, targets, errors = self._critic_streams(values + offset, completions, rewards)
-            mask = completions.actions & scored
-            batch["critic_mask"] = mask
-            batch["critic_values"] = values[:, :-1]
-            batch["critic_returns"] = targets + values[:, :-1]
-            shown = (values + offset)[:, :-1]
-            realised = completions.finished if self.args.truncation == "bootstrap" else None
-            self._log_all(critic_metrics(shown, errors + shown, mask, self._sum_over_processes, realised))
-        task = torch.where(scored, task, 0.0)
-        return self._whiten(task, completions, outcomes) if self.args.whiten in ("task", "streams") else task
-
-    def _whiten(self, advantages: Tensor, completions: Completions, outcomes: Outcomes) -> Tensor:
-        """Whitened over the tokens that the policy chose in scored completions, of all processes."""
-        return whiten(advantages, completions.actions & outcomes.scored.unsqueeze(1), self._sum_over_processes)
-
-    def _length_stream(self, logits: Tensor, completions: Completions, outcomes: Outcomes) -> Tensor:
-        length = super()._length_stream(logits, completions, outcomes)
-        return self._whiten(length, completions, outcomes) if self.args.whiten == "streams" else length
-
-    def _add_streams(self, task, length, coefficient, completions, outcomes) -> Tensor:
-        advantages = super()._add_streams(task, length, coefficient, completions, outcomes)
-        return self._whiten(advantages, completions, outcomes) if self.args.whiten == "sum" else advantages
-
-    def _rewards(self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None) -> Tensor:
-        """What each token is paid, `(B, T)`: the reward at the end, and shaping and divergence along the way."""
-        args = self.args
-        rewards = final_rewards(outcomes.rewards, completions)
-        if args.shaping_coef != 0.0 and args.shaping_form == "rewards":
-            terminal_cut = args.truncation == "terminal"
-            rewards += self._shaping_rewards(self._potential(logits), completions, terminal_cut)
-        if args.kl_in_reward:
-            log_ratio = torch.where(completions.actions, self._log_ratio(batch), 0.0)
-            self._log_all(kl_reward_metrics(log_ratio, args.kl_reward_coef, completions, self._sum_over_processes))
-            rewards -= args.kl_reward_coef * log_ratio
-        return rewards
+            return read
+        with torch.no_grad():
+            values = value_logits(self.critic, CRITIC, batch, self, self._chunk_size)
+            log_ratio = None
+            if self.args.kl_reward_coef > 0.0:
+                log_ratio = torch.where(read.completions.actions, self._log_ratio(batch), 0.0)
+        return replace(read, critic_values=values, log_ratio=log_ratio)
 
     def _log_ratio(self, batch: dict) -> Tensor:
         """``log pi - log pi_ref`` of each token, `(B, T)`, of the policy that the completions were sampled from."""
         policy = batch.get("old_per_token_logps")
         if policy is None:
             # TRL leaves them out where the loss can do without.
-            args, training = self.args, self._mode == "train"
-            with torch.no_grad():
-                policy = self._get_per_token_logps_and_entropies(
-                    self.model,
-                    torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                    batch["completion_ids"].shape[1],
-                    batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
-                )[0]
+            policy = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].shape[1],
+                batch_size=self._chunk_size,
+            )[0]
         return policy - batch["ref_per_token_logps"]
 
-    def _critic_streams(self, values: Tensor, completions: Completions, rewards: Tensor) -> tuple[Tensor, ...]:
-        """GAE of the rewards from the critic's values at every state, `(B, T + 1)`: of the policy, of the critic, and
-        of lambda 1, how far the return was from the value.
+    def _streams(self, read: Batch) -> Streams:
+        return ppo_streams(self.args, read)
 
-        Three tensors `(B, T)`; those of one lambda are one tensor.
-        """
-        args = self.args
-        following = completions.following(values, args.truncation == "terminal")
+    def _measure(self, metrics: BatchMetrics, read: Batch, streams: Streams) -> None:
+        super()._measure(metrics, read, streams)
+        if read.log_ratio is not None:
+            add_kl_reward(metrics, read.log_ratio, self.args.kl_reward_coef, read.completions)
+        if self.critic is not None:
+            values = read.critic_values[:, :-1]
+            realised = read.completions.finished if self.args.truncation == "bootstrap" else None
+            add_critic(metrics, values, streams.critic_errors + values, _counted(read), realised)
 
-        def advantages(lam: float | Tensor) -> Tensor:
-            if isinstance(lam, Tensor):
-                lam = lam.unsqueeze(1).expand_as(rewards)
-            actions = completions.actions
-            return gae(rewards, values[:, :-1], completions.mask, args.task_gamma, lam, following, actions)
-
-        known = {lam: advantages(lam) for lam in {1.0, args.target_lam, args.task_lam}}
-        policy = known[args.task_lam]
-        if args.length_adaptive_lam:
-            policy = advantages(length_adaptive_lambda(completions, args.length_adaptive_alpha))
-        return policy, known[args.target_lam], known[1.0]
-
-    def _baseline_stream(
-        self, batch: dict, completions: Completions, outcomes: Outcomes, logits: Tensor | None
-    ) -> Tensor:
-        """The task advantage without a critic: the reward less a baseline, the same for all tokens, and shaping."""
-        if self.args.task_baseline == "group":
-            task = batch["advantages"]
-        else:
-            moments = Moments(self._sum_over_processes)
-            moments.add("reward", outcomes.rewards, outcomes.scored)
-            task = outcomes.rewards - moments.exchange().mean("reward")
-        task = torch.where(completions.actions, task.unsqueeze(1), 0.0)
-        if self.args.shaping_coef != 0.0:
-            task = task + self._shaping_advantage(logits, completions)
-        return task
+    def _set(self, metrics: BatchMetrics, batch: dict, read: Batch, streams: Streams) -> None:
+        super()._set(metrics, batch, read, streams)
+        if self.critic is not None:
+            batch["critic_mask"] = _counted(read)
+            batch["critic_values"] = read.critic_values[:, :-1]
+            batch["critic_returns"] = streams.critic_targets
 
     @property
     def _policy_step(self) -> int:
@@ -242,33 +190,17 @@ class LenVMPPOTrainer(LenVMTrainer):
         return loss + self.args.vf_coef * self._value_loss(inputs)
 
     def _value_loss(self, inputs: dict) -> Tensor:
-        """``1/2 (V - R)^2``, clipped, as a mean over the tokens of the optimizer step that this batch is a part of."""
+        """The value loss as a mean over the tokens of the optimizer step that this batch is a part of."""
         mask, old, returns = inputs["critic_mask"], inputs["critic_values"], inputs["critic_returns"]
         # As Trainer does for the policy: processes exchange gradients once per optimizer step.
         defer = not self.accelerator.sync_gradients
         with self.accelerator.no_sync(self.critic) if defer else contextlib.nullcontext():
-            extended = completion_logits(
-                self.critic,
-                inputs["prompt_ids"],
-                inputs["prompt_mask"],
-                inputs["completion_ids"],
-                inputs["completion_mask"],
-                further_inputs=picture_inputs(inputs),
-            )
-        checks.check_finite(extended, "task critic", inputs, self)
-        values = extended[:, :-1]
-        errors, clipped = (values - returns).square(), torch.zeros_like(mask)
-        if self.args.cliprange_value is not None:
-            near = old + (values - old).clamp(-self.args.cliprange_value, self.args.cliprange_value)
-            clipped_errors = (near - returns).square()
-            clipped = clipped_errors > errors
-            errors = torch.maximum(errors, clipped_errors)
-        losses = torch.where(mask, 0.5 * errors, 0.0)
-        moments = Moments(self._sum_over_processes)
-        moments.add("loss", losses, mask)
-        moments.add("clipped", clipped.float(), mask)
-        moments.exchange()
-        self._log_all({"critic/value_loss": moments.mean("loss"), "critic/clip_fraction": moments.mean("clipped")})
+            values = value_logits(self.critic, CRITIC, inputs, self)[:, :-1]
+        losses, clipped = value_loss(values, old, returns, mask, self.args.cliprange_value)
+        metrics = BatchMetrics(self._sum_over_processes)
+        metrics.mean("critic/value_loss", losses, mask)
+        metrics.mean("critic/clip_fraction", clipped.float(), mask)
+        self._log_all(metrics.read())
         # `num_items_in_batch` spans the generation batch and all processes; DDP averages over processes.
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self._mode == "train":

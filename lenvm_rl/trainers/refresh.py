@@ -9,13 +9,13 @@ return, cut completions going on with the model's own value.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -27,15 +27,17 @@ from lenvm_rl.files import atomic_file
 from lenvm_rl.modeling.completions import completion_logits
 from lenvm_rl.modeling.length_value_model import LengthValueModel, is_shared
 from lenvm_rl.returns import wide_dtype
-from lenvm_rl.trainers.refresh_config import RefreshConfig
+from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.streams import Completions
 
 logger = logging.getLogger(__name__)
 
 REFRESH_FOLDER = "refresh"
-STATE_FILE, MODEL_FOLDER = "state.json", "length_value_model"
+MODEL_FOLDER = "length_value_model"
 # As `transformers.Trainer` does by default; the return lies in (-1, 0), so the gradient is small anyway.
 MAX_GRAD_NORM = 1.0
+# Completions to an optimizer step, of all processes.
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def refit(
     model: LengthValueModel,
     placed,
     rows: list[Row],
-    args: RefreshConfig,
+    args: LenVMConfig,
     *,
     seed: int,
     chunk_size: int,
@@ -132,7 +134,7 @@ def refit(
         model ([`LengthValueModel`]): changed in place; frozen as before when it is done.
         placed (`Callable`): the same model as the run calls it, under its mixed precision.
         rows (`list[Row]`): of this process.
-        args ([`~lenvm_rl.trainers.refresh_config.RefreshConfig`]): how.
+        args ([`~lenvm_rl.trainers.config.LenVMConfig`]): how.
         seed (`int`): of the order.
         chunk_size (`int`): completions per forward.
         num_processes (`int`, *optional*, defaults to `1`): how many take part.
@@ -142,7 +144,7 @@ def refit(
         `list[float]`: the loss of every optimizer step, a mean over its tokens, before the step.
     """
     device = model.device
-    per_process = max(1, args.refresh_batch_size // num_processes)
+    per_process = max(1, BATCH_SIZE // num_processes)
     # Processes may hold different numbers of completions, and take the same number of steps.
     total = int(reduce(torch.tensor([float(len(rows))], device=device)).item())
     steps = max(1, -(-total // (per_process * num_processes)))
@@ -151,10 +153,9 @@ def refit(
     with model.thawed():
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=args.refresh_learning_rate, weight_decay=0.0)
-        for _ in range(args.refresh_epochs):
-            for part in torch.randperm(len(rows), generator=generator).tensor_split(steps):
-                drawn = [rows[i] for i in part.tolist()]
-                losses.append(_step(placed, drawn, model.config.gamma, optimizer, weights, chunk_size, reduce))
+        for part in torch.randperm(len(rows), generator=generator).tensor_split(steps):
+            drawn = [rows[i] for i in part.tolist()]
+            losses.append(_step(placed, drawn, model.config.gamma, optimizer, weights, chunk_size, reduce))
         optimizer.zero_grad()
     return losses
 
@@ -184,7 +185,7 @@ class LengthValueRefresh:
 
     Args:
         model ([`LengthValueModel`]): of the run, unwrapped.
-        args ([`~lenvm_rl.trainers.refresh_config.RefreshConfig`]): of the run.
+        args ([`~lenvm_rl.trainers.config.LenVMConfig`]): of the run.
         accelerator (`accelerate.Accelerator`): of the run.
 
     Raises:
@@ -192,7 +193,7 @@ class LengthValueRefresh:
             in float16.
     """
 
-    def __init__(self, model: LengthValueModel, args: RefreshConfig, accelerator):
+    def __init__(self, model: LengthValueModel, args: LenVMConfig, accelerator):
         check_can_refresh(model, args, accelerator)
         self.model, self.args, self._accelerator = model, args, accelerator
         share = -(-args.refresh_completions // accelerator.num_processes)
@@ -254,8 +255,14 @@ class LengthValueRefresh:
             file.write(save(_as_tensors(list(self.rows))))
         if is_main_process:
             self.model.save_pretrained(os.path.join(folder, MODEL_FOLDER))
-            with atomic_file(os.path.join(folder, STATE_FILE)) as file:
-                file.write(json.dumps({"last_step": self.last_step}).encode())
+
+    def state_dict(self) -> dict[str, int]:
+        """When the last re-fit was."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state: dict[str, int] | None) -> None:
+        """Go on from a state; [`LengthValueRefresh.load`] has found that there is one."""
+        self.last_step = state["last_step"]
 
     def load(self, checkpoint: str) -> None:
         """Go on from a checkpoint.
@@ -264,15 +271,12 @@ class LengthValueRefresh:
             `FileNotFoundError`: it was written without refresh, or by fewer processes.
         """
         folder = os.path.join(checkpoint, REFRESH_FOLDER)
-        for path in (os.path.join(folder, STATE_FILE), self._rows_file(folder)):
-            if not os.path.isfile(path):
-                raise FileNotFoundError(
-                    f"The checkpoint '{checkpoint}' has no file '{os.path.relpath(path, checkpoint)}': it was written "
-                    "with refresh_steps=0, or by fewer processes. Resume with the settings of that run, or start a new "
-                    "run from its weights."
-                )
-        with open(os.path.join(folder, STATE_FILE), encoding="utf-8") as file:
-            self.last_step = json.load(file)["last_step"]
+        if not os.path.isfile(self._rows_file(folder)):
+            raise FileNotFoundError(
+                f"The checkpoint '{checkpoint}' has no file '{os.path.relpath(self._rows_file(folder), checkpoint)}': "
+                "it was written with refresh_steps=0, or by fewer processes. Resume with the settings of that run, or "
+                "start a new run from its weights."
+            )
         base = self.model.backbone if is_shared(self.model) else None
         saved = LengthValueModel.from_pretrained(os.path.join(folder, MODEL_FOLDER), base=base)
         self.model.load_state_dict(saved.state_dict())
@@ -283,7 +287,7 @@ class LengthValueRefresh:
         return os.path.join(folder, f"completions_rank{self._accelerator.process_index}.safetensors")
 
 
-def check_can_refresh(model: LengthValueModel, args: RefreshConfig, accelerator) -> None:
+def check_can_refresh(model: LengthValueModel, args: LenVMConfig, accelerator) -> None:
     """Raise a `ValueError` where a re-fit between phases is not possible, see [`LengthValueRefresh`]."""
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError(
@@ -326,22 +330,22 @@ def _from_tensors(tensors: dict[str, Tensor]) -> list[Row]:
     return [Row(*parts, *both) for *parts, both in zip(prompts, completions, actions, flags, strict=True)]
 
 
-STATE_FILE = "length_value_drift.json"
 WATCHED = ("explained_variance", "calibration_slope", "predicted_length", "realised_length")
 # Generation batches after which a batch counts half; and before which there is no verdict.
 HALF_LIFE = 5.0
 FIRST_VERDICT = 5
+# Beyond these the model counts as stale.
+STALE_EXPLAINED_VARIANCE, STALE_FACTOR = 0.0, 2.0
 
 
 class Drift:
     """Moving averages of how well a length value model fits the completions of a run, and the verdict on it.
 
-    Args:
-        args ([`~lenvm_rl.trainers.refresh_config.RefreshConfig`]): with `stale_explained_variance`, `stale_factor`.
+    It counts as stale while it explains less than `STALE_EXPLAINED_VARIANCE` of the variance of the return, or while
+    its calibration slope, or predicted over realised length, is above `STALE_FACTOR` or below its inverse.
     """
 
-    def __init__(self, args: RefreshConfig):
-        self._args = args
+    def __init__(self):
         self.reset()
 
     def reset(self) -> None:
@@ -353,7 +357,7 @@ class Drift:
         """Take in what a training batch measured.
 
         Args:
-            metrics (`dict[str, float]`): of [`~lenvm_rl.trainers.metrics.value_metrics`]; NaN is left out.
+            metrics (`dict[str, float]`): of [`~lenvm_rl.trainers.metrics.add_values`]; NaN is left out.
 
         Returns:
             `dict[str, float]`: `lenvm/stale`, 1 while the model counts as stale; a warning is logged when it begins to.
@@ -377,40 +381,32 @@ class Drift:
 
     def reasons(self) -> list[str]:
         """Why the model counts as stale; empty if it does not."""
-        args, found = self._args, []
+        found = []
         explained = self.averages.get("explained_variance", math.inf)
-        if explained < args.stale_explained_variance:
+        if explained < STALE_EXPLAINED_VARIANCE:
             found.append(
-                f"it explains {explained:.2f} of the variance of the return (stale_explained_variance="
-                f"{args.stale_explained_variance:g})"
+                f"it explains {explained:.2f} of the variance of the return (stale below {STALE_EXPLAINED_VARIANCE:g})"
             )
         slope = self.averages.get("calibration_slope", 1.0)
-        if not 1.0 / args.stale_factor <= slope <= args.stale_factor:
-            found.append(f"its calibration slope is {slope:.2f} (stale_factor={args.stale_factor:g})")
+        if not 1.0 / STALE_FACTOR <= slope <= STALE_FACTOR:
+            found.append(f"its calibration slope is {slope:.2f} (stale beyond a factor of {STALE_FACTOR:g})")
         predicted, realised = (self.averages.get(f"{name}_length", 0.0) for name in ("predicted", "realised"))
         # The end of sequence counted, so that a policy that writes nothing else divides by 1.
         ratio = (predicted + 1.0) / (realised + 1.0)
-        if not 1.0 / args.stale_factor <= ratio <= args.stale_factor:
+        if not 1.0 / STALE_FACTOR <= ratio <= STALE_FACTOR:
             found.append(
-                f"it predicts {predicted:.1f} tokens where {realised:.1f} are written (stale_factor="
-                f"{args.stale_factor:g})"
+                f"it predicts {predicted:.1f} tokens where {realised:.1f} are written (stale beyond a "
+                f"factor of {STALE_FACTOR:g})"
             )
         return found
 
-    def save(self, folder: str) -> None:
-        """Write the state into a checkpoint."""
-        state = {"averages": self.averages, "batches": self.batches, "stale": self.stale}
-        with atomic_file(os.path.join(folder, STATE_FILE)) as file:
-            file.write(json.dumps(state, indent=2).encode())
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and the verdict."""
+        return {"averages": self.averages, "batches": self.batches, "stale": self.stale}
 
-    def load(self, folder: str) -> None:
-        """Go on from the state in a checkpoint; one that was written without a length value model has none."""
-        path = os.path.join(folder, STATE_FILE)
-        if not os.path.isfile(path):
-            logger.info(
-                "the checkpoint '%s' does not say how the length value model has drifted: starting anew", folder
-            )
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a state; a checkpoint that was written without a length value model has none."""
+        if state is None:
+            logger.info("the checkpoint does not say how the length value model has drifted: starting anew")
             return
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
         self.averages, self.batches, self.stale = state["averages"], state["batches"], state["stale"]

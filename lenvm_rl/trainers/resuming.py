@@ -23,7 +23,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from datasets import IterableDataset
@@ -261,9 +261,15 @@ class ResumableTrainer(CardWritingTrainer):
         self._write_state(folder)
         super()._save_checkpoint(model, trial)
 
+    def _moving_parts(self) -> dict[str, Any]:
+        """What moves in the course of a run beside its models, by name: each has `state_dict` and `load_state_dict`."""
+        return {}
+
     def _write_state(self, folder: str) -> None:
         """Write what TRL does not: every process calls this, and what follows makes the checkpoint complete."""
-        self._write_log(folder)
+        state = {name: part.state_dict() for name, part in self._moving_parts().items()}
+        with atomic_file(self._state_file(folder)) as file:
+            file.write(json.dumps(state | {"log": self._pending()}, indent=2).encode())
         if not self.args.should_save:
             return
         for callback in self.callback_handler.callbacks:
@@ -289,8 +295,12 @@ class ResumableTrainer(CardWritingTrainer):
     def _read_state(self, checkpoint: str) -> None:
         """Take up what `_write_state` wrote."""
         self._reward_states.resume_from(checkpoint)
-        path = self._log_file(checkpoint)
-        self._pending_log = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        path = self._state_file(checkpoint)
+        # One that was written by a trainer of TRL has none.
+        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for name, part in self._moving_parts().items():
+            part.load_state_dict(state.get(name))
+        self._pending_log = state.get("log")
         if self.args.sync_ref_model:
             path = os.path.join(checkpoint, REFERENCE_FILE)
             if not self._reference_moves or not os.path.isfile(path):
@@ -306,19 +316,16 @@ class ResumableTrainer(CardWritingTrainer):
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         return self.args.sync_ref_model and not sharded
 
-    def _log_file(self, folder: str) -> Path:
-        return Path(folder, f"pending_log_rank{self.accelerator.process_index}.json")
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder, f"lenvm_state_rank{self.accelerator.process_index}.json")
 
-    def _write_log(self, folder: str) -> None:
+    def _pending(self) -> dict[str, Any] | None:
         """What was measured since the last log, where a checkpoint falls between two."""
-        path, since = self._log_file(folder), self._globalstep_last_logged
-        path.unlink(missing_ok=True)
+        since = self._globalstep_last_logged
         if since == self.state.global_step:
-            return
+            return None
         metrics = {name: [float(value) for value in values] for name, values in self._metrics["train"].items()}
-        pending = {"metrics": metrics, "loss": self._tr_loss.item(), "since": since}
-        with atomic_file(path) as file:
-            file.write(json.dumps(pending, indent=2).encode())
+        return {"metrics": metrics, "loss": self._tr_loss.item(), "since": since}
 
     def _take_up_log(self) -> None:
         if self._pending_log is None:

@@ -1,6 +1,10 @@
-"""How the completions of a run end: its ids, its budget, and what those say who sample for it.
+"""The completions of a run: how they end, and how they are guided in length.
 
-TRL's batches do not carry why a completion stopped. `lenvm_rl.endings` decides it from what is put together here.
+TRL's batches do not carry why a completion stopped. `lenvm_rl.endings` decides it from what is put together here: the
+ids that end one, its budget, and what those say who sample for the run.
+
+Guided completions are *off-policy*: they are drawn from the guidance's distribution p', and each token's advantage is
+weighed by ``min(p / p', 3)`` in the loss (truncated importance sampling).
 """
 
 from __future__ import annotations
@@ -16,6 +20,10 @@ from transformers import PreTrainedModel
 
 from lenvm_rl.decoding.generation import GuidanceReport, LengthGuidance, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length
+from lenvm_rl.trainers.streams import Completions, read_completions
+
+# Truncation of the importance ratio that each token of a guided rollout is weighed by.
+RATIO_MAX = 3.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,22 @@ def read_sampled(generated: tuple, end_ids: Sequence[int]) -> Sampled:
                 "give one for each, True where it ended and False where it was cut."
             )
     return Sampled(lengths, tool_mask, finished)
+
+
+def collect_completions(trainer, batch: dict, sampled: Sampled) -> Completions:
+    """The completions of a generation batch: which tokens are the policy's, and how each row ended.
+
+    Args:
+        trainer (`trl.GRPOTrainer`), batch (`dict`), sampled ([`Sampled`]): of the run, TRL's, and what is known of it.
+    """
+    prompt_lengths = batch["prompt_mask"].sum(dim=1)
+    said = None if sampled.finished is None else torch.tensor(sampled.finished, device=prompt_lengths.device)
+    budget = completion_budget(trainer, prompt_lengths, sampled)
+    if budget is not None:
+        stopped = ends_in_stop_string(trainer, batch["completion_ids"], batch["completion_mask"])
+        budget = budget.masked_fill(stopped, torch.iinfo(budget.dtype).max)
+    lengths = torch.tensor(sampled.lengths, device=prompt_lengths.device)
+    return read_completions(batch, trainer.eos_token_ids, budget, said, lengths)
 
 
 def completion_budget(trainer, prompt_lengths: Tensor, sampled: Sampled | None) -> Tensor | None:
@@ -213,23 +237,20 @@ def guided_generation(
         del model.generate
 
 
-def importance_ratio(report: GuidanceReport, mask: Tensor, maximum: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weight of each token, ``min(p / p', maximum)``, and the sums that its metrics are made of.
+def importance_ratio(report: GuidanceReport, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """How much likelier the policy makes each token of guided completions than the guidance did, ``p / p'``.
 
     Args:
-        report ([`~lenvm_rl.decoding.generation.GuidanceReport`]): of the completions.
+        report ([`~lenvm_rl.decoding.GuidanceReport`]): of the completions.
         mask (`torch.Tensor` of shape `(B, T)`): 1 where a token exists.
-        maximum (`float`): truncation.
 
     Returns:
-        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: weights `(B, T)`, 1 where no token is; and `tokens`, `ratio` and
-        `truncated`, sums over tokens.
+        `tuple[torch.Tensor, torch.BoolTensor]` of shape `(B, T)`: the ratio, 1 where no token is; and where it is above
+        [`RATIO_MAX`], at which it is truncated as a weight.
     """
     exists, width = mask.bool(), mask.shape[1]
     difference = report.policy_log_probs - report.log_probs
     # TRL cuts off columns that hold padding only.
     difference = F.pad(difference, (0, max(0, width - difference.shape[1])))[:, :width]
     ratio = torch.where(exists, difference.exp(), 1.0)
-    over = (ratio > maximum) & exists
-    sums = {"tokens": exists.sum().float(), "ratio": (ratio * exists).sum(), "truncated": over.sum().float()}
-    return ratio.clamp(max=maximum), sums
+    return ratio, (ratio > RATIO_MAX) & exists

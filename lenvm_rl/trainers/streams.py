@@ -1,4 +1,10 @@
-"""How the streams of advantage are made from a batch of completions: pure functions on tensors, shared by the trainers.
+"""From a batch to advantages: the streams of task and length, the gate, shaping and whitening, as pure functions.
+
+The line, for which the trainers put a [`Batch`] together and take its [`Streams`] up:
+
+    task      TRL's group-relative advantage, or GAE of rewards, shaping and divergence from a critic's values
+    length    GAE of the length return, gated by what is correct                              `length_stream`
+    A         task + length_coef * length                                                     `lenvm_rl.combine`
 
 Shapes and conventions are those of [`lenvm_rl.returns`]: arrays are `(B, T)` and aligned with the completion, entry
 ``t`` of ``values`` is read before token ``t`` was chosen; value models give `(B, T + 1)`, the last entry of a row's
@@ -6,15 +12,23 @@ states being the one after its last token. Tokens that nobody chose (tool output
 actions (`action_mask` of [`lenvm_rl.gae`]): their advantage is 0.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lenvm_rl.advantages import combine, gae, length_advantage
 from lenvm_rl.endings import finished_rows, own_lengths
 from lenvm_rl.modeling.completions import bootstrap_values
 from lenvm_rl.returns import td_residual, wide_dtype
+from lenvm_rl.shaping import length_potential, potential_shaping, value_potential
+
+if TYPE_CHECKING:
+    from lenvm_rl.trainers.config import LenVMConfig, LenVMPPOConfig
 
 # As in TRL's group-relative advantage: differences far below any real reward are not blown up to size 1.
 WHITEN_EPSILON = 1e-4
@@ -44,6 +58,259 @@ class Completions:
         """
         ends = torch.ones_like(self.finished) if terminal_cut else self.finished
         return bootstrap_values(values, self.mask, ends)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What the reward functions said about this process's completions.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards, 0 where nothing was scored.
+        scored (`torch.BoolTensor` of shape `(B,)`): where at least one function returned a number.
+        correct (`torch.BoolTensor` of shape `(B,)`): which are correct.
+        judged (`torch.BoolTensor` of shape `(B,)`): of which that is known; the others are not wrong.
+    """
+
+    rewards: Tensor
+    scored: Tensor
+    correct: Tensor
+    judged: Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How the rows of this process stand among those of all; the defaults are a single process's.
+
+    Args:
+        group_size (`int`): completions of one prompt, neighbours in the rows of all processes put together.
+        first_row (`int`, *optional*, defaults to `0`): where the rows of this process start among them.
+        gather (`Callable`, *optional*): puts the rows of all processes together.
+        reduce (`Callable`, *optional*): sums a tensor over processes.
+    """
+
+    group_size: int
+    first_row: int = 0
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the streams of a generation batch are made of, on this process.
+
+    Args:
+        completions ([`Completions`]), outcomes ([`Outcomes`]), processes ([`Processes`]): of the batch.
+        relative (`torch.Tensor` of shape `(B,)`): TRL's group-relative advantage.
+        length_coef (`float`, *optional*): weight of the length stream in this batch.
+        gamma (`float`, *optional*): of the length return; `None` without a length value model.
+        max_length (`int`, *optional*): most tokens of a completion, the unit of the potential `"length"`.
+        length_logits (`torch.Tensor` of shape `(B, T + 1)`, *optional*): of the length value model at every state.
+        critic_values (`torch.Tensor` of shape `(B, T + 1)`, *optional*): of a learned critic.
+        log_ratio (`torch.Tensor` of shape `(B, T)`, *optional*):
+            ``log pi - log pi_ref``, where the divergence is paid as a reward.
+    """
+
+    completions: Completions
+    outcomes: Outcomes
+    processes: Processes
+    relative: Tensor
+    length_coef: float | None = None
+    gamma: float | None = None
+    max_length: int | None = None
+    length_logits: Tensor | None = None
+    critic_values: Tensor | None = None
+    log_ratio: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What is made of a [`Batch`], all `(B, T)`.
+
+    Args:
+        task (`torch.Tensor`): the task stream, shaping included.
+        length (`torch.Tensor`, *optional*): the length stream, gated, without `length_coef`.
+        advantages (`torch.Tensor`): what the policy learns from.
+        critic_targets (`torch.Tensor`, *optional*): what a critic's values are fitted to.
+        critic_errors (`torch.Tensor`, *optional*): of lambda 1, how far the return was from the critic's value.
+    """
+
+    task: Tensor
+    length: Tensor | None
+    advantages: Tensor
+    critic_targets: Tensor | None = None
+    critic_errors: Tensor | None = None
+
+
+def grpo_streams(args: LenVMConfig, batch: Batch) -> Streams:
+    """``A_t = A_task + length_coef * A_len,t + shaping_coef * A_shaping,t`` (arXiv 2604.27039, appendices C.2, C.3)."""
+    task = torch.where(batch.completions.actions, batch.relative.unsqueeze(1), 0.0)
+    if args.shaping_coef != 0.0:
+        shaping = shaping_advantage(args, batch)
+        task = task + torch.where(batch.outcomes.scored.unsqueeze(1), shaping, 0.0)
+    length, gate = length_stream(args, batch)
+    return _combined(args, batch, task, length, gate)
+
+
+def ppo_streams(args: LenVMPPOConfig, batch: Batch) -> Streams:
+    """The streams of PPO: ``A_task`` is GAE of what each token is paid, or without a critic the reward less a baseline.
+
+    What is whitened, and where, is `args.whiten`.
+    """
+    completions, reduce = batch.completions, batch.processes.reduce
+    scored = batch.outcomes.scored.unsqueeze(1)
+    counted = completions.actions & scored
+    targets = errors = None
+    if batch.critic_values is None:
+        task = baseline_stream(args, batch)
+    else:
+        task, targets, errors = critic_streams(args, batch, token_rewards(args, batch))
+        targets = targets + batch.critic_values[:, :-1]
+    task = torch.where(scored, task, 0.0)
+    if args.whiten in ("task", "streams"):
+        task = whiten(task, counted, reduce)
+    length, gate = length_stream(args, batch)
+    if length is not None and args.whiten == "streams":
+        length, gate = whiten(_gated(length, gate), counted, reduce), None
+    streams = _combined(args, batch, task, length, gate)
+    advantages = whiten(streams.advantages, counted, reduce) if args.whiten == "sum" else streams.advantages
+    return Streams(task, streams.length, advantages, targets, errors)
+
+
+def _combined(args: LenVMConfig, batch: Batch, task: Tensor, length: Tensor | None, gate: Tensor | None) -> Streams:
+    advantages = task
+    if args.has_length_stream:
+        advantages = combine(task, length, batch.completions.mask, batch.length_coef, gate)
+    return Streams(task, None if length is None else _gated(length, gate), advantages)
+
+
+def _gated(length: Tensor, gate: Tensor | None) -> Tensor:
+    return length if gate is None else gate.to(length.dtype).unsqueeze(1) * length
+
+
+def length_stream(args: LenVMConfig, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """The length advantage `(B, T)` and the weight of each row's, its gate `(B,)`; one that is centred has none.
+
+    Completions that nobody scored are not paid.
+    """
+    if batch.length_logits is None:
+        return None, None
+    completions, scored = batch.completions, batch.outcomes.scored
+    states = -torch.sigmoid(batch.length_logits)
+    values, following = states[:, :-1], completions.following(states)
+    if args.length_gate_center:
+        length = centered_gated_advantage(values, completions, batch.gamma, following, batch.outcomes, batch.processes)
+        return torch.where(scored.unsqueeze(1), length, 0.0), None
+    length = length_advantage(values, completions.mask, batch.gamma, args.length_lam, following, completions.actions)
+    return length, torch.where(scored, length_gate(args.length_gate, batch.outcomes, batch.processes), 0.0)
+
+
+def length_gate(gate: str, outcomes: Outcomes, processes: Processes) -> Tensor:
+    """Which share of its length advantage each completion is paid, `(B,)`: see `length_gate` of [`LenVMConfig`]."""
+    if gate == "correct":
+        return outcomes.correct.float()
+    if gate == "pass_rate":
+        return group_pass_rate(outcomes, processes)
+    return torch.ones_like(outcomes.rewards)
+
+
+def shaping_potential(args: LenVMConfig, batch: Batch) -> Tensor:
+    """The shaping potential at every state, `shaping_coef` included: `(B, T + 1)`."""
+    if args.shaping_potential == "value":
+        return args.shaping_coef * value_potential(batch.length_logits)
+    return args.shaping_coef * length_potential(batch.length_logits, batch.gamma, batch.max_length)
+
+
+def shaping_rewards(args: LenVMConfig, batch: Batch, terminal_cut: bool) -> Tensor:
+    """``F_t = gamma * Phi(s_{t+1}) - Phi(s_t)``, `(B, T)`, with a Phi that is 0 wherever the task ends."""
+    potential, completions = shaping_potential(args, batch), batch.completions
+    following = completions.following(potential, terminal_cut)
+    return potential_shaping(potential[:, :-1], completions.mask, args.shaping_discount, following, completions.actions)
+
+
+def shaping_advantage(args: LenVMConfig, batch: Batch) -> Tensor:
+    """What shaping adds to a task advantage that has no critic: ``GAE(F, 0)``, `(B, T)`.
+
+    Never ``F_t`` by itself, which looks one token ahead, and never its sum, which is the same for all completions of a
+    prompt. With lambda 1 it is ``-Phi(s_t)``, a baseline. The task without a critic ends where it is cut, so Phi is 0
+    there too. (``GAE(0, Phi)`` is the same: docs/mathematics.md, theorem 6.)
+    """
+    rewards, completions = shaping_rewards(args, batch, terminal_cut=True), batch.completions
+    return gae(
+        rewards,
+        torch.zeros_like(rewards),
+        completions.mask,
+        args.task_gamma,
+        args.task_lam,
+        action_mask=completions.actions,
+    )
+
+
+def token_rewards(args: LenVMPPOConfig, batch: Batch) -> Tensor:
+    """What each token is paid, `(B, T)`: the reward at the end, and shaping and divergence along the way."""
+    rewards = final_rewards(batch.outcomes.rewards, batch.completions)
+    if args.shaping_coef != 0.0:
+        rewards += shaping_rewards(args, batch, args.truncation == "terminal")
+    if batch.log_ratio is not None:
+        rewards -= args.kl_reward_coef * batch.log_ratio
+    return rewards
+
+
+def critic_streams(args: LenVMPPOConfig, batch: Batch, rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GAE of the rewards from the critic's values: of the policy's lambda, of the targets', and of lambda 1.
+
+    Three tensors `(B, T)`; those of one lambda are one tensor.
+    """
+    completions, values = batch.completions, batch.critic_values
+    following = completions.following(values, args.truncation == "terminal")
+
+    def advantages(lam: float | Tensor) -> Tensor:
+        if isinstance(lam, Tensor):
+            lam = lam.unsqueeze(1).expand_as(rewards)
+        actions = completions.actions
+        return gae(rewards, values[:, :-1], completions.mask, args.task_gamma, lam, following, actions)
+
+    known = {lam: advantages(lam) for lam in {1.0, args.target_lam, args.task_lam}}
+    policy = known[args.task_lam]
+    if args.length_adaptive_alpha is not None:
+        policy = advantages(length_adaptive_lambda(completions, args.length_adaptive_alpha))
+    return policy, known[args.target_lam], known[1.0]
+
+
+def baseline_stream(args: LenVMPPOConfig, batch: Batch) -> Tensor:
+    """The task advantage without a critic: the reward less a baseline, the same for all tokens, and shaping."""
+    task = batch.relative
+    if args.task_baseline == "batch":
+        rewards, scored = batch.outcomes.rewards, batch.outcomes.scored
+        sums = torch.stack(
+            [scored.to(wide_dtype(scored.device)).sum(), torch.where(scored, rewards, 0.0).double().sum()]
+        )
+        count, total = batch.processes.reduce(sums).tolist()
+        task = rewards - (total / count if count else float("nan"))
+    task = torch.where(batch.completions.actions, task.unsqueeze(1), 0.0)
+    return task + shaping_advantage(args, batch) if args.shaping_coef != 0.0 else task
+
+
+def value_loss(
+    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """``1/2 (V - R)^2`` of each token, and whether clipping has changed it (Schulman et al., arXiv 1707.06347; the
+    clipping is that of their code: ``1/2 max((V - R)^2, (V_old + clamp(V - V_old, -c, c) - R)^2)``).
+
+    Args:
+        values, old, returns (`torch.Tensor` of shape `(B, T)`): now, at sampling time, and what they are fitted to.
+        mask (`torch.BoolTensor` of shape `(B, T)`): where there is something to fit.
+        clip (`float`, *optional*): c; no clipping when omitted.
+
+    Returns:
+        `tuple[torch.Tensor, torch.BoolTensor]` of shape `(B, T)`, the first 0 outside the mask.
+    """
+    errors, clipped = (values - returns).square(), torch.zeros_like(mask)
+    if clip is not None:
+        near = old + (values - old).clamp(-clip, clip)
+        clipped_errors = (near - returns).square()
+        clipped = clipped_errors > errors
+        errors = torch.maximum(errors, clipped_errors)
+    return torch.where(mask, 0.5 * errors, 0.0), clipped
 
 
 def read_completions(
@@ -100,15 +367,7 @@ def final_rewards(rewards: Tensor, completions: Completions) -> Tensor:
 
 
 def centered_gated_advantage(
-    values: Tensor,
-    completions: Completions,
-    gamma: float,
-    following: Tensor,
-    correct: Tensor,
-    group_size: int,
-    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
-    first_row: int = 0,
-    judged: Tensor | None = None,
+    values: Tensor, completions: Completions, gamma: float, following: Tensor, outcomes: Outcomes, processes: Processes
 ) -> Tensor:
     """Length stream of the correct completions, centred over each group so that no V can bias it.
 
@@ -134,11 +393,8 @@ def centered_gated_advantage(
         completions ([`Completions`]): which tokens exist and which are actions.
         gamma (`float`): of the length return.
         following (`torch.Tensor` of shape `(B,)`): value after the last token.
-        correct (`torch.Tensor` of shape `(B,)`): 1 where the completion is correct, which is then judged.
-        group_size (`int`): completions of one prompt, neighbours in the rows of all processes put together.
-        gather (`Callable`, *optional*): puts the rows of all processes together; a single process needs none.
-        first_row (`int`, *optional*, defaults to `0`): where the rows of this process start among them.
-        judged (`torch.Tensor` of shape `(B,)`, *optional*): 1 where that is known; everywhere when omitted.
+        outcomes ([`Outcomes`]): which completions are correct, and of which that is known.
+        processes ([`Processes`]): the groups.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, 0 where no action is. The only correct completion of a group has nothing to be
@@ -150,36 +406,28 @@ def centered_gated_advantage(
     earned = (weights * residuals).cumsum(dim=1)
     before = earned - weights * residuals
     whole = earned[:, -1]
-    judged = torch.ones_like(correct) if judged is None else judged
-    gates, counted = (gather(rows.to(values.dtype)).view(-1, group_size) for rows in (correct, judged))
-    totals = gather(whole * correct.to(values.dtype)).view(-1, group_size)
+    correct, gather, size = outcomes.correct, processes.gather, processes.group_size
+    gates, counted = (gather(rows.to(values.dtype)).view(-1, size) for rows in (correct, outcomes.judged))
+    totals = gather(whole * correct.to(values.dtype)).view(-1, size)
     others = gates.sum(dim=1, keepdim=True) - gates
     mean = (totals.sum(dim=1, keepdim=True) - totals) / others.clamp(min=1.0)
     share = others / (counted.sum(dim=1, keepdim=True) - counted).clamp(min=1.0)
-    others, mean, share = (column.flatten()[first_row:][: len(whole)] for column in (others, mean, share))
+    others, mean, share = (column.flatten()[processes.first_row :][: len(whole)] for column in (others, mean, share))
     first = torch.where(correct.bool() & (others > 0), whole - mean, 0.0)
     return torch.where(completions.actions, first.unsqueeze(1) - share.unsqueeze(1) * before, 0.0)
 
 
-def group_pass_rate(
-    correct: Tensor,
-    judged: Tensor,
-    group_size: int,
-    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
-    first_row: int = 0,
-) -> Tensor:
+def group_pass_rate(outcomes: Outcomes, processes: Processes) -> Tensor:
     """Share of correct completions among the judged ones of each completion's group, itself included.
-
-    Args:
-        correct, judged (`torch.BoolTensor` of shape `(B,)`): of each completion.
-        group_size, gather, first_row: as in [`centered_gated_advantage`].
 
     Returns:
         `torch.Tensor` of shape `(B,)`, float64 where the device has it, 0 where nothing of the group was judged.
     """
-    counts = gather(torch.stack([correct & judged, judged], dim=1).long()).view(-1, group_size, 2).sum(dim=1)
+    correct, judged = outcomes.correct, outcomes.judged
+    rows = processes.gather(torch.stack([correct & judged, judged], dim=1).long())
+    counts = rows.view(-1, processes.group_size, 2).sum(dim=1)
     rates = counts[:, 0].to(wide_dtype(counts.device)) / counts[:, 1].clamp(min=1)
-    return rates.repeat_interleave(group_size)[first_row : first_row + len(correct)]
+    return rates.repeat_interleave(processes.group_size)[processes.first_row :][: len(correct)]
 
 
 def whiten(advantages: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:

@@ -25,7 +25,7 @@ from trl import GRPOConfig
 
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
 from lenvm_rl.trainers.checks import check_rewards
-from lenvm_rl.trainers.configs import LenVMConfig
+from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.frozen import place_length_value_model
 
 

@@ -15,7 +15,7 @@ from lenvm_rl.advantages import length_advantage
 from lenvm_rl.modeling.completions import completion_logits
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer, TaskCritic
-from lenvm_rl.trainers.pictures import check_sees_pictures, picture_inputs
+from lenvm_rl.trainers.reading import check_sees_pictures, picture_inputs
 
 GAMMA, EOS = 0.9, 1
 TEMPLATE = (

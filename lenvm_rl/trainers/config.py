@@ -1,0 +1,410 @@
+"""Arguments of the trainers: everything of `trl.GRPOConfig`, and what a length value model and a task critic add to it.
+
+Each field is told once. Its annotation says what it may be: a choice (`Literal`), an interval, or names of fields
+without which nothing reads it. Docstrings, checks and the help of the command line are made from that and its help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from trl import GRPOConfig
+
+from lenvm_rl.shaping import check_shaping_gamma
+from lenvm_rl.trainers.arguments import check_config_names
+
+# Intervals; infinity is always left out, and so is what is not a number.
+UNIT, POSITIVE, NOT_NEGATIVE, NUMBER = "[0, 1]", "(0, inf)", "[0, inf)", "(-inf, inf)"
+# What nothing reads unless one of these is set.
+STEERED, REFRESHED = ("length_target", "accuracy_floor"), ("refresh_steps",)
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _is_within(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value > low or (interval[0] == "[" and value == low)
+    return above and (value < high or (interval[-1] == "]" and value == high))
+
+
+def _documented(config: type) -> type:
+    """Adds what the fields of a config say of themselves to its docstring, those of its parents left out."""
+    lines = [inspect.cleandoc(config.__doc__), "", "Args:"]
+    for each in dataclasses.fields(config):
+        if each.name in config.__annotations__:
+            kind = each.type.removeprefix("Annotated[").split(",")[0] if "Annotated" in each.type else each.type
+            lines.append(f"    {each.name} (`{kind}`, defaults to `{each.default!r}`): {each.metadata['help']}")
+    config.__doc__ = "\n".join(lines)
+    return config
+
+
+@_documented
+@dataclass
+class LenVMConfig(GRPOConfig):
+    """What [`LenVMGRPOConfig`] and [`LenVMPPOConfig`] share: the length stream, its weight and its gate, shaping,
+    guided rollouts, and re-fits of the length value model.
+
+    A steered coefficient belongs to the generation batch after those that it was measured on: one that depended on the
+    completions it weighs would make the length value model more than a baseline. For the same reason a re-fit happens
+    before completions are sampled, on completions of earlier batches.
+
+    Raises:
+        `ValueError`: a value is out of its bounds, or two values exclude each other.
+        `TypeError`: a field is one of an older PPO config; what stands for it is said.
+    """
+
+    # What may come from the command line as JSON.
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "rollout_guidance"]
+
+    length_coef: Annotated[float, NUMBER] = _setting(
+        0.0,
+        "Weight s of the length stream in A = A_task + s * A_len (arXiv 2604.27039, appendix C.2). Positive shortens, "
+        "negative lengthens, 0 leaves TRL as it is. Start small (0.1) and watch accuracy next to length. Where it is "
+        "steered (length_target, accuracy_floor), the weight at the start.",
+    )
+    length_coef_warmup_steps: Annotated[int, NOT_NEGATIVE] = _setting(
+        0,
+        "Optimizer steps in which length_coef grows linearly from 0. Steps in which only a critic learns do not count.",
+    )
+    length_target: Annotated[float | None, POSITIVE] = _setting(
+        None,
+        "Steer length_coef until completions have this mean length, in tokens, EOS not counted (cut ones count with "
+        "what they have). To hold it, the coefficient goes below 0 where they are too short; with length_coef_min=0 it "
+        "is a budget: nothing is lengthened, and where no reward pulls at the length, it ends well below.",
+    )
+    accuracy_floor: Annotated[float | None, "[0, 1)"] = _setting(
+        None,
+        "Steer length_coef to the most that keeps accuracy: it grows while the moving average of length/correct (half-"
+        "life: 10 generation batches) is above this, and shrinks while it is below.",
+    )
+    length_coef_rate: Annotated[float, POSITIVE, STEERED] = _setting(
+        0.02,
+        "Change of a steered length_coef per generation batch for an error of 1: the logarithm of the mean length over "
+        "length_target (so 1 is 2.7 times as long), or the distance of the accuracy from accuracy_floor.",
+    )
+    length_coef_proportional: Annotated[float, NOT_NEGATIVE, STEERED] = _setting(
+        2.0,
+        "What an error of 1 adds to a steered length_coef while it lasts. A policy's length moves as long as the "
+        "coefficient is not 0, so what only adds up (0 here) swings about the target (arXiv 2007.03964).",
+    )
+    length_coef_min: Annotated[float | None, NUMBER, STEERED] = _setting(
+        None,
+        "Lower bound of a steered length_coef. Default: -length_coef_max with length_target, 0 with accuracy_floor.",
+    )
+    length_coef_max: Annotated[float, NUMBER, STEERED] = _setting(1.0, "Upper bound of a steered length_coef.")
+    length_lam: Annotated[float, UNIT] = _setting(
+        1.0,
+        "Lambda of the length stream's GAE. At 1 the length value model is only a baseline; below 1 its errors enter "
+        "the gradient in exchange for less variance.",
+    )
+    length_gate: Literal["all", "correct", "pass_rate"] = _setting(
+        "correct",
+        "Who is paid for length: 'correct' (only completions that gate_reward calls correct), 'all' (every completion; "
+        "with a large length_coef the policy learns to answer at once, right or wrong) or 'pass_rate' (every "
+        "completion, times the share of correct ones among those of its prompt: groups that can do it are to be short, "
+        "the others are left alone. The share depends on the completion itself by one part in num_generations, and "
+        "for that part the length value model is no pure baseline, as with 'correct').",
+    )
+    gate_reward: str | None = _setting(
+        None,
+        "Name of the reward function that says what is correct. It may be left out where there is no doubt: one "
+        "function, or penalties around one and the same task reward, with or without that beside them.",
+    )
+    gate_threshold: Annotated[float, NUMBER] = _setting(
+        0.5,
+        "A completion is correct where the raw value of that function, without weight, is above this. A penalty that "
+        "keeps its task reward's flags is asked for those instead.",
+    )
+    length_gate_center: bool = _setting(
+        False,
+        "Centre the gated length stream over the correct completions of each group, so that no length value model can "
+        "push the chance to be correct (lenvm_rl.trainers.streams.centered_gated_advantage). Needs "
+        "length_gate='correct' and length_lam=1.",
+    )
+    shaping_coef: Annotated[float, NUMBER] = _setting(
+        0.0,
+        "Weight of potential-based shaping with the length value model as the potential (arXiv 2604.27039, appendix "
+        "C.3; Ng et al., 1999). It changes how a policy learns, not what is optimal: it does not shorten completions.",
+    )
+    shaping_potential: Literal["value", "length"] = _setting(
+        "value",
+        "The potential: 'value' (V, flat far from the end) or 'length' (minus the predicted tokens to come, divided by "
+        "max_completion_length).",
+    )
+    shaping_gamma: Annotated[float | None, "(0, 1]"] = _setting(
+        None, "Discount of the shaping term. Default: task_gamma, the only one that is potential-based."
+    )
+    allow_gamma_mismatch: bool = _setting(
+        False, "Allow a shaping_gamma that is not task_gamma. Such shaping changes what is optimal."
+    )
+    task_gamma: Annotated[float, "(0, 1]"] = _setting(
+        1.0, "Discount of the task return. It is not the length value model's gamma."
+    )
+    task_lam: Annotated[float, UNIT] = _setting(
+        1.0,
+        "Lambda of the task stream's GAE. The task pays once, at the end: below 1 the reward that reaches a token "
+        "fades by lambda for every token after it (0.95 leaves 0.6 % of it after 100 tokens, and the rest is the "
+        "critic's guess), so the unbiased 1 is the default (arXiv 2503.24290). In PPO it serves the policy and the "
+        "critic's targets, unless critic_lam is set.",
+    )
+    rollout_guidance: dict | str | None = _setting(
+        None,
+        "Guide the rollouts of training (not those of evaluation) in length: fields of LengthGuidance as JSON, such as "
+        "'{\"strength\": 2.0}', but temperature, top_k, top_p and min_p, which are the trainer's. They are off-policy "
+        "then, and each token is weighed by its importance ratio, truncated at 3.",
+    )
+    refresh_steps: Annotated[int, NOT_NEGATIVE] = _setting(
+        0,
+        "Re-fit the length value model after every so many optimizer steps, and freeze it again; 0 is never. Its gamma "
+        "stays. It changes the model that was given to the trainer, and checkpoints hold it.",
+    )
+    refresh_completions: Annotated[int, "[1, inf)", REFRESHED] = _setting(
+        2048, "How many completions, the latest of all processes, it is re-fitted on, in one pass of 64 to a step."
+    )
+    refresh_learning_rate: Annotated[float, POSITIVE, REFRESHED] = _setting(
+        1e-5, "Constant learning rate of a re-fit (AdamW, a new one each time)."
+    )
+    refresh_only_correct: Annotated[bool, REFRESHED] = _setting(
+        False, "Re-fit on correct completions only: the V that length_gate='correct' asks for."
+    )
+
+    def __new__(cls, *arguments, **fields):
+        check_config_names(cls.__name__, fields)
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, annotation in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(annotation) in (Annotated, Literal) and name not in GRPOConfig.__dataclass_fields__:
+                self._check_field(name, annotation)
+        self._check_steering()
+        if self.length_gate_center and (self.length_gate != "correct" or self.length_lam != 1.0):
+            raise ValueError(
+                f"length_gate_center=True centres the stream of the correct completions, and only at length_lam=1 does "
+                f"the length value model drop out of it: set length_gate='correct', not '{self.length_gate}', and "
+                f"length_lam=1, not {self.length_lam}, or leave the centring out."
+            )
+        check_shaping_gamma(self.shaping_gamma, self.task_gamma, self.allow_gamma_mismatch)
+        if isinstance(self.rollout_guidance, str):
+            raise ValueError(f"rollout_guidance={self.rollout_guidance!r} is no JSON object: write it as '{{...}}'.")
+
+    def _check_field(self, name: str, annotation: Any) -> None:
+        """Raise a `ValueError` if a field is not what its annotation says."""
+        fields = type(self).__dataclass_fields__
+        value, default = getattr(self, name), fields[name].default
+        if get_origin(annotation) is Literal:
+            if value not in get_args(annotation):
+                raise ValueError(f"{name}='{value}' is unknown; choose one of {', '.join(get_args(annotation))}.")
+            return
+        if value is None and default is None:
+            return
+        for told in annotation.__metadata__:
+            if isinstance(told, str) and not _is_within(value, told):
+                raise ValueError(f"{name}={value} is not in {told}.")
+            readers = told if isinstance(told, tuple) else ()
+            if readers and value != default and all(getattr(self, each) == fields[each].default for each in readers):
+                raise ValueError(
+                    f"{name}={value} is read with {' or '.join(readers)} only: set that too, or leave it out."
+                )
+
+    def _check_steering(self) -> None:
+        if self.length_coef_warmup_steps and (self.steering is not None or self.length_coef == 0.0):
+            raise ValueError(
+                f"length_coef_warmup_steps={self.length_coef_warmup_steps} lead to a constant length_coef that is not "
+                "0: set length_coef, and leave out length_target and accuracy_floor (a steered coefficient starts at "
+                "length_coef and grows at length_coef_rate by itself)."
+            )
+        if self.steering is None:
+            return
+        if self.length_target is not None and self.accuracy_floor is not None:
+            raise ValueError(
+                f"length_target={self.length_target} and accuracy_floor={self.accuracy_floor} both steer length_coef: "
+                "leave one of them out."
+            )
+        lowest, highest = self.coefficient_bounds
+        if not lowest <= self.length_coef <= highest:
+            raise ValueError(
+                f"length_coef={self.length_coef}, where a steered coefficient starts, is not in [length_coef_min, "
+                f"length_coef_max] = [{lowest}, {highest}]: change it or the bounds."
+            )
+        if self.accuracy_floor is not None and lowest < 0.0:
+            raise ValueError(
+                f"length_coef_min={self.length_coef_min} with accuracy_floor would pay for length where accuracy is "
+                "below the floor: set it to 0 or more."
+            )
+        if self.rollout_guidance is not None:
+            raise ValueError(
+                "length_target and accuracy_floor measure completions of the policy, which those of rollout_guidance "
+                "are not: leave one of them out."
+            )
+
+    @property
+    def steering(self) -> str | None:
+        """What the coefficient is steered by: `"target"`, `"floor"`, or `None`."""
+        if self.length_target is not None:
+            return "target"
+        return None if self.accuracy_floor is None else "floor"
+
+    @property
+    def coefficient_bounds(self) -> tuple[float, float]:
+        """Between which a steered coefficient moves."""
+        if self.length_coef_min is not None:
+            return self.length_coef_min, self.length_coef_max
+        return (-self.length_coef_max if self.steering == "target" else 0.0), self.length_coef_max
+
+    @property
+    def has_length_stream(self) -> bool:
+        """Whether the length stream is ever added to the advantages."""
+        return self.length_coef != 0.0 or self.steering is not None
+
+    @property
+    def shaping_discount(self) -> float:
+        """The discount F is computed with."""
+        return self.task_gamma if self.shaping_gamma is None else self.shaping_gamma
+
+    @property
+    def gate_users(self) -> list[str]:
+        """The settings, as a person writes them, that have to know which completions are correct."""
+        users = {
+            f"length_gate='{self.length_gate}'": self.has_length_stream and self.length_gate != "all",
+            f"accuracy_floor={self.accuracy_floor}": self.accuracy_floor is not None,
+            "refresh_only_correct=True": self.refresh_steps > 0 and self.refresh_only_correct,
+        }
+        return [name for name, is_one in users.items() if is_one]
+
+    @property
+    def runs_remote_code(self) -> bool:
+        """Whether code that comes with weights is run: asked for as TRL takes it, for the policy or for all models."""
+        return self.trust_remote_code or bool((self.model_init_kwargs or {}).get("trust_remote_code"))
+
+    @property
+    def needs_length_value_model(self) -> bool:
+        """Whether something is set that only a length value model can serve."""
+        wanted = (self.shaping_coef != 0.0, self.rollout_guidance is not None, self.refresh_steps > 0)
+        return self.has_length_stream or any(wanted)
+
+
+@dataclass
+class LenVMGRPOConfig(LenVMConfig):
+    """Arguments of [`LenVMGRPOTrainer`]: those of `trl.GRPOConfig` and of [`LenVMConfig`].
+
+    `loss_type="dr_grpo"` is the advisable one with a length stream: `"grpo"` and `"sapo"` divide by each completion's
+    own length, which is a length bias of its own, and after which the length value model is no pure baseline any more.
+    """
+
+
+class _GroupOfOne(int):
+    """A 1 that passes for 2 where TRL asks: it refuses groups of one, which leave its own advantage nothing."""
+
+    def __lt__(self, other):
+        return int(self) < other and other != 2
+
+
+@_documented
+@dataclass
+class LenVMPPOConfig(LenVMConfig):
+    """Arguments of [`LenVMPPOTrainer`]: those of `trl.GRPOConfig` and [`LenVMConfig`], and those of the task critic."""
+
+    num_generations: int | None = field(
+        default=2,
+        metadata={
+            "help": "Completions per prompt; 1 is enough, as PPO needs no groups. Raise it where groups are used "
+            "(length_gate_center, length_gate='pass_rate', or critic='lenvm' with task_baseline='group')."
+        },
+    )
+    critic_init: str = _setting(
+        "policy",
+        "Where a learned critic starts: 'policy', 'lenvm' (a copy of that decoder, and a new head), or a folder or hub "
+        "id, of a reward model with its head as well.",
+    )
+    critic_learning_rate: Annotated[float, NOT_NEGATIVE] = _setting(
+        1e-5,
+        "Peak learning rate of the critic; it follows the policy's schedule. Ten times the policy's default. At 0 the "
+        "critic is taken as it is: a pretrained one that stays frozen (arXiv 2502.16944).",
+    )
+    vf_coef: Annotated[float, POSITIVE] = _setting(
+        1.0,
+        "Weight of the value loss, vf_coef * mean(1/2 (V - R)^2). The critic shares no weights with the policy, so "
+        "this only scales its gradient against max_grad_norm.",
+    )
+    cliprange_value: float | None = _setting(
+        0.2, "How far a value may move from the one at sampling time before its loss is clipped; None for no clipping."
+    )
+    critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = _setting(
+        0,
+        "Optimizer steps at the start in which only the critic learns: the policy's weights and its optimizer state "
+        "stay as they are, while its learning rate schedule runs on.",
+    )
+    kl_reward_coef: Annotated[float, NOT_NEGATIVE] = _setting(
+        0.0,
+        "Add -kl_reward_coef * (log pi - log pi_ref) of each token to the rewards, before GAE, so that the critic "
+        "learns it too. Needs beta > 0, without which TRL has no reference policy; the loss keeps its own term, so "
+        "give a small beta if the divergence is to be paid once. Every token costs, so it also shortens completions.",
+    )
+    critic_lam: Annotated[float | None, UNIT] = _setting(
+        None,
+        "Lambda of the critic's targets; task_lam when unset. task_lam=0.95, critic_lam=1.0 gives the policy less "
+        "variance and the critic targets without bias (arXiv 2503.01491).",
+    )
+    length_adaptive_alpha: Annotated[float | None, POSITIVE] = _setting(
+        None,
+        "Make the policy's lambda 1 - 1 / (alpha * L) in a completion of L tokens (arXiv 2504.05118; 0.05 there), "
+        "instead of task_lam, which then has to be left at 1. alpha: the share of a completion that credit reaches "
+        "over.",
+    )
+    whiten: Literal["task", "streams", "sum", "none"] = _setting(
+        "task",
+        "What is shifted and scaled to mean 0 and standard deviation 1 over all tokens of a generation batch that the "
+        "policy chose. 'task': the task advantages (shaping included), before the length stream is added; length_coef "
+        "counts in standard deviations of the task. 'streams': the gated length stream as well, so that length_coef is "
+        "a ratio of the two; a length stream that is almost nothing is scaled up too. 'sum': the sum alone; the weight "
+        "of either stream then depends on the spread of the other. 'none': nothing.",
+    )
+    truncation: Literal["terminal", "bootstrap"] = _setting(
+        "terminal",
+        "What the task makes of a completion that was cut: 'terminal' (nothing follows; the cut is a failure like any "
+        "other) or 'bootstrap' (the critic's value follows, and with shaping the potential).",
+    )
+    task_baseline: Literal["group", "batch"] = _setting(
+        "group",
+        "With critic='lenvm', what is subtracted from the task reward: 'group' (TRL's group-relative advantage) or "
+        "'batch' (the mean over the generation batch).",
+    )
+
+    def __post_init__(self):
+        if self.num_generations == 1:
+            self.num_generations = _GroupOfOne(1)
+        super().__post_init__()
+        self.num_generations = int(self.num_generations)
+        if self.num_generations == 1 and (self.length_gate_center or self.length_gate == "pass_rate"):
+            raise ValueError(
+                "num_generations=1 leaves nothing to compare a completion with, as length_gate_center and "
+                "length_gate='pass_rate' do: set num_generations to 2 or more, or leave it out."
+            )
+        if self.cliprange_value is not None and not _is_within(self.cliprange_value, POSITIVE):
+            raise ValueError(f"cliprange_value={self.cliprange_value} is not in {POSITIVE}, or None for no clipping.")
+        if self.critic_warmup_steps > 0 and self.critic_learning_rate == 0.0:
+            raise ValueError(
+                f"critic_warmup_steps={self.critic_warmup_steps} are steps in which the critic alone learns, and with "
+                "critic_learning_rate=0 it does not: set one of the two."
+            )
+        if self.kl_reward_coef > 0.0 and self.beta == 0.0:
+            raise ValueError(
+                f"kl_reward_coef={self.kl_reward_coef} compares with the reference policy, which TRL has with beta > 0 "
+                "only: set beta, to a small number such as 1e-6 if the loss is to have no such term of its own."
+            )
+        if self.length_adaptive_alpha is not None and self.task_lam != 1.0:
+            raise ValueError(
+                f"length_adaptive_alpha={self.length_adaptive_alpha} takes the place of task_lam={self.task_lam} for "
+                "the policy: leave task_lam at 1, and set critic_lam for the critic's targets."
+            )
+
+    @property
+    def target_lam(self) -> float:
+        """Lambda of the critic's targets."""
+        return self.task_lam if self.critic_lam is None else self.critic_lam
