@@ -125,8 +125,6 @@ def train(args: SteeringArguments, learning_rate: float, target: float, seed: in
             disable_tqdm=True,
             seed=seed,
             # A constant explains nothing, and is meant to.
-            stale_explained_variance=-1.0,
-            stale_factor=1e3,
         )
         trainer = LenVMGRPOTrainer(
             policy,

@@ -22,7 +22,6 @@ from lenvm_rl.trainers.metrics import BatchMetrics, add_completions, add_guidanc
 from lenvm_rl.trainers.resuming import ResumableTrainer, stop_between_generations
 from lenvm_rl.trainers.rewards import check_reward_models, watched_rewards
 from lenvm_rl.trainers.rollouts import (
-    RATIO_MAX,
     Sampled,
     check_ends,
     check_guided_rollouts,
@@ -242,9 +241,9 @@ class LenVMTrainer(ResumableTrainer):
             return
         advantages = batch["advantages"] = streams.advantages
         if self._guidance_report is not None:
-            ratio, truncated = importance_ratio(self._guidance_report, read.completions.mask)
-            add_guidance(metrics, ratio, truncated, read.completions)
-            batch["advantages"] = ratio.clamp(max=RATIO_MAX) * advantages
+            ratio, weight = importance_ratio(self._guidance_report, read.completions.mask)
+            add_guidance(metrics, ratio, weight < ratio, read.completions)
+            batch["advantages"] = weight * advantages
             self._guidance_report = None
         if self.log_completions:
             # TRL's own column holds the group-relative advantage, which is not what the policy learns from here.

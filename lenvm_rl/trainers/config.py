@@ -148,7 +148,7 @@ class LenVMConfig(GRPOConfig):
     task_lam: Annotated[float, UNIT] = _setting(
         1.0,
         "Lambda of the task stream's GAE. The task pays once, at the end: below 1 the reward that reaches a token "
-        "fades by lambda for every token after it (0.95 leaves 0.6 % of it after 100 tokens, and the rest is the "
+        "fades by lambda for every token after it (0.95 leaves 0.006 of it after 100 tokens, and the rest is the "
         "critic's guess), so the unbiased 1 is the default (arXiv 2503.24290). In PPO it serves the policy and the "
         "critic's targets, unless critic_lam is set.",
     )
@@ -185,9 +185,9 @@ class LenVMConfig(GRPOConfig):
         self._check_steering()
         if self.length_gate_center and (self.length_gate != "correct" or self.length_lam != 1.0):
             raise ValueError(
-                f"length_gate_center=True centres the stream of the correct completions, and only at length_lam=1 does "
-                f"the length value model drop out of it: set length_gate='correct', not '{self.length_gate}', and "
-                f"length_lam=1, not {self.length_lam}, or leave the centring out."
+                f"length_gate_center=True needs length_gate='correct' and length_lam=1, not '{self.length_gate}' and "
+                f"{self.length_lam}: it centres the stream of the correct completions, and only at 1 does the length "
+                "value model drop out of that. Set both, or leave the centring out."
             )
         check_shaping_gamma(self.shaping_gamma, self.task_gamma, self.allow_gamma_mismatch)
         if isinstance(self.rollout_guidance, str):
@@ -205,7 +205,7 @@ class LenVMConfig(GRPOConfig):
             return
         for told in annotation.__metadata__:
             if isinstance(told, str) and not _is_within(value, told):
-                raise ValueError(f"{name}={value} is not in {told}.")
+                raise ValueError(f"{name}={value} is not a number in {told}.")
             readers = told if isinstance(told, tuple) else ()
             if readers and value != default and all(getattr(self, each) == fields[each].default for each in readers):
                 raise ValueError(

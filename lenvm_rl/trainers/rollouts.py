@@ -245,12 +245,12 @@ def importance_ratio(report: GuidanceReport, mask: Tensor) -> tuple[Tensor, Tens
         mask (`torch.Tensor` of shape `(B, T)`): 1 where a token exists.
 
     Returns:
-        `tuple[torch.Tensor, torch.BoolTensor]` of shape `(B, T)`: the ratio, 1 where no token is; and where it is above
-        [`RATIO_MAX`], at which it is truncated as a weight.
+        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, T)`: the ratio, 1 where no token is; and the weight that is
+        made of it, truncated at `RATIO_MAX`.
     """
     exists, width = mask.bool(), mask.shape[1]
     difference = report.policy_log_probs - report.log_probs
     # TRL cuts off columns that hold padding only.
     difference = F.pad(difference, (0, max(0, width - difference.shape[1])))[:, :width]
     ratio = torch.where(exists, difference.exp(), 1.0)
-    return ratio, (ratio > RATIO_MAX) & exists
+    return ratio, ratio.clamp(max=RATIO_MAX)

@@ -134,7 +134,7 @@ def run(case, folder, resume=None, dies=None):
 
 def outcome(trainer, rewards):
     """Weights, states and logs, times left out."""
-    coefficient, drift = trainer._coefficient.controller, trainer._length_values._drift
+    coefficient, drift = trainer._coefficient.controller, trainer._frozen.drift
     found = {
         "policy": trainer.model.state_dict(),
         "length_value_model": trainer.length_value_model.state_dict(),

@@ -1,7 +1,5 @@
 """Guided rollouts inside the trainers: what they are drawn from, how they are weighed, and what is refused."""
 
-import math
-
 import pytest
 import torch
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
@@ -9,7 +7,7 @@ from trainer_parts import VOCAB, batch_of, counts_of_w8, grpo, logged, ppo, prom
 
 from lenvm_rl.decoding.generation import GuidanceReport, LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.decoding.guidance import tilt
-from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
+from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, rollouts
 from lenvm_rl.trainers.rollouts import importance_ratio
 
 
@@ -53,9 +51,9 @@ def test_the_ratio_by_hand():
     policy = torch.tensor([[0.5, 0.6, 0.9, 1.0]]).log()
     guided = torch.tensor([[0.25, 0.1, 0.9, 1.0]]).log()
     report = GuidanceReport(*[torch.zeros(1)] * 3, guided, policy)
-    ratio, sums = importance_ratio(report, torch.tensor([[1, 1, 1, 0, 0]]), maximum=3.0)
-    torch.testing.assert_close(ratio, torch.tensor([[2.0, 3.0, 1.0, 1.0, 1.0]]))
-    assert [float(sums[name]) for name in ("tokens", "ratio", "truncated")] == [3.0, pytest.approx(9.0), 1.0]
+    ratio, weight = importance_ratio(report, torch.tensor([[1, 1, 1, 0, 0]]))
+    torch.testing.assert_close(ratio, torch.tensor([[2.0, 6.0, 1.0, 1.0, 1.0]]))
+    torch.testing.assert_close(weight, torch.tensor([[2.0, 3.0, 1.0, 1.0, 1.0]]))
 
 
 def test_token_weights_turn_guided_samples_into_the_policys_gradient():
@@ -65,7 +63,7 @@ def test_token_weights_turn_guided_samples_into_the_policys_gradient():
     policy = logits.log_softmax(dim=0)
     guided = tilt(policy.detach(), values, 4.0)
     report = GuidanceReport(*[torch.zeros(6)] * 3, guided.unsqueeze(1), policy.detach().unsqueeze(1))
-    ratio, _ = importance_ratio(report, torch.ones(6, 1), maximum=math.inf)
+    ratio, _ = importance_ratio(report, torch.ones(6, 1))
     weighed = (guided.exp() * ratio.squeeze(1) * advantage * policy).sum()
     own = (policy.detach().exp() * advantage * policy).sum()
     (first,), (second,) = (torch.autograd.grad(each, logits, retain_graph=True) for each in (weighed, own))
@@ -101,15 +99,16 @@ class TestTraining:
         assert lengths["eval", -60.0] == lengths["eval", 60.0]
         assert all(ratio != pytest.approx(1.0, abs=1e-2) for ratio in ratios.values())
 
-    def test_the_advantages_are_weighed_token_by_token(self, tmp_path):
-        trainer = grpo(tmp_path, lenvm=random_lenvm(), rollout_guidance={"strength": -2.0}, rollout_ratio_max=1.2)
-        seen, weigh = {}, trainer._weigh_guided
+    def test_the_advantages_are_weighed_token_by_token(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(rollouts, "RATIO_MAX", 1.2)
+        trainer = grpo(tmp_path, lenvm=random_lenvm(), rollout_guidance={"strength": -2.0})
+        seen, put = {}, trainer._set
 
-        def spy(advantages, completions):
-            seen.update(before=advantages, report=trainer._guidance_report, mask=completions.mask.bool())
-            return weigh(advantages, completions)
+        def spy(metrics, batch, read, streams):
+            seen.update(before=streams.advantages, report=trainer._guidance_report, mask=read.completions.mask)
+            put(metrics, batch, read, streams)
 
-        trainer._weigh_guided = spy
+        trainer._set = spy
         advantages, mask = batch_of(trainer)["advantages"], seen["mask"]
         report = seen["report"]
         ratio = (report.policy_log_probs - report.log_probs)[:, : mask.shape[1]].exp().clamp(max=1.2)
@@ -130,7 +129,6 @@ class TestRefusals:
             ({"rollout_guidance": {"beta": 1.0}}, "has beta, which no LengthGuidance has"),
             ({"rollout_guidance": "tilt"}, "no JSON object"),
             ({"rollout_guidance": {"mode": "equal_to"}}, "needs target_length"),
-            ({"rollout_guidance": {"strength": 1.0}, "rollout_ratio_max": 0.0}, "rollout_ratio_max"),
             ({"rollout_guidance": {"strength": 1.0}, "importance_sampling_level": "sequence"}, "same weight"),
         ],
     )

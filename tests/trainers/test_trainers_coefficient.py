@@ -26,8 +26,9 @@ from trainer_parts import (  # fmt: skip
 )
 
 from eval.steering import judge
-from lenvm_rl.trainers import LenVMGRPOConfig
+from lenvm_rl.trainers import LenVMGRPOConfig, coefficient
 
+STATE = "lenvm_state_rank0.json"
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 # The scripted completions are 2, 1, 3 and 1 tokens long, and two of four are correct.
 MEAN_LENGTH, ACCURACY = 1.75, 0.5
@@ -40,25 +41,25 @@ TOO_SHORT, SHORTAGE = 2.75 / 0.75 - 1, -math.log(0.75)
     ("changes", "message"),
     [
         ({"length_target": 5.0, "accuracy_floor": 0.5}, "both steer length_coef"),
-        ({"length_target": 5.0, "length_coef_schedule": "linear", "length_coef_warmup_steps": 3}, "both move"),
-        ({"accuracy_floor": 0.5, "length_coef_schedule": "linear", "length_coef_warmup_steps": 3}, "both move"),
-        ({"length_coef": 0.1, "length_coef_schedule": "linear"}, "needs length_coef_warmup_steps of 1 or more, not 0"),
-        ({"length_coef_schedule": "linear", "length_coef_warmup_steps": 3}, "leads to length_coef, which is 0"),
-        ({"length_coef": 0.1, "length_coef_warmup_steps": 3}, "needs length_coef_schedule='linear'"),
-        ({"length_coef": 0.1, "length_coef_schedule": "cosine"}, "choose one of constant, linear"),
-        ({"length_target": -1.0}, "length_target=-1.0 is not a finite number above 0"),
-        ({"length_target": 5.0, "length_coef_rate": 0.0}, "length_coef_rate=0.0 is not a finite number above 0"),
+        ({"length_target": 5.0, "length_coef": 0.1, "length_coef_warmup_steps": 3}, "length_coef_warmup_steps"),
+        ({"accuracy_floor": 0.5, "length_coef": 0.1, "length_coef_warmup_steps": 3}, "length_coef_warmup_steps"),
+        ({"length_coef_warmup_steps": 3}, "set length_coef"),
+        ({"length_coef": 0.1, "length_coef_warmup_steps": -1}, "length_coef_warmup_steps=-1"),
+        ({"length_target": -1.0}, "length_target=-1.0"),
+        ({"length_target": 5.0, "length_coef_rate": 0.0}, "length_coef_rate=0.0"),
         ({"length_target": 5.0, "length_coef": 2.0}, r"length_coef=2.0, where .* is not in .* = \[-1.0, 1.0\]"),
         ({"accuracy_floor": 0.5, "length_coef": -0.1}, r"length_coef=-0.1, where .* is not in .* = \[0.0, 1.0\]"),
         ({"length_target": 5.0, "length_coef_min": math.nan}, "length_coef_min=nan"),
-        ({"length_target": 5.0, "accuracy_margin": 0.1}, "accuracy_margin is read with accuracy_floor only"),
-        ({"length_target": 5.0, "length_coef_proportional": -1.0}, "is not a finite number, 0 or more"),
-        ({"accuracy_floor": 1.5}, r"accuracy_floor=1.5 is not in \[0, 1\]"),
-        ({"accuracy_floor": 0.9, "accuracy_margin": 0.1}, "= 1.0 can never be exceeded"),
-        ({"accuracy_floor": 0.5, "accuracy_half_life": 0.0}, "accuracy_half_life=0.0"),
+        ({"length_target": 5.0, "length_coef_proportional": -1.0}, "length_coef_proportional=-1.0"),
+        ({"accuracy_floor": 1.5}, "accuracy_floor=1.5"),
+        # It can never be exceeded.
+        ({"accuracy_floor": 1.0}, "accuracy_floor=1.0"),
         ({"accuracy_floor": 0.5, "length_coef_min": -1.0}, "would pay for length"),
-        ({"length_coef": 0.1, "length_coef_max": 2.0}, "length_coef_max is read with length_target or accuracy_floor"),
-        ({"length_coef": 0.1, "accuracy_half_life": 2.0}, "accuracy_half_life is read with length_target or"),
+        (
+            {"length_coef": 0.1, "length_coef_max": 2.0},
+            "length_coef_max=2.0 is read with length_target or accuracy_floor",
+        ),
+        ({"length_coef": 0.1, "length_coef_rate": 0.1}, "length_coef_rate=0.1"),
     ],
 )
 def test_settings_that_exclude_each_other(tmp_path, changes, message):
@@ -69,7 +70,7 @@ def test_settings_that_exclude_each_other(tmp_path, changes, message):
 def test_what_cannot_be_measured_is_refused(tmp_path):
     with pytest.raises(ValueError, match="need a length value model"):
         grpo(tmp_path, length_target=5.0)
-    with pytest.raises(ValueError, match="which those of rollout_guidance are not"):
+    with pytest.raises(ValueError, match="rollout_guidance"):
         grpo(tmp_path, lenvm=random_lenvm(), length_target=5.0, rollout_guidance={"strength": 1.0})
 
 
@@ -81,7 +82,7 @@ def test_a_steered_coefficient_knows_what_losses_need(tmp_path):
 
 def test_linear_warm_up(tmp_path):
     trainer = grpo(
-        tmp_path, lenvm=random_lenvm(), length_coef=0.8, length_coef_schedule="linear", length_coef_warmup_steps=2,
+        tmp_path, lenvm=random_lenvm(), length_coef=0.8, length_coef_warmup_steps=2,
         max_steps=4,
     )  # fmt: skip
     trainer.train()
@@ -101,8 +102,8 @@ def test_steering_toward_a_mean_length_by_hand(tmp_path):
         length_gate="all", length_coef_proportional=0.0,
     )  # fmt: skip
     expected = (0.1, 0.1 + 0.5 * ERROR, 0.45, 0.45)
-    for coefficient in expected:
-        torch.testing.assert_close(batch_of(trainer)["advantages"], (TASK + coefficient * LENGTH) * MASK)
+    for weight in expected:
+        torch.testing.assert_close(batch_of(trainer)["advantages"], (TASK + weight * LENGTH) * MASK)
     assert trainer._metrics["train"]["length/coef"] == pytest.approx(expected)
     assert trainer._metrics["train"]["length/mean"] == [MEAN_LENGTH] * 4
 
@@ -147,11 +148,12 @@ def test_a_target_does_not_wind_up_behind_a_closed_gate(tmp_path):
     assert coefficients[9:] == pytest.approx([0.25 * ERROR, 0.75 * ERROR])
 
 
-def test_steering_along_a_floor_of_accuracy_by_hand(tmp_path):
-    """Half-life 1; accuracies 1, .5, .5 average to 1, 2/3, 4/7, against .6 + .05 at rate 1."""
+def test_steering_along_a_floor_of_accuracy_by_hand(tmp_path, monkeypatch):
+    """Half-life 1; accuracies 1, .5, .5 average to 1, 2/3, 4/7, against .65 at rate 1."""
+    monkeypatch.setattr(coefficient, "HALF_LIFE", 1.0)
     rewards = [1.0] * 4
     trainer = scripted_grpo(
-        tmp_path, rewards=rewards, accuracy_floor=0.6, accuracy_margin=0.05, accuracy_half_life=1.0,
+        tmp_path, rewards=rewards, accuracy_floor=0.65,
         length_coef_rate=1.0, length_coef_proportional=0.0,
     )  # fmt: skip
 
@@ -184,7 +186,7 @@ def test_evaluation_reads_the_coefficient_and_moves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("make", [grpo, ppo])
-@pytest.mark.parametrize("steering", [{"length_target": 3.0}, {"accuracy_floor": 0.05, "accuracy_half_life": 2.0}])
+@pytest.mark.parametrize("steering", [{"length_target": 3.0}, {"accuracy_floor": 0.05}])
 def test_resuming_goes_on_with_the_coefficient_exactly(tmp_path, make, steering):
     changes = {
         "lenvm": random_lenvm(), "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "length_coef_rate": 0.3,
@@ -199,19 +201,19 @@ def test_resuming_goes_on_with_the_coefficient_exactly(tmp_path, make, steering)
     assert logged(part, "length/coef") == coefficients and len(set(coefficients)) >= 3
     assert logged(part, "steering/accuracy") == logged(whole, "steering/accuracy")
     assert same_weights(weights(part.model), weights(whole.model))
-    states = [json.loads((tmp_path / run / "checkpoint-4/length_coef.json").read_text()) for run in ("whole", "part")]
-    assert states[0] == states[1] and states[0]["updates"] == 4
+    states = [json.loads((tmp_path / run / "checkpoint-4" / STATE).read_text()) for run in ("whole", "part")]
+    assert states[0] == states[1] and states[0]["length_coef"]["updates"] == 4
 
 
 def test_a_checkpoint_of_another_steering_is_refused(tmp_path):
     changes = {"lenvm": random_lenvm(), "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     grpo(tmp_path / "plain", length_coef=0.1, **changes).train()
-    assert not (tmp_path / "plain/checkpoint-1/length_coef.json").exists()
+    assert json.loads((tmp_path / "plain/checkpoint-1" / STATE).read_text())["length_coef"] is None
     grpo(tmp_path / "target", length_target=3.0, **changes).train()
     floor = grpo(tmp_path, accuracy_floor=0.5, **changes)
-    with pytest.raises(FileNotFoundError, match="has no file 'length_coef.json'"):
+    with pytest.raises(ValueError, match="length_coef was steered by None there"):
         floor.train(resume_from_checkpoint=str(tmp_path / "plain/checkpoint-1"))
-    with pytest.raises(ValueError, match="steered length_coef by 'target', this run does by 'floor'"):
+    with pytest.raises(ValueError, match="length_coef was steered by target there"):
         floor.train(resume_from_checkpoint=str(tmp_path / "target/checkpoint-1"))
 
 
@@ -219,9 +221,10 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
     """What it added up was another error."""
     changes = {"lenvm": random_lenvm(), "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     grpo(tmp_path, length_target=3.0, **changes).train()
-    state = tmp_path / "checkpoint-1" / "length_coef.json"
-    state.write_text(json.dumps({"steering": "target", "setting": 0.1, "integral": 0.1, "updates": 1}))
-    with pytest.raises(ValueError, match=r"checkpoint-1.*level, trend"):
+    path = tmp_path / "checkpoint-1" / STATE
+    state = {"steering": "target", "setting": 0.1, "integral": 0.1, "updates": 1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"length_coef": state}))
+    with pytest.raises(ValueError, match="length_coef.*level, trend"):
         grpo(tmp_path, length_target=3.0, **changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
@@ -245,8 +248,9 @@ def test_a_policy_is_brought_to_a_mean_length_and_held_there(tmp_path, seed):
 
 
 @pytest.mark.slow
-def test_a_floor_brings_accuracy_back_that_the_same_bound_alone_would_spend(tmp_path):
+def test_a_floor_brings_accuracy_back_that_the_same_bound_alone_would_spend(tmp_path, monkeypatch):
     """Correct are completions of five tokens and more: what shortens them in the end makes them wrong."""
+    monkeypatch.setattr(coefficient, "HALF_LIFE", 2.0)
 
     def long_enough(completion_ids, **kwargs):
         return [float(len(ids) >= 5) for ids in completion_ids]
@@ -262,7 +266,7 @@ def test_a_floor_brings_accuracy_back_that_the_same_bound_alone_would_spend(tmp_
         return (logged(trainer, f"length/{name}") for name in ("correct", "coef"))
 
     steered, coefficients = train(
-        accuracy_floor=0.7, accuracy_half_life=2.0, length_coef_rate=1.0, length_coef_proportional=5.0,
+        accuracy_floor=0.7, length_coef_rate=1.0, length_coef_proportional=5.0,
         length_coef_max=20.0,
     )  # fmt: skip
     spent, _ = train(length_coef=20.0)

@@ -334,7 +334,7 @@ def test_a_critic_without_a_learning_rate_is_read_and_never_trained(tmp_path, ma
 
 
 def test_nothing_but_the_values_enters_with_a_critic_that_does_not_learn(tmp_path):
-    trainer = ppo(tmp_path, critic=critic().requires_grad_(False), critic_learning_rate=0.0, whiten=False)
+    trainer = ppo(tmp_path, critic=critic().requires_grad_(False), critic_learning_rate=0.0, whiten="none")
     batch = batch_of(trainer)
     returns = batch["critic_returns"] * batch["critic_mask"]
     torch.testing.assert_close(batch["advantages"], returns - batch["critic_values"] * batch["critic_mask"])

@@ -131,7 +131,7 @@ def test_a_batch_that_is_all_of_a_kind_is_learned_from(fault, maker, tmp_path):
         tmp_path, lambda completions, **kwargs: [1.0, 0.0, 1.0, 0.0],
         scripted_lenvm({6: -0.6, 9: -0.9}), trainer=scripted(TRAINERS[maker], completions), data=prompts(1),
         length_coef=1.0, length_gate="all", per_device_train_batch_size=rows, max_completion_length=2, max_steps=1,
-        scale_rewards="none", optim="sgd", **({"whiten": False} if maker is ppo else {}), **fault.changes,
+        scale_rewards="none", optim="sgd", **({"whiten": "none"} if maker is ppo else {}), **fault.changes,
     )  # fmt: skip
     if maker is ppo:
         with torch.no_grad():

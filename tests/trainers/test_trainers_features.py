@@ -31,7 +31,7 @@ from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig,
 
 TRAINERS = {"grpo": (LenVMGRPOTrainer, LenVMGRPOConfig), "ppo": (LenVMPPOTrainer, LenVMPPOConfig)}
 MAKERS = {"grpo": grpo, "ppo": ppo}
-PLAIN = {"grpo": {"scale_rewards": "none"}, "ppo": {"whiten": False}}
+PLAIN = {"grpo": {"scale_rewards": "none"}, "ppo": {"whiten": "none"}}
 both = pytest.mark.parametrize("name", TRAINERS)
 
 # ---- tools and environments: words 12 to 15 are markers, a tool call and a role

@@ -15,6 +15,7 @@ from lenvm_rl.modeling.critic import TaskCritic
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOTrainer, LenVMPPOTrainer
 from lenvm_rl.trainers import frozen as shared_base
+from lenvm_rl.trainers.reading import value_logits
 
 TRAINERS = {"grpo": grpo, "ppo": ppo}
 LORA = {"target_modules": ["q_proj", "up_proj"], "r": 2}
@@ -83,13 +84,13 @@ def no_length(completion_ids, **kwargs):
 
 def spy_on_logits(trainer):
     """What the trainer reads as the logits of its length value model, batch by batch."""
-    seen, inner = [], trainer._length_values.logits
+    seen, inner = [], trainer._frozen.logits
 
-    def logits(batch):
-        seen.append(inner(batch))
+    def logits(*arguments):
+        seen.append(inner(*arguments))
         return seen[-1]
 
-    trainer._length_values.logits = logits
+    trainer._frozen.logits = logits
     return seen
 
 
@@ -107,13 +108,13 @@ def test_a_head_reads_the_forward_of_the_reference_and_makes_none(tmp_path, adap
         lenvm = str(tmp_path / "lenvm")
     trainer = grpo(tmp_path / "run", no_length, lenvm, trainer=make_trainer, policy=policy, length_coef=0.5, beta=0.1)
     model, calls = trainer.length_value_model, []
-    assert trainer._length_values._reference is not None
+    assert trainer._frozen._reference is not None
     hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
     seen = spy_on_logits(trainer)
     batch = batch_of(trainer)
     assert calls == []
     hook.remove()
-    own = trainer._value_logits(model, batch, "length value model")
+    own = value_logits(model, "length value model", batch, trainer)
     torch.testing.assert_close(seen[0], own, atol=1e-5, rtol=1e-5)
     assert seen[0][:, 1:][~batch["completion_mask"].bool()].abs().sum() == 0
     if not adapters:
@@ -124,7 +125,7 @@ def test_a_head_reads_the_forward_of_the_reference_and_makes_none(tmp_path, adap
 def test_without_a_forward_of_its_base_a_head_makes_one(tmp_path, beta):
     base = base_policy()
     trainer = grpo(tmp_path, no_length, lenvm_on(base, "head"), policy=with_adapters(base), length_coef=0.5, beta=beta)
-    assert trainer._length_values._reference is None
+    assert trainer._frozen._reference is None
 
 
 @pytest.mark.parametrize("decoder", ["absolute positions", "dropout", "neither"])
@@ -139,7 +140,7 @@ def test_a_reference_whose_forward_is_another_is_not_read(tmp_path, decoder):
                 module.p = 0.0
     trainer = partial(LenVMGRPOTrainer, peft_config=LoraConfig(**targets))
     made = grpo(tmp_path, no_length, lenvm_on(base, "head"), trainer=trainer, policy=base, length_coef=0.5, beta=0.1)
-    assert (made._length_values._reference is None) == (decoder != "neither")
+    assert (made._frozen._reference is None) == (decoder != "neither")
 
 
 def unique_weights(*models):

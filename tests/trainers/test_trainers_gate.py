@@ -51,7 +51,6 @@ MODEL = nn.Linear(1, 1)
 GATED = [
     {"length_coef": 0.1},
     {"length_coef": 0.1, "length_gate": "pass_rate"},
-    {"length_coef": 0.1, "length_gate": "all", "length_gate_pass_rate": 0.5},
     {"length_target": 5.0},
     {"accuracy_floor": 0.5, "length_gate": "all"},
     {"refresh_steps": 1, "refresh_only_correct": True},
@@ -242,8 +241,6 @@ class TestNotJudged:
         rewards, gate = [good_format, judge], {"gate_reward": "judge", "reward_weights": [1.0, 0.0]}
         paid = four(tmp_path, rewards, length_coef=2.0, length_gate="pass_rate", **gate)
         torch.testing.assert_close(batch_of(paid)["advantages"], 2.0 * 0.5 * LENGTH * MASK)
-        enough = four(tmp_path, rewards, length_coef=2.0, length_gate="all", length_gate_pass_rate=0.5, **gate)
-        torch.testing.assert_close(batch_of(enough)["advantages"], 2.0 * LENGTH * MASK)
 
     def test_they_are_not_in_the_mean_of_the_centred_gate(self, tmp_path):
         """The first two correct, the last one wrong. p is 1/2 for the correct ones and 1 for the wrong one, not 1/3
@@ -311,10 +308,6 @@ class TestWarnings:
         for _ in range(3):
             batch_of(trainer)
         assert len(self.messages) == 1
-
-    def test_a_gate_that_no_group_gets_through(self, tmp_path):
-        self.batches(tmp_path, [1.0, 0.0, 0.0, 0.0], LONG, length_gate="all", length_gate_pass_rate=0.5)
-        assert self.warned("length_gate_pass_rate=0.5") == 1
 
     def test_a_gate_that_opens_now_and_then(self, tmp_path):
         rewards = [0.0] * 4

@@ -26,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.advantages import length_advantage
 from lenvm_rl.trainers import LenVMGRPOTrainer
-from lenvm_rl.trainers.streams import Completions, centered_gated_advantage
+from lenvm_rl.trainers.streams import Completions, Outcomes, Processes, centered_gated_advantage
 
 # One group: two that finish, one that is cut at three tokens, one more that finishes. Values by the last token read.
 COMPLETIONS = [[8, 9, EOS], [8, EOS], [9, 9, 9], [10, EOS]]
@@ -190,7 +190,9 @@ def test_centred_gate_is_the_gradient_of_the_length_return_of_correct_completion
     gradients = {"plain": [], "centred": []}
     for _ in range(2):
         values = -torch.rand(states, dtype=torch.float64)[state][flat]
-        centred = centered_gated_advantage(values, completions, GAMMA, nothing, correct[flat], group_size=2)
+        known = torch.ones(len(flat), dtype=torch.bool)
+        outcomes = Outcomes(nothing, known, correct[flat], known)
+        centred = centered_gated_advantage(values, completions, GAMMA, nothing, outcomes, Processes(2))
         plain = correct[flat].unsqueeze(1) * length_advantage(values, completions.mask, GAMMA)
         for name, advantages in (("centred", centred), ("plain", plain)):
             surrogate = (chance_of_pair.unsqueeze(1) * advantages * log_probabilities()[flat]).sum() / 2

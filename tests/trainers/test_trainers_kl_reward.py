@@ -23,7 +23,7 @@ def policy(tmp_path):
 
 def kl_ppo(folder, policy, completions=COMPLETIONS, **changes):
     """A scripted trainer that reads the log-probabilities above."""
-    changes = {"beta": 0.1, "kl_in_reward": True, "kl_reward_coef": 0.1, **changes}
+    changes = {"beta": 0.1, "kl_reward_coef": 0.1, **changes}
     trainer = scripted_ppo(folder, completions=completions, policy=policy, **changes)
     asked = []
 
@@ -86,7 +86,7 @@ def test_without_it_the_rewards_know_nothing_of_the_reference(tmp_path, policy):
 
 def test_a_run_logs_what_the_page_says_and_starts_at_the_reference(tmp_path, policy):
     lines = []
-    for more in ({}, {"kl_in_reward": True}):
+    for more in ({}, {"kl_reward_coef": 0.05}):
         trainer = ppo(tmp_path, lenvm=random_lenvm(), policy=policy, beta=1e-6, max_steps=2, **more)
         trainer.train()
         trainer.evaluate(prompts(4))
@@ -100,11 +100,7 @@ def test_a_run_logs_what_the_page_says_and_starts_at_the_reference(tmp_path, pol
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
-        ({"kl_in_reward": True}, "TRL has with beta > 0 only: set beta"),
-        ({"kl_in_reward": True, "beta": 0.1, "kl_reward_coef": 0.0}, "kl_reward_coef=0.0 is not a finite number"),
-        ({"kl_reward_coef": 0.1}, "kl_reward_coef is read with kl_in_reward=True only"),
-    ],
+    [({"kl_reward_coef": 0.1}, "set beta"), ({"kl_reward_coef": -0.1, "beta": 0.1}, "kl_reward_coef=-0.1")],
 )
 def test_refusals(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -112,5 +108,5 @@ def test_refusals(tmp_path, changes, message):
 
 
 def test_without_a_critic_it_is_refused(tmp_path, policy):
-    with pytest.raises(ValueError, match="kl_in_reward needs a learned critic"):
-        ppo(tmp_path, lenvm=random_lenvm(), policy=policy, critic="lenvm", kl_in_reward=True, beta=0.1)
+    with pytest.raises(ValueError, match="kl_reward_coef needs a learned critic"):
+        ppo(tmp_path, lenvm=random_lenvm(), policy=policy, critic="lenvm", kl_reward_coef=0.1, beta=0.1)

@@ -38,7 +38,7 @@ def test_the_critic_has_the_policys_lambda_by_default(tmp_path, lam):
 
 def test_a_run_with_the_defaults_spelt_out_is_the_same_bit_for_bit(tmp_path):
     runs = []
-    for more in ({}, {"critic_lam": 0.9, "whiten": True, "length_coef_schedule": "constant"}):
+    for more in ({}, {"critic_lam": 0.9, "whiten": "task", "length_coef_warmup_steps": 0}):
         trainer = ppo(tmp_path, lenvm=random_lenvm(), length_coef=0.2, task_lam=0.9, max_steps=2, **more)
         trainer.train()
         runs.append((logged(trainer, "loss"), weights(trainer.model), weights(trainer.critic)))
@@ -70,12 +70,12 @@ def test_each_completion_has_the_advantage_of_its_own_lambda():
 
 def test_adaptive_advantages_by_hand(tmp_path):
     # alpha 2/3: lambda 1 - 1 / 2 in rows of three tokens, 1 - 3 / 4 in rows of two. Deltas of row two are 1/4, -1/2.
-    batch = batch_of(scripted_ppo(tmp_path, length_adaptive_lam=True, length_adaptive_alpha=2 / 3))
+    batch = batch_of(scripted_ppo(tmp_path, length_adaptive_alpha=2 / 3))
     torch.testing.assert_close(batch["advantages"][0], torch.tensor([0.4375, 0.375, 0.25]))
     torch.testing.assert_close(batch["advantages"][1], torch.tensor([0.25 - 0.5 / 4, -0.5, 0.0]))
     # The critic's own stays at task_lam, 1.
     torch.testing.assert_close(batch["critic_returns"] * MASK, torch.tensor(REWARDS).unsqueeze(1) * MASK)
-    targets = batch_of(scripted_ppo(tmp_path, length_adaptive_lam=True, critic_lam=0.0))["critic_returns"]
+    targets = batch_of(scripted_ppo(tmp_path, length_adaptive_alpha=0.05, critic_lam=0.0))["critic_returns"]
     torch.testing.assert_close(targets[0], torch.tensor([0.5, 0.75, 1.0]))
 
 
@@ -83,9 +83,8 @@ def test_adaptive_advantages_by_hand(tmp_path):
     ("changes", "message"),
     [
         ({"critic_lam": 1.5}, r"critic_lam=1.5 is not in \[0, 1\]"),
-        ({"length_adaptive_lam": True, "task_lam": 0.9}, "leave task_lam at 1, and set critic_lam"),
-        ({"length_adaptive_lam": True, "length_adaptive_alpha": 0.0}, "length_adaptive_alpha=0.0"),
-        ({"length_adaptive_alpha": 0.1}, "length_adaptive_alpha is read with length_adaptive_lam=True only"),
+        ({"length_adaptive_alpha": 0.1, "task_lam": 0.9}, "task_lam"),
+        ({"length_adaptive_alpha": 0.0}, "length_adaptive_alpha=0.0"),
     ],
 )
 def test_refusals(tmp_path, changes, message):
@@ -93,7 +92,7 @@ def test_refusals(tmp_path, changes, message):
         LenVMPPOConfig(**settings(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("changes", [{"critic_lam": 0.9}, {"length_adaptive_lam": True}])
+@pytest.mark.parametrize("changes", [{"critic_lam": 0.9}, {"length_adaptive_alpha": 0.05}])
 def test_without_a_critic_there_is_no_lambda_of_its_own(tmp_path, changes):
     with pytest.raises(ValueError, match="needs a learned critic"):
         ppo(tmp_path, lenvm=random_lenvm(), critic="lenvm", **changes)

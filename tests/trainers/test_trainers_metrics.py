@@ -9,7 +9,7 @@ from test_trainers_ppo import scripted_ppo
 from trainer_parts import batch_of, grpo, prompts, random_lenvm
 
 from lenvm_rl.returns import wide_dtype
-from lenvm_rl.trainers.metrics import Moments, critic_metrics
+from lenvm_rl.trainers.metrics import BatchMetrics, add_critic
 
 
 def test_explained_variance_of_equal_targets_is_not_a_number_but_rounding():
@@ -17,11 +17,15 @@ def test_explained_variance_of_equal_targets_is_not_a_number_but_rounding():
     values = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
     # All returns are 0, up to the rounding of (0 - V) + V.
     returns = torch.tensor([[3e-9, 0.0, -3e-9], [0.0, 3e-9, 0.0]])
-    metrics = critic_metrics(values, returns, mask, lambda sums: sums)
-    assert math.isnan(metrics["critic/explained_variance"])
+
+    def explained(returns):
+        metrics = BatchMetrics(lambda sums: sums)
+        add_critic(metrics, values, returns, mask)
+        return metrics.read()["critic/explained_variance"]
+
+    assert math.isnan(explained(returns))
     # Var(error) = Var(target) / 4 for a critic that gets half of it.
-    metrics = critic_metrics(values, 2 * values, mask, lambda sums: sums)
-    assert metrics["critic/explained_variance"] == pytest.approx(0.75)
+    assert explained(2 * values) == pytest.approx(0.75)
 
 
 class OnMps(torch.Tensor):
@@ -41,10 +45,12 @@ def test_moments_are_exact_where_the_device_has_no_float64():
     x, mask = torch.tensor([4095.5, 4096.5, 7.0]), torch.tensor([True, True, False])
     assert (x[:2] ** 2).mean() - x[:2].mean() ** 2 != 0.25
     for kind in (torch.Tensor, OnMps):
-        moments = Moments(lambda sums: sums)
-        moments.add("x", x.as_subclass(kind), mask.as_subclass(kind), (2 * x).as_subclass(kind))
-        moments.exchange()
-        assert (moments.mean("x"), moments.variance("x"), moments.slope("x")) == (4096.0, 0.25, 0.5)
+        metrics = BatchMetrics(lambda sums: sums)
+        x_, y_, mask_ = (each.as_subclass(kind) for each in (x, 2 * x, mask))
+        metrics.mean("mean", x_, mask_)
+        metrics.deviation("deviation", x_, mask_)
+        metrics.slope("slope", x_, y_, mask_)
+        assert metrics.read() == {"mean": 4096.0, "deviation": 0.5, "slope": 0.5}
 
 
 def test_float64_is_computed_with_where_there_is_one():

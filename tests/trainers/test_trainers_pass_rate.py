@@ -7,7 +7,7 @@ from test_trainers_grpo import COMPLETIONS, LENGTH, MASK, VALUES
 from trainer_parts import batch_of, grpo, scripted, scripted_lenvm, settings
 
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
-from lenvm_rl.trainers.streams import group_pass_rate
+from lenvm_rl.trainers.streams import Outcomes, Processes, group_pass_rate
 
 # Two groups of four, of the same completions: one of the first is correct, three of the second.
 REWARDS = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
@@ -37,12 +37,8 @@ def run(folder, rewards=REWARDS, **changes):
     ("changes", "gate"),
     [
         ({"length_gate": "pass_rate"}, rows(0.25, 0.75)),
-        ({"length_gate": "pass_rate", "length_gate_pass_rate": 0.5}, rows(0.0, 0.75)),
-        ({"length_gate": "all", "length_gate_pass_rate": 0.5}, rows(0.0, 1.0)),
-        ({"length_gate": "all", "length_gate_pass_rate": 0.75}, rows(0.0, 1.0)),
-        ({"length_gate": "all", "length_gate_pass_rate": 0.76}, rows(0.0, 0.0)),
-        ({"length_gate": "correct", "length_gate_pass_rate": 0.5}, rows(0.0, 1.0) * CORRECT),
-        ({"length_gate": "correct", "length_gate_pass_rate": 0.25}, CORRECT),
+        ({"length_gate": "correct"}, CORRECT),
+        ({"length_gate": "all"}, rows(1.0, 1.0)),
     ],
 )
 def test_by_hand(tmp_path, changes, gate):
@@ -62,13 +58,18 @@ def test_a_process_reads_its_own_rows_of_groups_that_span_processes():
     correct = torch.tensor([1, 0, 1, 1, 0, 0]).bool()
     scored = torch.tensor([1, 1, 1, 1, 0, 1]).bool()
     everyone = torch.stack([correct & scored, scored], dim=1).long()
-    whole = group_pass_rate(correct, scored, 3)
+
+    def rate(mine, judged=scored, **processes):
+        nothing = torch.zeros(6)[mine]
+        return group_pass_rate(Outcomes(nothing, judged[mine], correct[mine], judged[mine]), Processes(3, **processes))
+
+    whole = rate(slice(None))
     assert whole.tolist() == [2 / 3] * 3 + [1 / 2] * 3
     for first in (0, 2, 4):
         mine = slice(first, first + 2)
-        found = group_pass_rate(correct[mine], scored[mine], 3, gather=lambda mine: everyone, first_row=first)
+        found = rate(mine, gather=lambda mine: everyone, first_row=first)
         assert torch.equal(found, whole[mine])
-    assert group_pass_rate(correct, torch.zeros(6).bool(), 3).tolist() == [0.0] * 6
+    assert rate(slice(None), torch.zeros(6).bool()).tolist() == [0.0] * 6
 
 
 def test_the_part_of_the_others_leaves_the_values_a_baseline_and_the_own_part_does_not():
@@ -89,10 +90,8 @@ def test_the_part_of_the_others_leaves_the_values_a_baseline_and_the_own_part_do
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length_gate_pass_rate": 0.0}, r"length_gate_pass_rate=0.0 is not in \(0, 1\]"),
-        ({"length_gate_pass_rate": 1.1}, r"length_gate_pass_rate=1.1 is not in \(0, 1\]"),
-        ({"length_gate_pass_rate": 0.5, "length_gate_center": True}, "leave one of them out"),
-        ({"length_gate": "pass_rate", "length_gate_center": True}, "set length_gate='correct'"),
+        ({"length_gate": "pass_rate", "length_gate_center": True}, "length_gate_center"),
+        ({"length_gate": "often"}, "length_gate"),
     ],
 )
 def test_refusals(tmp_path, changes, message):

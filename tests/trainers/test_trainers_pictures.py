@@ -114,13 +114,13 @@ def test_other_pictures_have_other_values(tmp_path):
     lenvm = value_model()
     trainer = make("grpo", tmp_path, lenvm)
     batch = batch_of(trainer)
-    logits = trainer._length_values.logits(batch)
+    logits = trainer._frozen.logits(batch, 8)
     patches = batch["image_grid_thw"].prod(1)
     # Of the two pictures of the second prompt, the second; in the fourth row alone.
     first = int(patches[:5].sum())
     changed = batch["pixel_values"].clone()
     changed[first : first + int(patches[5])] *= -1
-    others = trainer._length_values.logits({**batch, "pixel_values": changed})
+    others = trainer._frozen.logits({**batch, "pixel_values": changed}, 8)
     differs = (others != logits).any(dim=1)
     assert differs.tolist() == [False, False, False, True, False, False]
     assert float((others - logits)[3].abs().max()) > 1e-3

@@ -60,7 +60,7 @@ def scripted_ppo(
         return list(rewards)
 
     defaults = {
-        "per_device_train_batch_size": len(completions), "num_generations": len(completions), "whiten": False,
+        "per_device_train_batch_size": len(completions), "num_generations": len(completions), "whiten": "none",
         "max_completion_length": 3, "scale_rewards": "none",
     }  # fmt: skip
     return ppo(
@@ -124,7 +124,7 @@ def test_the_length_stream_is_added_beside_the_task(tmp_path):
 
 def test_whitening_acts_on_the_task_alone(tmp_path):
     plain = batch_of(scripted_ppo(tmp_path))["advantages"]
-    white = batch_of(scripted_ppo(tmp_path, whiten=True, length_coef=2.0, length_gate="all"))["advantages"]
+    white = batch_of(scripted_ppo(tmp_path, whiten="task", length_coef=2.0, length_gate="all"))["advantages"]
     actions = MASK.bool()
     task = (white - 2.0 * LENGTH)[actions]
     assert float(task.mean()) == pytest.approx(0.0, abs=1e-6)
@@ -170,7 +170,7 @@ def test_rows_left_out_or_unscored_teach_nobody(tmp_path):
 
 
 def test_whitening_counts_scored_tokens_only(tmp_path):
-    advantages = batch_of(scripted_ppo(tmp_path, rewards=[1.0, None, 1.0, 0.5], whiten=True))["advantages"]
+    advantages = batch_of(scripted_ppo(tmp_path, rewards=[1.0, None, 1.0, 0.5], whiten="task"))["advantages"]
     counted = advantages[[0, 2, 3]][MASK[[0, 2, 3]].bool()]
     assert float(counted.mean()) == pytest.approx(0.0, abs=1e-6)
     assert float(counted.std(unbiased=False)) == pytest.approx(1.0, abs=1e-3)

@@ -15,19 +15,19 @@ from critic_parts import reward_model
 from peft import LoraConfig, get_peft_model
 from trainer_parts import first_is_w8, grpo, ppo, random_lenvm
 
-from lenvm_rl.trainers import base
-from lenvm_rl.trainers.streams import Completions, centered_gated_advantage, whiten
+from lenvm_rl.trainers import streams
+from lenvm_rl.trainers.streams import Completions, Outcomes, Processes, centered_gated_advantage, whiten
 
 def sum_of_ids(completion_ids, **kwargs):
     return [sum(ids) / 100 for ids in completion_ids]
 
 starts = []
 
-def spy(*arguments, first_row, **options):
-    starts.append(first_row)
-    return centered_gated_advantage(*arguments, first_row=first_row, **options)
+def spy(*arguments):
+    starts.append(arguments[-1].first_row)
+    return centered_gated_advantage(*arguments)
 
-base.centered_gated_advantage = spy
+streams.centered_gated_advantage = spy
 
 def check(name, trainer):
     trainer.train()
@@ -62,14 +62,14 @@ check("ppo", ppo({folder!r} + "/still", first_is_w8, random_lenvm(), critic=rewa
 def flat_of(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-refresh = dict(refresh_steps=1, refresh_learning_rate=1e-2, refresh_batch_size=4, refresh_completions=20)
+refresh = dict(refresh_steps=1, refresh_learning_rate=1e-2, refresh_completions=20)
 lenvm = random_lenvm()
 start = flat_of(lenvm)
 refreshed = ppo({folder!r} + "/refresh", first_is_w8, lenvm, **refresh, **more)
 check("ppo", refreshed)
 assert float((flat_of(lenvm) - start).abs().max()) > 1e-3, "the length value model has not moved"
 assert "refresh/loss_last" in refreshed.state.log_history[-2]
-rows = refreshed._length_values._refresh.rows
+rows = refreshed._frozen.refresh.rows
 assert len(rows) == 10, "twenty completions of both"
 sums = torch.tensor([float(sum(int(row.completion_ids.sum()) * i for i, row in enumerate(rows)))])
 first, second = trainer.accelerator.gather(sums)
@@ -80,7 +80,7 @@ process = trainer.accelerator.process_index
 assert set(starts) == {{8 * process}}
 trainer.model.train()
 batch = trainer._generate_and_score_completions([dict(trainer.train_dataset[0]) for _ in range(8)])
-mine = trainer._outcomes(8).rewards
+mine = trainer._collect(batch | {{"advantages": torch.zeros(8)}}).outcomes.rewards
 torch.testing.assert_close(mine, (batch["completion_ids"] * batch["completion_mask"]).sum(1) / 100)
 # DDP averages what each process makes of the value loss into the mean over the tokens of all.
 trainer.current_gradient_accumulation_steps = 2
@@ -97,7 +97,9 @@ values, correct, nothing = -torch.rand(8, 5), torch.rand(8) < 0.6, torch.zeros(8
 def stream(rows, **processes):
     finished = torch.ones(len(mask[rows]), dtype=torch.bool)
     completions = Completions(mask[rows], mask[rows], finished, mask[rows].sum(1))
-    return centered_gated_advantage(values[rows], completions, 0.9, nothing[rows], correct[rows], 8, **processes)
+    judged = torch.ones_like(correct[rows])
+    outcomes = Outcomes(nothing[rows], judged, correct[rows], judged)
+    return centered_gated_advantage(values[rows], completions, 0.9, nothing[rows], outcomes, Processes(8, **processes))
 
 mine = slice(4 * trainer.accelerator.process_index, 4 * trainer.accelerator.process_index + 4)
 torch.testing.assert_close(
