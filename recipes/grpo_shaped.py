@@ -13,7 +13,7 @@ from __future__ import annotations
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
 from recipes.arguments import read_arguments
-from recipes.training import make_run, prepare_process, train_stage
+from recipes.stages import make_run, prepare_process, train_stage
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from lenvm_rl.modeling.loading import ADAPTER_FILE, model_type
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer, checks
 from recipes.arguments import read_arguments
-from recipes.training import make_run, prepare_process, train_stage
+from recipes.stages import make_run, prepare_process, train_stage
 
 
 @dataclass

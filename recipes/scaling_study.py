@@ -6,8 +6,7 @@ Along model size, prompts and samples per prompt, and in three ablations of the 
 shuffled or length-grouped optimiser steps, gamma, precision of the head), every model sees the same number of
 tokens: what differs is what an axis is named after, not the time in training. All are measured on the same held-out
 prompts, in the same space. Each result is kept in `<output_dir>/cells`; killed and started again, the study goes on.
-At the end, and at any time with `--report true`, `results.md` and two figures are written. `--boundary true` trains one
-model for longer and measures its error at the prompt beside the noise of what it is measured against.
+At the end, and at any time with `--report true`, `results.md` and two figures are written.
 """
 
 from __future__ import annotations
@@ -15,26 +14,30 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
-from copy import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from rich.console import Console
+from matplotlib.figure import Figure
+from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
 from lenvm_rl.files import atomic_file
+from lenvm_rl.modeling.value_model import LengthValueHead
+from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments
 from lenvm_rl.pretraining.trainer import (
     LengthValueTrainer,
-    LengthValueTrainingArguments,
     completion_lengths,
     fit_gamma_to_rollouts,
     make_length_value_model,
+    sequence_lengths,
 )
 from lenvm_rl.programs import choose_threads, run_program
 from lenvm_rl.rollouts.job import SamplingSettings
@@ -42,24 +45,29 @@ from lenvm_rl.rollouts.local import sample_to_file
 from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 from recipes.command_line import ProgramParser
-from recipes.scaling_cells import Cell, GroupedTrainer, RoundedHead, make_axes, rate_factor
-from recipes.scaling_report import write_report
-from recipes.stage_records import run_stage
+from recipes.stage_records import console, run_stage
 
 logger = logging.getLogger(__name__)
-console = Console(width=120, highlight=False)
 
-# What is kept of an evaluation, without the Trainer's prefix.
-METRICS = (
-    "loss",
-    "explained_variance",
-    "kendall_tau",
-    "consistent_mre",
-    *(f"length_mre_at_{point}" for point in (0, 25, 50, 75)),
-    *(f"length_mae_at_{point}" for point in (0, 25, 50, 75)),
+POINTS = (0, 25, 50, 75)
+# Columns of the report: title, metric, scale and digits. Nothing else is kept of an evaluation, beside the errors.
+COLUMNS = (
+    ("loss x 1000", "loss", 1000, 2),
+    ("MRE at the prompt", "consistent_mre", 1, 3),
+    *((f"MRE at {point} %", f"length_mre_at_{point}", 1, 3) for point in POINTS),
+    ("Kendall tau", "kendall_tau", 1, 3),
 )
-# The same of a model that is measured at the prompt.
-BOUNDARY_METRICS = ("half_mre", "reference_half_mre", "consistent_mre", "consistent_prompts", "length_mre_at_0")
+METRICS = (
+    *(metric for _, metric, *_ in COLUMNS),
+    *(f"length_mae_at_{point}" for point in POINTS),
+    "explained_variance",
+)
+# Axes of the two figures.
+SIZES = {"model size": "parameters", "prompts": "training prompts", "samples per prompt": "completions per prompt"}
+ABLATIONS = ("optimiser steps", "gamma", "precision of the head")
+
+# Axis -> label -> results of the seeds.
+Rows = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 @dataclass
@@ -85,7 +93,7 @@ class ScalingArguments:
     )
     samples: list[int] = HfArg(
         default_factory=lambda: [1, 2, 4, 8, 16],
-        help="Completions per prompt, ascending; the last is that of the other axes.",
+        help="Completions per prompt, ascending; the other axes have the last.",
     )
     horizons: list[float] = HfArg(
         default_factory=lambda: [0.25, 1.0, 4.0],
@@ -99,28 +107,85 @@ class ScalingArguments:
     learning_rate: float = HfArg(
         default=2e-3, help="Peak learning rate at a width of 64; for others it goes with 1 / width, up to ten times."
     )
-    boundary: bool = HfArg(
-        default=False, help="Instead of the study: train one model for longer, and measure it at the prompt."
-    )
-    boundary_tokens: int = HfArg(default=1_600_000, help="Tokens that this one is trained on.")
-    boundary_prompts: int = HfArg(default=2048, help="Its training prompts.")
-    boundary_samples: int = HfArg(default=8, help="Completions of each of them.")
-    boundary_batch_size: int = HfArg(default=128, help="Completions per optimiser step.")
-    boundary_held_out_samples: int = HfArg(
-        default=64, help="Completions per held-out prompt that it is measured against."
-    )
     report: bool = HfArg(default=False, help="Only write the report of what is there already.")
     smoke: bool = HfArg(default=False, help="A size that only shows that it runs.")
 
     def __post_init__(self) -> None:
         if self.smoke:
             self.policy_tokens, self.backbone_tokens, self.train_tokens = 20_000, 5_000, 1_500
-            self.boundary_tokens, self.boundary_prompts, self.boundary_held_out_samples = 3_000, 8, 4
             self.hidden_sizes, self.prompts, self.samples, self.horizons = [8, 16], [4, 8], [1, 2], [1.0, 4.0]
             self.seeds, self.held_out_prompts, self.held_out_samples = 2, 4, 2
         for name in ("hidden_sizes", "prompts", "samples"):
             if not getattr(self, name) or sorted(set(getattr(self, name))) != getattr(self, name):
                 raise ValueError(f"{name} must be ascending and hold at least one number, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of the study.
+
+    Args:
+        prompts (`int`): training prompts.
+        samples (`int`): completions of each.
+        seed (`int`): seed of weights and order, and of which prompts and completions are used.
+        hidden_size (`int`, *optional*): width of a decoder of its own; the policy's decoder when omitted.
+        horizon (`float`, *optional*, defaults to `1.0`): multiple of the fitted horizon of gamma.
+        grouped (`bool`, *optional*, defaults to `False`): whether optimiser steps are made of similar lengths.
+        rounded_head (`bool`, *optional*, defaults to `False`): whether the head computes in bfloat16.
+    """
+
+    prompts: int
+    samples: int
+    seed: int
+    hidden_size: int | None = None
+    horizon: float = 1.0
+    grouped: bool = False
+    rounded_head: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the file of its result."""
+        backbone = "policy" if self.hidden_size is None else f"h{self.hidden_size}"
+        parts = [backbone, f"p{self.prompts}", f"n{self.samples}", f"x{self.horizon:g}"]
+        parts += ["grouped"] * self.grouped + ["bf16head"] * self.rounded_head
+        return "-".join([*parts, f"seed{self.seed}"])
+
+
+def make_axes(args: ScalingArguments) -> dict[str, dict[str, Cell]]:
+    """The cells along each axis, by their label there, all with seed 0. Axes share cells, so each is trained once."""
+    base = Cell(args.prompts[-1], args.samples[-1], 0)
+    return {
+        "model size": {str(width): replace(base, hidden_size=width) for width in args.hidden_sizes},
+        "prompts": {str(count): replace(base, prompts=count) for count in args.prompts},
+        "samples per prompt": {str(count): replace(base, samples=count) for count in args.samples},
+        "optimiser steps": {"shuffled": base, "grouped by length": replace(base, grouped=True)},
+        "gamma": {f"horizon x {factor:g}": replace(base, horizon=factor) for factor in args.horizons},
+        "precision of the head": {"float32": base, "bfloat16": replace(base, rounded_head=True)},
+    }
+
+
+class RoundedHead(LengthValueHead):
+    """The head with every number it reads and makes rounded to bfloat16; the weights that are trained stay float32."""
+
+    def forward(self, hidden_states):
+        """See [`~lenvm_rl.modeling.value_model.LengthValueHead.forward`]."""
+        hidden = _rounded(hidden_states)
+        for layer, activation in ((self.hidden, silu), (self.output, lambda logits: logits)):
+            hidden = _rounded(linear(hidden, _rounded(layer.weight), _rounded(layer.bias)))
+            hidden = _rounded(activation(hidden))
+        return hidden.squeeze(-1)
+
+
+def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.bfloat16).float()
+
+
+class GroupedTrainer(LengthValueTrainer):
+    """Optimiser steps made of completions of similar length, which shifts what values converge to."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
+        lengths = completion_lengths(self.train_dataset).tolist()
+        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)
 
 
 @dataclass
@@ -150,12 +215,8 @@ class Study:
 
     def steps_of(self, rollouts: Dataset) -> int:
         """Optimiser steps in which `train_tokens` tokens are seen."""
-        held = int(completion_lengths(rollouts).sum() + completion_lengths(rollouts, "prompt_ids").sum())
+        held = sum(sequence_lengths(rollouts))
         return max(1, round(self.args.train_tokens * len(rollouts) / (held * self.args.batch_size)))
-
-    def backbone_of(self, cell: Cell) -> str:
-        """Path of the decoder that a cell starts from."""
-        return self.policy if cell.hidden_size is None else str(backbone_path(self.args, cell.hidden_size))
 
     def settings_of(self, cell: Cell) -> dict[str, Any]:
         """Everything that a cell's result depends on."""
@@ -166,9 +227,9 @@ class Study:
         plan = self.metadata.sampling["plan"]
         return {**asdict(cell), **shared, "plan": plan, "gamma": self.gamma_of(cell), "learning_rate": rate}
 
-    def train_cell(self, cell: Cell) -> LengthValueTrainer:
-        """Trains the model of a cell."""
-        rollouts, settings = self.rollouts_of(cell), self.settings_of(cell)
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Trains and evaluates the model of a cell."""
+        start, rollouts, settings = time.perf_counter(), self.rollouts_of(cell), self.settings_of(cell)
         arguments = LengthValueTrainingArguments(
             output_dir=self.args.output_dir,
             max_steps=self.steps_of(rollouts),
@@ -184,7 +245,8 @@ class Study:
             report_to="none",
             disable_tqdm=True,
         )
-        backbone, tokenizer = self.backbone_of(cell), AutoTokenizer.from_pretrained(self.policy)
+        backbone = self.policy if cell.hidden_size is None else str(backbone_path(self.args, cell.hidden_size))
+        tokenizer = AutoTokenizer.from_pretrained(self.policy)
         set_seed(cell.seed)
         model = make_length_value_model(backbone, rollouts, self.metadata, arguments, tokenizer)
         if cell.rounded_head:
@@ -197,35 +259,27 @@ class Study:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return trainer
-
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """Trains and evaluates the model of a cell."""
-        start = time.perf_counter()
-        trainer = self.train_cell(cell)
         measured = trainer.evaluate()
         return {
-            "settings": self.settings_of(cell),
-            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "settings": settings,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "steps": trainer.state.global_step,
-            "epochs": trainer.state.global_step * self.args.batch_size / len(trainer.train_dataset),
+            "epochs": trainer.state.global_step * self.args.batch_size / len(rollouts),
             "seconds": time.perf_counter() - start,
             "metrics": {name: measured[f"eval_{name}"] for name in METRICS},
         }
 
 
-def find_policy(args: ScalingArguments) -> str:
-    """Path of the policy: the one that is given, or one that is fitted on first use."""
-    if args.policy is not None:
-        return args.policy
-    path = Path(args.output_dir) / "policy"
-    fit_decoder("fitting a policy", path, PolicySettings(train_tokens=args.policy_tokens))
-    return str(path)
+def rate_factor(hidden_size: int) -> float:
+    """The learning rate beside the one at a width of 64: it goes with 1 / width, up to ten times."""
+    return min(10.0, 64 / hidden_size)
 
 
 def prepare_study(args: ScalingArguments) -> Study:
-    """Samples what the cells share; what is there already is used."""
-    policy = find_policy(args)
+    """Samples what the cells share, of a policy that is fitted on first use unless one is given."""
+    policy = args.policy or str(Path(args.output_dir) / "policy")
+    if args.policy is None:
+        fit_decoder("fitting a policy", Path(policy), PolicySettings(train_tokens=args.policy_tokens))
     train, metadata = _sample(args, policy, "train", args.prompts[-1], args.samples[-1], seed=1)
     held_out, _ = _sample(args, policy, "evaluation", args.held_out_prompts, args.held_out_samples, seed=0)
     gamma, _ = fit_gamma_to_rollouts(train)
@@ -257,12 +311,11 @@ def fit_backbones(args: ScalingArguments) -> None:
 def _sample(
     args: ScalingArguments, policy: str, split: str, prompts: int, samples: int, seed: int
 ) -> tuple[Dataset, RolloutMetadata]:
-    problems = distinct_problems(prompts, seed, split)
     rollouts, metadata = sample_to_file(
         Path(args.output_dir) / f"{split}.jsonl",
         AutoModelForCausalLM.from_pretrained(policy),
         AutoTokenizer.from_pretrained(policy),
-        [problem.prompt for problem in problems],
+        [problem.prompt for problem in distinct_problems(prompts, seed, split)],
         SamplingSettings(samples, args.max_new_tokens, batch_size=256),
         seed=seed,
         generator=policy,
@@ -272,15 +325,10 @@ def _sample(
     return rollouts, metadata
 
 
-def run_cells(study: Study, cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Yields every cell with its result: read if it is there, else made and written.
-
-    Raises:
-        ValueError: if a result is there that was made with other settings.
-    """
-    folder = Path(study.args.output_dir) / "cells"
+def run_cells(study: Study, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Yields every cell with its result: read if it is there, else made and written."""
     for number, cell in enumerate(cells, start=1):
-        path = folder / f"{cell.name}.json"
+        path = result_path(study.args, cell)
         if path.exists():
             result = json.loads(path.read_text(encoding="utf-8"))
             if result["settings"] != study.settings_of(cell):
@@ -297,63 +345,93 @@ def run_cells(study: Study, cells: list[Cell]) -> Iterator[tuple[Cell, dict[str,
         yield cell, result
 
 
-def measure_at_the_prompt(args: ScalingArguments) -> None:
-    """Trains one model on more prompts, and writes its metrics at the prompt, intervals aside, to `boundary.json`.
+def result_path(args: ScalingArguments, cell: Cell) -> Path:
+    """Where the result of a cell is kept."""
+    return Path(args.output_dir) / "cells" / f"{cell.name}.json"
 
-    What the prompt alone says about a length is little beside what the completion says later, so it takes many prompts,
-    rather than many completions of each, to learn it.
-    """
-    folder = Path(args.output_dir) / "boundary"
-    own = copy(args)
-    own.output_dir, own.policy = str(folder), find_policy(args)
-    own.prompts, own.samples, own.batch_size = (
-        [args.boundary_prompts],
-        [args.boundary_samples],
-        args.boundary_batch_size,
-    )
-    own.train_tokens, own.held_out_samples = args.boundary_tokens, args.boundary_held_out_samples
-    study = prepare_study(own)
-    cell = Cell(own.prompts[-1], own.samples[-1], seed=0)
-    model, report = folder / "length_value_model", folder / "boundary.json"
 
-    def make() -> None:
-        trainer = study.train_cell(cell)
-        measured = trainer.evaluate()
-        with atomic_file(report) as file:
-            file.write(json.dumps({name: measured[f"eval_{name}"] for name in BOUNDARY_METRICS}, indent=1).encode())
-        trainer.save_model(str(model))
+def write_report(rows: Rows, folder: Path) -> str:
+    """Writes `results.md`, `scaling.png` and `ablations.png` into a folder, and returns the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {axis: {label: results for label, results in row.items() if results} for axis, row in rows.items()}
+    table = make_table(rows)
+    (folder / "results.md").write_text(table, encoding="utf-8")
+    plot_sizes(rows).savefig(folder / "scaling.png", dpi=150)
+    plot_ablations(rows).savefig(folder / "ablations.png", dpi=150)
+    return table
 
-    run_stage("training a length value model", model, study.settings_of(cell), make)
-    found = json.loads(report.read_text(encoding="utf-8"))
-    console.print(f"relative error at the prompt against one half of the completions: {found['half_mre']:.3f}")
-    console.print(f"relative error between the halves: {found['reference_half_mre']:.3f}")
-    command = f"python -m eval.length_prediction --rollouts {folder}/evaluation.jsonl --length_value_model {model}"
-    console.print(f"With intervals: {command}", soft_wrap=True)
+
+def values(results: list[dict[str, Any]], metric: str) -> np.ndarray:
+    """A metric of each seed."""
+    return np.array([result["metrics"][metric] for result in results], dtype=float)
+
+
+def make_table(rows: Rows) -> str:
+    """One line per cell: the mean over seeds, with the lowest and the highest seed in brackets."""
+    titles = ["axis", "cell", "parameters", "epochs", "seeds", *(title for title, *_ in COLUMNS)]
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for axis, row in rows.items():
+        for label, results in row.items():
+            entries = [axis, label, f"{results[0]['parameters']:,}", f"{results[0]['epochs']:.1f}", str(len(results))]
+            for _, metric, scale, digits in COLUMNS:
+                found = scale * values(results, metric)
+                shown = [f"{each:.{digits}f}" for each in (found.mean(), found.min(), found.max())]
+                entries.append("{} [{}, {}]".format(*shown))
+            lines.append("| " + " | ".join(entries) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_sizes(rows: Rows) -> Figure:
+    """Held-out loss against the three sizes: a line through the means, a point for every seed."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(SIZES), sharey=True)
+    for place, (axis, title) in zip(axes, SIZES.items(), strict=True):
+        results = list(rows[axis].items())
+        x = [found[0]["parameters"] if axis == "model size" else int(label) for label, found in results]
+        losses = [values(found, "loss") for _, found in results]
+        place.plot(x, [loss.mean() for loss in losses], color="#1f77b4", marker="o", zorder=3)
+        for position, loss in zip(x, losses, strict=True):
+            place.scatter([position] * len(loss), loss, color="#888888", s=14, zorder=2)
+        place.set_xscale("log")
+        place.set_xticks(list(x), [f"{position:,}" for position in x], rotation=30)
+        place.minorticks_off()
+        place.set_xlabel(title)
+        place.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out loss, (V - G)²")
+    return figure
+
+
+def plot_ablations(rows: Rows) -> Figure:
+    """Relative error in tokens along the completion, one line per choice: means, and the range of the seeds."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for place, axis in zip(figure.subplots(1, len(ABLATIONS), sharey=True), ABLATIONS, strict=True):
+        for label, results in rows[axis].items():
+            found = np.stack([values(results, f"length_mre_at_{point}") for point in POINTS])
+            place.plot(POINTS, found.mean(axis=1), marker="o", label=label)
+            place.fill_between(POINTS, found.min(axis=1), found.max(axis=1), alpha=0.2)
+        place.set_title(axis)
+        place.set_xticks(POINTS)
+        place.grid(alpha=0.3)
+        place.legend(fontsize=8)
+    figure.supxlabel("percent of the completion that stands already")
+    figure.supylabel("mean relative error of the remaining length, in tokens")
+    return figure
 
 
 def main(args: ScalingArguments) -> None:
     """Runs what is missing, and writes the report."""
-    if args.boundary:
-        measure_at_the_prompt(args)
-        return
     study = prepare_study(args)
     if not args.report:
         fit_backbones(args)
-    axes = make_axes(args.prompts, args.samples, args.hidden_sizes, args.horizons)
-    seeds = range(args.seeds)
-    cells = list(
-        dict.fromkeys(replace(c, seed=seed) for seed in seeds for axis in axes.values() for c in axis.values())
-    )
-    if args.report:
-        cells = [cell for cell in cells if (Path(args.output_dir) / "cells" / f"{cell.name}.json").exists()]
+    axes = make_axes(args)
+    cells = [replace(c, seed=seed) for seed in range(args.seeds) for axis in axes.values() for c in axis.values()]
+    cells = [cell for cell in dict.fromkeys(cells) if not args.report or result_path(args, cell).exists()]
     results = dict(run_cells(study, cells))
-    rows = {
-        axis: {
-            label: [results[one] for one in (replace(cell, seed=seed) for seed in seeds) if one in results]
-            for label, cell in labelled.items()
-        }
-        for axis, labelled in axes.items()
-    }
+    rows: Rows = {}
+    for axis, labelled in axes.items():
+        for label, cell in labelled.items():
+            of_seeds = [results.get(replace(cell, seed=seed)) for seed in range(args.seeds)]
+            rows.setdefault(axis, {})[label] = [result for result in of_seeds if result is not None]
     console.print(write_report(rows, Path(args.output_dir)), soft_wrap=True)
 
 

@@ -17,8 +17,7 @@ from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
 from recipes import grpo_shaped, ppo_shaped
 from recipes.arguments import StageArguments, check_setup
 from recipes.stage_records import run_stage
-from recipes.stages import Run
-from recipes.training import read_log, show_progress
+from recipes.stages import Run, read_log, show_progress
 from reward.length_reward import LengthReward
 
 CONFIGS = Path(ppo_shaped.__file__).parent / "configs"

@@ -34,7 +34,7 @@ from transformers.trainer_callback import TrainerState
 from lenvm_rl.files import MetricsFile, is_complete, last_complete_checkpoint
 from lenvm_rl.trainers import LenVMPPOTrainer
 from lenvm_rl.trainers.resuming import StopBetweenGenerations
-from recipes.training import read_log
+from recipes.stages import read_log
 
 
 def cases(kind):
