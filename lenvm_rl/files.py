@@ -1,4 +1,4 @@
-"""Files that grow line by line: the finished batches of a long job, and the metrics of a training run."""
+"""Files that survive a crash: atomic ones, journals, the metrics of a run, checkpoints and what is wrong in them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,20 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes a small file of JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode("ascii") + b"\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a small file of this library holds; a `ValueError` names one that is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and what it describes.") from error
+
+
 class Journal:
     """Finished batches of records, one JSON line each, after a first line that names the job.
 
@@ -58,13 +72,9 @@ class Journal:
         self.path, self.job = path, job
 
     def open(self) -> dict[int, list[dict[str, Any]]]:
-        """Starts the journal, or goes on with it.
+        """Starts the journal, or goes on with it: the records of each finished batch, and notes.
 
-        Returns:
-            `dict[int, list[dict]]`: records of each finished batch, and notes.
-
-        Raises:
-            ValueError: if the file holds batches of another job, or is damaged.
+        A file that is damaged, or holds batches of another job, is refused.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         job, batches, size = self._read()
@@ -117,14 +127,6 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """What a small file of this library holds; a `ValueError` names one that is damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and what it describes.") from error
-
-
 class MetricsFile(TrainerCallback):
     """Appends everything that a Trainer logs to `metrics.jsonl` in its `output_dir`, one JSON object a line.
 
@@ -168,6 +170,21 @@ class MetricsFile(TrainerCallback):
             raise
 
 
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` that belong to the run as it ended.
+
+    Lines of lost steps are left out, and so is a last line that the run could not write to its end.
+    """
+    kept: list[dict[str, Any]] = []
+    for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
+        entry = json.loads(line)
+        if entry.get("event") == "train_begin":
+            kept = [before for before in kept if before["step"] <= entry["step"]]
+        elif "step" in entry:
+            kept.append(entry)
+    return kept
+
+
 def _plain(value: Any) -> Any:
     """What JSON can hold: a tensor of one number becomes that number."""
     if isinstance(value, (torch.Tensor, np.generic)):
@@ -186,18 +203,14 @@ def is_complete(checkpoint: str | os.PathLike) -> bool:
 
 
 def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
-    """The checkpoints in a run's folder, which need not be there: those of the most steps first."""
+    """The checkpoints in a run's folder, which need not be there, the one of the most steps first."""
     found = ((re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(folder).glob("*"))
     steps = [(int(match[1]), path) for match, path in found if match]
     return [path for _, path in sorted(steps, reverse=True)]
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The checkpoint of the most steps in a run's folder that was written to its end, or `None`.
-
-    Args:
-        folder (`str` or path): `output_dir` of the run; it need not be there.
-    """
+    """The checkpoint of the most steps in a run's folder, which need not be there, that was written to its end."""
     for checkpoint in checkpoints_in(folder):
         if is_complete(checkpoint):
             return str(checkpoint)
@@ -205,16 +218,8 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     return None
 
 
-# What torch.save writes.
-ARCHIVES = (".pt", ".pth", ".bin")
-
-
 def damaged_files(checkpoint: str | os.PathLike) -> dict[str, str]:
-    """Files of a checkpoint that end too early, by their path in it, with what is wrong; weights are not read.
-
-    Args:
-        checkpoint (`str` or path): a folder; those inside it, such as that of a critic, are looked through as well.
-    """
+    """Files in a checkpoint and its folders that end too early, by path, with what is wrong; weights are not read."""
     found = {}
     for path in sorted(Path(checkpoint).rglob("*")):
         if path.is_file() and (problem := _problem(path)) is not None:
@@ -229,7 +234,8 @@ def _problem(path: Path) -> str | None:
                 return None
         except SafetensorError as error:
             return str(error)
-    if path.suffix in ARCHIVES:
+    # What torch.save writes.
+    if path.suffix in (".pt", ".pth", ".bin"):
         return None if zipfile.is_zipfile(path) else "its end is missing"
     if path.suffix == ".json":
         try:

@@ -11,7 +11,6 @@ At the end, and at any time with `--report true`, `results.md` and two figures a
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
-from lenvm_rl.files import atomic_file
+from lenvm_rl.files import read_json, write_json
 from lenvm_rl.modeling.value_model import LengthValueHead
 from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments
 from lenvm_rl.pretraining.trainer import (
@@ -330,7 +329,7 @@ def run_cells(study: Study, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[
     for number, cell in enumerate(cells, start=1):
         path = result_path(study.args, cell)
         if path.exists():
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_json(path)
             if result["settings"] != study.settings_of(cell):
                 raise ValueError(
                     f"{path} was made with other settings ({result['settings']}; now {study.settings_of(cell)}). Give "
@@ -338,8 +337,7 @@ def run_cells(study: Study, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[
                 )
         else:
             result = study.run(cell)
-            with atomic_file(path) as file:
-                file.write(json.dumps(result, indent=1).encode())
+            write_json(path, result)
             loss, seconds = result["metrics"]["loss"], result["seconds"]
             console.print(f"{number}/{len(cells)} {cell.name}: loss {loss:.5f}, {seconds:.1f} s")
         yield cell, result

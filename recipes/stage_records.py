@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from lenvm_rl.files import Journal, atomic_file, last_complete_checkpoint, read_json
+from lenvm_rl.files import Journal, last_complete_checkpoint, read_json, write_json
 
 console = Console(width=120, highlight=False)
 
@@ -27,9 +27,6 @@ def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Cal
         artefact (`pathlib.Path`): the file or folder that `make` writes.
         settings (mapping): everything that the artefact depends on; kept in `<artefact>.stage.json`.
         make (callable): writes the artefact, or goes on with what an interrupted run left of it.
-
-    Raises:
-        ValueError: the artefact was made, or begun, with other settings, or several processes would make it at once.
     """
     settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
     found = read_record(artefact)
@@ -79,8 +76,7 @@ def is_begun(artefact: Path) -> bool:
 def write_record(artefact: Path, settings: Mapping[str, Any], finished: bool) -> None:
     """Write a stage's record, on the main process."""
     if PartialState().is_main_process:
-        with atomic_file(record_path(artefact)) as file:
-            file.write(json.dumps({"finished": finished, "settings": settings}, indent=1, sort_keys=True).encode())
+        write_json(record_path(artefact), {"finished": finished, "settings": settings})
 
 
 def record_path(artefact: Path) -> Path:

@@ -1,12 +1,11 @@
-"""The stages before reinforcement learning, each with an artefact on disk that the next run reuses.
+"""The stages of a training recipe, each with an artefact on disk that the next run reuses.
 
-policy (the sandbox's, or given) -> rollouts -> length value model (with gamma from the rollouts). The settings of a
-stage hold those of the stages it was made from.
+policy (the sandbox's, or given) -> rollouts -> length value model (with gamma from the rollouts) -> trained policy. The
+settings of a stage hold the settings of the stages that it was made from.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
-from lenvm_rl.files import atomic_file, last_complete_checkpoint, read_json
+from lenvm_rl.files import last_complete_checkpoint, read_json, read_metrics, write_json
 from lenvm_rl.modeling.backbones import load_model
 from lenvm_rl.modeling.loading import ADAPTER_FILE, check_policy, load_tokenizer, model_type, read_config
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
@@ -46,14 +45,12 @@ logger = logging.getLogger(__name__)
 # The sandbox's seeds, so that no stage repeats another's draw.
 ROLLOUT_SEED, TRAIN_SEED = 1, 2
 RECORD = "run.json"
+# Settings that say where a run writes and reports, not what it computes.
+NOT_PART_OF_A_RUN = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint")
 
 
 def gate_reward_path(args: StageArguments, config: LenVMConfig) -> str:
-    """The dotted path of the reward function that says what is correct; of the first one where nothing needs to know.
-
-    Raises:
-        ValueError: what [`~lenvm_rl.trainers.gate.gate_index`] refuses.
-    """
+    """The dotted path of the reward function that says what is correct; the first one where nothing needs to know."""
     functions = [load_reward(path) for path in args.reward_funcs]
     users = ["pretrain_only_correct"] if args.pretrain_only_correct else []
     index = gate_index(config, functions, [name_of(function) for function in functions], users)
@@ -81,22 +78,16 @@ class Run:
         self.precision = {"bf16": config.bf16, "fp16": config.fp16, "use_cpu": config.use_cpu}
         self.load_kwargs = {} if self.sandbox else model_kwargs(model)
 
+        self._revision = {name: value for name, value in self.load_kwargs.items() if name == "revision"}
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, padding with `pad_token` if one is given."""
         return load_tokenizer(self.policy, self.args.pad_token, **self._revision)
 
-    @property
-    def _revision(self) -> dict[str, str]:
-        return {name: value for name, value in self.load_kwargs.items() if name == "revision"}
-
     @cached_property
     def dataset(self) -> Dataset:
-        """A dataset of one's own, in its order: column `prompt`, and what the rewards need.
-
-        Raises:
-            ValueError: it lacks the column of the prompts, or a row has none.
-        """
+        """A dataset of one's own, in its order: column `prompt`, and what the rewards need."""
         name, column = self.args.dataset_name, self.args.prompt_column
         dataset = load_prompts(name, self.args.dataset_config, self.args.dataset_split)
         if column not in dataset.column_names:
@@ -123,11 +114,7 @@ class Run:
         return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
     def check(self) -> None:
-        """Look at all that a person handed over, before the first stage spends time on it.
-
-        Raises:
-            ValueError: a prompt is none or too long, a reward function lacks a column, or the folder is another run's.
-        """
+        """Look at all that a person handed over, before the first stage spends time on it."""
         rewards = [load_reward(path) for path in self.args.reward_funcs]
         if self.sandbox:
             name, tokenizer, dataset = "the sandbox", sandbox_tokenizer(), self.prompts(4, TRAIN_SEED)
@@ -304,8 +291,7 @@ class Run:
             "temperature": self.config.temperature,
             "max_new_tokens": self.config.max_completion_length,
         }
-        with atomic_file(self.output_dir / RECORD) as file:
-            file.write(json.dumps(content, indent=1).encode())
+        write_json(self.output_dir / RECORD, content)
 
     def _earlier_record(self) -> dict[str, Any]:
         """What earlier runs wrote into run.json; a `ValueError` if they were of another policy."""
@@ -322,10 +308,6 @@ class Run:
     def _portable(self, path: str) -> str:
         """Paths that exist, relative to the run's folder; hub ids as they are."""
         return os.path.relpath(path, self.output_dir) if os.path.exists(path) else path
-
-
-# Settings that say where a run writes and reports, not what it computes.
-NOT_PART_OF_A_RUN = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint")
 
 
 def prepare_process(sandbox: bool) -> None:
@@ -427,24 +409,9 @@ def train_stage(algorithm: str, run: Run, make_trainer: Callable[..., Any], **se
         show_progress(target / "metrics.jsonl")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that belong to the run as it ended: those of lost steps are left out.
-
-    So is a last line that the run could not write to its end.
-    """
-    kept: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        entry = json.loads(line)
-        if entry.get("event") == "train_begin":
-            kept = [before for before in kept if before["step"] <= entry["step"]]
-        elif "step" in entry:
-            kept.append(entry)
-    return kept
-
-
 def show_progress(path: Path) -> None:
     """Print reward and length of the first and the last fifth of the training log."""
-    logs = [entry for entry in read_log(path) if "reward" in entry]
+    logs = [entry for entry in read_metrics(path) if "reward" in entry]
     if not logs:
         console.print(f"no step was logged (logging_steps is above the number of steps): see {path}")
         return

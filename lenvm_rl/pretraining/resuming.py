@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from lenvm_rl.files import atomic_file, is_complete, last_complete_checkpoint, read_json
+from lenvm_rl.files import is_complete, last_complete_checkpoint, read_json, write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.pretraining.batches import COLUMNS
 
@@ -89,8 +89,7 @@ def fingerprint(rollouts: Dataset) -> str:
 
 def begin(folder: str, settings: dict[str, Any]) -> None:
     """Keep what a run is begun with."""
-    with atomic_file(Path(folder) / RECORD) as file:
-        file.write(json.dumps(settings, indent=1, sort_keys=True).encode())
+    write_json(Path(folder) / RECORD, settings)
 
 
 def check_resumed(folder: str, settings: dict[str, Any]) -> None:

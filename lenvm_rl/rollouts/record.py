@@ -30,7 +30,7 @@ import torch
 from datasets import Dataset
 
 from lenvm_rl.endings import end_token_ids
-from lenvm_rl.files import atomic_file, read_json
+from lenvm_rl.files import atomic_file, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,7 @@ class RolloutMetadata:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the metadata as JSON, atomically."""
-        with atomic_file(path) as file:
-            file.write(json.dumps(asdict(self), indent=2).encode() + b"\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RolloutMetadata:

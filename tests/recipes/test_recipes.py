@@ -11,13 +11,13 @@ import yaml
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 from trl import GRPOConfig, ModelConfig
 
-from lenvm_rl.files import Journal
+from lenvm_rl.files import Journal, read_metrics
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
 from recipes import grpo_shaped, ppo_shaped
 from recipes.arguments import StageArguments, check_setup
 from recipes.stage_records import run_stage
-from recipes.stages import Run, read_log, show_progress
+from recipes.stages import Run, show_progress
 from reward.length_reward import LengthReward
 
 CONFIGS = Path(ppo_shaped.__file__).parent / "configs"
@@ -339,7 +339,7 @@ def test_the_log_of_an_interrupted_run_leaves_out_lost_steps(tmp_path):
     steps = [{"event": "train_begin", "step": 0}, *({"reward": 0, "step": n} for n in (1, 2, 3))]
     again = [{"event": "train_begin", "step": 1}, *({"reward": 1, "step": n} for n in (2, 3, 4))]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in steps + again))
-    assert [(entry["step"], entry["reward"]) for entry in read_log(path)] == [(1, 0), (2, 1), (3, 1), (4, 1)]
+    assert [(entry["step"], entry["reward"]) for entry in read_metrics(path)] == [(1, 0), (2, 1), (3, 1), (4, 1)]
 
 
 def test_a_dataset_of_ones_own_keeps_its_columns(tmp_path):
