@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from ragged import random_rollouts
 from safetensors.torch import load_file
-from test_forms import GAMMA, SHARED, assert_unchanged, make_policy, weights_of
+from test_sharing import GAMMA, SHARED, assert_unchanged, make_policy, weights_of
 from tiny import assert_same_weights, tiny_llama, tiny_tokenizer
 
 from lenvm_rl.modeling.length_value_model import LengthValueModel

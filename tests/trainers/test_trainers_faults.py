@@ -31,10 +31,9 @@ from trainer_parts import (
 )
 from transformers.trainer_callback import TrainerState
 
-from lenvm_rl.files import MetricsFile, is_complete, last_complete_checkpoint
+from lenvm_rl.files import MetricsFile, is_complete, last_complete_checkpoint, read_metrics
 from lenvm_rl.trainers import LenVMPPOTrainer
 from lenvm_rl.trainers.resuming import StopBetweenGenerations
-from recipes.stages import read_log
 
 
 def cases(kind):
@@ -215,9 +214,9 @@ def test_a_full_disk_loses_half_a_line_of_the_metrics(begun, whole, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(OSError, match=said):
         patch.setattr(MetricsFile, "_append", on_a_full_disk(append, 100))
         make(grpo, folder).train(resume_from_checkpoint=True)
-    assert path.stat().st_size == 100 and read_log(path) == []
+    assert path.stat().st_size == 100 and read_metrics(path) == []
     assert ends_as_unbroken(grpo, folder, whole)
-    assert [entry["step"] for entry in read_log(path)] == [2, 2]
+    assert [entry["step"] for entry in read_metrics(path)] == [2, 2]
 
 
 def test_sigterm_with_enable_jit_checkpoint_stops_where_a_run_can_go_on(tmp_path):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_forms import make_model
+from test_sharing import make_model
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from trainer_parts import VOCAB, batch_of, counts_of_w8, grpo, logged, ppo, random_lenvm, same_weights, weights
 from trl import GRPOConfig

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from test_forms import make_model
+from test_sharing import make_model
 from test_trainers_coefficient import table
 from tiny import tiny_llama, tiny_tokenizer
 from trainer_parts import (
