@@ -123,12 +123,6 @@ def print_table(
     console.print(table)
 
 
-def verdict(name: str, value: float, sign: str, bound: float) -> str:
-    """A sentence about what was measured and what was asked: "NAME: 0.95 (asked >= 0.9: met)"."""
-    met = value >= bound if sign == ">=" else value <= bound
-    return f"{name}: {value:.2f} (asked {sign} {bound}: {'met' if met else 'not met'})"
-
-
 def save_report(
     folder: str | os.PathLike, name: str, report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None = None
 ) -> None:

@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from eval import command_line
 from eval.report import save_figure
 from eval.runs import check_writable
-from eval.speed_critic import make_tokenizer
+from eval.speed.training import make_tokenizer
 from lenvm_rl.files import atomic_file
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.programs import choose_threads

@@ -8,11 +8,15 @@ from ragged import EOS, random_rollouts
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from eval import gradient, length_control, length_prediction, length_tokens, speed, speed_batching, tradeoff, viewer
+from eval import length_control, length_prediction, length_tokens, viewer
 from eval.arms import value_scale
+from eval.gradient import __main__ as gradient
+from eval.speed import __main__ as speed
+from eval.speed import batching
 from eval.token_values import token_values
+from eval.tradeoff import __main__ as tradeoff
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.prediction import predict_length
+from lenvm_rl.prediction import length_aware_batches, padding_steps, predict_length
 from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts, write_rollouts
 from lenvm_rl.tokenization import tokenizer_fingerprint
 
@@ -109,17 +113,17 @@ def test_length_prediction_measures_it(place, form, tmp_path):
 @pytest.mark.parametrize("form", SHARED)
 def test_speed_batching_orders_by_its_predictions(place, form, capsys):
     files = str(place / "rollouts.jsonl"), str(place / form)
-    costs = speed_batching.measure(speed_batching.Settings(*files, str(place / "base"), batch_size=5, shuffles=3))
+    costs = batching.measure(batching.Settings(*files, str(place / "base"), batch_size=5, shuffles=3))
     prompts, completions = columns_of(place)
     # Two completions of a prompt follow each other; it is the first one's that counts.
     texts = [" ".join(f"w{token}" for token in prompts[row - row % 2]) for row in range(len(prompts))]
     predicted = predict_length(by_hand(place, form), tiny_tokenizer(), texts)
-    batches = speed_batching.length_aware_batches(predicted.tolist(), 5)
+    batches = length_aware_batches(predicted.tolist(), 5)
     lengths = torch.tensor([len(ids) for ids in completions])
-    assert costs["predicted length"].padding == speed_batching.padding_steps(lengths, batches)
+    assert costs["predicted length"]["padding"] == padding_steps(lengths, batches)
     options = ["--rollouts", files[0], "--length_value_model", files[1], "--batch_size", "5", "--shuffles", "3"]
     speed.main(["batching", *options, "--base", str(place / "base")])
-    assert "Padding steps" in capsys.readouterr().out
+    assert "padding steps" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--base"):
         speed.main(["batching", *options])
 

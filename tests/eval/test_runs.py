@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from eval.gradient import __main__ as gradient
 from eval.gradient.__main__ import GradientArguments
 from eval.length_control import LengthControlArguments
 from eval.length_prediction import PredictionArguments
-from eval.measurement import measure_in_process
 from eval.runs import Run, check_sandbox, find_run, is_sandbox, output_folder
 from eval.tradeoff import __main__ as tradeoff
 from eval.tradeoff.arguments import TradeoffArguments, read_run, sampled_as_fitted
@@ -374,7 +372,7 @@ def test_the_help_says_what_each_option_takes(there, program, monkeypatch, capsy
 
 @pytest.mark.parametrize("name", ["pretraining", "batching", "decoding", "critic", "ppo"])
 def test_the_help_of_every_option_of_speed_says_something(name):
-    from eval.speed import make_parser
+    from eval.speed.__main__ import make_parser
 
     parser = next(action for action in make_parser()._actions if action.dest == "program").choices[name]
     assert [action.dest for action in parser._actions if not action.help] == []
@@ -390,20 +388,6 @@ def test_an_interrupt_says_that_the_same_command_goes_on(there, monkeypatch, cap
     with pytest.raises(SystemExit) as caught:
         start("length_prediction", ["--length_value_model", "mine/lenvm"], monkeypatch)
     assert caught.value.code == 130 and "run the same command again" in capsys.readouterr().err
-
-
-def test_a_case_that_fails_in_its_own_process_says_its_sentence(monkeypatch):
-    ends = iter(["Traceback: deep\n\nerror: There is no model at 'x'.\n(how to see more)", "Traceback: a defect"])
-
-    def fail(command, **options):
-        return subprocess.CompletedProcess(command, 1, "", next(ends))
-
-    monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(RuntimeError, match="There is no model at 'x'") as caught:
-        measure_in_process("eval.speed_decoding", {"case": "plain"})
-    assert "Traceback" not in str(caught.value)
-    with pytest.raises(RuntimeError, match="Traceback: a defect"):
-        measure_in_process("eval.speed_decoding", {"case": "plain"})
 
 
 def test_the_length_value_model_of_the_sandbox_is_loaded_from_its_run(there):

@@ -1,131 +1,162 @@
-"""The program that measures speed: what it counts, what it prints, and that every case runs."""
+"""The programs that measure speed: that every case is what it says, what it counts, and how cases are compared."""
 
-import io
-import time
+import json
+import subprocess
+import types
 
 import numpy as np
 import pytest
 import torch
 from ragged import make_rollout
-from rich.console import Console
 from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
 
-from eval import speed, speed_batching, speed_pretraining
-from eval.measurement import Measurement, Meter, measure_in_process, run_steps
-from eval.speed_pretraining import CASES, Settings, make_rollouts, measure, print_measurements
-from lenvm_rl.prediction import predict_length
+from eval.speed import __main__ as speed
+from eval.speed import batching, critic, decoding, harness, pretraining
+from eval.speed.harness import MARK, Measurement, compare, measure_in_process, median_ratio, take_turns
+from lenvm_rl.prediction import padding_steps, predict_length
 from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.local import RolloutSampler
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
 from lenvm_rl.tokenization import tokenizer_fingerprint
 
-TINY = {"hidden": 32, "layers": 1, "vocab": 64, "prompts": 4, "samples": 4, "prompt_tokens": 8, "median_tokens": 6}
+SIZES = {"hidden": 32, "layers": 1, "vocab": 64, "threads": torch.get_num_threads()}
+TRAINING = critic.Settings(**SIZES, prompt_tokens=4, completion_tokens=4, batch=4, updates=2)
 
 
-def tiny(**changes):
-    return Settings(
-        **{**TINY, "longest": 16, "batch": 16, "seconds": 0.02, "threads": torch.get_num_threads(), **changes}
-    )
-
-
-def test_a_meter_counts_what_comes_after_the_warm_up(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    meter = Meter(seconds=0.05, warmup=2)
-
-    def step(number):
-        clock[0] += 0.02
-        return 10 + number, 1
-
-    result = run_steps(step, meter)
-    assert result.steps == 3 and result.tokens == 12 + 13 + 14 and result.items == 3
-    assert result.seconds == pytest.approx(0.06)
-    assert result.tokens_per_second == result.tokens / result.seconds
-    with pytest.raises(RuntimeError, match="No step was measured"):
-        Meter(seconds=1.0).result()
-
-
-def test_peak_memory_is_what_was_taken_beyond_the_start():
-    result = run_steps(lambda number: (len(bytearray(50_000_000 * (number == 1))), 0), Meter(seconds=0.0, warmup=2))
-    assert 0 <= result.peak_bytes < 2**30
-    held = []
-
-    def step(number):
-        held.append(torch.ones(20_000_000 * 4))  # 320 MB a step
-        return 1, 1
-
-    assert run_steps(step, Meter(seconds=0.0, warmup=1)).peak_bytes > 2 * 10**8
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_case_runs_and_counts_its_tokens(case):
-    settings = tiny()
-    result = measure(case, settings)
-    rollouts = make_rollouts(settings)
-    assert len(rollouts) == 16 and result.steps >= 1 and result.seconds > 0
-    # A batch is the whole data set, so that every step has the same tokens.
+@pytest.mark.parametrize("case", pretraining.CASES)
+def test_every_case_of_pretraining_counts_its_tokens(case):
+    counts = {"prompts": 4, "samples": 4, "prompt_tokens": 8, "median_tokens": 6, "batch": 16, "updates": 2}
+    settings = pretraining.Settings(**SIZES, **counts)
+    result, rollouts = pretraining.measure(case, settings), pretraining.make_rollouts(settings)
+    assert len(rollouts) == 16 and result.seconds > 0
+    # A batch is the whole data set, so that both steps have the same tokens.
     tokens = sum(len(each["prompt_ids"]) + len(each["completion_ids"]) - 1 for each in rollouts)
     if case in ("trainer", "padded"):
-        assert (result.tokens, result.items) == (result.steps * tokens, result.steps * 16)
+        assert result.tokens == 2 * tokens and result.count == pytest.approx(32 / result.seconds)
     elif case == "shared":
         once = sum(len(rollouts[index]["prompt_ids"]) - 1 for index in range(0, 16, 4))
         each = sum(len(rollout["completion_ids"]) for rollout in rollouts)
         # Once per row: prompts are repeated where their completions do not fit in one.
-        assert result.steps * (once + each) <= result.tokens < result.steps * tokens
+        assert 2 * (once + each) <= result.tokens < 2 * tokens
     else:
-        assert result.tokens % result.steps == 0
+        assert result.tokens % 2 == 0 and result.count == 0
 
 
-def test_the_table_says_what_was_asked_and_measured():
+@pytest.mark.parametrize("case", decoding.CASES)
+def test_every_case_of_decoding_is_timed(case):
+    settings = decoding.Settings(**SIZES, candidates=3, prefix=12, tokens=4, rows=2)
+    result = decoding.measure(case, settings)
+    # A step gives every row a token. Differences of two short times may have any sign.
+    assert result.tokens == 2 and (result.seconds > 0 or case != "floor")
+
+
+@pytest.mark.parametrize("case", critic.CASES)
+def test_every_case_of_the_critic_is_the_run_that_it_says(case, tmp_path):
+    form, adapters, reference = critic.RUNS[case]
+    trainer = critic.make_run(case, TRAINING, tmp_path)
+    lenvm = trainer.length_value_model
+    assert (lenvm and lenvm.config.form) == form and hasattr(trainer.model, "peft_config") == adapters
+    assert (trainer.beta > 0) == reference
+    if form is not None:
+        # Only a head on a reference's forward makes none of its own.
+        assert (trainer._frozen._reference is not None) == (form == "head")
+
+
+def test_updates_are_timed_and_weights_that_are_shared_count_once(tmp_path):
+    found = critic.measure("head_adapters", TRAINING)
+    plain, head, adapter = (
+        critic.held_numbers(critic.make_run(case, TRAINING, tmp_path / case))
+        for case in ("plain_both", "head_adapters", "adapter")
+    )
+    assert found.tokens == 16 and found.seconds > 0 and found.count == head
+    # All linear layers of the decoder get a pair of rank 16.
+    assert head - plain == 32 * 32 + 32 + 32 + 1 < adapter - plain
+
+
+def test_a_ratio_of_medians_by_hand():
+    assert median_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).estimate == 2.0
+    found = median_ratio([3.0] * 5, [2.0] * 5)
+    assert (found.estimate, found.low, found.high) == (1.5, 1.5, 1.5)
+    assert np.isnan(median_ratio([3.0], [2.0]).low)
+
+
+def test_cases_are_compared_by_the_time_of_a_token_with_their_own_baseline():
     measured = {
-        "trainer": Measurement(950, 10, 1.0, 2, 2**20),
-        "shared": Measurement(500, 20, 1.0, 2, 2**20),
-        "padded": Measurement(400, 4, 1.0, 2, 3 * 2**20),
-        "limit": Measurement(1000, 0, 1.0, 2, 2**20),
+        "plain": [Measurement(100, 1.0, 7, 3 * 2**20), Measurement(100, 2.0, 7, 5 * 2**20)],
+        "full": [Measurement(200, 3.0), Measurement(200, 6.0)],
     }
-    output = io.StringIO()
-    print_measurements(measured, tiny(), Console(file=output, width=120))
-    shown = output.getvalue()
-    assert "tokens/s over the limit's: 0.95 (asked >= 0.9: met)" in shown
-    assert "tokens/s over the padded loop's: 2.38 (asked >= 3.0: not met)" in shown
-    assert "peak memory over the padded loop's: 0.33 (asked <= 0.5: met)" in shown
+    baselines = {"limit": "plain", "own": {"full": "plain"}}
+    program = types.SimpleNamespace(CASES={"plain": "a", "full": "b"}, BASELINES=baselines)
+    plain, full = compare(measured, program)
+    assert (plain["title"], plain["count"], plain["peak_bytes"], plain["own"]) == ("a", 7, 4 * 2**20, None)
+    assert plain["speed"] == pytest.approx(1 / 0.015) and plain["limit"] is None
+    # 0.0225 over 0.015 seconds a token, in both turns.
+    assert full["own"].estimate == pytest.approx(1.5) == full["own"].low == full["limit"].high
 
 
-def test_a_case_is_measured_in_a_process_of_its_own(monkeypatch):
-    with pytest.raises(RuntimeError, match="--case nonsense failed"):
-        measure_in_process("eval.speed_pretraining", {"case": "nonsense"})
+def test_cases_take_turns_in_processes_of_their_own(monkeypatch, capsys):
     asked = []
 
-    def fake(module, arguments):
-        asked.append((module, arguments["case"]))
-        return Measurement(1, 1, 1.0, 1, 1)
+    def fake(command, **options):
+        asked.append(command[command.index("--case") + 1])
+        return subprocess.CompletedProcess(command, 0, f"said\n{MARK}" + json.dumps({"tokens": 4, "seconds": 2.0}), "")
 
-    monkeypatch.setattr(speed_pretraining, "measure_in_process", fake)
-    speed.main(["pretraining", "--hidden", "32"])
-    assert asked == [("eval.speed_pretraining", case) for case in CASES]
+    monkeypatch.setattr(subprocess, "run", fake)
+    found = take_turns("pretraining", ["a", "b"], pretraining.Settings(repetitions=3))
+    assert asked == ["a", "b", "b", "a", "a", "b"] and found["b"] == [Measurement(4, 2.0)] * 3
+    speed.main(["critic", "--repetitions", "2"])
+    told = capsys.readouterr().out
+    assert all(title in told for title in critic.CASES.values()) and "1.000 [1.000, 1.000]" in told
+
+
+def test_a_case_is_measured_where_it_is_asked_for_with_its_peak(monkeypatch, capsys):
+    held = []
+
+    def measure(case, settings):
+        held.append(torch.ones(80_000_000))  # 320 MB
+        return Measurement(1, 2.0)
+
+    monkeypatch.setattr(decoding, "measure", measure)
+    speed.main(["decoding", "--case", "floor", "--threads", str(torch.get_num_threads())])
+    found = json.loads(capsys.readouterr().out.removeprefix(harness.MARK))
+    assert found["seconds"] == 2.0 and found["peak_bytes"] >= 0
+    with pytest.raises(SystemExit):
+        speed.main(["decoding", "--case", "nonsense"])
+
+
+def test_a_case_that_fails_in_its_own_process_says_its_sentence(monkeypatch):
+    ends = iter(["Traceback: deep\n\nerror: There is no model at 'x'.\n(how to see more)", "Traceback: a defect"])
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 1, "", next(ends))
+    )
+    with pytest.raises(RuntimeError, match="There is no model at 'x'") as caught:
+        measure_in_process("decoding", "plain", decoding.Settings())
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="Traceback: a defect"):
+        measure_in_process("decoding", "plain", decoding.Settings())
 
 
 def test_steps_of_every_order_by_hand():
     # Prompts of 5, 3, 4 tokens, two completions each, batches of 2.
     lengths, groups = np.array([2, 4, 9, 7, 3, 5]), np.array([0, 0, 1, 1, 2, 2])
-    costs = speed_batching.replay(lengths, groups, np.array([5, 5, 3, 3, 4, 4]), np.array([6, 6, 2, 2, 4, 4.0]), 2, 400)
+    costs = batching.replay(lengths, groups, np.array([5, 5, 3, 3, 4, 4]), np.array([6, 6, 2, 2, 4, 4.0]), 2, 400)
     # By prompt length and by prediction, a prompt's completions share a batch: 9 + 5 + 4 steps, 2 + 2 + 2 wasted.
     for name in ("prompt length", "predicted length"):
-        assert (costs[name].steps, costs[name].padding) == (18, 6)
+        assert (costs[name]["steps"], costs[name]["padding"]) == (18, 6)
     # 9, 7 | 5, 4 | 3, 2.
-    assert (costs["realised length"].steps, costs["realised length"].padding) == (17, 4)
-    assert costs["predicted length"].ratios["prompt length"] == 1.0
-    assert costs["predicted length"].ratios["realised length"] == 1.5
+    assert (costs["realised length"]["steps"], costs["realised length"]["padding"]) == (17, 4)
+    assert costs["predicted length"]["prompt length"] == 1.0
+    assert costs["predicted length"]["realised length"] == 1.5
     prompts = costs["random prompts"]
-    assert (prompts.steps.low, prompts.steps.high, prompts.padding.estimate) == (18, 18, 6)
+    assert (prompts["steps"].low, prompts["steps"].high, prompts["padding"].estimate) == (18, 18, 6)
     # The mean over all pairings of six: 15 pairs, each in one batch out of five: |differences| sum to 50, times 1/5.
     differences = sum(abs(int(a) - int(b)) for i, a in enumerate(lengths) for b in lengths[:i])
-    random = costs["random"].padding
+    random = costs["random"]["padding"]
     assert random.low < differences / 5 < random.high and random.high - random.low < 1
-    ratio = costs["predicted length"].ratios["random"]
+    ratio = costs["predicted length"]["random"]
     assert ratio.estimate == pytest.approx(6 / random.estimate) and ratio.low < ratio.estimate < ratio.high
     # Nothing to waste: no ratio to that.
-    assert np.isnan(speed_batching.replay(lengths * 0 + 3, groups, lengths, lengths, 2, 3)["random"].ratios["random"])
+    assert np.isnan(batching.replay(lengths * 0 + 3, groups, lengths, lengths, 2, 3)["random"]["random"])
 
 
 def write_batching(folder):
@@ -146,17 +177,17 @@ def write_batching(folder):
 
 def test_the_orders_are_those_of_the_sampler(tmp_path):
     prompts, tokenizer, model, rollouts = write_batching(tmp_path)
-    settings = speed_batching.Settings(str(tmp_path / "r.jsonl"), str(tmp_path / "lenvm"), batch_size=7, shuffles=5)
-    costs = speed_batching.measure(settings)
+    settings = batching.Settings(str(tmp_path / "r.jsonl"), str(tmp_path / "lenvm"), batch_size=7, shuffles=5)
+    costs = batching.measure(settings)
     lengths = np.array([len(each["completion_ids"]) for each in rollouts])
     for name, option in (("prompt length", None), ("predicted length", model)):
         sampler = RolloutSampler(
             tiny_llama(), tokenizer, prompts, SamplingSettings(3, 50, 7), 0, length_value_model=option
         )
         batches = sampler.plan()
-        assert costs[name].steps == speed_batching.decode_steps(lengths, batches)
-        assert costs[name].padding == speed_batching.padding_steps(lengths, batches)
-    assert costs["predicted length"].padding != costs["prompt length"].padding
+        assert costs[name]["steps"] == batching.decode_steps(lengths, batches)
+        assert costs[name]["padding"] == padding_steps(lengths, batches)
+    assert costs["predicted length"]["padding"] != costs["prompt length"]["padding"]
     assert len(set(predict_length(model, tokenizer, prompts).tolist())) == 12
 
 
@@ -167,9 +198,9 @@ def test_batching_is_a_subcommand(tmp_path, capsys):
     shown = capsys.readouterr().out
     for name in ("random prompts", "prompt length", "predicted length", "realised length"):
         assert name in shown
-    assert "Padding steps of the predicted order: " in shown and "nan" not in shown
+    assert "over random" in shown and "nan" not in shown
     with pytest.raises(SystemExit):
         speed.main(["batching", "--rollouts", "r.jsonl"])
     assert "--length_value_model" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size"):
         speed.main(["batching", *options, "--batch_size", "0"])

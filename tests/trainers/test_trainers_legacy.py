@@ -164,7 +164,7 @@ def test_a_critic_that_trl_cannot_read_is_refused():
 
 @pytest.mark.skipif(Version(version("trl")) < Version("1.13"), reason="this TRL has a PPO trainer")
 def test_a_trl_without_the_trainer_says_so():
-    from eval.speed import main
+    from eval.speed.__main__ import main
 
     for run in (legacy_ppo, lambda: main(["ppo"])):
         with pytest.raises(ImportError, match="use lenvm_rl.trainers.LenVMPPOTrainer"):

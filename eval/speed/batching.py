@@ -17,15 +17,15 @@ other orders are fixed by the data. Padding of the prompts is not counted: a pro
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
+from eval.report import Column, print_table
 from eval.runs import is_sandbox, set_threads
 from eval.statistics import Interval, mean_interval, statistic_interval
 from lenvm_rl.modeling.loading import load_length_value_model
@@ -34,46 +34,27 @@ from lenvm_rl.rollouts.record import read_rollouts
 
 RANDOM, RANDOM_PROMPTS = "random", "random prompts"
 PROMPT, PREDICTED, REALISED = "prompt length", "predicted length", "realised length"
+# What an order costs: decode steps of all batches, steps that rows wait, and the latter over other orders'.
+Cost = dict[str, Interval | float]
 
 
 @dataclass
 class Settings:
-    """What is replayed.
+    """What is replayed."""
 
-    Args:
-        rollouts (`str`): a rollout file, of prompts that the model was not fitted on.
-        length_value_model (`str`): folder or hub id.
-        base (`str`, *optional*): what a model of form adapter or head was fitted on.
-        batch_size (`int`): completions in a batch.
-        shuffles (`int`): random orders that are averaged.
-        seed (`int`): of the shuffles and the bootstrap.
-    """
-
-    rollouts: str
-    length_value_model: str
-    base: str | None = None
-    batch_size: int = 64
-    shuffles: int = 200
-    seed: int = 0
+    rollouts: str = HfArg(help="A rollout file of prompts that the model was not fitted on.")
+    length_value_model: str = HfArg(help="Length value model: folder or hub id.")
+    base: str | None = HfArg(
+        default=None,
+        help="The model that a length value model of form adapter or head was fitted on: folder or hub id.",
+    )
+    batch_size: int = HfArg(default=64, help="Completions in a batch.")
+    shuffles: int = HfArg(default=200, help="Random orders that are averaged.")
+    seed: int = HfArg(default=0, help="Seed of the shuffles and the bootstrap.")
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.shuffles < 2:
             raise ValueError(f"batch_size must be at least 1 and shuffles 2, got {self.batch_size}, {self.shuffles}.")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an order costs.
-
-    Args:
-        steps (`Interval` or `float`): decode steps of all batches.
-        padding (`Interval` or `float`): steps that rows wait.
-        ratios (`dict[str, Interval | float]`): `padding` over that of other orders; NaN where those waste nothing.
-    """
-
-    steps: Interval | float
-    padding: Interval | float
-    ratios: dict[str, Interval | float]
 
 
 def cut_batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -103,7 +84,8 @@ def replay(
         batch_size, shuffles, seed (`int`): see [`Settings`].
 
     Returns:
-        `dict[str, Cost]`: by the name of the order; intervals wherever shuffles are averaged.
+        `dict[str, Cost]`: by the name of the order, `steps`, `padding`, and the latter over the `random`, `prompt
+        length` and `realised length` orders'; NaN where those waste nothing, intervals where shuffles are averaged.
     """
     fixed = {
         PROMPT: cut_batches(np.lexsort((groups, prompt_tokens)), batch_size),
@@ -112,38 +94,36 @@ def replay(
     }
     draw = np.random.default_rng(seed)
     _, place = np.unique(groups, return_inverse=True)
-    drawn = {RANDOM: np.zeros((shuffles, 2)), RANDOM_PROMPTS: np.zeros((shuffles, 2))}
-    for shuffle in tqdm(range(shuffles), desc="shuffling", unit="order"):
+    drawn: dict[str, list[tuple[int, int]]] = {RANDOM: [], RANDOM_PROMPTS: []}
+    for _ in tqdm(range(shuffles), desc="shuffling", unit="order"):
         orders = {
             RANDOM: draw.permutation(len(lengths)),
             RANDOM_PROMPTS: np.argsort(draw.permutation(int(place.max()) + 1)[place], kind="stable"),
         }
         for name, order in orders.items():
             batches = cut_batches(order, batch_size)
-            drawn[name][shuffle] = decode_steps(lengths, batches), padding_steps(lengths, batches)
-    padding = {name: padding_steps(lengths, batches) for name, batches in fixed.items()}
+            drawn[name].append((decode_steps(lengths, batches), padding_steps(lengths, batches)))
+    # Numbers of the fixed orders, columns of the drawn ones.
+    counted = {name: np.array(pairs, dtype=float).T for name, pairs in drawn.items()}
+    for name, batches in fixed.items():
+        counted[name] = np.array([decode_steps(lengths, batches), padding_steps(lengths, batches)], dtype=float)
 
-    def ratio(own: np.ndarray | int, other: np.ndarray | int) -> Interval | float:
-        """Of fixed numbers or, as `(shuffles,)` columns, of means over shuffles."""
+    def ratio(own: np.ndarray, other: np.ndarray) -> Interval | float:
         if not np.all(other):
             return float("nan")
-        if np.ndim(own) == np.ndim(other) == 0:
-            return own / other
+        if own.ndim == other.ndim == 0:
+            return float(own / other)
         columns = np.stack(np.broadcast_arrays(own, other), axis=1)
         return statistic_interval(columns, lambda means: means[:, 0] / means[:, 1], seed=seed)
 
-    columns = {**{name: entry[:, 1] for name, entry in drawn.items()}, **padding}
-    ratios = {
-        name: {other: ratio(own, columns[other]) for other in (RANDOM, PROMPT, REALISED)}
-        for name, own in columns.items()
+    def mean(own: np.ndarray) -> Interval | float:
+        return mean_interval(own, seed=seed) if own.ndim else float(own)
+
+    return {
+        name: {"steps": mean(steps), "padding": mean(padding)}
+        | {other: ratio(padding, counted[other][1]) for other in (RANDOM, PROMPT, REALISED)}
+        for name, (steps, padding) in counted.items()
     }
-    costs = {
-        name: Cost(*(mean_interval(entry[:, side], seed=seed) for side in (0, 1)), ratios[name])
-        for name, entry in drawn.items()
-    }
-    for name, batches in fixed.items():
-        costs[name] = Cost(decode_steps(lengths, batches), padding[name], ratios[name])
-    return costs
 
 
 def measure(settings: Settings) -> dict[str, Cost]:
@@ -171,45 +151,16 @@ def measure(settings: Settings) -> dict[str, Cost]:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of [`Settings`]."""
-    parser.add_argument("--rollouts", required=True, help="A rollout file of prompts that the model was not fitted on.")
-    parser.add_argument("--length_value_model", required=True, help="Length value model: folder or hub id.")
-    parser.add_argument(
-        "--base", help="The model that a length value model of form adapter or head was fitted on: folder or hub id."
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="Completions in a batch. (default: 64)")
-    parser.add_argument("--shuffles", type=int, default=200, help="Random orders that are averaged. (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the shuffles and the bootstrap. (default: 0)")
-
-
-def print_costs(costs: dict[str, Cost], settings: Settings, console: Console) -> None:
-    """Prints the table, and in words what the predicted order saves."""
-
-    def cell(value: Interval | float, digits: int) -> str:
-        ends = (value.estimate, value.low, value.high) if isinstance(value, Interval) else (value,)
-        shown = [f"{end:.{digits}f}" for end in ends]
-        if value != value:
-            return "–"
-        return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
-
-    table = Table("batches by", title=f"{settings.rollouts}, batches of {settings.batch_size}")
-    for column in ("generate calls' steps", "padding steps", "over random", "over prompt length", "over the best"):
-        table.add_column(column, justify="right")
-    for name, cost in costs.items():
-        ratios = [cell(cost.ratios[other], 3) for other in (RANDOM, PROMPT, REALISED)]
-        table.add_row(name, cell(cost.steps, 0), cell(cost.padding, 0), *ratios)
-    console.print(table)
-    ours = costs[PREDICTED].ratios
-    console.print(
-        f"Padding steps of the predicted order: {cell(ours[RANDOM], 3)} of a random order's, {cell(ours[PROMPT], 3)} "
-        f"of today's ({PROMPT}), {cell(ours[REALISED], 3)} of the best."
-    )
-
-
-def run(args: argparse.Namespace) -> dict[str, Cost]:
-    """Replays and prints."""
-    settings = Settings(**{entry.name: getattr(args, entry.name) for entry in fields(Settings)})
+def run(settings: Settings) -> dict[str, Cost]:
+    """Replays, and prints a line for each order."""
     costs = measure(settings)
-    print_costs(costs, settings, Console(width=140, highlight=False))
+    columns = [
+        Column("batches by", "order"),
+        Column("generate calls' steps", "steps", 0),
+        Column("padding steps", "padding", 0),
+        *(Column(f"over {name}", name, 3) for name in (RANDOM, PROMPT, REALISED)),
+    ]
+    rows = [{"order": name, **cost} for name, cost in costs.items()]
+    title = f"{settings.rollouts}, batches of {settings.batch_size}"
+    print_table(Console(width=140, highlight=False), rows, columns, title)
     return costs

@@ -1,0 +1,176 @@
+"""Measuring how fast something is and how much memory it takes, beside others.
+
+Each case of a program is measured in a process of its own, so that nobody else's caches, threads or high-water mark
+have a say; the cases take turns, so that what else the machine does reaches all of them. Ratios are of medians over
+the repetitions, with 95 % bootstrap intervals over them.
+
+A program is a module with `Settings` (a dataclass of [`Sizes`]), `CASES` (names and titles), `measure(case, settings)`,
+`BASELINES` (titles, and the case, or a case for each case, over whose time others are given) and further `COLUMNS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.hf_argparser import HfArg
+
+from eval.report import Column, print_table
+from eval.statistics import Interval, percentile_interval
+from lenvm_rl.modeling.loading import default_device, load_policy
+
+MARK = "measured: "  # before the line of a process that holds its result
+GAMMA = 0.98
+WARM_UP = 2  # steps that are not timed
+
+
+@dataclass
+class Sizes:
+    """The policy that is measured, and how: a Llama with random weights, or the model in a folder."""
+
+    model: str | None = HfArg(
+        default=None, help="A policy, folder or hub id; without one, a Llama with random weights of the sizes here."
+    )
+    hidden: int = HfArg(default=128, help="Hidden size.")
+    layers: int = HfArg(default=4, help="Layers.")
+    vocab: int = HfArg(default=8192, help="Tokens of the vocabulary that texts are drawn from.")
+    repetitions: int = HfArg(default=3, help="Times that every case is measured, in turns.")
+    threads: int = HfArg(default=1, help="Threads of the processor.")
+    seed: int = HfArg(default=0, help="Seed of weights and data.")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a process measured.
+
+    Args:
+        tokens (`int`): tokens processed, padding not counted.
+        seconds (`float`): how long that took.
+        count (`float`, *optional*): what a program counts beside them.
+        peak_bytes (`int`, *optional*): the most memory that the process held beyond what it held before.
+    """
+
+    tokens: int
+    seconds: float
+    count: float = 0
+    peak_bytes: int = 0
+
+
+def make_policy(settings: Sizes) -> PreTrainedModel:
+    """The policy, float32, in eval mode."""
+    if settings.model is not None:
+        return load_policy(settings.model, dtype=torch.float32)
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=settings.vocab,
+        hidden_size=settings.hidden,
+        intermediate_size=3 * settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=max(1, settings.hidden // 32),
+        num_key_value_heads=max(1, settings.hidden // 64),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config).to(default_device()).eval()
+
+
+def random_ids(settings: Sizes, *shape: int) -> torch.Tensor:
+    """Ids of words, always the same: 0 pads and 1 ends, so neither is among them."""
+    draw = torch.Generator().manual_seed(settings.seed)
+    return torch.randint(2, settings.vocab, shape, generator=draw).to(default_device())
+
+
+def now() -> float:
+    """Seconds: of the device's clock where there is a GPU, of this process where it has one thread."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Kibibytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_here(program: ModuleType, case: str, settings: Sizes) -> None:
+    """Measures a case in this process, and prints it for the process that asked for it."""
+    torch.set_num_threads(settings.threads)
+    before = peak_memory()
+    found = program.measure(case, settings)
+    print(MARK + json.dumps(asdict(replace(found, peak_bytes=peak_memory() - before))), flush=True)
+
+
+def measure_in_process(name: str, case: str, settings: Sizes) -> Measurement:
+    """Measures a case of the program `name` in a process of its own; what ends that one ends this one, too."""
+    given = {"case": case, **{name: value for name, value in asdict(settings).items() if value is not None}}
+    command = ["-m", "eval.speed", name, *(text for key, value in given.items() for text in (f"--{key}", str(value)))]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:
+        _, said, sentence = done.stderr.rpartition("\nerror: ")
+        raise RuntimeError(f"python {' '.join(command)} failed:\n{sentence if said else done.stderr[-2000:]}")
+    return Measurement(**json.loads(lines[-1].removeprefix(MARK)))
+
+
+def take_turns(name: str, cases: Sequence[str], settings: Sizes) -> dict[str, list[Measurement]]:
+    """Every case as often as `settings.repetitions` says, forwards and backwards in turns."""
+    found: dict[str, list[Measurement]] = {case: [] for case in cases}
+    order = [case for turn in range(settings.repetitions) for case in list(cases)[:: -1 if turn % 2 else 1]]
+    for case in tqdm(order, desc="measuring", unit="process"):
+        found[case].append(measure_in_process(name, case, settings))
+    return found
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Interval:
+    """Ratio of the medians of paired numbers, with its interval over pairs; a single pair has none."""
+    drawn = np.random.default_rng(seed).integers(0, len(above), (2000, len(above)))
+    medians = np.median(np.array([above, below])[:, drawn], axis=2)
+    ratios = medians[0] / medians[1] if len(above) > 1 else np.array([np.nan])
+    return percentile_interval(median(above) / median(below), ratios)
+
+
+def compare(measured: Mapping[str, Sequence[Measurement]], program: ModuleType, seed: int = 0) -> list[dict[str, Any]]:
+    """A row for each case: its tokens per second, its time over the baselines', and its memory."""
+    times = {case: [each.seconds / each.tokens for each in found] for case, found in measured.items()}
+    rows = []
+    for case, found in measured.items():
+        row = {"title": program.CASES[case], "speed": 1 / median(times[case])}
+        row |= {name: median(getattr(each, name) for each in found) for name in ("count", "peak_bytes")}
+        for title, baseline in program.BASELINES.items():
+            below = baseline if isinstance(baseline, str) else baseline.get(case)
+            row[title] = None if below in (None, case) else median_ratio(times[case], times[below], seed)
+        rows.append(row)
+    return rows
+
+
+def run(name: str, program: ModuleType, settings: Sizes) -> None:
+    """Measures every case of a program and prints them."""
+    console = Console(width=150, highlight=False)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    console.print(f"{device}; " + ", ".join(f"{key} {value}" for key, value in asdict(settings).items()))
+    rows = compare(take_turns(name, list(program.CASES), settings), program, settings.seed)
+    columns = [Column("what", "title"), Column("tokens/s", "speed")]
+    columns += [Column(title, title, 3) for title in program.BASELINES]
+    columns += [Column("peak memory, MiB", "peak_bytes", 0, scale=2.0**-20), *getattr(program, "COLUMNS", ())]
+    print_table(console, rows, columns, title=program.__doc__.partition("\n")[0])
