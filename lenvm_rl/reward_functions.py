@@ -171,7 +171,8 @@ def call_reward(
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     conversational = bool(prompts) and not isinstance(prompts[0], str)
-    further = {"trainer_state": TrainerState(), "log_extra": _log_nothing, "log_metric": _log_nothing}
+    state = TrainerState(max_steps=1, epoch=0.0)
+    further = {"trainer_state": state, "log_extra": _log_nothing, "log_metric": _log_nothing}
     further |= {} if num_generations is None else {"num_generations": num_generations}
     paid = reward(
         prompts=list(prompts),

@@ -6,8 +6,9 @@ completions of one prompt share, in any order, and may be `None` for rules that 
 a completion's length and `C` its correctness.
 
 Default everywhere: the length of a wrong answer does not matter to its own reward, since paying for it teaches to fail
-fast. Where a paper lets wrong answers pay, `penalize_wrong=True` is the paper's form. Every rule but Kimi's contains
-the task reward and stands in its place; Kimi's is to be added to it.
+fast. Where a paper lets wrong answers pay, `penalize_wrong=True` is the paper's form. A `target_length` is one number
+of tokens for all or `(N,)`, one for each. Every rule but Kimi's contains the task reward and stands in its place;
+Kimi's is to be added to it.
 
 A prompt with one completion has nothing to compare it with: a correct one then gets 0 from Kimi's rule,
 ``1 - alpha / 2`` from Arora's, `alpha` from ShorterBetter and ``1 / (1 + alpha)`` from GR³, whatever its length.
@@ -94,8 +95,8 @@ def linear_length_reward(
         alpha (`float`): share of the reward lost at `max_length`, in [0, 1].
         max_length (`int`): `L_max` in tokens; longer completions are treated as this long.
     """
-    _check_share("alpha", alpha)
-    _check_tokens("max_length", max_length)
+    _check("alpha", alpha, 0, 1)
+    _check("max_length", max_length, 1)
     return correct * (1.0 - alpha * (lengths / max_length).clamp(max=1.0))
 
 
@@ -107,7 +108,7 @@ def truncation_length_reward(lengths: Tensor, correct: Tensor, group: Tensor | N
     `scale_rewards="batch"`, `epsilon_high=0.28`, and dropping groups whose rewards are all equal. ``limit = 100``: 100
     and 101 tokens earn 1 and 0.
     """
-    _check_tokens("limit", limit)
+    _check("limit", limit, 1)
     return correct * (lengths <= limit)
 
 
@@ -128,11 +129,9 @@ def l1_exact_length_reward(
     0.8 and 0 (-1 with `penalize_wrong`), a wrong answer of 80 tokens 0 (-0.2).
 
     Args:
-        target_length (`torch.Tensor` of shape `(N,)` or `int`): `n` in tokens, for each completion or for all.
         alpha (`float`, *optional*, defaults to 3e-4): cost of a token.
-        penalize_wrong (`bool`, *optional*, defaults to `False`): whether wrong answers pay as well.
     """
-    _check_not_negative("alpha", alpha)
+    _check("alpha", alpha, 0)
     cost = alpha * (_checked_target(target_length, lengths) - lengths).abs()
     return correct - cost if penalize_wrong else correct * (1.0 - cost).clamp(min=0.0)
 
@@ -153,11 +152,10 @@ def l1_max_length_reward(
     ``alpha = 0.01``: 50, 100, 125 and 150 tokens earn 1, 0.5, 0.25 and 0.
 
     Args:
-        target_length (`torch.Tensor` of shape `(N,)` or `int`): `n` in tokens, for each completion or for all.
         alpha (`float`, *optional*, defaults to 3e-4): what a token is worth.
         delta (`float`, *optional*, defaults to 0.5): reward of a correct answer of exactly `n` tokens.
     """
-    _check_not_negative("alpha", alpha)
+    _check("alpha", alpha, 0)
     return correct * (alpha * (_checked_target(target_length, lengths) - lengths) + delta).clamp(0.0, 1.0)
 
 
@@ -188,7 +186,7 @@ def arora_length_reward(lengths: Tensor, correct: Tensor, group: Tensor, *, alph
     Args:
         alpha (`float`, *optional*, defaults to 0.1): the most that a correct answer can lose, in [0, 1].
     """
-    _check_share("alpha", alpha)
+    _check("alpha", alpha, 0, 1)
     count = _sum(correct, group).clamp(min=1.0)
     away = lengths - _sum(correct * lengths, group) / count
     deviation = (_sum(correct * away**2, group) / count).sqrt()
@@ -210,9 +208,8 @@ def alp_length_reward(
 
     Args:
         beta (`float`, *optional*, defaults to 1e-7): price of a token of a prompt that is always solved.
-        penalize_wrong (`bool`, *optional*, defaults to `False`): whether wrong answers pay as well.
     """
-    _check_not_negative("beta", beta)
+    _check("beta", beta, 0)
     cost = beta * lengths * _sum(correct, group).clamp(min=1.0) / _sum(torch.ones_like(correct), group)
     return correct - cost if penalize_wrong else correct * (1.0 - cost).clamp(min=0.0)
 
@@ -236,10 +233,9 @@ def shorter_better_length_reward(
     Args:
         alpha (`float`, *optional*, defaults to 2): what being correct is worth.
         beta (`float`, *optional*, defaults to 1e-3): price of a token.
-        penalize_wrong (`bool`, *optional*, defaults to `False`): whether wrong answers pay as well.
     """
-    _check_not_negative("alpha", alpha)
-    _check_not_negative("beta", beta)
+    _check("alpha", alpha, 0)
+    _check("beta", beta, 0)
     best = _lowest(torch.where(correct.bool(), lengths, torch.full_like(lengths, torch.inf)), group)
     mean = _sum(lengths, group) / _sum(torch.ones_like(correct), group)
     cost = beta * (lengths - torch.where(best.isinf(), mean, best)).abs()
@@ -253,7 +249,7 @@ def gr3_length_reward(lengths: Tensor, correct: Tensor, group: Tensor, *, alpha:
     `L_mean` is over all completions of the prompt. GR³, arXiv 2603.10535, strength `alpha` from there. ``alpha = 1``,
     50 and 150 tokens correct, 100 wrong: 1 / 1.5, 1 / 2.5 and 0.
     """
-    _check_not_negative("alpha", alpha)
+    _check("alpha", alpha, 0)
     mean = _sum(lengths, group) / _sum(torch.ones_like(correct), group)
     # Where all lengths are 0, so is the mean.
     return correct / (1.0 + alpha * lengths / torch.where(mean > 0, mean, torch.ones_like(mean)))
@@ -269,10 +265,9 @@ def laser_length_reward(
     101 tokens earn 1.5 and 1.
 
     Args:
-        target_length (`torch.Tensor` of shape `(N,)` or `int`): `L_T` in tokens, for each completion or for all.
         bonus (`float`, *optional*, defaults to 0.5): what staying within the target is worth.
     """
-    _check_not_negative("bonus", bonus)
+    _check("bonus", bonus, 0)
     return correct * (1.0 + bonus * (lengths <= _checked_target(target_length, lengths)))
 
 
@@ -340,22 +335,19 @@ class LaserTargets:
         self.candidates = [int(length) for length in candidates]
         if not self.candidates or any(b <= a for a, b in zip(self.candidates, self.candidates[1:], strict=False)):
             raise ValueError(f"candidates must be ascending lengths, at least one, got {self.candidates}.")
-        _check_tokens("the shortest of candidates", self.candidates[0])
+        _check("the shortest of candidates", self.candidates[0], 1)
         if every < 1:
             raise ValueError(f"every must be at least 1 call, got {every}.")
         self.every, self.fixed = every, knobs
         self.reset()
 
     def knobs(self) -> dict[str, Any]:
-        """The targets, and what was given."""
         return {**self.fixed, "targets": self.targets}
 
     def shown(self) -> dict[str, float]:
-        """`target_easy` and so on."""
         return {f"target_{tier}": float(target) for tier, target in zip(TIERS, self.targets, strict=True)}
 
     def move(self, sampled: Sequence[int], lengths: Tensor, correct: Tensor, group: Tensor | None) -> None:
-        """Count a batch; after `every` of them, change the targets."""
         tier = difficulty(correct, group)
         of_tier = torch.nn.functional.one_hot(tier, len(TIERS)).long()
         inside = (lengths[:, None] <= torch.tensor(self.candidates)).long()
@@ -381,18 +373,15 @@ class LaserTargets:
         self.counts = [[0] * (len(self.candidates) + 2) for _ in TIERS]
 
     def state_dict(self) -> dict[str, Any]:
-        """Targets, counts since they changed, and the candidates that both belong to."""
         counts = [list(row) for row in self.counts]
         return {"targets": list(self.targets), "calls": self.calls, "counts": counts, "candidates": self.candidates[:]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of `state_dict`; a `ValueError` if it is for other candidates."""
         _check_state(self, state, "candidates", self.candidates)
         self.targets, self.calls = list(state["targets"]), state["calls"]
         self.counts = [list(row) for row in state["counts"]]
 
     def reset(self) -> None:
-        """Back to the longest targets, nothing counted."""
         self.targets = [self.candidates[-1]] * len(TIERS)
         self._start_counting()
 
@@ -412,31 +401,21 @@ def laser_d_length_reward(
         targets (sequence of three `float`): target lengths in tokens of easy, medium and hard prompts.
         bonus (`float`, *optional*, defaults to 0.5): what staying within the target is worth.
     """
-    _check_not_negative("bonus", bonus)
+    _check("bonus", bonus, 0)
     if len(targets) != len(TIERS):
         raise ValueError(f"targets must be three lengths, for easy, medium and hard prompts, got {list(targets)}.")
     for tier, target in zip(TIERS, targets, strict=True):
-        _check_tokens(f"targets of {tier} prompts", target)
+        _check(f"targets of {tier} prompts", target, 1)
     target = torch.tensor([float(one) for one in targets])[difficulty(correct, group)]
     return correct * (1.0 + bonus * (lengths <= target))
 
 
-def leash_multiplier(
-    multiplier: float, mean_length: float, *, target_length: float, rate: float, bounds: tuple[float, float]
-) -> float:
-    """The multiplier after a batch: ``lam <- clip(lam + rate * (mean(L) / L_t - 1), bounds)``.
-
-    Dual ascent on the constraint that the mean length is at most `L_t` (Leash, arXiv 2512.21540). lam = 0.5, rate 0.1,
-    L_t = 100: a mean of 150 gives 0.55, one of 80 gives 0.48.
-    """
-    low, high = bounds
-    return min(max(multiplier + rate * (mean_length / target_length - 1.0), low), high)
-
-
 class LeashMultiplier:
-    """Leash's multiplier, which the mean length of all that is sampled moves after each batch: the state of a rule.
+    """Leash's multiplier, the state of a rule: ``lam <- clip(lam + rate * (mean(L) / L_t - 1), bounds)`` per batch.
 
-    The last three defaults are from a public implementation of the rule for DAPO, not checked against the paper's runs.
+    Dual ascent on the constraint that the mean length of all that is sampled is at most `L_t` (Leash, arXiv
+    2512.21540). lam = 0.5, rate 0.1, L_t = 100: a mean of 150 gives 0.55, one of 80 gives 0.48. The last three defaults
+    are from a public implementation of the rule for DAPO, not checked against the paper's runs.
 
     Args:
         target_length (`int`): wanted mean length in tokens; the paper's runs use 4000, 8000 and 12000.
@@ -455,7 +434,7 @@ class LeashMultiplier:
         bounds: tuple[float, float] = (0.0, 2.0),
         **knobs: Any,
     ):
-        _check_not_negative("rate", rate)
+        _check("rate", rate, 0)
         if not 0 <= bounds[0] <= multiplier <= bounds[1]:
             raise ValueError(f"multiplier={multiplier} must lie within bounds={bounds}, which begin at 0 or above.")
         # Plain numbers, which a checkpoint can hold.
@@ -465,32 +444,25 @@ class LeashMultiplier:
         self.reset()
 
     def knobs(self) -> dict[str, Any]:
-        """Target and multiplier, and what was given."""
         return {**self.fixed, "target_length": self.target_length, "multiplier": self.multiplier}
 
     def shown(self) -> dict[str, float]:
-        """`multiplier`."""
         return {"multiplier": self.multiplier}
 
     def move(self, sampled: Sequence[int], lengths: Tensor, correct: Tensor, group: Tensor | None) -> None:
-        """[`leash_multiplier`] by the mean of `sampled`."""
         if sampled:
-            mean = sum(sampled) / len(sampled)
-            self.multiplier = leash_multiplier(
-                self.multiplier, mean, target_length=self.target_length, rate=self.rate, bounds=self.bounds
-            )
+            over = sum(sampled) / len(sampled) / self.target_length - 1.0
+            low, high = self.bounds
+            self.multiplier = min(max(self.multiplier + self.rate * over, low), high)
 
     def state_dict(self) -> dict[str, Any]:
-        """The multiplier, and the target that it belongs to."""
         return {"multiplier": self.multiplier, "target_length": self.target_length}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state of `state_dict`; a `ValueError` if it is for another target."""
         _check_state(self, state, "target_length", self.target_length)
         self.multiplier = float(state["multiplier"])
 
     def reset(self) -> None:
-        """Back to the multiplier of the start."""
         self.multiplier = self.start
 
 
@@ -505,10 +477,9 @@ def leash_length_reward(
     answer has -1 already. ``L_t = 100``, ``lam = 0.5``: correct answers of 100, 200 and 700 tokens earn 1, 0.5 and -1.
 
     Args:
-        target_length (`torch.Tensor` of shape `(N,)` or `int`): `L_t` in tokens, for each completion or for all.
         multiplier (`float`): `lam`, at least 0.
     """
-    _check_not_negative("multiplier", multiplier)
+    _check("multiplier", multiplier, 0)
     over = (lengths / _checked_target(target_length, lengths) - 1.0).clamp(min=0.0)
     return (2.0 * correct - 1.0 - multiplier * over).clamp(-1.0, 1.0)
 
@@ -537,19 +508,9 @@ def _checked_target(target_length: Tensor | int, lengths: Tensor) -> Tensor:
     return target
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {value}: a correct answer would earn less than a wrong one.")
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a number from 0 on, got {value}: below 0 it would pay for length.")
-
-
-def _check_tokens(name: str, value: float) -> None:
-    if not value >= 1:
-        raise ValueError(f"{name} must be at least 1 token, got {value}.")
+def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high or value == math.inf:
+        raise ValueError(f"{name} must be a number from {low} to {high}, got {value}.")
 
 
 def _check_state(rule_state: Any, state: Mapping[str, Any], name: str, value: Any) -> None:

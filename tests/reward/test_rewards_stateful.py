@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 from lenvm_rl.trainers import LenVMGRPOTrainer
 from lenvm_rl.trainers.rewards import FILE_NAME, RewardStates
 from reward.length_reward import LengthReward
-from reward.rules import adaptive_targets, leash_multiplier
+from reward.rules import LeashMultiplier, adaptive_targets
 
 
 def flag_column(completions, right, **columns):
@@ -53,12 +53,14 @@ def at(step, folder, first=True):
     return SimpleNamespace(output_dir=str(folder)), SimpleNamespace(global_step=step, is_world_process_zero=first)
 
 
-def test_the_multiplier_by_hand():
-    knobs = {"target_length": 100, "rate": 0.1, "bounds": (0.0, 0.52)}
-    assert leash_multiplier(0.5, 150, **{**knobs, "bounds": (0.0, 2.0)}) == pytest.approx(0.55)
-    assert leash_multiplier(0.5, 80, **knobs) == pytest.approx(0.48)
-    assert leash_multiplier(0.5, 500, **knobs) == 0.52
-    assert leash_multiplier(0.01, 0, **knobs) == 0.0
+@pytest.mark.parametrize(
+    "start, mean, bounds, moved",
+    [(0.5, 150, (0, 2), 0.55), (0.5, 80, (0, 0.52), 0.48), (0.5, 500, (0, 0.52), 0.52), (0.01, 0, (0, 2), 0.0)],
+)
+def test_the_multiplier_by_hand(start, mean, bounds, moved):
+    state = LeashMultiplier(target_length=100, multiplier=start, rate=0.1, bounds=bounds)
+    state.move([mean - mean // 10, mean + mean // 10], None, None, None)
+    assert state.multiplier == pytest.approx(moved)
 
 
 def test_leash_pays_with_the_multiplier_as_it_was_and_then_moves_it():
