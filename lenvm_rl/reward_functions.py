@@ -155,18 +155,15 @@ def call_reward(
     columns: Mapping[str, Sequence[Any]],
     num_generations: int | None = None,
 ) -> list[float | None]:
-    """What a TRL reward function pays, called as TRL calls it; what it logs is logged nowhere.
+    """What a TRL reward function pays, called as TRL calls it and checked; what it logs is logged nowhere.
 
     Args:
-        reward (callable): the function.
+        reward (`Callable`): the function; asynchronous ones are awaited.
         tokenizer (`PreTrainedTokenizerBase`): decodes the completions.
         prompts (sequence): one per completion, texts or lists of messages.
         completion_ids (sequence of lists of `int`): sampled ids.
         columns (mapping): one list per column of the dataset, an entry per completion.
         num_generations (`int`, *optional*): completions of each prompt, side by side, for functions that ask for it.
-
-    Raises:
-        ValueError: it does not pay every completion a number or `None`.
     """
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     chats = [[{"role": "assistant", "content": text}] for text in texts]
@@ -300,9 +297,6 @@ def correctness_values(
     Returns:
         `tuple[Sequence[float | None], float]`: one value per completion, `None` where it was not judged, and the
         threshold above which a value says correct. For a [`ShapedReward`] its flags and 0.5, otherwise what was given.
-
-    Raises:
-        `ValueError`: the flags are not those of the completions.
     """
     function = unwrapped(function)
     if not isinstance(function, ShapedReward):
@@ -310,9 +304,8 @@ def correctness_values(
     flags = function.unshaped_flags
     if flags is None or len(flags) != len(paid):
         raise ValueError(
-            f"The reward function '{name_of(function)}' says in `unshaped_flags` which completions are correct: it has "
-            f"to hold one flag for each of the {len(paid)} completions of its last call, but holds "
-            f"{'none' if flags is None else len(flags)}."
+            f"`unshaped_flags` of the reward function '{name_of(function)}' must hold one flag for each of the "
+            f"{len(paid)} completions of its last call, but holds {'none' if flags is None else len(flags)}."
         )
     return flags, FLAG_THRESHOLD
 
@@ -350,13 +343,8 @@ def exchanged(value: T) -> list[T]:
 def fails_together(what: str) -> Iterator[None]:
     """A context in which an error on one process ends the others too, which would wait for that one in vain.
 
-    Every process has to enter it, and to leave it before they exchange anything else.
-
-    Args:
-        what (`str`): what is done inside, for the error.
-
-    Raises:
-        RuntimeError: it failed on another process. Where it failed, its own error passes.
+    Every process has to enter it, and to leave it before they exchange anything else. Where it failed, its own error
+    passes; the others get a `RuntimeError` that says `what` failed where.
     """
     failure = None
     try:

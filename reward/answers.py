@@ -53,12 +53,9 @@ LETTER = re.compile(r"\A\(([A-Za-z])\)\Z")
 
 
 class Answer(NamedTuple):
-    """A final answer and what shows it.
+    """A final answer and what shows it: `"boxed"`, `"mark"` (``####``), `"said"` ("The answer is"), or `"nothing"`.
 
-    Args:
-        text (`str`): what stands there.
-        shown_by (`str`): `"boxed"`, `"mark"` (``####``), `"said"` ("The answer is"), or `"nothing"`, where `text` is
-            all that was written.
+    With `"nothing"`, `text` is all that was written.
     """
 
     text: str
@@ -78,13 +75,11 @@ def completion_text(completion: str | Sequence[Mapping]) -> str:
 
 
 def completion_texts(completions: Sequence[str | Sequence[Mapping]], columns: Mapping[str, Any]) -> list[str | None]:
-    """What each completion says outside of its thinking, and `None` where that has no end.
+    """What each completion, as TRL passes it, says outside of its thinking, and `None` where that has no end.
 
-    Args:
-        completions (sequence of `str`, or of lists of messages): as TRL passes them.
-        columns (mapping): what else TRL passes. Where the text of a prompt in `prompts` ends in ``<think>``, its
-            completion begins inside. A ``<think>`` that a chat template adds to messages is not seen here: a completion
-            that is cut before ``</think>`` then looks like any other text.
+    `columns` is what else TRL passes. Where the text of a prompt in `prompts` ends in ``<think>``, its completion
+    begins inside. A ``<think>`` that a chat template adds to messages is not seen here: a completion that is cut before
+    ``</think>`` then looks like any other text.
     """
     prompts = columns.get("prompts") or [None] * len(completions)
     return [
@@ -94,13 +89,9 @@ def completion_texts(completions: Sequence[str | Sequence[Mapping]], columns: Ma
 
 
 def outside_thinking(text: str, *, opened: bool = False) -> str | None:
-    """`text` without its thinking, or `None` where that has no end.
+    """`text` without its thinking, or `None` where that has no end; with `opened`, it begins inside.
 
     A closing tag without an opening one ends thinking that began before the text.
-
-    Args:
-        text (`str`): a completion.
-        opened (`bool`, *optional*, defaults to `False`): whether it begins inside.
     """
     parts, begin, inside = [], 0, opened
     for tag in THINKING.finditer(text):

@@ -235,7 +235,7 @@ class LengthReward:
         else:
             if rows % size or (by_place is None and any(starts[row] for row in range(rows) if row % size)):
                 raise ValueError(
-                    f"The completions do not come in whole groups of num_generations={size}: TRL has those of a prompt "
+                    f"The completions do not come in whole groups of num_generations={size}: TRL has all of a prompt "
                     "together, over all processes, so do not reorder them. If it is an evaluation that has groups of "
                     "another size, leave num_generations out."
                 )

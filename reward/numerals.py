@@ -7,6 +7,7 @@ digits is no number here.
 
 from __future__ import annotations
 
+import operator
 import re
 import unicodedata
 from decimal import Decimal
@@ -57,7 +58,7 @@ _SPELLINGS = _Spellings()
 def plain(text: str) -> str:
     """`text` in ASCII digits, hyphens, blanks and LaTeX commands where Unicode has characters of its own.
 
-    Characters that stand for nothing (NUL, those of no width, lone surrogates) are dropped.
+    Characters that stand for nothing (NUL, what has no width, lone surrogates) are dropped.
     """
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda found: f"^{{{found.group().translate(RAISED)}}}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda found: f"_{{{found.group().translate(LOWERED)}}}", text)
@@ -170,7 +171,8 @@ ATOM = re.compile(
 RUN = re.compile(r"(?:[-+(]\s*){0,9}(?<![\w^])(?:\.\d|\d)[\d\s.+\-*/^()]*", re.ASCII)
 # Between two numbers: they are a list, a choice or a ratio, and not a number with something said about it.
 SEVERAL = re.compile(r"\W*(?:\b(?:and|to)\b\W*)?|.*\bor\b.*", re.DOTALL)
-OPERATORS = {"+": 1, "-": 1, "*": 2, "/": 2, "~": 3, "^": 4}
+# How tightly each sign binds; ~ is the minus of one number.
+BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "~": 3, "^": 4}
 
 
 def numbers_in(text: str) -> list[Fraction | None]:
@@ -194,16 +196,8 @@ def last_number(text: str) -> Fraction | None:
 def value_of(text: str, *, strict: bool = False) -> Fraction | None:
     """The one number that a short text gives as an answer: ``5 + 13 = 18 apples`` is 18, and so is ``$18``.
 
-    Arithmetic is worked out. Of ``5 or 6``, ``5, 6`` and ``3:4`` none is the value.
-
-    Args:
-        text (`str`): prose or LaTeX.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether there may be nothing but words of two letters or more beside it: no variable, no function, no
-            percent sign.
-
-    Returns:
-        `Fraction` or `None`: `None` where there is no such number.
+    Arithmetic is worked out. Of ``5 or 6``, ``5, 6`` and ``3:4`` none is the value: `None`. With `strict`, there may be
+    nothing but words of two letters or more beside it: no variable, no function, no percent sign.
     """
     if len(text) > LONGEST_TEXT or (strict and ("%" in text or "\\circ" in text or "°" in text)):
         return None
@@ -293,10 +287,10 @@ def evaluate(expression: str) -> Fraction | None:
                 while pending[-1] != "(":
                     _apply(pending.pop(), values)
                 pending.pop()
-            elif token in OPERATORS:
+            elif token in BINDS:
                 if operand_next:
                     return None
-                while pending and pending[-1] != "(" and OPERATORS[pending[-1]] >= OPERATORS[token] + (token == "^"):
+                while pending and pending[-1] != "(" and BINDS[pending[-1]] >= BINDS[token] + (token == "^"):
                     _apply(pending.pop(), values)
                 pending.append(token)
                 operand_next = True
@@ -312,22 +306,16 @@ def evaluate(expression: str) -> Fraction | None:
     return values[0] if len(values) == 1 else None
 
 
-def _apply(operator: str, values: list[Fraction]) -> None:
+def _apply(sign: str, values: list[Fraction]) -> None:
     right = values.pop()
-    if operator == "~":
-        values.append(-right)
-        return
-    left = values.pop()
-    if operator == "+":
-        values.append(left + right)
-    elif operator == "-":
-        values.append(left - right)
-    elif operator == "*":
-        values.append(left * right)
-    elif operator == "/":
-        values.append(left / right)
-    else:
-        bits = max(left.numerator.bit_length(), left.denominator.bit_length())
-        if right.denominator != 1 or bits * abs(right) > 4 * MOST_DIGITS:
-            raise OverflowError
-        values.append(left ** int(right))
+    values.append(-right if sign == "~" else SIGNS[sign](values.pop(), right))
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if exponent.denominator != 1 or bits * abs(exponent) > 4 * MOST_DIGITS:
+        raise OverflowError
+    return base ** int(exponent)
+
+
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": _power}

@@ -38,6 +38,9 @@ TIME_LIMIT_SECONDS = 5
 def reasoning_gym_rows(task: str, size: int, *, seed: int, chat: bool = True, **settings: Any) -> list[dict[str, Any]]:
     """Rows of a dataset for one task, for [`reasoning_gym_reward`]. Rows of several tasks may be mixed.
 
+    A row has `prompt`, `answer` (a right one, or `None` where the task gives no example), and what the task is made
+    from again: `reasoning_gym_task`, `reasoning_gym_settings` (JSON), `reasoning_gym_index`.
+
     Args:
         task (`str`): a name of reasoning-gym's, such as `"chain_sum"`.
         size (`int`): number of rows.
@@ -45,14 +48,7 @@ def reasoning_gym_rows(task: str, size: int, *, seed: int, chat: bool = True, **
         chat (`bool`, *optional*, defaults to `True`):
             Whether prompts are messages, reasoning-gym's default instructions (to reason, then to answer between
             ``<answer>`` and ``</answer>``) being the system's, or else one text.
-        settings: further settings of the task.
-
-    Returns:
-        `list` of `dict`: `prompt`, `answer` (a right one, or `None` where the task gives no example), and what the task
-        is made from again: `reasoning_gym_task`, `reasoning_gym_settings` (JSON), `reasoning_gym_index`.
-
-    Raises:
-        ValueError: there is no such task, or the settings cannot be written as JSON.
+        settings: further settings of the task, which JSON can hold.
     """
     settings = {"seed": seed, "size": size, **settings}
     written = json.dumps(settings, sort_keys=True)
@@ -81,22 +77,13 @@ def reasoning_gym_reward(
     reasoning_gym_task: Sequence[str],
     reasoning_gym_settings: Sequence[str],
     reasoning_gym_index: Sequence[int],
-    **columns,
+    **columns: Any,
 ) -> list[float]:
     """The task's own score of what stands between the last ``<answer>`` and ``</answer>``.
 
-    Most tasks score 1 or 0, some give part of it for an answer that is near or only well formed. Length penalties need
-    [`reasoning_gym_correct`] instead.
-
-    Args:
-        completions (sequence of `str`, or of lists of messages): texts, or conversations whose last message is graded.
-        reasoning_gym_task, reasoning_gym_settings, reasoning_gym_index (sequences):
-            The columns that [`reasoning_gym_rows`] writes.
-        columns: whatever else TRL passes; not used.
-
-    Returns:
-        `list` of `float`: one score in [0, 1] for each completion, 0 where it has no answer, or one that cannot be
-        scored, or not in 5 s: the log says so.
+    In [0, 1], and 0 where a completion has no answer, or one that cannot be scored, or not in 5 s: the log says so.
+    Most tasks score 1 or 0, some give part of it for an answer that is near or only well formed: length penalties need
+    [`reasoning_gym_correct`] instead. The columns are written by [`reasoning_gym_rows`].
     """
     texts = completion_texts(completions, columns)
     calls = {}
@@ -117,13 +104,13 @@ def score(task: str, settings: str, index: int, answer: str) -> float:
     return float(_dataset(task, settings).score_answer(answer, _entry(task, settings, index)))
 
 
-def reasoning_gym_correct(completions: Sequence, **columns) -> list[float]:
+def reasoning_gym_correct(completions: Sequence, **columns: Any) -> list[float]:
     """1.0 where [`reasoning_gym_reward`] gives the full score, else 0.0: a correctness flag. Same arguments."""
     return [float(score >= FULL_SCORE) for score in reasoning_gym_reward(completions, **columns)]
 
 
 @lru_cache(maxsize=64)
-def _dataset(task: str, settings: str):
+def _dataset(task: str, settings: str) -> Any:
     return create_dataset(task, **json.loads(settings))
 
 

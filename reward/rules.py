@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     Args:
         rewards (`Callable`): the function.
         scope (`str`):
-            What a reward depends on: the completion alone (`"completion"`; `group` is then `None`), those of its prompt
+            What a reward depends on: the completion alone (`"completion"`; `group` is then `None`), all of its prompt
             (`"group"`), or a state that all completions of a batch move (`"batch"`).
         least_generations (`int`): with fewer completions of a prompt, length makes no difference.
         state (`Callable`, *optional*):

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +35,17 @@ START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from reward.ti
 def call_all(function: Callable, arguments: Sequence[Sequence], *, limit: float, otherwise: Any) -> list:
     """What `function` returns for each of `arguments`, worked out by a few processes that stay for the next call.
 
+    A `RuntimeError` where a process cannot be started, or has no such function.
+
     Args:
         function (`Callable`): a function of a module, looked up there by its name.
         arguments (sequence of sequences): positional arguments of each call, which JSON can hold.
         limit (`float`): seconds that one call may take.
-        otherwise: stands for what a call that took longer, ran out of memory or raised an exception would have
-            returned; the log says so.
+        otherwise (any): in place of the value of a call that took longer, ran out of memory or raised an exception; the
+            log says so.
 
     Returns:
         `list`: one value for each call, as JSON holds it.
-
-    Raises:
-        RuntimeError: a process cannot be started, or has no such function.
     """
     workers = _workers.setdefault(os.getpid(), _Workers())
 
@@ -155,7 +154,7 @@ def serve() -> None:
             print(json.dumps(reply), file=replies, flush=True)
 
 
-def _replies(nowhere) -> Iterator[dict]:
+def _replies(nowhere: TextIO) -> Iterator[dict]:
     yield {}
     for line in sys.stdin.buffer:
         call = json.loads(line)
