@@ -162,7 +162,7 @@ def test_flags_that_are_not_those_of_the_completions(tmp_path):
     def two(completions, **kwargs):
         return [1.0] * len(completions)
 
-    with pytest.raises(ValueError, match=r"'penalty'.*unshaped_flags.*4 completions.*holds 2"):
+    with pytest.raises(ValueError, match="unshaped_flags"):
         batch_of(four(tmp_path, Forgetful(two), length_coef=1.0))
 
 
