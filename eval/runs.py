@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
+from lenvm_rl.decoding.guidance import LengthGuidance
+from lenvm_rl.modeling.loading import read_config
 from lenvm_rl.programs import choose_threads
 from lenvm_rl.sandbox import sandbox_tokenizer
 from lenvm_rl.tokenization import tokenizer_fingerprint
@@ -28,6 +31,113 @@ OUTPUTS = "outputs"
 # Candidates of every arm where prompts are not the sandbox's: the paper's for LIFEBench.
 CANDIDATES = {"top_k": 15, "top_p": 0.999, "min_p": 0.0}
 SANDBOX_CANDIDATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.01}
+# Where neither the run nor the length value model says how completions are sampled.
+UNKNOWN_SAMPLING = {"temperature": 1.0, "max_new_tokens": 256}
+
+
+@dataclass
+class RunArguments:
+    """Which models are evaluated, on which prompts, how they are sampled, and where results are written."""
+
+    run_dir: str | None = HfArg(
+        default=None,
+        help="Folder of a recipe's run; its run.json says what was trained, on what, and how it samples. Default: "
+        f"{SANDBOX_RUN}, or none where --policy is a model of one's own.",
+    )
+    policy: str | None = HfArg(
+        default=None,
+        help="Base policy, folder or hub id; needs --length_value_model and --dataset_name. Default: the run's.",
+    )
+    length_value_model: str | None = HfArg(
+        default=None, help="Length value model, folder or hub id. Default: the run's."
+    )
+    base: str | None = HfArg(
+        default=None,
+        help="The model that a length value model of form adapter or head was fitted on. Default: the base policy.",
+    )
+    dataset_name: str | None = HfArg(
+        default=None,
+        help="Prompts to evaluate on: a hub id or a local .jsonl, .json, .parquet or .csv file. Default: the "
+        "sandbox's, for its own policies.",
+    )
+    temperature: float | None = HfArg(
+        default=None,
+        help="Sampling temperature. Default: as in the run, or in the rollouts that the length value model was "
+        "fitted on, else 1.",
+    )
+    batch_size: int = HfArg(default=256, help="Completions per generate call.")
+    seed: int = HfArg(default=0, help="Seed of sampling and bootstrap; the prompts do not depend on it.")
+    output_dir: str | None = HfArg(
+        default=None,
+        help="Where to write. Default: a folder with the program's name, in the run's folder or, for models of no "
+        "run, in outputs.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_prompts", "num_samples"):
+            if getattr(self, name, None) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def from_run(self, run: Run, **defaults: Any) -> Self:
+        """These arguments with what is not given filled in by what the run says of itself, or else by `defaults`."""
+        defaults |= {name: run.record.get(name) for name in UNKNOWN_SAMPLING} | {"run_dir": run.folder}
+        defaults |= {name: run.model(name) for name in ("policy", "length_value_model")}
+        unknown = {name: value for name, value in defaults.items() if getattr(self, name, value) is None}
+        complete = replace(self, **{name: value for name, value in unknown.items() if hasattr(self, name)})
+        for name in ("policy", "length_value_model"):
+            if getattr(complete, name) is None:
+                raise ValueError(f"the run.json of {run.folder} names no {name}: give --{name}.")
+        return complete
+
+    def as_fitted(self) -> Self:
+        """These arguments sampled, where nobody said how, as the rollouts that the length value model was fitted on.
+
+        Lengths under other settings are other lengths, of which the model knows nothing.
+        """
+        unknown = [name for name in UNKNOWN_SAMPLING if getattr(self, name, 0) is None]
+        fitted = (read_config(self.length_value_model).sampling or {}) if unknown else {}
+        settings = {}
+        for name in unknown:
+            known = fitted.get(name) is not None
+            settings[name] = fitted[name] if known else UNKNOWN_SAMPLING[name]
+            where = "as in the rollouts of the length value model" if known else "for nothing says how it was sampled"
+            logger.info("%s %s, %s; --%s sets another", name, settings[name], where, name)
+        return replace(self, **settings)
+
+
+@dataclass
+class CandidateArguments(RunArguments):
+    """Arguments of a program whose arms all have one candidate rule."""
+
+    top_k: int | None = HfArg(
+        default=None, help="Candidate rule of every arm: top-k, 0 for none. Default: 15; sandbox: 0."
+    )
+    top_p: float | None = HfArg(
+        default=None, help="Candidate rule of every arm: top-p, 1 for none. Default: 0.999; sandbox: 1."
+    )
+    min_p: float | None = HfArg(
+        default=None, help="Candidate rule of every arm: min-p, 0 for none. Default: 0; sandbox: 0.01."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (SANDBOX_CANDIDATES if self.dataset_name is None else CANDIDATES).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    @property
+    def candidates(self) -> LengthGuidance:
+        """Temperature and candidate rule; no guidance."""
+        rule = {name: getattr(self, name) for name in CANDIDATES}
+        return LengthGuidance(temperature=self.temperature, **rule)
+
+    @property
+    def candidate_text(self) -> str:
+        """The same in words."""
+        return (
+            f"temperature {self.temperature:g}, top-k {self.top_k}, top-p {self.top_p:g}, min-p {self.min_p:g}; seed "
+            f"{self.seed}"
+        )
 
 
 @dataclass(frozen=True)

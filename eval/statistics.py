@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals for evaluations: means, functions of means, and paired differences.
+"""Bootstrap confidence intervals for evaluations: of means, and of functions of means.
 
 Completions of one prompt are not independent: a hard prompt is hard for all of them. So whole prompts are resampled
 (the cluster bootstrap: Davison & Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.8) wherever
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,14 +22,7 @@ CHUNK_ENTRIES = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval.
-
-    Args:
-        estimate (`float`): the estimate from the data itself.
-        low (`float`): lower end of the interval.
-        high (`float`): upper end of the interval.
-        confidence (`float`): nominal coverage, in (0, 1).
-    """
+    """An estimate from the data itself, the ends of its confidence interval, and the interval's nominal coverage."""
 
     estimate: float
     low: float
@@ -45,10 +39,10 @@ def quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
 
 
-def weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean of each column of `values` `(N, K)` under `weights` `(N, K)`; NaN where the weights sum to 0."""
-    total = weights.sum(axis=0)
-    return np.divide((values * weights).sum(axis=0), total, out=np.full(total.shape, np.nan), where=total > 0)
+def resample_counts(clusters: int, num_resamples: int, seed: int | np.random.Generator) -> np.ndarray:
+    """How often each of the clusters is drawn in each resample, `(R, clusters)`."""
+    draw = np.random.default_rng(seed)
+    return draw.multinomial(clusters, np.full(clusters, 1 / clusters), size=num_resamples).astype(float)
 
 
 def resampled_means(
@@ -72,34 +66,22 @@ def resampled_means(
     Returns:
         Array of shape `(R,)` or `(R, K)`: NaN where the weights of a resample sum to 0, and everywhere where there is
         one group only: how groups differ is not to be seen in one.
-
-    Raises:
-        ValueError: if shapes disagree, nothing is there, a value is not finite, or a weight is negative.
     """
     columns, weight, cluster = _checked(values, groups, weights)
-    count = int(cluster.max()) + 1
-    sums, totals = np.zeros((count, columns.shape[1])), np.zeros((count, columns.shape[1]))
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
+    clusters = int(cluster.max()) + 1
+    sums, totals = np.zeros((2, clusters, columns.shape[1]))
     np.add.at(sums, cluster, columns * weight)
     np.add.at(totals, cluster, weight)
-    draws = _resampled_ratio([(sums, totals)], num_resamples, seed)[0]
+    draws = np.full((num_resamples, columns.shape[1]), np.nan)
+    generator = np.random.default_rng(seed)
+    rows = max(1, CHUNK_ENTRIES // clusters)
+    for start in range(0, num_resamples if clusters > 1 else 0, rows):
+        part = draws[start : start + rows]
+        counts = resample_counts(clusters, len(part), generator)
+        part[:] = quotient(counts @ sums, counts @ totals)
     return draws[:, 0] if np.ndim(values) == 1 else draws
-
-
-def mean_interval(
-    values: ArrayLike,
-    groups: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Confidence interval of a mean; the arguments are those of [`resampled_means`], with `values` of shape `(N,)`."""
-    if np.ndim(values) != 1:
-        raise ValueError(f"values must have shape (N,), got {np.shape(values)}; use statistic_interval for several.")
-    return statistic_interval(
-        values, lambda means: means, groups, weights, confidence=confidence, num_resamples=num_resamples, seed=seed
-    )
 
 
 def statistic_interval(
@@ -115,7 +97,7 @@ def statistic_interval(
     """Confidence interval of a function of one or several means, such as the distance of a point to a curve.
 
     Args:
-        values (array of shape `(N,)` or `(N, K)`), groups, weights, num_resamples, seed: as in [`resampled_means`].
+        values, groups, weights, num_resamples, seed: as in [`resampled_means`].
         statistic (`Callable`):
             Takes means of shape `(R,)` or `(R, K)` and returns the statistic of each, of shape `(R,)`. Called with
             ``R = 1`` for the estimate.
@@ -126,7 +108,7 @@ def statistic_interval(
         resamples the latter is to be expected where fewer than about ten groups carry weight: too few for an interval.
     """
     columns, weight, _ = _checked(values, groups, weights)
-    means = weighted_means(columns, weight)
+    means = quotient((columns * weight).sum(axis=0), weight.sum(axis=0))
     estimate = np.asarray(statistic(means if np.ndim(values) == 1 else means[None]), dtype=float)
     draws = np.asarray(statistic(resampled_means(values, groups, weights, num_resamples, seed)), dtype=float)
     if estimate.shape != (1,) or draws.shape != (num_resamples,):
@@ -137,45 +119,13 @@ def statistic_interval(
     return percentile_interval(float(estimate[0]), draws, confidence)
 
 
-def paired_difference(
-    first: ArrayLike,
-    first_groups: ArrayLike,
-    second: ArrayLike,
-    second_groups: ArrayLike,
-    first_weights: ArrayLike | None = None,
-    second_weights: ArrayLike | None = None,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
+def mean_interval(
+    values: ArrayLike, groups: ArrayLike | None = None, weights: ArrayLike | None = None, **bootstrap: Any
 ) -> Interval:
-    """Interval of ``mean(first) - mean(second)`` for two arms evaluated on the same prompts.
-
-    Prompts are drawn together for both arms, so what they share (hard prompts) cancels. The arms may hold different
-    numbers of completions of a prompt.
-
-    Args:
-        first (array of shape `(N,)`), second (array of shape `(M,)`): a quantity of each completion of either arm.
-        first_groups (array of shape `(N,)`), second_groups (array of shape `(M,)`):
-            The prompt of each completion; both arms must hold the same prompts.
-        first_weights, second_weights (*optional*), confidence, num_resamples, seed: as in [`mean_interval`].
-
-    Raises:
-        ValueError: if the arms do not hold the same prompts.
-    """
-    arms = []
-    for values, groups, weights in ((first, first_groups, first_weights), (second, second_groups, second_weights)):
-        columns, weight, cluster = _checked(values, groups, weights)
-        if columns.shape[1] != 1:
-            raise ValueError(f"each arm must have shape (N,), got {np.shape(values)}.")
-        count = int(cluster.max()) + 1
-        sums = np.bincount(cluster, columns[:, 0] * weight[:, 0], count)[:, None]
-        arms.append((sums, np.bincount(cluster, weight[:, 0], count)[:, None]))
-    if not np.array_equal(np.unique(np.asarray(first_groups)), np.unique(np.asarray(second_groups))):
-        raise ValueError("the two arms hold different prompts: evaluate both on the same ones, or compare intervals.")
-    draws = _resampled_ratio(arms, num_resamples, seed)
-    estimates = [float(_ratio(sums.sum(0), totals.sum(0))[0]) for sums, totals in arms]
-    return percentile_interval(estimates[0] - estimates[1], (draws[0] - draws[1])[:, 0], confidence)
+    """Confidence interval of the mean of `values` `(N,)`; all arguments are as in [`statistic_interval`]."""
+    if np.ndim(values) != 1:
+        raise ValueError(f"values must have shape (N,), got {np.shape(values)}; use statistic_interval for several.")
+    return statistic_interval(values, lambda means: means, groups, weights, **bootstrap)
 
 
 def percentile_interval(estimate: float, draws: np.ndarray, confidence: float = 0.95) -> Interval:
@@ -185,29 +135,6 @@ def percentile_interval(estimate: float, draws: np.ndarray, confidence: float = 
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high), confidence)
-
-
-def _ratio(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    return np.divide(sums, totals, out=np.full(np.shape(totals), np.nan), where=totals > 0)
-
-
-def _resampled_ratio(arms: list[tuple[np.ndarray, np.ndarray]], num_resamples: int, seed: int) -> list[np.ndarray]:
-    """Means `(R, K)` of each arm, the same clusters drawn for all; an arm is its sums and weights, both `(G, K)`."""
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
-    clusters = arms[0][0].shape[0]
-    if clusters == 1:
-        # Every resample would be the data again, and the interval a point: certainty from a single prompt.
-        return [np.full((num_resamples, sums.shape[1]), np.nan) for sums, _ in arms]
-    generator = np.random.default_rng(seed)
-    rows = max(1, CHUNK_ENTRIES // clusters)
-    parts: list[list[np.ndarray]] = [[] for _ in arms]
-    for begin in range(0, num_resamples, rows):
-        size = min(rows, num_resamples - begin)
-        counts = generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=size).astype(float)
-        for part, (sums, totals) in zip(parts, arms, strict=True):
-            part.append(_ratio(counts @ sums, counts @ totals))
-    return [np.concatenate(part) for part in parts]
 
 
 def _checked(

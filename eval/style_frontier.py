@@ -8,12 +8,22 @@ accuracies themselves, so a trained policy can lie above it.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from transformers import PreTrainedModel
 
+from eval.datasets import sandbox_prompts
+from eval.tradeoff.sampler import Sampler
+from lenvm_rl.sandbox import clean_length, read_completion
+
+logger = logging.getLogger(__name__)
+
+# Prompts that the frontier is measured on, 8 completions each.
+FRONTIER_PROMPTS = 480
 # A style counts as good enough for a difficulty if its accuracy is within this of the difficulty's best style.
 FLOOR_TOLERANCE = 0.02
 
@@ -106,3 +116,26 @@ def measure_points(
     for (difficulty, style), results in sorted(outcomes.items()):
         points[difficulty][style] = (float(tokens[difficulty, style]), float(np.mean(results)))
     return dict(points)
+
+
+def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier | None:
+    """The style frontier of the sandbox's base policy, under the same candidate rule as every arm.
+
+    From completions without detours on *validation* prompts: picking the best style on the evaluation prompts
+    themselves would flatter it. `None` if the policy writes no readable style at some difficulty (a smoke run's).
+    """
+    data = sandbox_prompts(FRONTIER_PROMPTS, "validation")
+    sampler = replace(sampler, prompts=data.prompts, columns=data.columns, num_samples=8)
+    found = sampler.sample("frontier", "base", policy)
+    rows = []
+    for ids, right, prompt in zip(found.completions, found.correct, found.prompt, strict=True):
+        reading = read_completion(sampler.tokenizer.convert_ids_to_tokens(ids))
+        if reading.style != "mixed" and reading.detour_tokens == 0:
+            difficulty = data.difficulties[prompt]
+            rows.append((difficulty, reading.style, clean_length(difficulty, reading.style), right))
+    missing = set(data.difficulties) - {row[0] for row in rows}
+    if missing:
+        missed = sorted(missing)
+        logger.warning("no style frontier: the policy writes no style without detours at difficulty %s", missed)
+        return None
+    return StyleFrontier.from_points(measure_points(*zip(*rows, strict=True)))

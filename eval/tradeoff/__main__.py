@@ -22,11 +22,11 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from eval.command_line import run
-from eval.report import save_csv, save_json
+from eval.graded import read_run
+from eval.report import print_table, save_report
 from eval.runs import OUTPUTS, output_folder, set_threads
-from eval.tradeoff.arguments import TradeoffArguments, read_run, sampled_as_fitted
-from eval.tradeoff.arms import collect_arms
-from eval.tradeoff.report import plot_tradeoff, print_table, remarks, summarise
+from eval.tradeoff.arms import TradeoffArguments, collect_arms
+from eval.tradeoff.report import plot_tradeoff, remarks, summarise, table_columns
 
 # What a comparison is about: results about others are not written over.
 MODELS = ("policy", "length_value_model", "trained")
@@ -36,12 +36,13 @@ def main(args: TradeoffArguments) -> list[dict[str, Any]]:
     """Sample, grade, print and write the comparison."""
     transformers_logging.set_verbosity_error()
     set_threads(sandbox=args.dataset_name is None)
-    comparison = read_run(args)
-    args = comparison.args = sampled_as_fitted(comparison.args)
-    default = Path(comparison.run.folder or OUTPUTS) / "tradeoff"
+    args, source = read_run(args)
+    data = args.load_prompts(args.num_prompts)
+    args = args.as_fitted()
+    default = Path(source.folder or OUTPUTS) / "tradeoff"
     output_dir = output_folder(args.output_dir, default, "tradeoff.json", asdict(args), MODELS)
-    arms, unit, frontier = collect_arms(comparison, output_dir)
-    rows = [summarise(arm, frontier, comparison.difficulties, args.seed) for arm in arms]
+    arms, unit, frontier = collect_arms(args, source, data, output_dir)
+    rows = [summarise(arm, frontier, data.difficulties, args.seed) for arm in arms]
     report: dict[str, Any] = {"arguments": asdict(args), "strength_unit": unit, "arms": rows}
     if frontier is not None:
         report["style_frontier"] = {
@@ -50,19 +51,16 @@ def main(args: TradeoffArguments) -> list[dict[str, Any]]:
             "floors": {str(difficulty): floor for difficulty, floor in frontier.floors.items()},
             "points": {str(difficulty): styles for difficulty, styles in frontier.points.items()},
         }
-    save_json(output_dir / "tradeoff.json", report)
-    save_csv(output_dir / "tradeoff.csv", rows)
+    save_report(output_dir, "tradeoff", report, rows)
     plot_tradeoff(rows, frontier, output_dir / "tradeoff.png")
     console = Console(width=190)
-    rule = f"temperature {args.temperature:g}, top-k {args.top_k}, top-p {args.top_p:g}, min-p {args.min_p:g}"
-    prompts = (
-        f"{len(comparison.prompts)} prompts x {args.num_samples} completions of at most {args.max_new_tokens} tokens"
-    )
-    print_table(rows, f"{prompts}; {rule}; seed {args.seed}", console)
+    count = f"{len(data.prompts)} prompts x {args.num_samples} completions of at most {args.max_new_tokens} tokens"
+    title = f"{count}; {args.candidate_text}"
+    print_table(console, rows, table_columns(rows), title, sections=lambda row: row["name"] == "base")
     if frontier is not None:
         described = ", ".join(f"{floor:.0f} at {d} operations" for d, floor in sorted(frontier.floors.items()))
         console.print(f"Fewest tokens of a style that is good enough: {described}.")
-    for remark in remarks(rows, len(comparison.prompts), args.max_new_tokens):
+    for remark in remarks(rows, len(data.prompts), args.max_new_tokens):
         console.print(remark)
     console.print(
         f"Tilt strengths are in units of 1/std(V) = {unit:.2f}; KL is in nats for each completion. Written to "

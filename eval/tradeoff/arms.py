@@ -1,84 +1,307 @@
-"""The arms of `eval.tradeoff`: the base policy, what can be had from it without training, and trained policies."""
+"""The arms of `eval.tradeoff`: the base policy, what can be had from it without training, and trained policies.
+
+A kind of arm is an entry of [`KINDS`], with the function that makes its arms and how it is drawn. What it is told on
+the command line is a field of [`TradeoffArguments`].
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
+from transformers.hf_argparser import HfArg
 
-from eval.arms import Arm, Sampler, SampleStore, value_scale
-from eval.datasets import sandbox_prompts
-from eval.style_frontier import StyleFrontier, measure_points
-from eval.tradeoff.arguments import Comparison, TradeoffArguments, check_data
+from eval.datasets import TASKS, EvaluationPrompts
+from eval.graded import GradedArguments, find_reward
+from eval.runs import CandidateArguments, Run
+from eval.style_frontier import StyleFrontier, fit_frontier
 from eval.tradeoff.divergence import policy_divergence
-from lenvm_rl.decoding.generation import LengthGuidance
+from eval.tradeoff.sampler import Arm, Sampler, SampleStore, value_scale
 from lenvm_rl.modeling.loading import has_tokenizer, load_length_value_model, load_policy, load_tokenizer
-from lenvm_rl.reward_functions import check_columns, load_reward
-from lenvm_rl.sandbox import clean_length, read_completion
-from lenvm_rl.tokenization import check_same_tokenizer, tokenize_prompts
+from lenvm_rl.tokenization import check_same_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Prompts that the style frontier is measured on, 8 completions each.
-FRONTIER_PROMPTS = 480
+
+@dataclass
+class TradeoffArguments(GradedArguments, CandidateArguments):
+    """What to compare, on which prompts, and where to write it."""
+
+    trained: list[str] = HfArg(
+        default_factory=list, help="Trained policies as NAME=PATH. Default: all that the run lists."
+    )
+    tilt: list[str] = HfArg(
+        default_factory=lambda: ["base"], help="Policies whose decoding is tilted: 'base' and names of trained ones."
+    )
+    num_prompts: int = HfArg(default=320, help="Evaluation prompts: the first so many of the dataset.")
+    num_samples: int = HfArg(default=4, help="Completions per prompt and arm.")
+    strengths: list[float] = HfArg(
+        default_factory=lambda: [-1.0, 0.25, 0.5, 1.0, 2.0, 4.0],
+        help="Tilt strengths in units of 1/std(V), the spread of values over the base completions.",
+    )
+    budget_quantiles: list[float] = HfArg(
+        default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.85, 0.95],
+        help="Hard limits, as quantiles of the base policy's lengths.",
+    )
+    prompt_only: bool | None = HfArg(
+        default=None, help="Ask for the same budgets in the prompt. Default: for a task that is not the sandbox."
+    )
+    budget_request: str = HfArg(
+        default="\n\nAnswer in at most {budget} tokens.",
+        help="What is appended to the prompt (to its last message) for that; {budget} is the number.",
+    )
+    best_of: list[int] | None = HfArg(
+        default=None,
+        help="Shortest finished of n samples, for each n: divisors of num_samples. Default: 2, 4 and 8 where they are, "
+        "for a task that is not the sandbox, else none.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= quantile <= 1 for quantile in self.budget_quantiles):
+            raise ValueError(f"budget_quantiles must lie in [0, 1], got {self.budget_quantiles}.")
+        if not all("=" in entry for entry in self.trained):
+            raise ValueError(f"trained takes NAME=PATH, got {self.trained}.")
+        if self.prompt_only and self.dataset_name is None:
+            raise ValueError("The sandbox's policies read no words, so prompt_only means nothing there: leave it out.")
+        if "{budget}" not in self.budget_request:
+            raise ValueError(f"budget_request must hold {{budget}}, got {self.budget_request!r}.")
+        if not all(count > 1 and self.num_samples % count == 0 for count in self.best_of or ()):
+            raise ValueError(
+                f"best_of chooses among the {self.num_samples} samples of a prompt: each must be a divisor of "
+                f"num_samples above 1, got {self.best_of}."
+            )
+
+    def defaults(self, run: Run) -> dict[str, Any]:
+        """Those of the task and the run, with the baselines that a task adds."""
+        task = self.task in TASKS
+        counts = [count for count in (2, 4, 8) if task and self.num_samples % count == 0]
+        return super().defaults(run) | {"prompt_only": task, "best_of": counts}
 
 
-def make_sampler(comparison: Comparison, output_dir: Path) -> Sampler:
-    """The sampler of the base policy's arms: models, prompts and reward, checked against each other.
+@dataclass
+class Study:
+    """What arms are made of.
 
-    Raises:
-        ValueError: see [`~eval.tradeoff.arguments.check_data`]; tokenizers differ, or the reward function needs a
-            column that is not there.
+    Args:
+        args ([`TradeoffArguments`]): complete.
+        sampler ([`~eval.tradeoff.sampler.Sampler`]): of the base policy, and of all arms that it is asked in.
+        policy (`PreTrainedModel`): the base policy.
+        trained (`dict`): sampler and path of every trained policy.
     """
-    args = comparison.args
-    tokenizer = load_tokenizer(args.policy, comparison.pad_token)
-    check_data(args, tokenizer)
-    reward = load_reward(args.reward)
-    check_columns(reward, comparison.columns, args.dataset_name or "the sandbox")
-    model = load_length_value_model(args.length_value_model, args.base or args.policy, tokenizer=tokenizer)
+
+    args: TradeoffArguments
+    sampler: Sampler
+    policy: PreTrainedModel
+    trained: dict[str, tuple[Sampler, str]]
+
+    @cached_property
+    def base(self) -> Arm:
+        """The base policy's own completions."""
+        return self.sampler.sample("base", "base", self.policy)
+
+    @cached_property
+    def unit(self) -> float:
+        """Of a tilt's strength: one over the standard deviation of V, over the states of some 256 base completions."""
+        ids, base = self.sampler.prompt_ids, self.base
+        some = range(0, len(base.completions), max(1, len(base.completions) // 256))
+        prompts, completions = [ids[base.prompt[index]] for index in some], [base.completions[index] for index in some]
+        return 1.0 / value_scale(self.sampler.length_value_model, prompts, completions)
+
+    @property
+    def budgets(self) -> dict[float, int]:
+        """The budget in tokens at each quantile of the base policy's lengths."""
+        return {quantile: int(np.quantile(self.base.lengths, quantile)) for quantile in self.args.budget_quantiles}
+
+
+def base_arms(study: Study) -> Iterator[Arm]:
+    """The base policy itself."""
+    yield study.base
+
+
+def truncated_arms(study: Study) -> Iterator[Arm]:
+    """The base policy's completions, cut off at each budget."""
+    for quantile, budget in study.budgets.items():
+        yield truncate(study.sampler, study.base, f"cut at q{quantile:g}", budget)
+
+
+def truncate(sampler: Sampler, base: Arm, name: str, budget: int) -> Arm:
+    """The base arm with every completion cut off after `budget` tokens: the baseline of a hard limit.
+
+    A completion of exactly `budget` tokens still ends: lengths do not count the end-of-sequence token.
+    """
+    kept = base.lengths <= budget
+    completions = [ids if whole else ids[:budget] for ids, whole in zip(base.completions, kept, strict=True)]
+    correct, graded = sampler.grade(completions, base.prompt.tolist())
+    lengths, finished = np.minimum(base.lengths, budget), base.finished & kept
+    return Arm(name, "truncation", float(budget), completions, lengths, finished, correct, base.prompt, graded=graded)
+
+
+def asked_arms(study: Study) -> Iterator[Arm]:
+    """The base policy, asked for each budget in words."""
+    for quantile, budget in study.budgets.items() if study.args.prompt_only else ():
+        request = study.args.budget_request.format(budget=max(1, budget))
+        yield ask(study.sampler, study.policy, f"asked for q{quantile:g}", request, max(1, budget))
+
+
+def ask(sampler: Sampler, policy: PreTrainedModel, name: str, request: str, budget: int) -> Arm:
+    """The policy with a request appended to each prompt; its divergence is from the policy without it."""
+
+    def appended(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+        if isinstance(prompt, str):
+            return prompt + request
+        return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + request}]
+
+    asking = replace(sampler, prompts=[appended(prompt) for prompt in sampler.prompts])
+    arm = asking.sample(name, "prompt", policy)
+    kl, temperature = None, sampler.guidance.temperature
+    if temperature > 0:
+        seen, without = ([each.prompt_ids[index] for index in arm.prompt] for each in (asking, sampler))
+        kl = policy_divergence(policy, policy, seen, arm.completions, temperature, without)
+    return replace(arm, setting=float(budget), kl=kl)
+
+
+def chosen_arms(study: Study) -> Iterator[Arm]:
+    """The shortest of several samples of the base policy."""
+    for count in study.args.best_of:
+        yield shortest_of(study.base, count)
+
+
+def shortest_of(base: Arm, count: int) -> Arm:
+    """The shortest finished one of every `count` samples of a prompt; where none finished, the first of them.
+
+    The samples of a prompt are taken `count` at a time, so all of them serve. The divergence from the base policy is at
+    most ``log n - (n - 1) / n`` (Beirami et al., 2024, arXiv 2401.01879), whatever is chosen by.
+    """
+    chosen, sampled = [], []
+    for prompt in dict.fromkeys(base.prompt.tolist()):
+        for block in np.flatnonzero(base.prompt == prompt).reshape(-1, count):
+            finished = block[base.finished[block]]
+            chosen.append(finished[base.lengths[finished].argmin()] if len(finished) else block[0])
+            sampled.append(base.lengths[block].sum())
+    picked = np.array(chosen)
+    return Arm(
+        name=f"shortest of {count}",
+        kind="best_of",
+        setting=float(count),
+        completions=[base.completions[index] for index in chosen],
+        kl_bound=math.log(count) - (count - 1) / count,
+        sampled=np.array(sampled),
+        graded=base.is_graded[picked],
+        **{each: getattr(base, each)[picked] for each in ("lengths", "finished", "correct", "prompt")},
+    )
+
+
+def tilted_arms(study: Study) -> Iterator[Arm]:
+    """The base policy, tilted by each strength."""
+    for strength in study.args.strengths if "base" in study.args.tilt else ():
+        yield study.sampler.sample(f"tilt {strength:+g}", "tilt", study.policy, strength * study.unit)
+
+
+def trained_arms(study: Study) -> Iterator[Arm]:
+    """Every trained policy and, where that is asked for, its tilts."""
+    for name, (sampler, path) in study.trained.items():
+        policy = load_policy(path)
+        arm = sampler.sample(name, "trained", policy)
+        yield measure_trained(sampler, arm, policy, study.policy, study.sampler)
+        for strength in study.args.strengths if name in study.args.tilt else ():
+            arm = sampler.sample(f"{name} tilt {strength:+g}", f"tilt of {name}", policy, strength * study.unit)
+            yield measure_trained(sampler, arm, policy, study.policy, study.sampler)
+
+
+def measure_trained(
+    sampler: Sampler, arm: Arm, policy: PreTrainedModel, base: PreTrainedModel, of_base: Sampler | None = None
+) -> Arm:
+    """The arm of a trained policy, tilted or not, with its divergence from the base policy.
+
+    Untilted, the exact divergence of both policies at the states that its completions visit. Tilted, the divergence of
+    the tilt from the trained policy, which the arm has, plus the log-ratio of trained and base policy at the sampled
+    tokens: ``log p'/p + log p/q``. See [`~eval.tradeoff.divergence.policy_divergence`] on the candidate rule. `of_base`
+    is the sampler of the base policy, if that is asked in other words.
+    """
+    temperature = sampler.guidance.temperature
+    if temperature == 0:
+        return replace(arm, kl=None)
+    prompts, reference = ([each.prompt_ids[index] for index in arm.prompt] for each in (sampler, of_base or sampler))
+    tilted = arm.kind != "trained"
+    found = policy_divergence(policy, base, prompts, arm.completions, temperature, reference, sampled=tilted)
+    return replace(arm, kl=arm.kl + found)
+
+
+@dataclass(frozen=True)
+class ArmKind:
+    """A kind of arm: what makes its arms, and how the figure shows them, joined by a line or not."""
+
+    make: Callable[[Study], Iterator[Arm]]
+    label: str
+    color: str
+    marker: str
+    line: bool = True
+
+
+# In the order of the table. Each trained policy has a colour of its own.
+KINDS = {
+    "base": ArmKind(base_arms, "base policy", "#000000", "D", line=False),
+    "truncation": ArmKind(truncated_arms, "hard truncation", "#888888", "s"),
+    "prompt": ArmKind(asked_arms, "budget in the prompt", "#17becf", "^"),
+    "best_of": ArmKind(chosen_arms, "shortest of n", "#bcbd22", "v"),
+    "tilt": ArmKind(tilted_arms, "tilted decoding", "#1f77b4", "o"),
+    "trained": ArmKind(trained_arms, "trained", "", "*", line=False),
+}
+
+
+def collect_arms(
+    args: TradeoffArguments, run: Run, data: EvaluationPrompts, output_dir: Path
+) -> tuple[list[Arm], float, StyleFrontier | None]:
+    """Sample every arm. Returns them with the unit of the tilt's strengths and, on the sandbox, the style frontier.
+
+    What is sampled is kept in `samples/` of the folder, so that an interrupted comparison goes on where it was. What
+    cannot be compared is refused before anything is sampled, not in the middle of hours.
+    """
+    sampler = make_sampler(args, run, data, output_dir)
+    trained = {name: (trained_sampler(sampler, name, path), path) for name, path in find_trained(args, run).items()}
+    study = Study(args, sampler, load_policy(args.policy), trained)
+    unit = study.unit
+    arms = [arm for kind in KINDS.values() for arm in kind.make(study)]
+    frontier = fit_frontier(sampler, study.policy) if data.difficulties is not None else None
+    return arms, unit, frontier
+
+
+def make_sampler(args: TradeoffArguments, run: Run, data: EvaluationPrompts, output_dir: Path) -> Sampler:
+    """The sampler of the base policy's arms: models, prompts and reward, checked against each other."""
+    tokenizer = load_tokenizer(args.policy, run.data.get("pad_token"))
+    reward = find_reward(args, tokenizer, data)
     return Sampler(
         tokenizer=tokenizer,
-        length_value_model=model,
-        prompts=comparison.prompts,
-        columns=comparison.columns,
+        length_value_model=load_length_value_model(
+            args.length_value_model, args.base or args.policy, tokenizer=tokenizer
+        ),
+        prompts=data.prompts,
+        columns=data.columns,
         reward=reward,
         num_samples=args.num_samples,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
-        guidance=LengthGuidance(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p),
+        guidance=args.candidates,
         seed=args.seed,
         kept=SampleStore(output_dir / "samples"),
     )
 
 
-def collect_arms(comparison: Comparison, output_dir: Path) -> tuple[list[Arm], float, StyleFrontier | None]:
-    """Sample every arm. Returns them with the unit of the tilt's strengths and, on the sandbox, the style frontier.
-
-    What is sampled is kept in `samples/` of the folder, so that an interrupted comparison goes on where it was.
-    """
-    args = comparison.args
-    sampler = make_sampler(comparison, output_dir)
-    # Before hours of sampling, not in their middle.
-    of_trained = {name: trained_sampler(sampler, name, path) for name, path in comparison.trained.items()}
-    base = load_policy(args.policy)
-    arms = [sampler.sample("base", "base", base)]
-    unit = tilt_unit(sampler, arms[0])
-    arms += base_arms(sampler, base, arms[0], args)
-    frontier = fit_frontier(sampler, base) if comparison.difficulties is not None else None
-    for strength in args.strengths if "base" in args.tilt else ():
-        arms.append(sampler.sample(f"tilt {strength:+g}", "tilt", base, strength * unit))
-    for name, own in of_trained.items():
-        policy = load_policy(comparison.trained[name])
-        arms.append(measure_trained(own, own.sample(name, "trained", policy), policy, base, sampler))
-        for strength in args.strengths if name in args.tilt else ():
-            arm = own.sample(f"{name} tilt {strength:+g}", f"tilt of {name}", policy, strength * unit)
-            arms.append(measure_trained(own, arm, policy, base, sampler))
-    return arms, unit, frontier
+def find_trained(args: TradeoffArguments, run: Run) -> dict[str, str]:
+    """Name and path of every trained policy, of which `tilt` names some."""
+    trained = dict(entry.split("=", 1) for entry in args.trained) or run.trained
+    unknown = set(args.tilt) - {"base", *trained}
+    if unknown:
+        raise ValueError(f"tilt names {sorted(unknown)}, but there are only 'base' and {sorted(trained)}.")
+    return trained
 
 
 def trained_sampler(sampler: Sampler, name: str, path: str) -> Sampler:
@@ -93,131 +316,3 @@ def trained_sampler(sampler: Sampler, name: str, path: str) -> Sampler:
     tokenizer = load_tokenizer(path)
     check_same_tokenizer(tokenizer, sampler.tokenizer, f"the trained policy {name!r}", "the base policy")
     return replace(sampler, tokenizer=tokenizer)
-
-
-def base_arms(sampler: Sampler, policy: PreTrainedModel, base: Arm, args: TradeoffArguments) -> list[Arm]:
-    """What the base policy gives without a length value model: cut, asked for the same budgets, or chosen among."""
-    budgets = {quantile: int(np.quantile(base.lengths, quantile)) for quantile in args.budget_quantiles}
-    arms = [sampler.truncate(base, f"cut at q{quantile:g}", budget) for quantile, budget in budgets.items()]
-    if args.prompt_only:
-        for quantile, budget in budgets.items():
-            request = args.budget_request.format(budget=max(1, budget))
-            arms.append(ask(sampler, policy, f"asked for q{quantile:g}", request, max(1, budget)))
-    return arms + [shortest_of(base, count) for count in args.best_of]
-
-
-def ask(sampler: Sampler, policy: PreTrainedModel, name: str, request: str, budget: int) -> Arm:
-    """The policy with a request appended to each prompt; its divergence is from the policy without it."""
-
-    def appended(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-        if isinstance(prompt, str):
-            return prompt + request
-        return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + request}]
-
-    asking = replace(sampler, prompts=[appended(prompt) for prompt in sampler.prompts])
-    arm = asking.sample(name, "prompt", policy)
-    kl = None
-    if sampler.guidance.temperature > 0:
-        with_request, without = (tokenize_prompts(each.tokenizer, each.prompts) for each in (asking, sampler))
-        kl = policy_divergence(
-            policy,
-            policy,
-            [with_request[index] for index in arm.prompt],
-            arm.completions,
-            sampler.guidance.temperature,
-            reference_prompt_ids=[without[index] for index in arm.prompt],
-        )
-    return replace(arm, setting=float(budget), kl=kl)
-
-
-def shortest_of(base: Arm, count: int) -> Arm:
-    """The shortest finished one of every `count` samples of a prompt; where none finished, the first of them.
-
-    The samples of a prompt are taken `count` at a time, so all of them serve. The divergence from the base policy is at
-    most ``log n - (n - 1) / n`` (Beirami et al., 2024, arXiv 2401.01879),
-    whatever is chosen by.
-    """
-    chosen, sampled = [], []
-    for prompt in dict.fromkeys(base.prompt.tolist()):
-        for block in np.flatnonzero(base.prompt == prompt).reshape(-1, count):
-            finished = block[base.finished[block]]
-            chosen.append(finished[base.lengths[finished].argmin()] if len(finished) else block[0])
-            sampled.append(base.lengths[block].sum())
-    picked = np.array(chosen)
-    return Arm(
-        name=f"shortest of {count}",
-        kind="best_of",
-        setting=float(count),
-        completions=[base.completions[index] for index in chosen],
-        lengths=base.lengths[picked],
-        finished=base.finished[picked],
-        correct=base.correct[picked],
-        prompt=base.prompt[picked],
-        kl_bound=math.log(count) - (count - 1) / count,
-        sampled=np.array(sampled),
-        graded=base.is_graded[picked],
-    )
-
-
-def measure_trained(
-    sampler: Sampler, arm: Arm, policy: PreTrainedModel, base: PreTrainedModel, of_base: Sampler | None = None
-) -> Arm:
-    """The arm of a trained policy, tilted or not, with its divergence from the base policy.
-
-    Untilted, the exact divergence of both policies at the states that its completions visit. Tilted, the divergence of
-    the tilt from the trained policy, which the arm has, plus the log-ratio of trained and base policy at the sampled
-    tokens: ``log p'/p + log p/q``. See [`~eval.tradeoff.divergence.policy_divergence`] on the candidate rule.
-
-    Args:
-        sampler ([`~eval.arms.Sampler`]): of the trained policy.
-        arm ([`~eval.arms.Arm`]): sampled by it.
-        policy (`PreTrainedModel`), base (`PreTrainedModel`): both policies.
-        of_base ([`~eval.arms.Sampler`], *optional*): of the base policy, if that is asked in other words.
-    """
-    temperature = sampler.guidance.temperature
-    if temperature == 0:
-        return replace(arm, kl=None)
-
-    def prompts_of(own: Sampler) -> list[list[int]]:
-        ids = tokenize_prompts(own.tokenizer, own.prompts)
-        return [ids[index] for index in arm.prompt]
-
-    prompts, reference = prompts_of(sampler), prompts_of(of_base or sampler)
-    tilted = arm.kind != "trained"
-    found = policy_divergence(policy, base, prompts, arm.completions, temperature, reference, sampled=tilted)
-    return replace(arm, kl=arm.kl + found)
-
-
-def tilt_unit(sampler: Sampler, base: Arm) -> float:
-    """One over the standard deviation of V, over the states of some 256 completions of the base arm."""
-    prompt_ids = tokenize_prompts(sampler.tokenizer, sampler.prompts)
-    some = range(0, len(base.completions), max(1, len(base.completions) // 256))
-    return 1.0 / value_scale(
-        sampler.length_value_model,
-        [prompt_ids[base.prompt[index]] for index in some],
-        [base.completions[index] for index in some],
-    )
-
-
-def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier | None:
-    """The style frontier of the sandbox's base policy, under the same candidate rule as every arm.
-
-    From completions without detours on *validation* prompts: picking the best style on the evaluation prompts
-    themselves would flatter it. `None` if the policy writes no readable style at some difficulty (a smoke run's).
-    """
-    data = sandbox_prompts(FRONTIER_PROMPTS, "validation")
-    sampler = replace(sampler, prompts=data.prompts, columns=data.columns, num_samples=8)
-    found = sampler.sample("frontier", "base", policy)
-    rows = []
-    for ids, right, prompt in zip(found.completions, found.correct, found.prompt, strict=True):
-        reading = read_completion(sampler.tokenizer.convert_ids_to_tokens(ids))
-        if reading.style != "mixed" and reading.detour_tokens == 0:
-            difficulty = data.difficulties[prompt]
-            rows.append((difficulty, reading.style, clean_length(difficulty, reading.style), right))
-    missing = set(data.difficulties) - {row[0] for row in rows}
-    if missing:
-        logger.warning(
-            "no style frontier: the policy writes no style without detours at difficulty %s", sorted(missing)
-        )
-        return None
-    return StyleFrontier.from_points(measure_points(*zip(*rows, strict=True)))

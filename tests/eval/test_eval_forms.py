@@ -9,12 +9,12 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from eval import length_control, length_prediction, length_tokens, viewer
-from eval.arms import value_scale
 from eval.gradient import __main__ as gradient
 from eval.speed import __main__ as speed
 from eval.speed import batching
 from eval.token_values import token_values
 from eval.tradeoff import __main__ as tradeoff
+from eval.tradeoff.sampler import value_scale
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import length_aware_batches, padding_steps, predict_length
 from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts, write_rollouts

@@ -8,10 +8,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from eval.arms import Arm, Sampler, value_scale
+from eval.graded import read_run
 from eval.seeds import collect, print_table
 from eval.style_frontier import StyleFrontier
-from eval.tradeoff.__main__ import TradeoffArguments, main, read_run, summarise
+from eval.tradeoff.__main__ import main
+from eval.tradeoff.arms import TradeoffArguments, truncate
+from eval.tradeoff.report import summarise
+from eval.tradeoff.sampler import Arm, Sampler, value_scale
 from lenvm_rl.decoding.generation import LengthGuidance
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.reward_functions import load_reward
@@ -49,16 +52,14 @@ def base_arm():
     finished = np.array([True, True, False, True])
     lengths = np.array([2, 4, 6, 5])
     rows = [0, 0, 1, 1]
-    return Arm(
-        "base", "base", float("nan"), completions, lengths, finished, sampler().grade(completions, rows), np.array(rows)
-    )
+    correct, _ = sampler().grade(completions, rows)
+    return Arm("base", "base", float("nan"), completions, lengths, finished, correct, np.array(rows))
 
 
 def test_grading_uses_each_completions_own_prompt():
     assert base_arm().correct.tolist() == [True, True, False, False]
-    assert sampler(columns={"answer": ["4", "3"]}).grade(base_arm().completions, [0, 1, 1, 1]).tolist() == [
-        True, False, False, True,
-    ]  # fmt: skip
+    correct, graded = sampler(columns={"answer": ["4", "3"]}).grade(base_arm().completions, [0, 1, 1, 1])
+    assert correct.tolist() == [True, False, False, True] and graded.all()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_grading_uses_each_completions_own_prompt():
     ],
 )
 def test_truncation_cuts_to_the_budget_in_the_same_length(budget, lengths, finished, correct):
-    arm = sampler().truncate(base_arm(), "cut", budget)
+    arm = truncate(sampler(), base_arm(), "cut", budget)
     assert arm.lengths.tolist() == lengths
     assert arm.finished.tolist() == finished
     assert arm.correct.tolist() == correct
@@ -121,8 +122,12 @@ def test_value_scale_is_the_standard_deviation_over_states(run_dir):
 
 
 def test_tradeoff_writes_table_json_and_figure(run_dir, capsys):
+    # An untrained policy writes no clean style, so there is no frontier: a dataset of one's own has none either.
+    prompts = run_dir / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "3 a +1 ?", "answer": "4", "n": n}) + "\n" for n in range(8)))
     args = TradeoffArguments(
         run_dir=str(run_dir),
+        dataset_name=str(prompts),
         num_prompts=8,
         num_samples=2,
         max_new_tokens=8,
@@ -130,10 +135,6 @@ def test_tradeoff_writes_table_json_and_figure(run_dir, capsys):
         budget_quantiles=[0.5],
         tilt=["base", "same"],
     )
-    # An untrained policy writes no clean style, so there is no frontier: a dataset of one's own has none either.
-    prompts = run_dir / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": "3 a +1 ?", "answer": "4", "n": n}) + "\n" for n in range(8)))
-    args.dataset_name = str(prompts)
     rows = main(args)
     assert [row["kind"] for row in rows] == ["base", "truncation", "tilt", "trained", "tilt of same"]
     report = json.loads((run_dir / "tradeoff" / "tradeoff.json").read_text())
@@ -200,6 +201,7 @@ def test_a_run_on_ones_own_data_is_never_put_to_sandbox_prompts(run_dir, tmp_pat
         read_run(TradeoffArguments(run_dir=str(tmp_path)))
     prompts = tmp_path / "test.jsonl"
     prompts.write_text('{"question": "q", "answer": "4"}\n')
-    comparison = read_run(TradeoffArguments(run_dir=str(tmp_path), dataset_name=str(prompts)))
-    assert comparison.prompts == [[{"role": "user", "content": "q"}]] and comparison.columns == {"answer": ["4"]}
-    assert (comparison.args.temperature, comparison.args.max_new_tokens) == (0.5, 9)
+    args, _ = read_run(TradeoffArguments(run_dir=str(tmp_path), dataset_name=str(prompts)))
+    data = args.load_prompts(5)
+    assert data.prompts == [[{"role": "user", "content": "q"}]] and data.columns == {"answer": ["4"]}
+    assert (args.temperature, args.max_new_tokens) == (0.5, 9)

@@ -10,13 +10,15 @@ from ragged import EOS, random_rollouts
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 
 from eval import length_control, length_prediction
+from eval.graded import read_run
 from eval.gradient import __main__ as gradient
 from eval.gradient.__main__ import GradientArguments
 from eval.length_control import LengthControlArguments
 from eval.length_prediction import PredictionArguments
 from eval.runs import Run, check_sandbox, find_run, is_sandbox, output_folder
 from eval.tradeoff import __main__ as tradeoff
-from eval.tradeoff.arguments import TradeoffArguments, read_run, sampled_as_fitted
+from eval.tradeoff.arms import TradeoffArguments
+from eval.tradeoff.sampler import Sampler
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.programs import TRACEBACK_VARIABLE
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
@@ -157,17 +159,18 @@ def test_a_folder_that_cannot_be_written_is_found_before_work_begins(tmp_path):
 
 
 def test_ones_own_model_has_nothing_of_the_sandboxs(there):
-    found = read_run(TradeoffArguments(**MINE, **DATA))
-    args = sampled_as_fitted(found.args)
+    args, run = read_run(TradeoffArguments(**MINE, **DATA))
+    args = args.as_fitted()
     # As its length value model was fitted, not as in the sandbox's run; candidates are not the sandbox's either.
     assert (args.temperature, args.max_new_tokens) == (0.5, 9)
     assert (args.top_k, args.top_p, args.min_p) == (15, 0.999, 0.0)
-    assert found.trained == {} and found.run.folder is None and args.run_dir is None
-    given = TradeoffArguments(**MINE, **DATA, temperature=0.0, max_new_tokens=3, min_p=0.1)
-    args = sampled_as_fitted(read_run(given).args)
+    assert run.trained == {} and run.folder is None and args.run_dir is None
+    args, _ = read_run(TradeoffArguments(**MINE, **DATA, temperature=0.0, max_new_tokens=3, min_p=0.1))
+    args = args.as_fitted()
     assert (args.temperature, args.max_new_tokens, args.min_p) == (0.0, 3, 0.1)
     # The sandbox's run says how its own is sampled.
-    args = sampled_as_fitted(read_run(TradeoffArguments(num_prompts=4)).args)
+    args, _ = read_run(TradeoffArguments(num_prompts=4))
+    args = args.as_fitted()
     assert (args.temperature, args.max_new_tokens) == (0.25, 5)
     assert (args.top_k, args.top_p, args.min_p) == (0, 1.0, 0.01)
     assert args.policy == str(SANDBOX / "policy") and args.run_dir == str(SANDBOX)
@@ -300,12 +303,12 @@ def test_a_row_without_a_prompt_is_named(there, tmp_path, row):
     first = {"prompt": [{"role": "user", "content": "w6"}] if row["prompt"] == [] else (8 if row["prompt"] else "w6")}
     path.write_text("".join(json.dumps(each) + "\n" for each in (first, row)))
     with pytest.raises(ValueError, match="row [01] .*--prompt_column"):
-        read_run(small(tmp_path, dataset_name=str(path)))
+        read_run(small(tmp_path, dataset_name=str(path)))[0].load_prompts(3)
 
 
 def test_a_comparison_that_was_interrupted_goes_on_with_the_same_samples(there, tmp_path, monkeypatch):
     whole = tradeoff.main(small(tmp_path, output_dir=str(tmp_path / "whole")))
-    sampled, original = [], tradeoff.collect_arms.__globals__["Sampler"]._sample_rows
+    sampled, original = [], Sampler._sample_rows
 
     def interrupted(self, name, *arguments):
         if name == "tilt +1" and "stop" not in sampled:
@@ -314,7 +317,7 @@ def test_a_comparison_that_was_interrupted_goes_on_with_the_same_samples(there, 
         sampled.append(name)
         return original(self, name, *arguments)
 
-    monkeypatch.setattr("eval.arms.Sampler._sample_rows", interrupted)
+    monkeypatch.setattr(Sampler, "_sample_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tradeoff.main(small(tmp_path))
     assert tradeoff.main(small(tmp_path)) == whole
@@ -391,5 +394,5 @@ def test_an_interrupt_says_that_the_same_command_goes_on(there, monkeypatch, cap
 
 
 def test_the_length_value_model_of_the_sandbox_is_loaded_from_its_run(there):
-    found = read_run(TradeoffArguments(num_prompts=4))
-    assert LengthValueModel.from_pretrained(found.args.length_value_model).config.gamma == 0.9
+    args, _ = read_run(TradeoffArguments(num_prompts=4))
+    assert LengthValueModel.from_pretrained(args.length_value_model).config.gamma == 0.9

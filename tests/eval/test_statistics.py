@@ -1,16 +1,9 @@
-"""Bootstrap intervals: known standard errors, coverage, clusters, pairs."""
+"""Bootstrap intervals: known standard errors, coverage, clusters."""
 
 import numpy as np
 import pytest
 
-from eval.statistics import (
-    Interval,
-    mean_interval,
-    paired_difference,
-    percentile_interval,
-    resampled_means,
-    statistic_interval,
-)
+from eval.statistics import Interval, mean_interval, percentile_interval, resampled_means, statistic_interval
 
 
 def half_width(interval):
@@ -68,8 +61,6 @@ def test_one_prompt_has_no_interval_however_many_completions_it_has():
     interval = mean_interval(lengths, prompt)
     assert interval.estimate == 5.0 and np.isnan([interval.low, interval.high]).all() and str(interval) == "5.000"
     assert np.isnan(mean_interval([3.0]).low)
-    difference = paired_difference(lengths, prompt, [1.0], [7])
-    assert difference.estimate == 4.0 and np.isnan([difference.low, difference.high]).all()
     # With two prompts there is one again: from 4, both times the first, to 6.
     two = mean_interval([3.0, 5.0, 10.0, 2.0], [0, 0, 1, 1])
     assert (two.low, two.estimate, two.high) == (4.0, 5.0, 6.0)
@@ -83,28 +74,6 @@ def test_a_statistic_of_several_means_is_resampled_jointly():
     assert ratio.estimate == pytest.approx(2.0) and half_width(ratio) < 1e-9
     with pytest.raises(ValueError, match="one number for each row"):
         statistic_interval(both, lambda means: means)
-
-
-def test_pairing_cancels_what_the_arms_share():
-    generator = np.random.default_rng(6)
-    difficulty = np.repeat(generator.normal(0.0, 5.0, size=80), 4)
-    prompts = np.repeat(np.arange(80), 4)
-    first = difficulty + generator.normal(0.5, 0.2, size=320)
-    second = difficulty + generator.normal(0.0, 0.2, size=320)
-    shuffled = generator.permutation(320)
-    interval = paired_difference(first, prompts, second[shuffled], prompts[shuffled])
-    assert interval.estimate == pytest.approx(first.mean() - second.mean())
-    assert 0.4 < interval.low < 0.5 < interval.high < 0.6
-    assert half_width(interval) < half_width(mean_interval(first, prompts)) / 20
-    same = paired_difference(first, prompts, first, prompts)
-    assert (same.estimate, same.low, same.high) == (0.0, 0.0, 0.0)
-
-
-def test_arms_may_hold_different_numbers_of_completions_but_not_other_prompts():
-    interval = paired_difference([1.0, 1.0, 2.0], ["a", "a", "b"], [0.0, 1.0], ["b", "a"], num_resamples=100)
-    assert interval.estimate == pytest.approx(4 / 3 - 1 / 2)
-    with pytest.raises(ValueError, match="different prompts"):
-        paired_difference([1.0, 2.0], ["a", "b"], [1.0, 2.0], ["a", "c"])
 
 
 def test_the_seed_decides_and_chunks_change_nothing_else(monkeypatch):

@@ -1,4 +1,4 @@
-"""Arms of a comparison: completions of one set of prompts, sampled in different ways and graded by one reward function.
+"""Samples completions of one set of prompts in different ways, and grades them by one reward function.
 
 One definition of length holds for every arm: the tokens of a completion, end-of-sequence not counted. One candidate
 rule (top-k, top-p, min-p) holds for every arm, the base policy included.
@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.graded import grade
 from eval.tradeoff.divergence import DivergenceMeter
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length, padding_id, strip_completion
@@ -29,7 +30,6 @@ from lenvm_rl.modeling.backbones import context_of
 from lenvm_rl.modeling.completions import pad_left
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import weights_fingerprint
-from lenvm_rl.reward_functions import call_reward, correctness_values, name_of
 from lenvm_rl.tokenization import check_room, check_same_tokenizer, tokenize_prompts
 
 logger = logging.getLogger(__name__)
@@ -37,27 +37,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Arm:
-    """Graded completions of one way of sampling.
+    """N graded completions of one way of sampling.
 
     Args:
         name (`str`): unique name in the comparison.
-        kind (`str`): `"base"`, `"truncation"`, `"prompt"`, `"best_of"`, `"tilt"`, `"trained"` or `"tilt of NAME"`.
-        setting (`float`):
-            The budget in tokens of a truncation or a prompt, the number of samples to choose from, the strength of a
-            tilt of the base policy, else NaN.
+        kind (`str`): a name in `eval.tradeoff.arms.KINDS`, or `"tilt of NAME"` for a trained policy.
+        setting (`float`): budget in tokens, number of samples to choose from, strength of a tilt of the base; or NaN.
         completions (list of lists of `int`): sampled ids, end-of-sequence kept.
         lengths (`numpy.ndarray` of shape `(N,)`): tokens, end-of-sequence not counted.
         finished (`numpy.ndarray` of shape `(N,)`): whether the completion ended.
-        correct (`numpy.ndarray` of shape `(N,)`): whether the reward function called it correct; false where it was not
-            graded.
+        correct (`numpy.ndarray` of shape `(N,)`): whether it is correct; false where it was not graded.
         prompt (`numpy.ndarray` of shape `(N,)`): index of its prompt.
         kl (`numpy.ndarray` of shape `(N,)`, *optional*):
             Each completion's estimate of the divergence from the base policy, in nats, see `eval.tradeoff.divergence`.
         kl_bound (`float`, *optional*): a bound that the divergence is known not to exceed, in nats.
-        sampled (`numpy.ndarray` of shape `(N,)`, *optional*):
-            Tokens that were sampled for each completion, where that is more than its own.
-        graded (`numpy.ndarray` of shape `(N,)`, *optional*):
-            Whether the reward function said anything about it; it has about all of them when omitted.
+        sampled (`numpy.ndarray` of shape `(N,)`, *optional*): tokens sampled for it, where that is more than its own.
+        graded (`numpy.ndarray` of shape `(N,)`, *optional*): whether it was graded; all were when omitted.
     """
 
     name: str
@@ -79,25 +74,43 @@ class Arm:
         return np.ones(len(self.lengths), dtype=bool) if self.graded is None else self.graded
 
 
-def read_grades(reward: Callable[..., Any], paid: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Which completions are correct, and which were graded at all, `(N,)` each; see `lenvm_rl.reward_functions`.
+@dataclass(frozen=True)
+class Samples:
+    """Sampled completions of an arm before they are graded: ids, whether each ended, and `kl` as [`Arm`] has it."""
 
-    What is no flag (0 or 1) is remarked in the log: the limit between right and wrong may be another one there.
+    completions: list[list[int]]
+    finished: list[bool]
+    kl: list[float] | None
 
-    Args:
-        reward (callable): the function, right after the call.
-        paid (sequence of `float` or `None`): what it paid.
+
+class SampleStore:
+    """Sampled arms in a folder, a file each, so that an interrupted comparison goes on where it was.
+
+    A file's name is a hash of all that its samples depend on, weights included: another comparison in the same folder
+    uses what it shares with this one, and nothing else. The folder is made when the first arm is kept.
     """
-    found, threshold = correctness_values(reward, paid)
-    values = np.array([np.nan if value is None else float(value) for value in found])
-    graded = ~np.isnan(values)
-    others = sorted(set(values[graded].tolist()) - {0.0, 1.0})
-    if others:
-        logger.warning(
-            "%s gives other values than 0 and 1, from %g to %g: above %g counts as correct",
-            name_of(reward), others[0], others[-1], threshold,
-        )  # fmt: skip
-    return np.where(graded, values, -np.inf) > threshold, graded
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._fingerprints: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def get(self, name: str, models: Sequence[nn.Module], depends: Any, sample: Callable[[], Samples]) -> Samples:
+        """The samples of the arm `name`, read or else made by `sample` and kept.
+
+        They depend on `models`, and on what `depends` holds as JSON can hold it.
+        """
+        for model in models:
+            if model not in self._fingerprints:
+                self._fingerprints[model] = weights_fingerprint(model)
+        identity = json.dumps([[self._fingerprints[model] for model in models], depends])
+        path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+        if path.is_file():
+            logger.info("%s: sampled before, %s", name, path)
+            return Samples(**json.loads(path.read_text(encoding="ascii")))
+        samples = sample()
+        with atomic_file(path) as file:
+            file.write(json.dumps(asdict(samples)).encode("ascii"))
+        return samples
 
 
 @dataclass
@@ -109,9 +122,7 @@ class Sampler:
         length_value_model (`LengthValueModel`): frozen; what tilted arms lean on.
         prompts (list): texts or lists of messages.
         columns (`dict`): one list per column, an entry per prompt: what the reward function needs.
-        reward (callable):
-            A TRL reward function; a completion is correct where it pays more than 0.5, or where the task reward inside
-            a length penalty does.
+        reward (callable): a TRL reward function, see [`~eval.graded.grade`].
         num_samples (`int`): completions per prompt.
         max_new_tokens (`int`): longest completion, end-of-sequence counted.
         batch_size (`int`): completions per `generate` call.
@@ -132,18 +143,23 @@ class Sampler:
     seed: int
     kept: SampleStore | None = None
 
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        """The prompts as a policy reads them."""
+        return tokenize_prompts(self.tokenizer, self.prompts)
+
     def sample(self, name: str, kind: str, policy: PreTrainedModel, strength: float = 0.0) -> Arm:
         """Sample and grade an arm: a policy, tilted by `strength` (0 leaves it as it is).
 
         The arm's `kl` is the divergence from this same policy at strength 0; `None` if it is tilted at temperature 0,
         where one token has all the probability.
         """
-        prompt_ids = tokenize_prompts(self.tokenizer, self.prompts)
+        prompt_ids = self.prompt_ids
         check_room([len(ids) for ids in prompt_ids], self.max_new_tokens, context_of(policy.config))
         # Prompts of similar length share a batch, so that little of it is padding.
         order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
         rows = [index for index in order for _ in range(self.num_samples)]
-        ends = self.end_ids(policy)
+        ends = end_token_ids(self.tokenizer, policy.generation_config)
 
         def sample_all() -> Samples:
             return self._sample_rows(name, policy, [prompt_ids[index] for index in rows], strength, ends)
@@ -154,14 +170,13 @@ class Sampler:
             models = [policy] if strength == 0 else [policy, self.length_value_model]
             settings = [self.max_new_tokens, self.batch_size, replace(self.guidance, strength=strength), self.seed]
             samples = self.kept.get(name, models, [prompt_ids, rows, ends, repr(settings)], sample_all)
-        completions = samples.completions
-        correct, graded = self.grades(completions, rows)
+        correct, graded = self.grade(samples.completions, rows)
         return Arm(
             name=name,
             kind=kind,
             setting=strength if kind == "tilt" else float("nan"),
-            completions=completions,
-            lengths=np.array([own_length(completion, ends) for completion in completions]),
+            completions=samples.completions,
+            lengths=np.array([own_length(completion, ends) for completion in samples.completions]),
             finished=np.array(samples.finished),
             correct=correct,
             prompt=np.array(rows),
@@ -169,9 +184,9 @@ class Sampler:
             graded=graded,
         )
 
-    def end_ids(self, policy: PreTrainedModel) -> list[int]:
-        """Ids that end a policy's completions."""
-        return end_token_ids(self.tokenizer, policy.generation_config)
+    def grade(self, completions: Sequence[list[int]], rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """[`~eval.graded.grade`] of completions of the prompts `rows`."""
+        return grade(self.reward, self.tokenizer, self.prompts, self.columns, completions, rows, self.num_samples)
 
     def _sample_rows(
         self, name: str, policy: PreTrainedModel, prompts: list[list[int]], strength: float, ends: list[int]
@@ -243,42 +258,6 @@ class Sampler:
         )
         return generated, meter.total.cpu().numpy()
 
-    def grade(self, completions: list[list[int]], rows: Sequence[int]) -> np.ndarray:
-        """Whether each completion is correct, `(N,)`; `rows` gives the index of each completion's prompt."""
-        return self.grades(completions, rows)[0]
-
-    def grades(self, completions: list[list[int]], rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """[`Sampler.grade`], and whether each completion was graded at all, `(N,)` each."""
-        paid = call_reward(
-            self.reward,
-            self.tokenizer,
-            [self.prompts[index] for index in rows],
-            completions,
-            {name: [column[index] for index in rows] for name, column in self.columns.items()},
-            self.num_samples if self.num_samples > 1 else None,
-        )
-        return read_grades(self.reward, paid)
-
-    def truncate(self, base: Arm, name: str, budget: int) -> Arm:
-        """The base arm with every completion cut off after `budget` tokens: the baseline of a hard limit.
-
-        A completion of exactly `budget` tokens still ends: lengths do not count the end-of-sequence token.
-        """
-        kept = base.lengths <= budget
-        completions = [ids if whole else ids[:budget] for ids, whole in zip(base.completions, kept, strict=True)]
-        correct, graded = self.grades(completions, base.prompt.tolist())
-        return Arm(
-            name=name,
-            kind="truncation",
-            setting=float(budget),
-            completions=completions,
-            lengths=np.minimum(base.lengths, budget),
-            finished=base.finished & kept,
-            correct=correct,
-            prompt=base.prompt,
-            graded=graded,
-        )
-
 
 @torch.no_grad()
 def value_scale(model: LengthValueModel, prompt_ids: Sequence[list[int]], completions: Sequence[list[int]]) -> float:
@@ -303,57 +282,3 @@ def value_scale(model: LengthValueModel, prompt_ids: Sequence[list[int]], comple
             "what the length value model says (`python -m eval.length_prediction`)."
         )
     return scale
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Sampled completions of an arm, before they are graded.
-
-    Args:
-        completions (list of lists of `int`): ids, end-of-sequence kept.
-        finished (list of `bool`): whether each ended.
-        kl (list of `float`, *optional*): divergence of each from the same policy at strength 0.
-    """
-
-    completions: list[list[int]]
-    finished: list[bool]
-    kl: list[float] | None
-
-
-class SampleStore:
-    """Sampled arms in a folder, a file each, so that an interrupted comparison goes on where it was.
-
-    A file's name is a hash of all that its samples depend on, weights included: another comparison in the same folder
-    uses what it shares with this one, and nothing else.
-
-    Args:
-        folder (`str` or path): made when the first arm is kept.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self._fingerprints: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-    def get(self, name: str, models: Sequence[nn.Module], depends: Any, sample: Callable[[], Samples]) -> Samples:
-        """The samples of an arm, read or else made by `sample` and kept.
-
-        Args:
-            name (`str`): of the arm, for the log.
-            models (sequence of `nn.Module`): what samples.
-            depends (any): what else the samples depend on, as JSON can hold it.
-            sample (callable): samples the arm.
-        """
-        identity = json.dumps([[self._fingerprint(model) for model in models], depends])
-        path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-        if path.is_file():
-            logger.info("%s: sampled before, %s", name, path)
-            return Samples(**json.loads(path.read_text(encoding="ascii")))
-        samples = sample()
-        with atomic_file(path) as file:
-            file.write(json.dumps(asdict(samples)).encode("ascii"))
-        return samples
-
-    def _fingerprint(self, model: nn.Module) -> str:
-        if model not in self._fingerprints:
-            self._fingerprints[model] = weights_fingerprint(model)
-        return self._fingerprints[model]
