@@ -171,24 +171,15 @@ def token_outputs(
     return hidden[:, :-1], derivative[:, :-1]
 
 
-@dataclass
-class ExplainedVariance:
-    """How much of the variance of ``G_t`` over the tokens of finished completions V explains: 1 is all, 0 is none."""
+def explained_variance(batches: Sequence[GradedBatch]) -> float | None:
+    """How much of the variance of ``G_t`` over the tokens of finished completions V explains: 1 is all, 0 is none.
 
-    count: int = 0
-    sums: Tensor | float = 0.0
-
-    def add(self, batch: GradedBatch) -> None:
-        """Takes in a batch."""
+    `None` where all returns are equal, or none is known.
+    """
+    returns, errors = [], []
+    for batch in batches:
         kept = batch.completions.mask & batch.completions.finished.unsqueeze(1)
-        returns, error = batch.returns[kept], (batch.returns - batch.length.states[:, :-1])[kept]
-        self.count += len(returns)
-        self.sums = self.sums + torch.stack([each.sum() for each in (returns, returns**2, error, error**2)])
-
-    def result(self) -> float | None:
-        """The share; `None` where all returns are equal, or none is known."""
-        if not self.count:
-            return None
-        returns, squares, errors, error_squares = (self.sums / self.count).tolist()
-        variance = squares - returns**2
-        return 1.0 - (error_squares - errors**2) / variance if variance > 0 else None
+        returns.append(batch.returns[kept])
+        errors.append((batch.returns - batch.length.states[:, :-1])[kept])
+    variance = float(torch.cat(returns).var(correction=0)) if any(map(len, returns)) else 0.0
+    return 1.0 - float(torch.cat(errors).var(correction=0)) / variance if variance > 0 else None

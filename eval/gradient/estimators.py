@@ -4,30 +4,26 @@ All are to be multiplied with ``grad log pi(a_t | s_t)`` and summed; a larger ad
 are runs of `group_size` rows. What a completion gets as a whole is the same number at each of its tokens and has the
 group's mean for a baseline, as in GRPO (arXiv 2402.03300) and its variant without the division (arXiv 2503.20783). The
 mean of the *others* (arXiv 2402.14740) differs by the factor ``K / (K - 1)`` only, so its signal-to-noise ratio is the
-same. Of the penalties in `reward.rules` these are the ones that need no target length, for on that their
+same. Of the rules in `reward.rules` these are the ones that need no target length, for on that their
 direction would depend; where a penalty contains the task reward, it is taken out.
 
-Returns are those of `lenvm_rl.returns`. Without a model a cut completion is taken for one that ended at the cut.
+Returns are as in `lenvm_rl.returns`. Without a model a cut completion is taken for one that ended at the cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lenvm_rl.advantages import length_advantage
-from lenvm_rl.trainers.streams import WHITEN_EPSILON, Completions, centered_gated_advantage
-from reward.rules import (
-    alp_length_reward,
-    arora_length_reward,
-    gr3_length_reward,
-    kimi_length_reward,
-    linear_length_reward,
-    shorter_better_length_reward,
-)
+from lenvm_rl.trainers.streams import WHITEN_EPSILON, Completions, Outcomes, Processes, centered_gated_advantage
+from reward.rules import RULES
 
 TASK, SEQUENCE, GROUP, LENVM, PLAIN, GATE = "task", "sequence", "group", "LenVM", "no baseline", "gate"
 # Names that the report looks for.
@@ -35,6 +31,10 @@ TASK_GRADIENT = "task: correctness"
 LENGTH_GRADIENT = "length return to go"
 LENVM_GRADIENT = "LenVM, lambda 1"
 VALUE_SPACE = "length return of the whole"
+# Kimi's rule (arXiv 2501.12599) is to be added to the task reward, and ShorterBetter's (arXiv 2504.21370) can be given
+# without it; that one, and ALP's (arXiv 2506.05256), are in the papers' form, in which wrong answers pay as well.
+KIMI = {"with_task": False}
+SHORTER_BETTER = {"with_task": False, "alpha": 0.0, "beta": 1.0, "penalize_wrong": True}
 
 
 @dataclass(frozen=True)
@@ -143,48 +143,25 @@ def whole_return(batch: GradedBatch) -> Tensor:
 
 
 def linear_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.rules.linear_length_reward`], ``-C L / L_max``: a gated penalty."""
-    rewards = linear_length_reward(batch.tokens, batch.correct, alpha=1.0, max_length=batch.max_length)
-    return centred(batch, rewards.double() - batch.correct)
+    """``-C L / L_max``: a gated penalty."""
+    return rule_penalty(batch, "linear", alpha=1.0, max_length=batch.max_length)
 
 
-def kimi_penalty(batch: GradedBatch, penalize_wrong: bool) -> Tensor:
-    """[`~reward.rules.kimi_length_reward`] (arXiv 2501.12599), in the paper's form or gated."""
-    rewards = kimi_length_reward(batch.tokens, batch.correct, batch.groups, penalize_wrong=penalize_wrong)
-    return centred(batch, rewards.double())
+def rule_penalty(batch: GradedBatch, rule: str, with_task: bool = True, **knobs: Any) -> Tensor:
+    """The length term of a rule in [`reward.rules`].
 
-
-def arora_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.rules.arora_length_reward`] (arXiv 2502.04463): a gated penalty."""
-    rewards = arora_length_reward(batch.tokens, batch.correct, batch.groups, alpha=1.0)
-    return centred(batch, rewards.double() - batch.correct)
-
-
-def alp_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.rules.alp_length_reward`] (arXiv 2506.05256), in the paper's form.
-
-    ``-L max(p, 1/K)``: a price that follows the group's pass rate, for wrong completions as well.
+    Args:
+        batch ([`GradedBatch`]): the completions.
+        rule (`str`): its name in `reward.rules.RULES`.
+        with_task (`bool`, *optional*, defaults to `True`): whether the rule contains the task reward, to be taken out.
+        knobs: of the rule.
     """
-    rewards = alp_length_reward(batch.tokens, batch.correct, batch.groups, beta=1.0, penalize_wrong=True)
-    return centred(batch, rewards.double() - batch.correct)
-
-
-def shorter_better_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.rules.shorter_better_length_reward`] (arXiv 2504.21370), the paper's form."""
-    rewards = shorter_better_length_reward(
-        batch.tokens, batch.correct, batch.groups, alpha=0.0, beta=1.0, penalize_wrong=True
-    )
-    return centred(batch, rewards.double())
-
-
-def gr3_penalty(batch: GradedBatch) -> Tensor:
-    """Length term of [`~reward.rules.gr3_length_reward`] (arXiv 2603.10535): a gated penalty."""
-    rewards = gr3_length_reward(batch.tokens, batch.correct, batch.groups)
-    return centred(batch, rewards.double() - batch.correct)
+    rewards = RULES[rule].rewards(batch.tokens, batch.correct, batch.groups, **knobs).double()
+    return centred(batch, rewards - batch.correct if with_task else rewards)
 
 
 def return_to_go(batch: GradedBatch) -> Tensor:
-    """``G_t`` without any baseline: REINFORCE. On finished rows its expectation is that of every baseline's."""
+    """``G_t`` without any baseline: REINFORCE. On finished rows every baseline has its expectation."""
     return batch.returns
 
 
@@ -194,19 +171,15 @@ def whole_baseline(batch: GradedBatch) -> Tensor:
     return torch.where(batch.completions.actions, batch.returns - mean, 0.0)
 
 
-def position_baseline(batch: GradedBatch, weight: Tensor | None = None) -> Tensor:
+def position_baseline(batch: GradedBatch, correct_only: bool = False) -> Tensor:
     """``G_t`` less the mean ``G_t`` of the group's completions that are still running at ``t``.
 
     The completion itself is one of them. So what the mean of the others would give is multiplied by ``(k - 1) / k``,
-    with k the number running, which trusts positions less where few run.
-
-    Args:
-        batch ([`GradedBatch`]): the completions.
-        weight (`torch.Tensor` of shape `(N,)`, *optional*): 1 for completions that count, 0 for others; the latter get
-            no advantage.
+    with k the number running, which trusts positions less where few run. With `correct_only`, wrong completions neither
+    count nor get an advantage.
     """
     mask = batch.completions.actions
-    counted = mask if weight is None else mask & weight.bool().unsqueeze(1)
+    counted = mask & batch.correct.bool().unsqueeze(1) if correct_only else mask
     kept = torch.where(counted, batch.returns, 0.0).view(-1, batch.group_size, mask.shape[1])
     running = counted.view(kept.shape).sum(dim=1, keepdim=True)
     mean = (kept.sum(dim=1, keepdim=True) / running.clamp(min=1)).expand(kept.shape).reshape(mask.shape)
@@ -231,18 +204,38 @@ def lenvm(batch: GradedBatch, lam: float = 1.0, values: LengthValues | None = No
     return length_advantage(values.states[:, :-1], completions.mask, values.gamma, lam, following, completions.actions)
 
 
-def gated(batch: GradedBatch, gate: Tensor, values: LengthValues | None = None) -> Tensor:
+def gated(batch: GradedBatch, gate: Callable[[GradedBatch], Tensor]) -> Tensor:
     """[`lenvm`] at lambda 1, each completion's multiplied by a gate `(N,)`."""
-    return gate.unsqueeze(1) * lenvm(batch, 1.0, values)
+    return gate(batch).unsqueeze(1) * lenvm(batch)
 
 
-def centred_gate(batch: GradedBatch) -> Tensor:
+def if_correct_by_its_own(batch: GradedBatch) -> Tensor:
+    """The correct completions' alone, with the model that was fitted to such only."""
+    return batch.correct.unsqueeze(1) * lenvm(batch, values=batch.length_of_correct)
+
+
+def if_correct_centred(batch: GradedBatch) -> Tensor:
     """[`~lenvm_rl.trainers.streams.centered_gated_advantage`]: open for correct ones, unbiased for any V."""
     completions, states = batch.completions, batch.length.states
-    following = completions.following(states)
+    every = torch.ones_like(completions.finished)
     return centered_gated_advantage(
-        states[:, :-1], completions, batch.length.gamma, following, batch.correct, batch.group_size
+        states[:, :-1],
+        completions,
+        batch.length.gamma,
+        completions.following(states),
+        Outcomes(batch.correct, every, batch.correct.bool(), every),
+        Processes(batch.group_size),
     )
+
+
+def pass_rate(batch: GradedBatch) -> Tensor:
+    """Share of correct ones in a completion's group, `(N,)`."""
+    return batch.per_group(batch.correct)
+
+
+def passes(batch: GradedBatch, threshold: float) -> Tensor:
+    """1 where [`pass_rate`] reaches a threshold, else 0."""
+    return (pass_rate(batch) >= threshold).double()
 
 
 def pass_rate_of_others(batch: GradedBatch) -> Tensor:
@@ -267,38 +260,30 @@ def estimators(pass_threshold: float, with_values_of_correct: bool) -> list[Esti
         Estimator("length penalty", SEQUENCE, length_penalty),
         Estimator("length penalty / std", SEQUENCE, scaled_length_penalty),
         Estimator(VALUE_SPACE, SEQUENCE, whole_return),
-        Estimator("ALP penalty", SEQUENCE, alp_penalty),
-        Estimator("ShorterBetter penalty", SEQUENCE, shorter_better_penalty),
-        Estimator("Kimi k1.5 penalty", SEQUENCE, lambda batch: kimi_penalty(batch, True)),
-        Estimator("Kimi k1.5 penalty, if correct", SEQUENCE, lambda batch: kimi_penalty(batch, False)),
+        Estimator("ALP penalty", SEQUENCE, partial(rule_penalty, rule="alp", beta=1.0, penalize_wrong=True)),
+        Estimator("ShorterBetter penalty", SEQUENCE, partial(rule_penalty, rule="shorter_better", **SHORTER_BETTER)),
+        Estimator("Kimi k1.5 penalty", SEQUENCE, partial(rule_penalty, rule="kimi", **KIMI, penalize_wrong=True)),
+        Estimator("Kimi k1.5 penalty, if correct", SEQUENCE, partial(rule_penalty, rule="kimi", **KIMI)),
         Estimator("linear penalty, if correct", SEQUENCE, linear_penalty),
-        Estimator("Arora penalty, if correct", SEQUENCE, arora_penalty),
-        Estimator("GR3 penalty, if correct", SEQUENCE, gr3_penalty),
+        Estimator("Arora penalty, if correct", SEQUENCE, partial(rule_penalty, rule="arora", alpha=1.0)),
+        Estimator("GR3 penalty, if correct", SEQUENCE, partial(rule_penalty, rule="gr3")),
         Estimator(LENGTH_GRADIENT, PLAIN, return_to_go),
         Estimator("group baseline per sequence", GROUP, whole_baseline),
         Estimator("group baseline per position", GROUP, position_baseline),
         Estimator("baseline of the others per position", GROUP, position_baseline_of_others),
         Estimator(LENVM_GRADIENT, LENVM, lenvm),
-        Estimator("LenVM, lambda 0.95", LENVM, lambda batch: lenvm(batch, 0.95)),
-        Estimator("LenVM, lambda 0", LENVM, lambda batch: lenvm(batch, 0.0)),
-        Estimator("LenVM, if correct", GATE, lambda batch: gated(batch, batch.correct)),
-        Estimator("LenVM, if correct, centred", GATE, centred_gate),
-        Estimator(
-            "group baseline per position, if correct", GATE, lambda batch: position_baseline(batch, batch.correct)
-        ),
-        Estimator("LenVM x pass rate", GATE, lambda batch: gated(batch, batch.per_group(batch.correct))),
-        Estimator("LenVM x pass rate of the others", GATE, lambda batch: gated(batch, pass_rate_of_others(batch))),
+        Estimator("LenVM, lambda 0.95", LENVM, partial(lenvm, lam=0.95)),
+        Estimator("LenVM, lambda 0", LENVM, partial(lenvm, lam=0.0)),
+        Estimator("LenVM, if correct", GATE, partial(gated, gate=attrgetter("correct"))),
+        Estimator("LenVM of correct ones, if correct", GATE, if_correct_by_its_own),
+        Estimator("LenVM, if correct, centred", GATE, if_correct_centred),
+        Estimator("group baseline per position, if correct", GATE, partial(position_baseline, correct_only=True)),
+        Estimator("LenVM x pass rate", GATE, partial(gated, gate=pass_rate)),
+        Estimator("LenVM x pass rate of the others", GATE, partial(gated, gate=pass_rate_of_others)),
         Estimator(
             f"LenVM, if pass rate >= {pass_threshold:g}",
             GATE,
-            lambda batch: gated(batch, (batch.per_group(batch.correct) >= pass_threshold).double()),
+            partial(gated, gate=partial(passes, threshold=pass_threshold)),
         ),
     ]
-    if with_values_of_correct:
-        correct_only = Estimator(
-            "LenVM of correct ones, if correct",
-            GATE,
-            lambda batch: gated(batch, batch.correct, batch.length_of_correct),
-        )
-        found.insert([each.name for each in found].index("LenVM, if correct") + 1, correct_only)
-    return found
+    return [each for each in found if with_values_of_correct or each.advantages is not if_correct_by_its_own]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from eval.gradient.estimators import (
     GATE,
@@ -24,113 +24,96 @@ from eval.gradient.estimators import (
     Estimator,
 )
 from eval.gradient.signal import GradientStatistics
-from eval.report import as_entry, cell_text, half_widths, is_known, save_figure
+from eval.report import (
+    Column,
+    as_entry,
+    cell_text,
+    draw_intervals,
+    half_widths,
+    is_known,
+    legend_below,
+    print_table,
+    save_figure,
+)
 
 # Share of the completions that may be cut without a word.
 MANY_CUT = 0.1
-# What the kinds are called in the figure.
-KINDS = {
-    TASK: "task",
-    SEQUENCE: "one number per completion",
-    PLAIN: "return of each token, no baseline",
-    GROUP: "baseline of the group",
-    LENVM: "length value model as baseline",
-    GATE: "gated by correctness",
+# What the kinds are called in the figure, and their colours.
+KIND_LOOKS = {
+    TASK: ("task", "#000000"),
+    SEQUENCE: ("one number per completion", "#d62728"),
+    PLAIN: ("return of each token, no baseline", "#888888"),
+    GROUP: ("baseline of the group", "#ff7f0e"),
+    LENVM: ("length value model as baseline", "#1f77b4"),
+    GATE: ("gated by correctness", "#9467bd"),
 }
 # Cosines are not shown beyond this: their estimates have no bound.
 WIDEST = 1.6
-COLORS = {TASK: "#000000", SEQUENCE: "#d62728", PLAIN: "#888888", GROUP: "#ff7f0e", LENVM: "#1f77b4", GATE: "#9467bd"}
+COLUMNS = (
+    Column("estimator", "name"),
+    Column("kind", "kind", left=True),
+    Column("SNR of a batch", "snr", 2),
+    Column("LenVM over it", "lenvm_over_it", 2),
+    Column("cosine to task", "cosine_to_task", 2),
+    Column("cosine to length", "cosine_to_length", 2),
+)
 
 
-def summarise(
-    found: list[Estimator], statistics: GradientStatistics, batch_size: int, task: int, length: int
-) -> list[dict[str, Any]]:
-    """A dictionary for each estimator, the highest signal-to-noise ratio first.
+def summarise(found: Sequence[Estimator], statistics: GradientStatistics, batch_size: int) -> dict[str, Any]:
+    """The numbers of all estimators.
 
     Args:
-        found (list of [`~eval.gradient.estimators.Estimator`]): as their gradients are numbered.
+        found (sequence of [`~eval.gradient.estimators.Estimator`]): as their gradients are numbered.
         statistics ([`~eval.gradient.signal.GradientStatistics`]): of these gradients.
         batch_size (`int`): completions in a batch.
-        task (`int`), length (`int`): which of them the cosines are to.
+
+    Returns:
+        `dict`: `estimators`, one dictionary each, the highest signal-to-noise ratio first; `penalties`, the ratio of
+        the frozen model at lambda 1 over the best sequence-level penalty, of all and of those in tokens; `cosines` of
+        every two expected gradients, without intervals.
     """
-    rows = []
-    ours = [estimator.name for estimator in found].index(LENVM_GRADIENT)
-    for index, estimator in enumerate(found):
-        snr = statistics.snr(index)
-        signal, noise = statistics.signal_and_noise(index)
-        rows.append(
-            {
-                "name": estimator.name,
-                "kind": estimator.kind,
-                "snr": as_entry(snr),
-                "signal": signal,
-                "noise": noise,
-                # The ratio is proportional to the number of completions.
-                "completions_for_snr_1": batch_size / snr.estimate if snr.estimate > 0 else None,
-                "lenvm_over_it": as_entry(statistics.snr_ratio(ours, [index])),
-                "cosine_to_task": as_entry(statistics.cosine(index, task)),
-                "cosine_to_length": as_entry(statistics.cosine(index, length)),
-            }
-        )
-    return sorted(rows, key=lambda row: _or_lowest(row["snr"]["estimate"]), reverse=True)
-
-
-def compare_penalties(found: list[Estimator], statistics: GradientStatistics) -> dict[str, Any]:
-    """The frozen model's ratio at lambda 1 over the best sequence-level penalty's: of all, and of those in tokens."""
     names = [each.name for each in found]
+    ours, task, length = (names.index(name) for name in (LENVM_GRADIENT, TASK_GRADIENT, LENGTH_GRADIENT))
+    ratios = [statistics.snr(index) for index in range(len(found))]
+    rows = []
+    for index, (estimator, snr) in enumerate(zip(found, ratios, strict=True)):
+        signal, noise = statistics.signal_and_noise(index)
+        row = {"name": estimator.name, "kind": estimator.kind, "snr": as_entry(snr), "signal": signal, "noise": noise}
+        # The ratio is proportional to the number of completions.
+        row["completions_for_snr_1"] = batch_size / snr.estimate if snr.estimate > 0 else None
+        row["lenvm_over_it"] = as_entry(statistics.snr_ratio(ours, [index]))
+        row["cosine_to_task"] = as_entry(statistics.cosine(index, task))
+        row["cosine_to_length"] = as_entry(statistics.cosine(index, length))
+        rows.append(row)
+    known = np.array([ratio.estimate if np.isfinite(ratio.estimate) else -np.inf for ratio in ratios])
     penalties = [index for index, each in enumerate(found) if each.kind == SEQUENCE]
     in_tokens = [index for index in penalties if names[index] != VALUE_SPACE]
-    ours = names.index(LENVM_GRADIENT)
     compared = {}
     for title, others in (("all", penalties), ("in_tokens", in_tokens)):
-        best = max(others, key=lambda index: _or_lowest(as_entry(statistics.snr(index))["estimate"]))
-        measured = np.isfinite(statistics.snr(best).estimate)
-        compared[title] = {
-            "best": names[best] if measured else None,
-            "ratio": as_entry(statistics.snr_ratio(ours, others)),
-        }
-    return compared
-
-
-def all_cosines(found: list[Estimator], statistics: GradientStatistics) -> dict[str, dict[str, float | None]]:
-    """Cosines of every two estimators' expected gradients, without intervals."""
-    table = statistics.cosines()
-    names = [each.name for each in found]
-    rows = [dict(zip(names, (float(x) if np.isfinite(x) else None for x in row), strict=True)) for row in table]
-    return dict(zip(names, rows, strict=True))
-
-
-def _or_lowest(ratio: float | None) -> float:
-    return -np.inf if ratio is None else ratio
+        best = max(others, key=lambda index: known[index])
+        ratio = as_entry(statistics.snr_ratio(ours, others))
+        compared[title] = {"best": names[best] if np.isfinite(known[best]) else None, "ratio": ratio}
+    table = [[float(x) if np.isfinite(x) else None for x in row] for row in statistics.cosines()]
+    return {
+        "estimators": [rows[index] for index in np.argsort(-known, kind="stable")],
+        "penalties": compared,
+        "cosines": {name: dict(zip(names, row, strict=True)) for name, row in zip(names, table, strict=True)},
+    }
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The table, and the comparison with the penalties below it."""
     args, about = report["arguments"], report["measured_on"]
-    table = Table(
-        title=f"{args['policy']}: {args['num_batches']} batches of {args['batch_size']} completions, groups of "
+    title = (
+        f"{args['policy']}: {args['num_batches']} batches of {args['batch_size']} completions, groups of "
         f"{args['group_size']}; {about['parameters']} parameters; seed {args['seed']}"
     )
-    for name in ("estimator", "kind"):
-        table.add_column(name, no_wrap=True)
-    for name in ("SNR of a batch", "LenVM over it", "cosine to task", "cosine to length"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in report["estimators"]:
-        table.add_row(
-            row["name"],
-            row["kind"],
-            cell_text(row["snr"], 2),
-            cell_text(row["lenvm_over_it"], 2),
-            cell_text(row["cosine_to_task"], 2),
-            cell_text(row["cosine_to_length"], 2),
-        )
-    console.print(table)
-    explained = about["explained_variance"]
+    print_table(console, report["estimators"], COLUMNS, title)
     console.print(
         f"Completions: {about['mean_tokens']:.1f} tokens, {about['correct']:.1%} correct, {about['cut']:.1%} cut. The "
-        f"length value model explains {'–' if explained is None else f'{explained:.3f}'} of the variance of their "
-        f"returns. 'LenVM over it' is the SNR of {LENVM_GRADIENT!r} over that of the line. Cosines are to the "
-        f"gradients of {TASK_GRADIENT!r} and {LENGTH_GRADIENT!r}."
+        f"length value model explains {cell_text(about['explained_variance'], 3)} of the variance of their returns. "
+        f"'LenVM over it' is the SNR of {LENVM_GRADIENT!r} over that of the line. Cosines are to the gradients of "
+        f"{TASK_GRADIENT!r} and {LENGTH_GRADIENT!r}."
     )
     if about["cut"] > MANY_CUT:
         console.print(
@@ -158,11 +141,12 @@ def plot_gradients(rows: list[dict[str, Any]], path: Path) -> None:
         [place for place, _ in known],
         [row["snr"]["estimate"] for _, row in known],
         xerr=half_widths([row["snr"] for _, row in known]),
-        color=[COLORS[row["kind"]] for _, row in known],
+        color=[KIND_LOOKS[row["kind"]][1] for _, row in known],
         error_kw={"elinewidth": 0.8, "ecolor": "#444444"},
     )
     for kind in dict.fromkeys(row["kind"] for row in reversed(rows)):
-        left.barh(0, 0, color=COLORS[kind], label=KINDS[kind])
+        label, color = KIND_LOOKS[kind]
+        left.barh(0, 0, color=color, label=label)
     left.set_yticks(places, [row["name"] for row in rows], fontsize=8)
     left.set_ylim(-0.7, len(rows) - 0.3)
     left.set_xlabel("signal-to-noise ratio of a batch's gradient\n(95 % intervals over batches)")
@@ -171,19 +155,9 @@ def plot_gradients(rows: list[dict[str, Any]], path: Path) -> None:
         ("cosine_to_task", "#000000", "o", "cosine to the task gradient"),
         ("cosine_to_length", "#1f77b4", "s", "cosine to the plain length gradient"),
     ):
-        measured = [(place, row[key]) for place, row in zip(places, rows, strict=True) if is_known(row[key])]
-        shown += [entry[end] for _, entry in measured for end in entry if entry[end] is not None]
-        right.errorbar(
-            [entry["estimate"] for _, entry in measured],
-            [place for place, _ in measured],
-            xerr=half_widths([entry for _, entry in measured]),
-            color=color,
-            marker=marker,
-            markersize=4,
-            linestyle="none",
-            elinewidth=0.8,
-            label=label,
-        )
+        entries = [row[key] for row in rows]
+        shown += [end for entry in entries for end in entry.values() if end is not None]
+        draw_intervals(right, entries, places, color=color, marker=marker, markersize=4, label=label)
     for place, color in ((0, "#bbbbbb"), (-1, "#dddddd"), (1, "#dddddd")):
         right.axvline(place, color=color, linewidth=0.8, zorder=0)
     right.set_xlim(max(-WIDEST, min([-1.1, *shown])) - 0.05, min(WIDEST, max([1.1, *shown])) + 0.05)
@@ -195,8 +169,5 @@ def plot_gradients(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="x")
         axis.set_axisbelow(True)
-    handles = [axis.get_legend_handles_labels() for axis in (left, right)]
-    figure.legend(
-        *(one + other for one, other in zip(*handles, strict=True)), loc="outside lower center", ncols=4, fontsize=8
-    )
+    legend_below(figure, left, right)
     save_figure(path, figure)

@@ -17,12 +17,12 @@ is not that of two halves, so such pairs are left out of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from eval.statistics import Interval, percentile_interval, quotient
+from eval.statistics import Interval, percentile_interval, quotient, resample_counts
 
 # Entries of gradients held at once while their inner products are taken.
 CHUNK_ENTRIES = 2**25
@@ -55,9 +55,6 @@ class GradientStatistics:
         products (`numpy.ndarray` of shape `(E, E, B, B)`): see [`inner_products`].
         seed (`int`, *optional*, defaults to `0`): seed of the resamples, the same for every statistic.
         num_resamples (`int`, *optional*, defaults to `2000`): R.
-
-    Raises:
-        ValueError: there are fewer than two batches.
     """
 
     products: np.ndarray
@@ -72,40 +69,39 @@ class GradientStatistics:
 
     def snr(self, index: int) -> Interval:
         """Signal-to-noise ratio of one estimator."""
-        estimate, draws = (self._snr(index, counts) for counts in self._counts())
-        return percentile_interval(float(estimate[0]), draws)
+        return self._interval(lambda counts: self._snr(index, counts))
 
     def signal_and_noise(self, index: int) -> tuple[float, float]:
         """``S(g, g)`` and ``tr Cov(g)`` of one estimator; the former may be negative where there is no signal."""
-        counts = next(self._counts())
-        return float(self._signal(index, index, counts)[0]), float(self._noise(index, counts)[0])
+        return float(self._signal(index, index, self._once)[0]), float(self._noise(index, self._once)[0])
 
     def cosine(self, first: int, second: int) -> Interval:
         """Cosine of two estimators' expected gradients; NaN at both ends if some resample has a signal below 0."""
-        estimate, draws = (self._cosine(first, second, counts) for counts in self._counts())
-        return percentile_interval(float(estimate[0]), draws)
+        return self._interval(lambda counts: self._cosine(first, second, counts))
 
     def cosines(self) -> np.ndarray:
         """Cosines of all pairs of estimators, `(E, E)`, NaN where there is none."""
-        counts = next(self._counts())
         every = range(len(self.products))
-        return np.array([[self._cosine(first, second, counts)[0] for second in every] for first in every])
+        return np.array([[self._cosine(first, second, self._once)[0] for second in every] for first in every])
 
     def snr_ratio(self, index: int, others: list[int]) -> Interval:
         """An estimator's SNR over the best of several others', the best being chosen anew in every resample."""
-        estimate, draws = (
-            # Those that have none are no rivals.
-            quotient(self._snr(index, counts), np.fmax.reduce([self._snr(other, counts) for other in others]))
-            for counts in self._counts()
+        # Those that have none are no rivals.
+        return self._interval(
+            lambda counts: quotient(
+                self._snr(index, counts), np.fmax.reduce([self._snr(other, counts) for other in others])
+            )
         )
-        return percentile_interval(float(estimate[0]), draws)
 
-    def _counts(self) -> Iterator[np.ndarray]:
-        """How often each batch counts, `(R, B)`: once each for the estimate, then for the resamples."""
-        batches = self.products.shape[-1]
-        yield np.ones((1, batches))
-        generator = np.random.default_rng(self.seed)
-        yield generator.multinomial(batches, np.full(batches, 1 / batches), size=self.num_resamples).astype(float)
+    @property
+    def _once(self) -> np.ndarray:
+        """How often each batch counts in the estimate, `(1, B)`."""
+        return np.ones((1, self.products.shape[-1]))
+
+    def _interval(self, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval:
+        """From how often each batch counts, `(R, B)`: once each for the estimate, then in the resamples."""
+        resamples = resample_counts(self.products.shape[-1], self.num_resamples, self.seed)
+        return percentile_interval(float(statistic(self._once)[0]), statistic(resamples))
 
     def _signal(self, first: int, second: int, counts: np.ndarray) -> np.ndarray:
         products = self.products[first, second]

@@ -114,7 +114,7 @@ def test_gradients_that_cannot_be_told_are_left_out_and_cosines_beyond_one_are_e
     gradient_report.plot_gradients(rows, tmp_path / "g.png")
     figure, _ = drawn[0]
     assert "beyond 1" in texts_of(figure) and figure.axes[1].get_xlim()[1] > 1.5
-    assert all(gradient_report.KINDS[kind] in texts_of(figure) for kind in kinds)
+    assert all(gradient_report.KIND_LOOKS[kind][0] in texts_of(figure) for kind in kinds)
 
 
 def write(folder, rows):
