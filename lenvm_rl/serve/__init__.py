@@ -11,6 +11,6 @@
 
 It answers `/v1/completions` and `/v1/chat/completions`, whole or streamed. Requests that wait at the same time are
 generated together, each as if it were alone. It is for trying guidance with the tools that speak to such servers. What
-a request may say: `lenvm_rl.serve.protocol`; what answers add: `lenvm_rl.serve.answers`. There is no authentication, so
-it listens on this machine alone unless told otherwise.
+a request may say, and what answers add: `lenvm_rl.serve.protocol`. There is no authentication, so it listens on this
+machine alone unless told otherwise.
 """

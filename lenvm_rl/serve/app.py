@@ -1,8 +1,9 @@
-"""The server's program: its arguments, its endpoints, and what they answer."""
+"""The server's program: its arguments, its endpoints, and how they answer."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -20,10 +21,8 @@ except ImportError as error:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.serve.answers import DONE, Answer, event
-from lenvm_rl.serve.engine import Engine
-from lenvm_rl.serve.generation import Job
-from lenvm_rl.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, RequestError, check_model
+from lenvm_rl.serve.engine import Engine, Job
+from lenvm_rl.serve.protocol import Answer, ChatRequest, CompletionRequest, GenerationRequest, RequestError, check_model
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +53,7 @@ class ServeArguments:
 
 
 def load_engine(args: ServeArguments) -> Engine:
-    """The models of the arguments, loaded and checked against each other.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: see [`~lenvm_rl.serve.engine.Engine`] and [`~lenvm_rl.modeling.LengthValueModel.from_pretrained`].
-    """
+    """The models of the arguments, loaded and checked against each other."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, use_safetensors=True).to(args.device)
     base = model if args.length_value_base == args.model else args.length_value_base
     length_value_model = LengthValueModel.from_pretrained(args.length_value_model, base=base, dtype=args.dtype)
@@ -87,52 +81,41 @@ def create_app(engine: Engine) -> FastAPI:
     card = {"id": engine.name, "object": "model", "created": int(time.time()), "owned_by": "lenvm_rl"}
 
     @app.get("/health")
-    async def health() -> Response:
-        return JSONResponse({"status": "ok"})
+    async def health() -> dict:
+        return {"status": "ok"}
 
     @app.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [card]})
+    async def models() -> dict:
+        return {"object": "list", "data": [card]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(name: str) -> dict:
         check_model(name, engine.name)
-        return JSONResponse(card)
+        return card
 
     app.add_route("/v1/completions", partial(answer, engine, CompletionRequest), methods=["POST"])
     app.add_route("/v1/chat/completions", partial(answer, engine, ChatRequest), methods=["POST"])
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return error_response(error)
+        headers = {"Retry-After": "1"} if error.status == 429 else {}
+        return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=NOBODY_READS)
 
-    @app.exception_handler(404)
-    @app.exception_handler(405)
-    async def no_such_endpoint(request: Request, error) -> Response:
-        message = f"There is no {request.method} {request.url.path} here: see GET /v1/models, and POST /v1/completions "
-        return error_response(RequestError(f"{message}and /v1/chat/completions.", status=error.status_code))
-
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         # The framework raises the error again once this is sent, and the server then drops the connection: a client
         # that is not told would send its next request into a closed one.
-        response = error_response(server_error(error))
-        response.headers["Connection"] = "close"
-        return response
+        return JSONResponse(server_error(error).body(), status_code=500, headers={"Connection": "close"})
 
     return app
 
 
 async def answer(engine: Engine, kind: type[GenerationRequest], request: Request) -> Response:
-    """Serve one request, whole or in pieces; a client that goes away ends its generation.
-
-    Raises:
-        RequestError: the request is refused, or the server is stopped.
-    """
+    """Serve one request, whole or in pieces; a client that goes away ends its generation."""
     body = await read_body(request, engine.max_body_bytes)
     loop, news = asyncio.get_running_loop(), asyncio.Event()
     job = await asyncio.wrap_future(engine.submit(body, kind, lambda: loop.call_soon_threadsafe(news.set)))
@@ -165,7 +148,7 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 async def stream(job: Job, name: str, news: asyncio.Event) -> AsyncIterator[str]:
-    """The events of a streamed answer."""
+    """The server-sent events of a streamed answer."""
     writer, done = Answer(job, name), False
     try:
         for chunk in writer.opening():
@@ -179,12 +162,17 @@ async def stream(job: Job, name: str, news: asyncio.Event) -> AsyncIterator[str]
         check_not_failed(job)
         for chunk in writer.closing():
             yield event(chunk)
-        yield DONE
+        yield "data: [DONE]\n\n"
     except RequestError as error:
         # The status is sent already, so the error comes as an event.
         yield event(error.body())
     finally:
         job.cancel()
+
+
+def event(body: dict) -> str:
+    """A server-sent event; in ASCII, since some clients take other characters than newlines for ends of lines."""
+    return f"data: {json.dumps(body)}\n\n"
 
 
 def check_not_failed(job: Job) -> None:
@@ -200,12 +188,6 @@ def server_error(error: BaseException) -> RequestError:
     """What a client is told when generation fails."""
     message = f"Generation failed ({type(error).__name__}: {error}). The server goes on; its log says more."
     return RequestError(message, status=500)
-
-
-def error_response(error: RequestError) -> Response:
-    """An answer that refuses."""
-    headers = {"Retry-After": "1"} if error.status == 429 else {}
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
 def main(args: ServeArguments) -> None:

@@ -1,47 +1,44 @@
-"""What a request to `lenvm_rl.serve` may say: the OpenAI fields that are honoured, and the knobs of length guidance.
+"""What requests to `lenvm_rl.serve` may say, and the bodies of its answers: OpenAI's, and what length guidance adds.
 
-Every field is checked, and none is ignored: what the server cannot do is refused by name, unless it is asked for at the
-value at which it does nothing. The guidance stands in a field of its own, where the `extra_body` of OpenAI's client
-puts it: ``"length_guidance": {"mode": "equal_to", "target_length": 50, "top_k": 64}``.
+No field is ignored: what the server cannot do is refused by name, unless it is asked for at the value at which it does
+nothing. The guidance stands in a field of its own, where the `extra_body` of OpenAI's client puts it:
+``"length_guidance": {"mode": "equal_to", "target_length": 50, "top_k": 64}``.
+
+An answer's `length_guidance` holds `predicted_length`, what the length value model predicted at the prompt, and
+`forced`, the steps at which the hard bound overruled the choice, over all choices; each choice has its own `length` and
+`forced`. Lengths are in tokens, end-of-sequence not counted; `usage` counts it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
+import uuid
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lenvm_rl.decoding.guidance import LengthGuidance
 
+if TYPE_CHECKING:
+    from lenvm_rl.serve.engine import Choice, Job
+
 # `temperature` and `top_p` are OpenAI's own and stay at the top of the request.
 KNOBS = tuple(field.name for field in fields(LengthGuidance) if field.name not in ("temperature", "top_p"))
-MAX_STOP_STRINGS = 4
 # Below this, float32 scores overflow; the distribution has been on one token for long.
 MIN_TEMPERATURE = 1e-6
-INTEGERS = (-(2**63), 2**63 - 1)
-
-# Fields of OpenAI's that are not supported, with the values at which they do nothing; null always does nothing.
-NEUTRAL = {"logit_bias": ({},), "metadata": ({},), "store": (False,), "service_tier": ("auto", "default")}
-NEUTRAL |= {"frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0)}
-NEUTRAL_COMPLETION = {**NEUTRAL, "best_of": (1,), "echo": (False,), "logprobs": (), "suffix": ("",)}
-NEUTRAL_CHAT = NEUTRAL | dict.fromkeys(("audio", "moderation", "prediction", "verbosity", "web_search_options"), ())
-NEUTRAL_CHAT |= {"function_call": ("none",), "functions": ([],), "tool_choice": ("none", "auto"), "tools": ([],)}
-NEUTRAL_CHAT |= {"logprobs": (False,), "modalities": (["text"],), "parallel_tool_calls": (True,)}
-NEUTRAL_CHAT |= {"reasoning_effort": ("none",), "response_format": ({"type": "text"},), "top_logprobs": (0,)}
+MAX_INTEGER = 2**63 - 1
 # Characters of an error, which may quote what it is about.
 MAX_MESSAGE = 400
 # What OpenAI calls the type of an error, by its status.
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-# In place of pydantic's words, which are those of Python.
-SENTENCES = {"bool_type": "must be true or false", "string_type": "must be a text", "too_short": "must not be empty"}
-SENTENCES |= dict.fromkeys(("model_type", "dict_type"), "must be an object")
 
 
-class RequestError(ValueError):
+class RequestError(Exception):
     """A request that is not served, told in OpenAI's words.
 
     Args:
@@ -60,32 +57,30 @@ class RequestError(ValueError):
     def body(self) -> dict[str, Any]:
         """The body of the answer."""
         kind = TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        message = str(self).encode("utf-8", "backslashreplace").decode()
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def _without_nulls(data: Any) -> Any:
     return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-def _unicode(text: str) -> str:
-    if re.search("[\ud800-\udfff]", text):
-        raise ValueError("is not valid Unicode (send UTF-8)")
-    return text
-
-
-def _one_prompt(prompt: Any) -> str | list[int]:
+def _one_prompt(prompt: Any) -> Any:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         if len(prompt) > 1:
-            raise ValueError("holds several prompts (send one request for each)")
+            raise ValueError("holds several prompts: send one request for each")
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return _unicode(prompt)
-    if not isinstance(prompt, list) or {*map(type, prompt)} != {int}:
+        # What is no Unicode raises an error that is a `ValueError`.
+        prompt.encode()
+    elif not isinstance(prompt, list) or {*map(type, prompt)} != {int}:
         raise ValueError("must be a text or a list of token ids (integers)")
     return prompt
 
 
 def _joined(content: Any) -> Any:
+    if isinstance(content, str):
+        content.encode()
     if not isinstance(content, list):
         return content
     texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
@@ -94,15 +89,16 @@ def _joined(content: Any) -> Any:
     return "".join(texts)
 
 
-def _stop_strings(stop: Any) -> list[str]:
-    several = [stop] if isinstance(stop, str) else stop
-    texts = isinstance(several, list) and all(isinstance(one, str) and one for one in several)
-    if not texts or len(several) > MAX_STOP_STRINGS:
-        raise ValueError(f"must be a text that is not empty, or a list of at most {MAX_STOP_STRINGS}")
-    return several
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
 
 
-Count = Annotated[int, Field(ge=1, le=INTEGERS[1])]
+Count = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+StopString = Annotated[str, Field(min_length=1)]
+# For fields of OpenAI's that are not supported, which may stand at the values at which they do nothing.
+Zero = Annotated[float, Field(ge=0, le=0)]
+EmptyObject = Annotated[dict, Field(max_length=0)]
+EmptyList = Annotated[list, Field(max_length=0)]
 
 
 class Body(BaseModel):
@@ -116,7 +112,7 @@ class Message(Body):
     """A message of a chat; its content may come in parts of text."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined), AfterValidator(_unicode)]
+    content: Annotated[str, BeforeValidator(_joined)]
 
 
 class StreamOptions(Body):
@@ -126,21 +122,14 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] = False
 
 
-class GenerationRequest(Body):
-    """What both endpoints take, checked as far as it can be without the models.
+class ResponseFormat(Body):
+    """The one format that there is."""
 
-    Args:
-        model (`str`): what the policy is called here.
-        n (`int`): choices.
-        max_tokens, max_completion_tokens (`int`): most tokens of a choice, end-of-sequence counted; two names for one.
-        temperature, top_p (`float`): as in [`~lenvm_rl.decoding.LengthGuidance`].
-        seed (`int`): makes the answer reproducible.
-        stop (`str` or list of them): strings that end a choice.
-        stream, stream_options: whether to answer in pieces, and whether these end with token counts.
-        return_token_ids (`bool`): whether to give the ids of prompt and choices.
-        length_guidance (`dict`): the other fields of [`~lenvm_rl.decoding.LengthGuidance`].
-        user, safety_identifier, prompt_cache_key (`str`): they say who asks, and change no answer.
-    """
+    type: Literal["text"]
+
+
+class GenerationRequest(Body):
+    """What both endpoints take; `max_tokens` and `max_completion_tokens` are two names for one."""
 
     model: str
     n: Count = 1
@@ -148,31 +137,41 @@ class GenerationRequest(Body):
     max_completion_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: Annotated[int, Field(ge=INTEGERS[0], le=INTEGERS[1])] | None = None
-    stop: Annotated[list[str], BeforeValidator(_stop_strings)] = []
+    seed: Annotated[int, Field(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)] | None = None
+    stop: Annotated[list[StopString], Field(max_length=4), BeforeValidator(_as_list)] = []
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    # The other fields of `LengthGuidance`.
     length_guidance: dict[str, Any] = {}
+    # They say who asks, and change no answer.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    frequency_penalty: Zero = 0.0
+    presence_penalty: Zero = 0.0
+    logit_bias: EmptyObject = {}
+    metadata: EmptyObject = {}
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
 
     @property
     def max_tokens_field(self) -> str:
         """What the request calls the most tokens of a choice."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
     @cached_property
     def guidance(self) -> LengthGuidance:
         """How to guide; a [`RequestError`] where that makes no sense."""
-        if 0 < self.temperature < MIN_TEMPERATURE:
-            raise RequestError(f"temperature is {self.temperature}: say 0 for greedy decoding.", "temperature")
         for name in self.length_guidance:
             if name not in KNOBS:
-                message = f"length_guidance has no field {_shown(name)}: its fields are {', '.join(KNOBS)}."
-                if name in ("temperature", "top_p"):
-                    message = f"{name} belongs at the top of the request, beside model."
+                place = "stands at the top of the request" if name in ("temperature", "top_p") else "is no such field"
+                message = f"length_guidance: {name!r} {place}; its fields are {', '.join(KNOBS)}."
                 raise RequestError(message, f"length_guidance.{name}", "unknown_parameter")
         try:
             knobs = _without_nulls(self.length_guidance)
@@ -183,24 +182,52 @@ class GenerationRequest(Body):
             place = f"length_guidance.{first}" if first in KNOBS else "length_guidance"
             raise RequestError(str(error), place) from error
 
+    @model_validator(mode="after")
+    def _check(self) -> GenerationRequest:
+        most = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(most) == 2:
+            raise RequestError("max_tokens and max_completion_tokens differ: give one of them.", "max_tokens")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams: set stream to true, or leave it out.", "stream_options")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise RequestError(f"temperature is {self.temperature}: say 0 for greedy decoding.", "temperature")
+        return self
+
 
 class CompletionRequest(GenerationRequest):
     """A request of the completions endpoint: its prompt is a text, or token ids."""
 
     prompt_field: ClassVar[str] = "prompt"
-    neutral: ClassVar[dict[str, tuple]] = NEUTRAL_COMPLETION
     # As at OpenAI; a chat goes on as far as context and limit allow.
     default_tokens: ClassVar[int | None] = 16
-    prompt: Annotated[Any, AfterValidator(_one_prompt)]
+    prompt: Annotated[Any, BeforeValidator(_one_prompt)]
+    best_of: Count | None = None
+    echo: Literal[False] = False
+    suffix: Literal[""] = ""
+
+    @model_validator(mode="after")
+    def _check_best(self) -> CompletionRequest:
+        if self.best_of not in (None, 1, self.n):
+            raise RequestError("best_of is not supported: leave it out, or say n.", "best_of")
+        return self
 
 
 class ChatRequest(GenerationRequest):
     """A request of the chat endpoint."""
 
     prompt_field: ClassVar[str] = "messages"
-    neutral: ClassVar[dict[str, tuple]] = NEUTRAL_CHAT
     default_tokens: ClassVar[int | None] = None
     messages: Annotated[list[Message], Field(min_length=1)]
+    function_call: Literal["none"] = "none"
+    functions: EmptyList = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    tools: EmptyList = []
+    parallel_tool_calls: Literal[True] = True
+    logprobs: Literal[False] = False
+    top_logprobs: Zero = 0
+    modalities: list[Literal["text"]] = ["text"]
+    reasoning_effort: Literal["none"] = "none"
+    response_format: ResponseFormat | None = None
 
     @property
     def prompt(self) -> list[dict[str, str]]:
@@ -209,62 +236,94 @@ class ChatRequest(GenerationRequest):
 
 
 def read_request(body: bytes, kind: type[GenerationRequest], served: str) -> GenerationRequest:
-    """The request of a kind that a body holds as JSON, for the model that is served.
-
-    Raises:
-        RequestError: on a field that is unknown, unsupported or of the wrong type or size, with its name; on another
-            model.
-    """
+    """The request of a kind that a body holds as JSON, for the model that is served; or a [`RequestError`]."""
     try:
-        request = json.loads(body)
+        request = kind.model_validate(json.loads(body))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
+        shown = json.dumps(first["input"], default=str)[:80]
+        raise RequestError(f"{place[:80]}: {first['msg']} (got {shown}).", place or None) from error
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The request's body is not JSON ({error}): send a JSON object.") from error
-    if not isinstance(request, dict):
-        raise RequestError('The request\'s body must be a JSON object, such as {"model": …, "prompt": …}.')
-    try:
-        asked = kind.model_validate(_supported(_without_nulls(request), kind.neutral))
-    except ValidationError as error:
-        raise _refusal(error.errors()[0]) from error
-    check_model(asked.model, served)
-    if None not in (asked.max_tokens, asked.max_completion_tokens) and asked.max_tokens != asked.max_completion_tokens:
-        raise RequestError("max_tokens and max_completion_tokens differ: give one of them.", "max_tokens")
-    if "stream_options" in asked.model_fields_set and not asked.stream:
-        raise RequestError("stream_options is for streams: set stream to true, or leave it out.", "stream_options")
-    return asked
+    check_model(request.model, served)
+    return request
 
 
 def check_model(name: str, served: str) -> None:
     """Raises a [`RequestError`] unless the model is the one that is served."""
     if name != served:
-        message = f"The model {_shown(name)} is not served here: say {served!r}."
-        raise RequestError(message, "model", "model_not_found", status=404)
+        raise RequestError(f"The model {name!r} is not served here: say {served!r}.", "model", "model_not_found", 404)
 
 
-def _supported(body: dict[str, Any], neutral: dict[str, tuple]) -> dict[str, Any]:
-    """The fields that a request may have, without those that do nothing."""
-    neutral = {**neutral, "best_of": (1, body.get("n"))} if "best_of" in neutral else neutral
-    for name in body.keys() & {*neutral, *KNOBS}:
-        if name in KNOBS:
-            raise RequestError(f"{name} is a knob of length guidance: write it into length_guidance.", name)
-        if not any(type(body[name]) is type(one) and body[name] == one for one in neutral[name]):
-            message = f"{name} is not supported by this server: leave it out (got {_shown(body[name])})."
-            raise RequestError(message, name, "unsupported_parameter")
-    return {name: value for name, value in body.items() if name not in neutral}
+class Answer:
+    """Writes the answer to one job, whole, or in chunks: the first ones, then what is new, then the last ones.
 
+    Args:
+        job ([`~lenvm_rl.serve.engine.Job`]): what is answered.
+        model (`str`): the model's name.
+    """
 
-def _refusal(error: dict[str, Any]) -> RequestError:
-    """What pydantic found, as a sentence that begins with the field."""
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])[1:]
-    if error["type"] == "extra_forbidden":
-        message = f"The field {_shown(place)} is unknown or not supported here: leave it out."
-        return RequestError(message, place, "unknown_parameter")
-    if error["type"] == "missing":
-        return RequestError(f"{place} is missing: say it.", place)
-    problem = SENTENCES.get(error["type"]) or error["msg"].replace("Input", "").replace("Value error,", "").strip()
-    return RequestError(f"{place} {problem}, got {_shown(error['input'])}.", place)
+    def __init__(self, job: Job, model: str):
+        self.job, self.request, self.chat = job, job.request, isinstance(job.request, ChatRequest)
+        self._head = {
+            "id": ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex,
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        # Of each choice: characters and tokens that are sent.
+        self._sent = [(0, 0)] * self.request.n
+        self._finished: set[int] = set()
 
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece, when the job is done."""
+        choices = []
+        for choice in self.job.choices:
+            said = {"role": "assistant", "content": choice.text, "refusal": None}
+            content = {"message": said} if self.chat else {"text": choice.text}
+            choices.append(self._choice(choice.index, content, choice.token_ids, choice))
+        return {**self._head, "choices": choices, "usage": self._usage(), **self._about_all()}
 
-def _shown(value: Any) -> str:
-    """A value in an error, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= 80 else text[:77] + "…"
+    def opening(self) -> list[dict[str, Any]]:
+        """Chunks before the first piece: in a chat, they say who speaks."""
+        said = {"delta": {"role": "assistant", "content": ""}}
+        return [self._chunk(self._choice(index, said, [])) for index in range(self.request.n if self.chat else 0)]
+
+    def news(self) -> Iterator[dict[str, Any]]:
+        """A chunk for each choice that went on; the one that finishes the last choice says what guidance did."""
+        for choice in [choice for choice in self.job.choices if choice.index not in self._finished]:
+            # Read before the rest, which may grow meanwhile.
+            over = choice if choice.finish_reason else None
+            characters, tokens = self._sent[choice.index]
+            text, ids = choice.text[characters:], choice.token_ids[tokens:]
+            if text or over:
+                self._sent[choice.index] = characters + len(text), tokens + len(ids)
+                self._finished |= {choice.index} if over else set()
+                content = {"delta": {"content": text}} if self.chat else {"text": text}
+                about = self._about_all() if len(self._finished) == self.request.n else {}
+                yield {**self._chunk(self._choice(choice.index, content, ids, over)), **about}
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Chunks after the last piece: the counts, if they are asked for."""
+        return [{**self._chunk(), "usage": self._usage()}] if self.request.include_usage else []
+
+    def _choice(self, index: int, content: dict, ids: list[int], over: Choice | None = None) -> dict[str, Any]:
+        ids = {"token_ids": ids} if self.request.return_token_ids else {}
+        about = {"length_guidance": {"length": over.length, "forced": over.forced}} if over else {}
+        reason = over.finish_reason if over else None
+        return {"index": index, **content, "finish_reason": reason, "logprobs": None, **ids, **about}
+
+    def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
+        kind = {"object": "chat.completion.chunk"} if self.chat else {}
+        usage = {"usage": None} if self.request.include_usage else {}
+        return {**self._head, **kind, "choices": list(choices), **usage}
+
+    def _usage(self) -> dict[str, int]:
+        prompt, written = len(self.job.prompt_ids), sum(len(choice.token_ids) for choice in self.job.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+    def _about_all(self) -> dict[str, Any]:
+        forced = sum(choice.forced for choice in self.job.choices)
+        about = {"length_guidance": {"predicted_length": self.job.predicted_length, "forced": forced}}
+        return about | ({"prompt_token_ids": self.job.prompt_ids} if self.request.return_token_ids else {})
