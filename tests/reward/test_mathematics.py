@@ -112,11 +112,11 @@ def test_gold_answers_that_cannot_be_read_are_named():
         str(gold) for gold in unreadable
     ]
     assert math_reward.unreadable_golds(["1-\\frac{1}{\\mathrm{e}}", "(C)", "x \\in [-2,7]", 5, 0.5]) == []
-    with pytest.raises(ValueError, match=r"2 gold answers hold nothing that can be read, such as \['', '####'\]"):
+    with pytest.raises(ValueError, match=r"2 gold answers.*\['', '####'\]"):
         math_reward(["5"] * 4, answer=["5", "####", "", "####"])
     with pytest.raises(ValueError, match="1 gold answers"):
         grade("5", "")
-    with pytest.raises(ValueError, match="name it 'answer' or 'solution'"):
+    with pytest.raises(ValueError, match="'answer' or 'solution'"):
         math_reward(["5"])
 
 

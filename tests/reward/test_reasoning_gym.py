@@ -63,7 +63,7 @@ def test_rows_hold_what_their_task_is_made_from():
     assert "<answer>" in text and text.endswith("\n")
     with pytest.raises(ValueError, match="not registered"):
         reasoning_gym_rows("no_such_task", 1, seed=0)
-    with pytest.raises(ValueError, match="survive JSON"):
+    with pytest.raises(ValueError, match="terms"):
         reasoning_gym_rows("chain_sum", 1, seed=0, terms=(1, 2))
 
 

@@ -31,6 +31,7 @@ WORKED = [
     (linear_length_reward, {"alpha": 0.5, "max_length": 100}, [40, 100, 250, 40], [1, 1, 1, 0], [0.8, 0.5, 0.5, 0]),
     (truncation_length_reward, {"limit": 100}, [100, 101, 10], [1, 1, 0], [1, 0, 0]),
     (kimi_length_reward, {}, [10, 20, 30], [1, 1, 0], [0.5, 0, 0]),
+    (kimi_length_reward, {}, [1, 101], [0, 1], [0, -0.5]),
     (kimi_length_reward, PAYING, [10, 20, 30], [1, 1, 0], [0.5, 0, -0.5]),
     (arora_length_reward, {"alpha": 0.2}, [10, 30, 500], [1, 1, 0], [0.946212, 0.853788, 0]),
     # sigmoid(0) where there is no spread.
@@ -121,6 +122,16 @@ def test_worked_examples(rule, knobs, lengths, correct, expected):
     rewards = rule(torch.tensor(lengths), torch.tensor(correct), group, **knobs)
     assert rewards.dtype == torch.float32
     torch.testing.assert_close(rewards, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+
+
+def test_kimi_by_hand_over_two_groups_in_any_order():
+    lengths = torch.tensor([10, 5, 20, 5, 30, 5])
+    correct = torch.tensor([1, 1, 1, 0, 0, 1])
+    group = torch.tensor([4, 9, 4, 9, 4, 9])
+    rewards = kimi_length_reward(lengths, correct, group, penalize_wrong=True)
+    torch.testing.assert_close(rewards, torch.tensor([0.5, 0.0, 0.0, 0.0, -0.5, 0.0]))
+    spared = kimi_length_reward(lengths, correct, group)
+    torch.testing.assert_close(spared, torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0, 0.0]))
 
 
 @names
@@ -311,3 +322,13 @@ def test_ready_made_rewards_are_found_by_their_path_and_survive_pickling(name):
     assert again(prompts=["p"] * 3, completion_ids=ids, **call) == rewards and len(rewards) == 3
     if not name.startswith("sandbox"):
         assert (rewards[0] >= rewards[2] or "l1_exact" in name) and (rewards[2] > rewards[1] or "kimi" in name)
+
+
+def test_the_ready_made_linear_reward_by_hand():
+    rewards = baselines.gsm8k_linear(
+        prompts=["p"] * 3,
+        completions=["5", "so 5", "6"],
+        completion_ids=[[7] * length for length in (128, 1000, 3)],
+        answer=["5"] * 3,
+    )
+    assert rewards == pytest.approx([0.9, 0.6, 0.0])

@@ -193,12 +193,12 @@ def test_a_new_run_begins_anew_and_evaluation_moves_nothing(tmp_path):
 
 
 def test_states_that_are_not_there_are_an_error_that_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="flag_column_leash is lost"):
+    with pytest.raises(FileNotFoundError, match="flag_column_leash"):
         RewardStates([leash()]).on_train_begin(*at(3, tmp_path), None)
     RewardStates([flag_column]).on_train_begin(*at(3, tmp_path), None)
     (tmp_path / "checkpoint-3").mkdir()
     RewardStates([laser_d()]).on_save(*at(3, tmp_path), None)
-    with pytest.raises(ValueError, match="none of flag_column_leash"):
+    with pytest.raises(ValueError, match="flag_column_leash"):
         RewardStates([leash()]).on_train_begin(*at(3, tmp_path), None)
 
 
@@ -364,7 +364,7 @@ import sys
 
 sys.path[:0] = {paths!r}
 from accelerate import PartialState
-from test_rewards_stateful import called, laser_d, leash
+from test_length_reward_states import called, laser_d, leash
 
 rank = PartialState(cpu=True).process_index
 reward = leash()

@@ -35,16 +35,16 @@ def test_exact_match(reward, completion, gold, expected):
 
 
 def test_exact_match_says_what_is_wrong():
-    with pytest.raises(ValueError, match="column 'answer'"):
+    with pytest.raises(ValueError, match="'answer'"):
         exact_match(["x"])
     for gold in ("", " ", [], ["x", ""]):
-        with pytest.raises(ValueError, match="is empty"):
+        with pytest.raises(ValueError, match="'answer'"):
             exact_match(["x"], answer=[gold])
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="'answer'"):
         exact_match_marked(["x"], answer=["Answer:"])
-    with pytest.raises(ValueError, match="either marker or last_line"):
+    with pytest.raises(ValueError, match="marker.*last_line"):
         ExactMatchReward(marker="A:", last_line=True)
-    with pytest.raises(ValueError, match="blank"):
+    with pytest.raises(ValueError, match="marker"):
         ExactMatchReward(marker=" ")
     assert ExactMatchReward(column="gold", name="mine").__name__ == "mine"
     assert ExactMatchReward(column="gold")(["x"], gold=["x"], answer=["y"]) == [1.0]
