@@ -34,7 +34,7 @@ from lenvm_rl.sandbox.task import sandbox_tokenizer
 from lenvm_rl.tokenization import check_context, check_prompts, check_same_tokenizer, load_prompts
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.config import LenVMConfig
-from lenvm_rl.trainers.gate import gate_index
+from lenvm_rl.trainers.rewards import gate_index
 from recipes.arguments import StageArguments, model_kwargs
 from recipes.reward_trial import try_rewards
 from recipes.sample_rollouts import make_prompts

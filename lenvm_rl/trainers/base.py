@@ -17,10 +17,9 @@ from lenvm_rl.trainers.arguments import trainer_keywords
 from lenvm_rl.trainers.coefficient import LengthCoefficient
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.frozen import FrozenLengthValues, check_shards, load_length_value_model, place_length_value_model
-from lenvm_rl.trainers.gate import Gate
 from lenvm_rl.trainers.metrics import BatchMetrics, add_completions, add_guidance, add_streams, add_values
 from lenvm_rl.trainers.resuming import ResumableTrainer, stop_between_generations
-from lenvm_rl.trainers.rewards import check_reward_models, watched_rewards
+from lenvm_rl.trainers.rewards import Gate, check_reward_models, watched_rewards
 from lenvm_rl.trainers.rollouts import (
     Sampled,
     check_ends,

@@ -141,21 +141,6 @@ def check_no_critic(args) -> None:
         raise ValueError(f"{', '.join(changed)} needs a learned critic, and critic='lenvm' has none: leave it out.")
 
 
-def check_rewards(rewards: torch.Tensor, names: list[str]) -> None:
-    """Raise a `ValueError` if a reward function gave an infinite reward.
-
-    A completion that no function scored has no advantage, as in TRL, which warns of it.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(N, F)`): one column per function; NaN where a function returned `None`.
-        names (`list[str]`): of the functions.
-    """
-    infinite = torch.isinf(rewards).any(dim=0).tolist()
-    if any(infinite):
-        culprits = [name for name, bad in zip(names, infinite, strict=True) if bad]
-        raise ValueError(f"The reward of {', '.join(culprits)} is infinite for a completion: return finite numbers.")
-
-
 SHOWN = 3
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,12 +29,17 @@ from lenvm_rl.modeling.length_value_model import LengthValueModel, is_shared
 from lenvm_rl.modeling.sharing import HEAD, shared_decoder
 from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.trainers.reading import check_finite, check_sees_pictures, check_text_only_arguments, value_logits
-from lenvm_rl.trainers.refresh import Drift, LengthValueRefresh
+from lenvm_rl.trainers.refresh import LengthValueRefresh
 from lenvm_rl.trainers.streams import Completions
 
 logger = logging.getLogger(__name__)
 
 NAME = "length value model"
+# Drift: what is watched, the generation batches after which a batch counts half, those before there is a verdict, and
+# the bounds beyond which the model counts as stale.
+WATCHED = ("explained_variance", "calibration_slope", "predicted_length", "realised_length")
+HALF_LIFE, FIRST_VERDICT = 5.0, 5
+STALE_EXPLAINED_VARIANCE, STALE_FACTOR = 0.0, 2.0
 
 
 def load_length_value_model(model_or_path, args):
@@ -368,3 +375,77 @@ def _is_shift_invariant(decoder) -> bool:
     first, second = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float()
     tolerance = _ROUNDING.get(decoder.dtype, _ROUNDING_OF_HALF)
     return bool((first - second).abs().max() <= tolerance * (1.0 + first.abs().max()))
+
+
+class Drift:
+    """Moving averages of how well a length value model fits the completions of a run, and the verdict on it.
+
+    It counts as stale while it explains less than `STALE_EXPLAINED_VARIANCE` of the variance of the return, or while
+    its calibration slope, or predicted over realised length, is above `STALE_FACTOR` or below its inverse.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the model has just been re-fitted."""
+        self.averages: dict[str, float] = {}
+        self.batches, self.stale = 0, False
+
+    def observe(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Take in what a training batch measured.
+
+        Args:
+            metrics (`dict[str, float]`): of [`~lenvm_rl.trainers.metrics.add_values`]; NaN is left out.
+
+        Returns:
+            `dict[str, float]`: `lenvm/stale`, 1 while the model counts as stale; a warning is logged when it begins to.
+        """
+        keep = 0.5 ** (1.0 / HALF_LIFE)
+        for name in WATCHED:
+            value = metrics[f"lenvm/{name}"]
+            if not math.isnan(value):
+                before = self.averages.get(name, value)
+                self.averages[name] = keep * before + (1.0 - keep) * value
+        self.batches += 1
+        reasons = self.reasons() if self.batches >= FIRST_VERDICT else []
+        if reasons and not self.stale:
+            logger.warning(
+                "the length value model has become stale: %s. Set refresh_steps, or sample from the policy of today "
+                "and pretrain it again.",
+                "; ".join(reasons),
+            )
+        self.stale = bool(reasons)
+        return {"lenvm/stale": float(self.stale)}
+
+    def reasons(self) -> list[str]:
+        """Why the model counts as stale; empty if it does not."""
+        found = []
+        explained = self.averages.get("explained_variance", math.inf)
+        if explained < STALE_EXPLAINED_VARIANCE:
+            found.append(
+                f"it explains {explained:.2f} of the variance of the return (stale below {STALE_EXPLAINED_VARIANCE:g})"
+            )
+        slope = self.averages.get("calibration_slope", 1.0)
+        if not 1.0 / STALE_FACTOR <= slope <= STALE_FACTOR:
+            found.append(f"its calibration slope is {slope:.2f} (stale beyond a factor of {STALE_FACTOR:g})")
+        predicted, realised = (self.averages.get(f"{name}_length", 0.0) for name in ("predicted", "realised"))
+        # The end of sequence counted, so that a policy that writes nothing else divides by 1.
+        ratio = (predicted + 1.0) / (realised + 1.0)
+        if not 1.0 / STALE_FACTOR <= ratio <= STALE_FACTOR:
+            found.append(
+                f"it predicts {predicted:.1f} tokens where {realised:.1f} are written (stale beyond a "
+                f"factor of {STALE_FACTOR:g})"
+            )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and the verdict."""
+        return {"averages": self.averages, "batches": self.batches, "stale": self.stale}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a state; a checkpoint that was written without a length value model has none."""
+        if state is None:
+            logger.info("the checkpoint does not say how the length value model has drifted: starting anew")
+            return
+        self.averages, self.batches, self.stale = state["averages"], state["batches"], state["stale"]

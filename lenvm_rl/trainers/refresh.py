@@ -10,12 +10,10 @@ return, cut completions going on with the model's own value.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -328,85 +326,3 @@ def _from_tensors(tensors: dict[str, Tensor]) -> list[Row]:
     completions, actions = tensors["completion_ids"].split(lengths), tensors["actions"].split(lengths)
     flags = zip(tensors["finished"].tolist(), tensors["correct"].tolist(), strict=True)
     return [Row(*parts, *both) for *parts, both in zip(prompts, completions, actions, flags, strict=True)]
-
-
-WATCHED = ("explained_variance", "calibration_slope", "predicted_length", "realised_length")
-# Generation batches after which a batch counts half; and before which there is no verdict.
-HALF_LIFE = 5.0
-FIRST_VERDICT = 5
-# Beyond these the model counts as stale.
-STALE_EXPLAINED_VARIANCE, STALE_FACTOR = 0.0, 2.0
-
-
-class Drift:
-    """Moving averages of how well a length value model fits the completions of a run, and the verdict on it.
-
-    It counts as stale while it explains less than `STALE_EXPLAINED_VARIANCE` of the variance of the return, or while
-    its calibration slope, or predicted over realised length, is above `STALE_FACTOR` or below its inverse.
-    """
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything: the model has just been re-fitted."""
-        self.averages: dict[str, float] = {}
-        self.batches, self.stale = 0, False
-
-    def observe(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Take in what a training batch measured.
-
-        Args:
-            metrics (`dict[str, float]`): of [`~lenvm_rl.trainers.metrics.add_values`]; NaN is left out.
-
-        Returns:
-            `dict[str, float]`: `lenvm/stale`, 1 while the model counts as stale; a warning is logged when it begins to.
-        """
-        keep = 0.5 ** (1.0 / HALF_LIFE)
-        for name in WATCHED:
-            value = metrics[f"lenvm/{name}"]
-            if not math.isnan(value):
-                before = self.averages.get(name, value)
-                self.averages[name] = keep * before + (1.0 - keep) * value
-        self.batches += 1
-        reasons = self.reasons() if self.batches >= FIRST_VERDICT else []
-        if reasons and not self.stale:
-            logger.warning(
-                "the length value model has become stale: %s. Set refresh_steps, or sample from the policy of today "
-                "and pretrain it again.",
-                "; ".join(reasons),
-            )
-        self.stale = bool(reasons)
-        return {"lenvm/stale": float(self.stale)}
-
-    def reasons(self) -> list[str]:
-        """Why the model counts as stale; empty if it does not."""
-        found = []
-        explained = self.averages.get("explained_variance", math.inf)
-        if explained < STALE_EXPLAINED_VARIANCE:
-            found.append(
-                f"it explains {explained:.2f} of the variance of the return (stale below {STALE_EXPLAINED_VARIANCE:g})"
-            )
-        slope = self.averages.get("calibration_slope", 1.0)
-        if not 1.0 / STALE_FACTOR <= slope <= STALE_FACTOR:
-            found.append(f"its calibration slope is {slope:.2f} (stale beyond a factor of {STALE_FACTOR:g})")
-        predicted, realised = (self.averages.get(f"{name}_length", 0.0) for name in ("predicted", "realised"))
-        # The end of sequence counted, so that a policy that writes nothing else divides by 1.
-        ratio = (predicted + 1.0) / (realised + 1.0)
-        if not 1.0 / STALE_FACTOR <= ratio <= STALE_FACTOR:
-            found.append(
-                f"it predicts {predicted:.1f} tokens where {realised:.1f} are written (stale beyond a "
-                f"factor of {STALE_FACTOR:g})"
-            )
-        return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averages and the verdict."""
-        return {"averages": self.averages, "batches": self.batches, "stale": self.stale}
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Go on from a state; a checkpoint that was written without a length value model has none."""
-        if state is None:
-            logger.info("the checkpoint does not say how the length value model has drifted: starting anew")
-            return
-        self.averages, self.batches, self.stale = state["averages"], state["batches"], state["stale"]

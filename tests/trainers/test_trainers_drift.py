@@ -6,8 +6,8 @@ import pytest
 import torch
 from trainer_parts import grpo, logged, random_lenvm
 
+from lenvm_rl.trainers.frozen import Drift
 from lenvm_rl.trainers.metrics import BatchMetrics, add_values
-from lenvm_rl.trainers.refresh import Drift
 from lenvm_rl.trainers.streams import Completions
 
 GOOD = {

@@ -13,7 +13,7 @@ from trainer_parts import batch_of, grpo, ppo, prompts, random_lenvm, scripted, 
 
 from lenvm_rl.reward_functions import are_correct
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
-from lenvm_rl.trainers.gate import LONG, gate_index
+from lenvm_rl.trainers.rewards import LONG, gate_index
 
 FLAGS = [1.0, 0.0, 1.0, 0.0]
 COLUMN = torch.tensor(FLAGS).unsqueeze(1)
@@ -265,12 +265,12 @@ class TestNotJudged:
 class TestWarnings:
     @pytest.fixture(autouse=True)
     def _log(self, caplog):
-        caplog.set_level(logging.WARNING, "lenvm_rl.trainers.gate")
+        caplog.set_level(logging.WARNING, "lenvm_rl.trainers.rewards")
         self.caplog = caplog
 
     @property
     def messages(self):
-        return [record.getMessage() for record in self.caplog.records if record.name == "lenvm_rl.trainers.gate"]
+        return [record.getMessage() for record in self.caplog.records if record.name == "lenvm_rl.trainers.rewards"]
 
     def warned(self, of):
         return sum(of in message for message in self.messages)
