@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
@@ -233,6 +235,11 @@ def _problem(path: Path) -> str | None:
             with safe_open(path, "pt"):
                 return None
         except SafetensorError as error:
+            return str(error)
+    if path.suffix == ".parquet":
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowInvalid, OSError) as error:
             return str(error)
     # What torch.save writes.
     if path.suffix in (".pt", ".pth", ".bin"):

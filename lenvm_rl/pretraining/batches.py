@@ -30,6 +30,9 @@ class LengthValueCollator:
     are packed into rows (`position_ids` restart with each, no attention mask: that is how transformers knows), or put
     one to a row with an attention mask.
 
+    Where rollouts have a column `action_mask` (1 for tokens that the policy chose), the others are no states, and do
+    not count as tokens to come; `ends` then says at which column the state after the last token stands.
+
     Args:
         pad_token_id (`int`, *optional*, defaults to `0`): fills what is left of a row; no sequence sees it.
         truncated (`str`, *optional*, defaults to `"bootstrap"`): see [`LengthValueTrainingArguments`].
@@ -76,7 +79,13 @@ class LengthValueCollator:
                 batch["position_ids"][row, start:stop] = torch.arange(len(ids))
             else:
                 batch["attention_mask"][row, start:stop] = 1
-            batch["labels"][row, state : state + length] = torch.arange(length, 0, -1)
+            to_come = torch.arange(length, 0, -1)
+            if "action_mask" in rollouts[index]:
+                chosen = torch.tensor(rollouts[index]["action_mask"])
+                to_come = torch.where(chosen.bool(), chosen.flip(0).cumsum(0).flip(0), IGNORED)
+                ends = batch.setdefault("ends", torch.zeros_like(batch["labels"]))
+                ends[row, state : state + length] = state + length
+            batch["labels"][row, state : state + length] = to_come
             ending = FINISHED if finished[index] else TRUNCATED_ENDINGS[self.truncated]
             batch["endings"][row, state : state + length] = ending
             entry = [row, state, length, finished[index], rollouts[index]["group"], len(rollouts[index]["prompt_ids"])]

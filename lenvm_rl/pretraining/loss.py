@@ -20,7 +20,9 @@ CUT = 1  # it was cut: the state after the last token is worth what the model sa
 ENDLESS = 2  # it is taken to go on for ever: worth -1
 
 
-def value_targets(values: Tensor, remaining: Tensor, endings: Tensor, gamma: float, lam: float = 1.0) -> Tensor:
+def value_targets(
+    values: Tensor, remaining: Tensor, endings: Tensor, gamma: float, lam: float = 1.0, ends: Tensor | None = None
+) -> Tensor:
     """What each value is fitted to: the length return, or its lambda-return.
 
     With n tokens until the completion ends or is cut, and `V_end` the value after the last of them, the return is
@@ -33,9 +35,11 @@ def value_targets(values: Tensor, remaining: Tensor, endings: Tensor, gamma: flo
         values (`torch.Tensor` of shape `(R, C)`): the model's values; no gradient flows through the targets.
         remaining (`torch.Tensor` of shape `(R, C)`, int64): tokens to come, at least 1; `IGNORED` without a state.
         endings (`torch.Tensor` of shape `(R, C)`, int): `FINISHED`, `CUT` or `ENDLESS`. For `CUT` the state after the
-            last token stands `remaining` columns further on.
+            last token stands `remaining` columns further on, or where `ends` says.
         gamma (`float`): discount of the length return, in (0, 1).
         lam (`float`, *optional*, defaults to `1.0`): in [0, 1]; 1 is the closed form without a loop.
+        ends (`torch.Tensor` of shape `(R, C)`, int64, *optional*): column of the state after the completion's last
+            token, where not every token counts as one to come. For lambda 1 alone.
 
     Returns:
         `torch.Tensor` of shape `(R, C)` in the dtype of `values`, in [-1, 0]; 0 where there is no state.
@@ -43,7 +47,7 @@ def value_targets(values: Tensor, remaining: Tensor, endings: Tensor, gamma: flo
     values = values.detach()
     scored = remaining != IGNORED
     steps = torch.where(scored, remaining, torch.zeros_like(remaining))
-    end_values = _end_values(values, steps, endings)
+    end_values = _end_values(values, steps, endings, ends)
     if lam == 1.0:
         returns = discounted_return(steps.to(values.dtype), gamma)
         return torch.where(scored, returns + (1.0 + returns) * end_values, torch.zeros_like(values))
@@ -54,10 +58,11 @@ def value_targets(values: Tensor, remaining: Tensor, endings: Tensor, gamma: flo
     return discounted_sums(target, weight)
 
 
-def _end_values(values: Tensor, steps: Tensor, endings: Tensor) -> Tensor:
+def _end_values(values: Tensor, steps: Tensor, endings: Tensor, ends: Tensor | None) -> Tensor:
     """Value after the last token of the completion that each column belongs to."""
-    columns = torch.arange(values.shape[1], device=values.device)
-    at_cut = values.gather(1, (columns + steps).clamp(max=values.shape[1] - 1))
+    if ends is None:
+        ends = torch.arange(values.shape[1], device=values.device) + steps
+    at_cut = values.gather(1, ends.clamp(max=values.shape[1] - 1))
     end_values = torch.where(endings == CUT, at_cut, torch.zeros_like(values))
     return torch.where(endings == ENDLESS, torch.full_like(values, -1.0), end_values)
 

@@ -19,7 +19,7 @@ from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.frozen import FrozenLengthValues, check_shards, load_length_value_model, place_length_value_model
 from lenvm_rl.trainers.metrics import BatchMetrics, add_completions, add_guidance, add_streams, add_values
 from lenvm_rl.trainers.resuming import ResumableTrainer, stop_between_generations
-from lenvm_rl.trainers.rewards import Gate, check_reward_models, watched_rewards
+from lenvm_rl.trainers.rewards import Gate, check_rewards, watched_rewards
 from lenvm_rl.trainers.rollouts import (
     Sampled,
     check_ends,
@@ -172,8 +172,7 @@ class LenVMTrainer(ResumableTrainer):
         # The one place where the rewards of single functions can be had: they are not in the batch.
         with watched_rewards(self, None if self._sampled is None else self._sampled.tool_mask):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        check_reward_models(rewards, self)
-        checks.check_rewards(rewards, self.reward_func_names)
+        check_rewards(rewards, self)
         self._raw_rewards = rewards
         return rewards
 

@@ -229,7 +229,7 @@ FAULTS = {
     "half of the coefficient, the drift and the refresh": Cut("lenvm_state_rank0.json"),
     "half of the trainer state": Cut("trainer_state.json"),
     "half of the refreshed model": Cut("refresh/length_value_model/model.safetensors", (grpo,)),
-    "half of the completions to refresh on": Cut("refresh/completions_rank0.safetensors", (grpo,)),
+    "half of the completions to refresh on": Cut("refresh/completions_rank0.parquet", (grpo,)),
     "half of the critic": Cut("critic/model.safetensors", (ppo,)),
     "half of the critic's config": Cut("critic/config.json", (ppo,)),
     "a full disk in the weights": FullDisk(20_000, "File too large", (ppo,)),

@@ -1,6 +1,7 @@
 """What the trainers refuse, and that each refusal says what to change; faults of a run are in faults.py."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +25,10 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
-from lenvm_rl.trainers.checks import check_rewards
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.critic import check_settings
 from lenvm_rl.trainers.frozen import place_length_value_model
+from lenvm_rl.trainers.rewards import check_rewards
 
 
 @pytest.mark.parametrize(
@@ -213,12 +214,13 @@ def test_a_multimodal_policy_beside_a_length_value_model(tmp_path):
 
 
 def test_rewards_of_a_batch():
+    trainer = SimpleNamespace(reward_funcs=[len, len], reward_func_names=["a", "b"])
     # One silent function beside another is a mixture of tasks.
-    check_rewards(torch.tensor([[math.nan, 1.0], [math.nan, 0.0]]), ["a", "b"])
+    check_rewards(torch.tensor([[math.nan, 1.0], [math.nan, 0.0]]), trainer)
     # TRL warns of a batch that nobody scored, and goes on.
-    check_rewards(torch.full((2, 2), math.nan), ["a", "b"])
-    with pytest.raises(ValueError, match="The reward of b is infinite"):
-        check_rewards(torch.tensor([[1.0, 0.0], [1.0, -math.inf]]), ["a", "b"])
+    check_rewards(torch.full((2, 2), math.nan), trainer)
+    with pytest.raises(ValueError, match="reward of b"):
+        check_rewards(torch.tensor([[1.0, 0.0], [1.0, -math.inf]]), trainer)
 
 
 def test_nan_from_the_length_value_model_stops_the_step_and_keeps_the_batch(tmp_path):

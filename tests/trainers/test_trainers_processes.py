@@ -69,9 +69,9 @@ refreshed = ppo({folder!r} + "/refresh", first_is_w8, lenvm, **refresh, **more)
 check("ppo", refreshed)
 assert float((flat_of(lenvm) - start).abs().max()) > 1e-3, "the length value model has not moved"
 assert "refresh/loss_last" in refreshed.state.log_history[-2]
-rows = refreshed._frozen.refresh.rows
+rows = refreshed._frozen.refresh.rollouts
 assert len(rows) == 10, "twenty completions of both"
-sums = torch.tensor([float(sum(int(row.completion_ids.sum()) * i for i, row in enumerate(rows)))])
+sums = torch.tensor([float(sum(sum(row["completion_ids"]) * i for i, row in enumerate(rows)))])
 first, second = trainer.accelerator.gather(sums)
 assert first != second, "both keep the same completions"
 

@@ -22,14 +22,15 @@ from trainer_parts import (
 )
 
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, refresh
-from lenvm_rl.trainers.refresh import LengthValueRefresh, Row, refit, squared_errors
+from lenvm_rl.trainers.refresh import LengthValueRefresh, refit, squared_errors
 from lenvm_rl.trainers.streams import Completions
 
 
 def row(prompt, completion, finished=True, correct=True, actions=None):
-    ids = torch.tensor(completion)
-    actions = torch.ones(len(completion), dtype=torch.bool) if actions is None else torch.tensor(actions).bool()
-    return Row(torch.tensor(prompt), ids, actions, finished, correct)
+    return {
+        "prompt_ids": prompt, "completion_ids": completion, "action_mask": actions or [1] * len(completion), "group": 0,
+        "finish_reason": "stop" if finished else "length", "correct": correct,
+    }  # fmt: skip
 
 
 ROWS = [
@@ -53,10 +54,19 @@ def test_squared_errors_by_hand():
     was cut after 2 goes on with V(s_2) = -0.8: G = -3/4 - 1/4 * 0.8 = -0.95 and -1/2 - 1/2 * 0.8 = -0.9. A token that
     nobody chose is no state and costs nothing: G = -1/2 at the one action before it."""
     rows = [row([6], [7, 1]), row([6, 6], [7, 8], finished=False), row([8], [7, 9, 1], actions=[1, 0, 0])]
-    errors, actions = squared_errors(scripted_lenvm({8: -0.8}), rows, 0.5, "cpu")
-    expected = [[0.25**2, 0, 0], [0.45**2, 0.4**2, 0], [0.3**2, 0, 0]]
-    torch.testing.assert_close(errors, torch.tensor(expected))
-    assert actions.tolist() == [[True, True, False], [True, True, False], [True, False, False]]
+    lenvm = scripted_lenvm({8: -0.8})
+    for one, expected, states in zip(rows, (0.25**2, 0.45**2 + 0.4**2, 0.3**2), (2, 2, 1), strict=True):
+        errors, count = squared_errors(lenvm, [one], 0.5, "cpu")
+        assert (errors.item(), int(count)) == (pytest.approx(expected), states)
+    together, count = squared_errors(lenvm, rows, 0.5, "cpu")
+    assert (together.item(), int(count)) == (pytest.approx(0.25**2 + 0.45**2 + 0.4**2 + 0.3**2), 5)
+
+
+def test_a_cut_behind_tool_output_goes_on_where_the_row_ends():
+    """V = -0.8 after w8: G = -.95 and -.9 at the two actions, with a tool between."""
+    cut = row([6], [7, 9, 9, 8], finished=False, actions=[1, 0, 0, 1])
+    errors, count = squared_errors(scripted_lenvm({8: -0.8}), [cut], 0.5, "cpu")
+    assert (errors.item(), int(count)) == (pytest.approx(0.45**2 + 0.4**2), 2)
 
 
 def test_a_step_is_one_of_adam_on_the_token_mean(tmp_path):
@@ -64,8 +74,8 @@ def test_a_step_is_one_of_adam_on_the_token_mean(tmp_path):
     ours, theirs = random_lenvm(), random_lenvm()
     losses = refit(ours.freeze(), ours, ROWS, args, seed=0, chunk_size=2)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=args.refresh_learning_rate, weight_decay=0.0)
-    errors, actions = squared_errors(theirs, ROWS, theirs.config.gamma, "cpu")
-    loss = errors.sum() / actions.sum()
+    errors, count = squared_errors(theirs, ROWS, theirs.config.gamma, "cpu")
+    loss = errors / count
     loss.backward()
     torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
     optimizer.step()
@@ -131,7 +141,7 @@ def spied(monkeypatch):
     done, inner = [], refresh.refit
 
     def spy(model, placed, rows, *arguments, **options):
-        done.append(("refit", len(rows), all(one.correct for one in rows)))
+        done.append(("refit", len(rows), all(one["correct"] for one in rows)))
         return inner(model, placed, rows, *arguments, **options)
 
     monkeypatch.setattr(refresh, "refit", spy)
@@ -217,25 +227,20 @@ def test_its_state_comes_back(tmp_path):
             return sums
 
     first, second = (LengthValueRefresh(random_lenvm(seed=seed), args, One) for seed in (1, 2))
-    first.rows.extend(ROWS)
+    first.rollouts.extend(ROWS)
     first.run_if_due(first.model, 2, 4)
     first.save(str(tmp_path / "checkpoint"), is_main_process=True)
     second.load(str(tmp_path / "checkpoint"))
     second.load_state_dict(first.state_dict())
     assert same_weights(weights(first.model), weights(second.model)) and second.last_step == 2
-    for ours, theirs in zip(first.rows, second.rows, strict=True):
-        assert all(
-            torch.equal(getattr(ours, name), getattr(theirs, name))
-            for name in ("prompt_ids", "completion_ids", "actions")
-        )
-        assert (ours.finished, ours.correct) == (theirs.finished, theirs.correct)
+    assert list(first.rollouts) == list(second.rollouts) == ROWS
     assert second.run_if_due(second.model, 3, 4) == {} and second.run_if_due(second.model, 4, 4)
-    (tmp_path / "checkpoint" / "refresh" / "completions_rank0.safetensors").unlink()
+    (tmp_path / "checkpoint" / "refresh" / "completions_rank0.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="by fewer processes"):
         second.load(str(tmp_path / "checkpoint"))
 
 
-def test_rows_of_a_batch_come_back_padded_as_they_were():
+def test_completions_of_a_batch_are_rollouts():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
     batch = {
         "prompt_ids": torch.tensor([[0, 6], [7, 8], [0, 9]]),
@@ -245,13 +250,11 @@ def test_rows_of_a_batch_come_back_padded_as_they_were():
     }
     finished = torch.tensor([True, False, False])
     completions = Completions(mask, mask, finished, mask.sum(dim=1) - finished.long())
-    rows = refresh.rows_of(batch, completions, torch.tensor([False, True, True]))
     # A completion that was left out of the loss has no tokens here.
-    padded, again, correct = refresh.pad_rows(rows, "cpu")
-    assert correct.tolist() == [False, True] and again.finished.tolist() == [True, False]
-    for name in batch:
-        assert torch.equal(padded[name].long(), batch[name][:2].long()), name
-    assert torch.equal(again.mask, mask[:2]) and again.lengths.tolist() == [2, 1]
+    assert refresh.rollouts_of(batch, completions, torch.tensor([False, True, True])) == [
+        row([6], [8, 9, 1], correct=False),
+        row([7, 8], [7], finished=False),
+    ]
 
 
 @pytest.mark.parametrize(
