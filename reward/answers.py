@@ -52,7 +52,7 @@ WORD = re.compile(r"[^\W\d_]{2,}")
 LETTER = re.compile(r"\A\(([A-Za-z])\)\Z")
 
 
-class Answer(NamedTuple):
+class FinalAnswer(NamedTuple):
     """A final answer and what shows it: `"boxed"`, `"mark"` (``####``), `"said"` ("The answer is"), or `"nothing"`.
 
     With `"nothing"`, `text` is all that was written.
@@ -62,7 +62,7 @@ class Answer(NamedTuple):
     shown_by: str
 
 
-def completion_text(completion: str | Sequence[Mapping]) -> str:
+def text_of_completion(completion: str | Sequence[Mapping]) -> str:
     """The text of a completion as TRL passes it: a string, or the last message of a conversation.
 
     Empty where the last message is not the assistant's: what a tool or an environment wrote is no answer.
@@ -83,7 +83,7 @@ def completion_texts(completions: Sequence[str | Sequence[Mapping]], columns: Ma
     """
     prompts = columns.get("prompts") or [None] * len(completions)
     return [
-        outside_thinking(completion_text(completion), opened=_opens_thinking(prompt))
+        outside_thinking(text_of_completion(completion), opened=_opens_thinking(prompt))
         for completion, prompt in zip(completions, prompts, strict=True)
     ]
 
@@ -105,14 +105,14 @@ def outside_thinking(text: str, *, opened: bool = False) -> str | None:
     return None if inside else "\n".join([*parts, text[begin:]])
 
 
-def find_answer(text: str) -> Answer:
+def find_answer(text: str) -> FinalAnswer:
     """The final answer in a text without thinking. Where there are ``<answer>`` tags, only what they hold is read."""
     text = _tagged(text)
     boxed = last_boxed(text)
     if boxed is not None:
-        return Answer(boxed, "boxed")
+        return FinalAnswer(boxed, "boxed")
     marked = _marked(text)
-    return Answer(marked, "mark") if marked is not None else _said(text)
+    return FinalAnswer(marked, "mark") if marked is not None else _said(text)
 
 
 def last_boxed(text: str) -> str | None:
@@ -201,21 +201,21 @@ def _is_prose(line: str) -> bool:
     return line[0].isalpha() and ":" not in line and len(WORD.findall(line)) > 2
 
 
-def _said(text: str) -> Answer:
+def _said(text: str) -> FinalAnswer:
     """What the last "answer is" names: a number, an expression or a letter, or whatever ends the text."""
     *_, last = [None, *SAID.finditer(text)]
     if last is None:
-        return Answer(text, "nothing")
+        return FinalAnswer(text, "nothing")
     taken_back = TAKEN_BACK.search(text, last.end())
     if taken_back:
-        return Answer(text[taken_back.start() :], "nothing")
+        return FinalAnswer(text[taken_back.start() :], "nothing")
     line, after = _first_line(text, last.end())
     end = SENTENCE_END.search(line)
     said = bare(line[: end.start()] if end else line)
     goes_on = bool((line[end.end() :] if end else "").strip() or text[after:].strip())
     if said and (not said[0].isalpha() or len(said) == 1 or not goes_on):
-        return Answer(said, "said")
-    return Answer(text, "nothing")
+        return FinalAnswer(said, "said")
+    return FinalAnswer(text, "nothing")
 
 
 def _first_line(text: str, begin: int) -> tuple[str, int]:

@@ -35,7 +35,7 @@ from lenvm_rl.reward_functions import (
     number_of_processes,
     process_index,
 )
-from reward.rules import RULES
+from reward.rules import LENGTH_RULES
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class LengthReward:
             not apply; `None` before any call ([`lenvm_rl.reward_functions.ShapedReward`]).
 
     Args:
-        rule (`str`): name of a rule ([`reward.rules.RULES`]).
+        rule (`str`): name of a rule ([`reward.rules.LENGTH_RULES`]).
         task_reward (`Callable` or `str`):
             TRL reward function, or its dotted path, that returns 0 or 1 for each completion, or `None` where it does
             not apply; such completions get `None` and are left out of their group. Functions, lambdas, bound methods,
@@ -93,8 +93,8 @@ class LengthReward:
         eos_token_ids: int | Collection[int] | None = None,
         **knobs: Any,
     ):
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(sorted(RULES))}, got {rule!r}.")
+        if rule not in LENGTH_RULES:
+            raise ValueError(f"rule must be one of {', '.join(sorted(LENGTH_RULES))}, got {rule!r}.")
         task_reward = load_reward(task_reward) if isinstance(task_reward, str) else task_reward
         if not callable(task_reward) or isinstance(task_reward, (type, torch.nn.Module)):
             kind = task_reward.__name__ if isinstance(task_reward, type) else type(task_reward).__name__
@@ -102,7 +102,7 @@ class LengthReward:
         if is_asynchronous(task_reward):
             raise ValueError("task_reward is asynchronous: a length penalty needs an ordinary function.")
         self.name = rule
-        self.rule = RULES[rule]
+        self.rule = LENGTH_RULES[rule]
         self.task_reward = task_reward
         self.threshold = threshold
         self.num_generations = num_generations
@@ -145,9 +145,9 @@ class LengthReward:
         correct = torch.tensor([flags[row] for row in counted])
         group = None
         if self.rule.scope == "group":
-            groups = self._groups(len(flags), run_starts(parts), columns)
+            groups = self._groups(len(flags), _run_starts(parts), columns)
             group = torch.tensor([groups[row] for row in counted], dtype=torch.long)
-        rewards = self.rule.rewards(lengths, correct, group, **knobs_of_all(parts))
+        rewards = self.rule.rewards(lengths, correct, group, **_knobs_of_all(parts))
         if self.state is not None:
             self.state.move(sampled, lengths, correct, group)
         result: list[float | None] = [None] * len(flags)
@@ -156,7 +156,7 @@ class LengthReward:
         first = sum(len(part.flags) for part in parts[:index])
         return result[first : first + len(parts[index].flags)]
 
-    def _part(self, prompts: Sequence, completions: Sequence, completion_ids: Sequence, columns: Mapping) -> Part:
+    def _part(self, prompts: Sequence, completions: Sequence, completion_ids: Sequence, columns: Mapping) -> _Part:
         """What this process's completions bring."""
         further = {name: columns[name] for name in ("num_generations", "tool_mask") if name in columns}
         told = {name: column for name, column in columns.items() if name not in further}
@@ -173,7 +173,7 @@ class LengthReward:
             times = 1 if number_of_processes() == 1 else len(scored)
             self._log(columns, "unshaped", sum(scored) / len(scored), times)
         compared = prompts if self.rule.scope == "group" and self._size_by_place(columns) is None else []
-        return Part(
+        return _Part(
             lengths=self._lengths(completions, completion_ids, columns.get("tool_mask")),
             flags=flags,
             starts=[True] * bool(len(compared)) + [now != before for before, now in pairwise(compared)],
@@ -262,7 +262,7 @@ class LengthReward:
 
 
 @dataclass(frozen=True)
-class Part:
+class _Part:
     """What one process brings to a rule that looks at the completions of all: rows are in the order of processes.
 
     Args:
@@ -280,7 +280,7 @@ class Part:
     knobs: Mapping[str, Any]
 
 
-def run_starts(parts: Sequence[Part]) -> list[bool]:
+def _run_starts(parts: Sequence[_Part]) -> list[bool]:
     """Whether each prompt of all processes differs from the one before, a run that spans two of them being one."""
     starts, last = [], []
     for part in parts:
@@ -290,7 +290,7 @@ def run_starts(parts: Sequence[Part]) -> list[bool]:
     return starts
 
 
-def knobs_of_all(parts: Sequence[Part]) -> dict[str, Any]:
+def _knobs_of_all(parts: Sequence[_Part]) -> dict[str, Any]:
     """The knobs for the counted completions of all processes."""
 
     def together(name: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from reward.answers import FINAL_MARK, Answer, bare, completion_texts, find_answer, last_boxed, outside_thinking
+from reward.answers import FINAL_MARK, FinalAnswer, bare, completion_texts, find_answer, last_boxed, outside_thinking
 from reward.numerals import LONGEST_TEXT, canonical, value_of
 from reward.timed_calls import call_all
 
@@ -65,7 +65,7 @@ LONGEST_BARE_ANSWER = 200
 # What sets LaTeX off from prose; \$ is a dollar sign.
 DELIMITED = re.compile(r"(?<!\\)\$([^$\n]+)(?<!\\)\$")
 DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]")
-WORDED = re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}")
+TEXT_COMMAND = re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}")
 LABEL = re.compile(
     r"\s*(?:[A-Za-z][A-Za-z' -]+:\s+"
     r"|(?:\\text[a-z]*\s*\{)?\(\s*[A-J]\s*\)\s*\}?(?:\s|\\[ ,;:]|~|\\q?quad)+(?=[\w\\-])|[A-J][.:)]\s+)(?=\S)"
@@ -95,7 +95,7 @@ def math_reward(
 
     Args:
         completions (sequence of `str`, or of lists of messages): texts, or conversations whose last message is graded.
-        answer (sequence of `str`, *optional*): the dataset's column of gold answers, see [`grade`].
+        answer (sequence of `str`, *optional*): the dataset's column of gold answers, see [`is_right`].
         solution (sequence of `str`, *optional*): used where there is no `answer` column.
         columns: whatever else TRL passes. Of `prompts`, see [`reward.answers.completion_texts`].
 
@@ -111,7 +111,7 @@ def math_reward(
     return [float(right) for right in _grade_all(completion_texts(completions, columns), golds)]
 
 
-def grade(completion_text: str, gold_text: str) -> bool:
+def is_right(completion_text: str, gold_text: str) -> bool:
     """Whether the final answer of a completion equals the gold one.
 
     [`reward.answers.find_answer`] finds the answer. Where nothing shows it, it is the last expression, in LaTeX between
@@ -198,7 +198,7 @@ def _compare(text: str | None, gold: str) -> bool | tuple[str, tuple[tuple[str, 
     choice, words, number = GOLD_CHOICE.fullmatch(_unworded(gold)), _words(gold), _gold_value(gold)
     if answer.shown_by in ("mark", "said") and not (choice or words) and _words(answer.text):
         # A heading or a remark, where no words are asked for.
-        answer = Answer(text, "nothing")
+        answer = FinalAnswer(text, "nothing")
     shown = answer.text if answer.shown_by != "nothing" else (text.strip().splitlines() or [""])[-1]
     # No gold answer is as long as that, and what else a line holds is no answer.
     shown = shown if len(shown) <= LONGEST_TEXT else ""
@@ -206,7 +206,7 @@ def _compare(text: str | None, gold: str) -> bool | tuple[str, tuple[tuple[str, 
     shown = _clean(shown)
     if shown and _spaced(shown) == _spaced(gold):
         return True
-    if wholly := WORDED.fullmatch(shown):
+    if wholly := TEXT_COMMAND.fullmatch(shown):
         shown = _clean(wholly[1])
     if choice:
         chosen = CHOICE.match(_unworded(shown)) or [None, *CHOSEN.finditer(_unworded(answer.text))][-1]
@@ -252,7 +252,7 @@ def _spaced(text: str) -> str:
 
 
 def _unworded(text: str) -> str:
-    return WORDED.sub(r" \1 ", WORDED.sub(r" \1 ", text)).strip()
+    return TEXT_COMMAND.sub(r" \1 ", TEXT_COMMAND.sub(r" \1 ", text)).strip()
 
 
 def _words(text: str) -> tuple[str, ...] | None:

@@ -57,7 +57,7 @@ class Rule(NamedTuple):
 
 
 # Every rule by its name: the one list of what `LengthReward` takes.
-RULES: dict[str, Rule] = {}
+LENGTH_RULES: dict[str, Rule] = {}
 
 
 def length_rule(
@@ -76,7 +76,7 @@ def length_rule(
                 raise ValueError(f"{name} needs `group`: the prompt that each completion belongs to.")
             return formula(*_checked(lengths, correct, group), **knobs)
 
-        RULES[name] = Rule(rewards, scope, least_generations, state)
+        LENGTH_RULES[name] = Rule(rewards, scope, least_generations, state)
         return rewards
 
     return registered

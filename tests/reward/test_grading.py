@@ -10,13 +10,13 @@ from grading_cases import RIGHT_MATHEMATICS, RIGHT_NUMBERS, WRONG_MATHEMATICS, W
 from lenvm_rl.reward_functions import check_golds
 from reward.answers import (
     ExactMatchReward,
-    completion_text,
     completion_texts,
     exact_match,
     exact_match_marked,
     find_answer,
     last_boxed,
     outside_thinking,
+    text_of_completion,
 )
 from reward.baselines import gsm8k_linear
 from reward.gsm8k import gsm8k_reward
@@ -197,10 +197,10 @@ def test_a_prompt_may_open_thinking():
 def test_only_what_the_assistant_wrote_is_an_answer():
     assistant = {"role": "assistant", "content": "6"}
     for role in ("tool", "user", "environment"):
-        assert completion_text([assistant, {"role": role, "content": "5"}]) == ""
-    assert completion_text([{"role": "tool", "content": "5"}, assistant]) == "6"
-    assert completion_text([{"role": "assistant", "tool_calls": []}]) == ""
-    assert completion_text([{"role": "assistant", "content": [{"type": "thinking", "thinking": "5"}]}]) == ""
+        assert text_of_completion([assistant, {"role": role, "content": "5"}]) == ""
+    assert text_of_completion([{"role": "tool", "content": "5"}, assistant]) == "6"
+    assert text_of_completion([{"role": "assistant", "tool_calls": []}]) == ""
+    assert text_of_completion([{"role": "assistant", "content": [{"type": "thinking", "thinking": "5"}]}]) == ""
 
 
 def test_exact_match_looks_past_emphasis():

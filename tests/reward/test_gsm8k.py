@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 from places import DATA
 
-from reward.answers import completion_text
+from reward.answers import text_of_completion
 from reward.gsm8k import final_number, gold_number, gsm8k_reward
 
 GSM8K = DATA / "gsm8k"
@@ -60,7 +60,7 @@ def test_grading_takes_texts_and_conversations():
         [],
     ]
     assert gsm8k_reward(completions, answer=["#### 5"] * 5, prompts=None) == [1.0, 1.0, 1.0, 0.0, 0.0]
-    assert completion_text(completions[2]) == "5 apples"
+    assert text_of_completion(completions[2]) == "5 apples"
 
 
 @pytest.mark.parametrize("answer", ["", "#### ", "between 5 and 6"])

@@ -12,7 +12,7 @@ from processes import FakeProcesses
 
 from lenvm_rl.trainers.rewards import watched
 from reward.length_reward import LengthReward
-from reward.rules import RULES, length_rule
+from reward.rules import LENGTH_RULES, length_rule
 
 
 def flag_column(completions, right, **columns):
@@ -189,7 +189,7 @@ def test_an_error_of_any_reward_function_ends_the_trainers_of_all(monkeypatch, t
 
 
 def test_columns_that_a_rule_within_a_group_reads_come_along(monkeypatch):
-    monkeypatch.setitem(RULES, "wanted", None)
+    monkeypatch.setitem(LENGTH_RULES, "wanted", None)
 
     @length_rule("wanted")
     def wanted_of_the_longest(lengths, correct, group, *, wanted):

@@ -11,7 +11,7 @@ from places import DATA
 
 from lenvm_rl.reward_functions import load_reward
 from reward import mathematics
-from reward.mathematics import grade, math_reward
+from reward.mathematics import is_right, math_reward
 
 MATH500, GSM8K = DATA / "math500" / "math500_test.json", DATA / "gsm8k"
 needs_math500 = pytest.mark.skipif(
@@ -63,8 +63,8 @@ def gsm8k(name):
 def test_one_answer_in_two_forms_is_the_same_wherever_it_stands(answer, gold):
     boxed = f"\\boxed{{{answer}}}"
     for completion in (answer, f"So ${boxed}$.", f"It is 7, no: {boxed}", f"The answer is ${answer}$."):
-        assert grade(completion, gold), completion
-    assert grade(f"reasons\n#### {answer}\nThat took 8 steps.", f"2 + 3 = ...\n#### {gold}")
+        assert is_right(completion, gold), completion
+    assert is_right(f"reasons\n#### {answer}\nThat took 8 steps.", f"2 + 3 = ...\n#### {gold}")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_one_answer_in_two_forms_is_the_same_wherever_it_stands(answer, gold):
     ],
 )
 def test_a_wrong_answer_or_none_is_wrong(completion, gold):
-    assert not grade(completion, gold)
+    assert not is_right(completion, gold)
 
 
 def test_the_reward_takes_texts_and_conversations_and_either_column():
@@ -115,7 +115,7 @@ def test_gold_answers_that_cannot_be_read_are_named():
     with pytest.raises(ValueError, match=r"2 gold answers.*\['', '####'\]"):
         math_reward(["5"] * 4, answer=["5", "####", "", "####"])
     with pytest.raises(ValueError, match="1 gold answers"):
-        grade("5", "")
+        is_right("5", "")
     with pytest.raises(ValueError, match="'answer' or 'solution'"):
         math_reward(["5"])
 
@@ -137,8 +137,8 @@ def test_what_takes_too_long_is_wrong_and_said(monkeypatch, caplog):
 def test_worker_threads_grade_as_the_main_thread_does():
     pairs = [(f"\\boxed{{\\frac{{{n}}}{{7}}}}", f"{n + n % 2}/7") for n in range(40)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda pair: grade(*pair), pairs))
-    assert found == [grade(*pair) for pair in pairs] == [n % 2 == 0 for n in range(40)]
+        found = list(pool.map(lambda pair: is_right(*pair), pairs))
+    assert found == [is_right(*pair) for pair in pairs] == [n % 2 == 0 for n in range(40)]
 
 
 @needs_math500

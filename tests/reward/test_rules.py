@@ -9,7 +9,7 @@ from lenvm_rl.reward_functions import load_reward
 from reward import baselines
 from reward.length_reward import LengthReward
 from reward.rules import (
-    RULES,
+    LENGTH_RULES,
     alp_length_reward,
     arora_length_reward,
     gr3_length_reward,
@@ -277,7 +277,7 @@ def test_a_knob_may_be_a_column_row_by_row():
 
 
 def test_a_rule_of_ones_own_is_one_function(monkeypatch):
-    monkeypatch.delitem(RULES, "halved", raising=False)
+    monkeypatch.delitem(LENGTH_RULES, "halved", raising=False)
 
     @length_rule("halved", scope="completion")
     def halved(lengths, correct, group, *, limit):
@@ -285,7 +285,7 @@ def test_a_rule_of_ones_own_is_one_function(monkeypatch):
 
     reward = LengthReward("halved", flag_column, limit=5)
     assert called(reward, [5, 6, 5], [1, 1, 0]) == [1.0, 0.5, 0.0] and reward.__name__ == "flag_column_halved"
-    del RULES["halved"]
+    del LENGTH_RULES["halved"]
     with pytest.raises(ValueError, match="rule .*kimi.*'halved'"):
         LengthReward("halved", flag_column, limit=5)
 
@@ -305,7 +305,7 @@ READY = sorted(name for name, value in vars(baselines).items() if isinstance(val
 
 
 def test_every_rule_is_ready_for_every_task():
-    ready = sorted(f"{task}_{rule}" for task in ("gsm8k", "math", "sandbox") for rule in RULES)
+    ready = sorted(f"{task}_{rule}" for task in ("gsm8k", "math", "sandbox") for rule in LENGTH_RULES)
     assert ready == READY
     assert baselines.trl_soft_overlong_512(completion_ids=[[0] * 448]) == [-0.5]
 
