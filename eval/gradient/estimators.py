@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lenvm_rl.advantages import length_advantage
 from lenvm_rl.trainers.streams import WHITEN_EPSILON, Completions, Outcomes, Processes, centered_gated_advantage
-from reward.rules import RULES
+from reward.rules import LENGTH_RULES
 
 TASK, SEQUENCE, GROUP, LENVM, PLAIN, GATE = "task", "sequence", "group", "LenVM", "no baseline", "gate"
 # Names that the report looks for.
@@ -152,11 +152,11 @@ def rule_penalty(batch: GradedBatch, rule: str, with_task: bool = True, **knobs:
 
     Args:
         batch ([`GradedBatch`]): the completions.
-        rule (`str`): its name in `reward.rules.RULES`.
+        rule (`str`): its name in `reward.rules.LENGTH_RULES`.
         with_task (`bool`, *optional*, defaults to `True`): whether the rule contains the task reward, to be taken out.
         knobs: of the rule.
     """
-    rewards = RULES[rule].rewards(batch.tokens, batch.correct, batch.groups, **knobs).double()
+    rewards = LENGTH_RULES[rule].rewards(batch.tokens, batch.correct, batch.groups, **knobs).double()
     return centred(batch, rewards - batch.correct if with_task else rewards)
 
 
