@@ -1,7 +1,8 @@
-"""Length-guided decoding: a frozen length value model leans a policy's next token towards a length.
+"""`model.generate` under length guidance: what is passed on to it, what the guidance owns, and what cannot be guided.
 
-[`LengthGuidance`] says how, see `lenvm_rl.decoding.guidance` for the rules. [`generate_guided`] is `model.generate`
-under it, [`LengthGuidedLogitsProcessor`] acts inside any `generate`. The rows of a batch may be guided differently.
+[`LengthGuidance`] says how to guide, see `lenvm_rl.decoding.guidance` for the rules. [`LengthGuidedLogitsProcessor`]
+acts inside any `generate`; [`generate_guided`] sets that `generate` up and checks it. The rows of a batch may be guided
+differently.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,192 +28,12 @@ from transformers import (
     StopStringCriteria,
 )
 
-from lenvm_rl.decoding.guidance import AT_MOST, EQUAL_TO, TILT, LengthGuidance, as_list, tilt
-from lenvm_rl.decoding.processor import LengthGuidedLogitsProcessor, prompt_mask
-from lenvm_rl.decoding.report import GuidanceReport
+from lenvm_rl.decoding.guidance import AT_MOST, EQUAL_TO, TILT, LengthGuidance, as_list
+from lenvm_rl.decoding.processor import LengthGuidedLogitsProcessor
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.modeling.backbones import CACHE_NAMES
+from lenvm_rl.modeling.completions import prompt_mask
 from lenvm_rl.tokenization import check_same_tokenizer
-
-__all__ = [
-    "GuidanceReport",
-    "LengthGuidance",
-    "LengthGuidedLogitsProcessor",
-    "generate_guided",
-    "mean_length_at",
-    "tilt",
-]
-
-
-def generate_guided(
-    model: PreTrainedModel,
-    length_value_model: nn.Module,
-    inputs: Tensor | Mapping[str, Tensor],
-    guidance: LengthGuidance | Sequence[LengthGuidance],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    scoring: str = "cached",
-    generation_config: GenerationConfig | None = None,
-    logits_processor: Sequence[LogitsProcessor] = (),
-    return_report: bool = False,
-    **generate_kwargs,
-):
-    """`model.generate` under length guidance.
-
-    `do_sample`, `temperature`, `top_k`, `top_p` and `min_p` come from the guidance, whatever the model's own generation
-    config says; as arguments they are refused unless they say the same. Everything else (`max_new_tokens`,
-    `stopping_criteria`, …) is passed on. `repetition_penalty` and processors given here belong to the policy.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the policy.
-        length_value_model (`LengthValueModel`): frozen, in eval mode, with the policy's tokenizer.
-        inputs (`torch.Tensor` of shape `(B, S)` or mapping): prompts padded on the left, ids or with `attention_mask`.
-            Without a mask, what counts as padding is for `generate` to say
-            ([`~lenvm_rl.decoding.processor.prompt_mask`]).
-        guidance ([`LengthGuidance`] or sequence of them): how to guide; one for all prompts, or one for each.
-        tokenizer (*optional*): the policy's, to be compared; without it, only the sizes of the vocabularies are.
-        scoring (*optional*): see [`LengthGuidedLogitsProcessor`].
-        generation_config (*optional*), logits_processor (*optional*), generate_kwargs: as for `generate`.
-        return_report (`bool`, *optional*, defaults to `False`): also return what guidance did to each row.
-
-    Returns:
-        What `generate` returns: ids `(B * num_return_sequences, S + T)` or an object; with `return_report`, `(that,
-        report)`, see [`GuidanceReport`].
-
-    Raises:
-        ValueError: see `lenvm_rl.decoding.generation`; on tokenizers that differ, or rows that may outgrow the context.
-    """
-    inputs, arguments = read_inputs(inputs, generate_kwargs)
-    several = as_list(guidance)
-    merged = _merged_generation_config(model, several, generation_config, arguments)
-    check_call(model, several, merged, generation_config, inputs, arguments)
-    criteria = _stopping_criteria(arguments.pop("stopping_criteria", None) or (), merged, tokenizer)
-    if tokenizer is not None:
-        check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
-    settings = {"scoring": scoring, "same_tokenizer": tokenizer is not None, "record": return_report}
-    processor = _processor(length_value_model, several, inputs, merged, criteria, **settings)
-    output = model.generate(
-        **inputs,
-        **_passed_on(arguments, model, merged, tokenizer),
-        generation_config=merged,
-        stopping_criteria=processor.watch(criteria),
-        logits_processor=LogitsProcessorList([*logits_processor, processor]),
-    )
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    return (output, processor.finish(sequences)) if return_report else output
-
-
-def _processor(
-    length_value_model: nn.Module,
-    guidance: list[LengthGuidance],
-    inputs: Mapping[str, Tensor],
-    merged: GenerationConfig,
-    criteria: Sequence[StoppingCriteria],
-    **settings,
-) -> LengthGuidedLogitsProcessor:
-    """The processor of one call, which sees the prompts that `generate` will let the policy see."""
-    mask, pad = inputs.get("attention_mask"), merged.pad_token_id
-    exists = prompt_mask(inputs["input_ids"], mask, pad, end_token_ids(None, merged))
-    processor = LengthGuidedLogitsProcessor(
-        length_value_model,
-        guidance,
-        eos_token_id=_ends(merged, criteria),
-        attention_mask=exists,
-        pad_token_id=pad,
-        **settings,
-    )
-    processor.check_length(int(exists.sum(dim=1).max()) + max(1, new_tokens(merged, exists.shape[1], criteria)))
-    return processor
-
-
-def _stopping_criteria(
-    given: Sequence[StoppingCriteria], merged: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> list[StoppingCriteria]:
-    """The given criteria, and that of `merged.stop_strings`, which `generate` then need not make."""
-    stop_strings, merged.stop_strings = merged.stop_strings, None
-    if stop_strings is None or any(type(each) is StopStringCriteria for each in given):
-        return list(given)
-    if tokenizer is None:
-        raise ValueError("stop_strings needs the tokenizer whose text is searched: give tokenizer=.")
-    return [*given, StopStringCriteria(tokenizer, stop_strings)]
-
-
-def _ends(merged: GenerationConfig, criteria: Sequence[StoppingCriteria]) -> list[int]:
-    """The ids that end a row: a given criterion takes the place of the one that `generate` would make."""
-    given = [each.eos_token_id for each in criteria if type(each) is EosTokenCriteria]
-    ends = end_token_ids(None, given[0] if given else merged)
-    if not ends:
-        raise ValueError("the policy has no eos_token_id: set it in model.generation_config, or pass eos_token_id=.")
-    return ends
-
-
-def _passed_on(
-    arguments: Mapping, model: PreTrainedModel, merged: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> dict:
-    """The arguments of `generate` that are no settings, which stand in the merged ones."""
-    passed_on = {name: value for name, value in arguments.items() if not hasattr(merged, name)}
-    if tokenizer is not None and model.generation_config.stop_strings is not None:
-        # `generate` fills in what the merged settings lack.
-        passed_on["tokenizer"] = tokenizer
-    return passed_on
-
-
-def mean_length_at(
-    model: PreTrainedModel,
-    length_value_model: nn.Module,
-    inputs: Tensor | Mapping[str, Tensor],
-    guidance: LengthGuidance,
-    *,
-    seed: int,
-    **generate_kwargs,
-) -> Callable[[float], float]:
-    """What [`~lenvm_rl.controllers.calibrate_strength`] measures: the mean length of sampled completions by strength.
-
-    Args:
-        model, length_value_model, inputs: as in [`generate_guided`]; the prompts are the sample.
-        guidance ([`LengthGuidance`]): a tilt, whose strength is replaced.
-        seed (`int`): of every measurement; the global random state is left as it was.
-        generate_kwargs: as in [`generate_guided`].
-
-    Returns:
-        callable: from a strength to the mean number of tokens, end-of-sequence not counted.
-    """
-    if guidance.mode != TILT:
-        raise ValueError(f"mode={guidance.mode!r} has no strength to be found: give a guidance with mode='tilt'.")
-    devices = [model.device] if model.device.type == "cuda" else []
-
-    def measure(strength: float) -> float:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            _, report = generate_guided(
-                model,
-                length_value_model,
-                inputs,
-                replace(guidance, strength=strength),
-                return_report=True,
-                **generate_kwargs,
-            )
-        return float(report.lengths.float().mean())
-
-    return measure
-
-
-def _merged_generation_config(
-    model: PreTrainedModel,
-    guidance: list[LengthGuidance],
-    generation_config: GenerationConfig | None,
-    arguments: Mapping,
-) -> GenerationConfig:
-    """The settings that `generate` is to use: what guidance owns, then arguments, the given config, and the model's."""
-    merged = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
-    merged.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-    sampled = any(each.temperature > 0 for each in guidance)
-    owned = {"do_sample": sampled, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    # Unset, so that `generate` makes no warper for it, unless it would then fill in the model's own.
-    owned["min_p"] = None if model.generation_config.min_p is None else 0.0
-    merged.update(**{**arguments, **owned})
-    return merged
-
 
 # What `generate` would apply after the guidance, and the value at which it does nothing.
 REFUSED_WARPERS = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
@@ -236,12 +58,119 @@ NO_INPUTS = ("tokenizer", "assistant_tokenizer", "logits_to_keep", "use_model_de
 DEFAULT_NEW_TOKENS = 20
 
 
-def read_inputs(inputs: Tensor | Mapping[str, Tensor], arguments: Mapping) -> tuple[dict[str, Tensor], dict]:
-    """Inputs by name, and the arguments that are none: a mask may be given either way.
+def generate_guided(
+    model: PreTrainedModel,
+    length_value_model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    guidance: LengthGuidance | Sequence[LengthGuidance],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    scoring: str = "cached",
+    generation_config: GenerationConfig | None = None,
+    logits_processor: Sequence[LogitsProcessor] = (),
+    return_report: bool = False,
+    **generate_kwargs: Any,
+) -> Any:
+    """`model.generate` under length guidance.
+
+    `do_sample`, `temperature`, `top_k`, `top_p` and `min_p` come from the guidance, whatever the model's own generation
+    config says; as arguments they are refused unless they say the same. Everything else (`max_new_tokens`,
+    `stopping_criteria`, …) is passed on. `repetition_penalty` and processors given here belong to the policy.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the policy.
+        length_value_model (`LengthValueModel`): frozen, in eval mode, with the policy's tokenizer.
+        inputs (`torch.Tensor` of shape `(B, S)` or mapping): prompts padded on the left, ids or with `attention_mask`.
+            Without a mask, what counts as padding is for `generate` to say
+            ([`~lenvm_rl.modeling.completions.prompt_mask`]).
+        guidance ([`LengthGuidance`] or sequence of them): how to guide; one for all prompts, or one for each.
+        tokenizer (*optional*): the policy's, to be compared; without it, only the sizes of the vocabularies are.
+        scoring (*optional*): see [`LengthGuidedLogitsProcessor`].
+        generation_config (*optional*), logits_processor (*optional*), generate_kwargs: as for `generate`.
+        return_report (`bool`, *optional*, defaults to `False`): also return what guidance did to each row.
+
+    Returns:
+        What `generate` returns: ids `(B * num_return_sequences, S + T)` or an object; with `return_report`, a pair of
+        this and a [`GuidanceReport`].
 
     Raises:
-        ValueError: there are no ids `(B, S)` of at least one token, or one thing is given twice.
+        ValueError: the tokenizers differ, rows may outgrow the context, or what is asked for cannot be guided.
     """
+    inputs, arguments = _named_inputs(inputs, generate_kwargs)
+    several = as_list(guidance)
+    merged = _merged_generation_config(model, several, generation_config, arguments)
+    _check_call(model, several, merged, generation_config, inputs, arguments)
+    criteria = _stopping_criteria(arguments.pop("stopping_criteria", None) or (), merged, tokenizer)
+    if tokenizer is not None:
+        check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
+    # The processor sees the prompts that `generate` will let the policy see.
+    pad = merged.pad_token_id
+    exists = prompt_mask(inputs["input_ids"], inputs.get("attention_mask"), pad, end_token_ids(None, merged))
+    processor = LengthGuidedLogitsProcessor(
+        length_value_model,
+        several,
+        eos_token_id=_ends(merged, criteria),
+        attention_mask=exists,
+        pad_token_id=pad,
+        scoring=scoring,
+        same_tokenizer=tokenizer is not None,
+        record=return_report,
+    )
+    processor.check_length(int(exists.sum(dim=1).max()) + max(1, _new_tokens(merged, exists.shape[1], criteria)))
+    # Settings stand in the merged config.
+    passed_on = {name: value for name, value in arguments.items() if not hasattr(merged, name)}
+    if tokenizer is not None and model.generation_config.stop_strings is not None:
+        # `generate` fills in what the merged settings lack.
+        passed_on["tokenizer"] = tokenizer
+    output = model.generate(
+        **inputs,
+        **passed_on,
+        generation_config=merged,
+        stopping_criteria=processor.watch(criteria),
+        logits_processor=LogitsProcessorList([*logits_processor, processor]),
+    )
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    return (output, processor.finish(sequences)) if return_report else output
+
+
+def mean_length_at(
+    model: PreTrainedModel,
+    length_value_model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    guidance: LengthGuidance,
+    *,
+    seed: int,
+    **generate_kwargs: Any,
+) -> Callable[[float], float]:
+    """What [`~lenvm_rl.controllers.calibrate_strength`] measures: the mean length of sampled completions by strength.
+
+    Args:
+        model, length_value_model, inputs: as in [`generate_guided`]; the prompts are the sample.
+        guidance ([`LengthGuidance`]): a tilt, whose strength is replaced.
+        seed (`int`): of every measurement; the global random state is left as it was.
+        generate_kwargs: as in [`generate_guided`].
+
+    Returns:
+        callable: from a strength to the mean number of tokens, end-of-sequence not counted.
+    """
+    if guidance.mode != TILT:
+        raise ValueError(f"mode={guidance.mode!r} has no strength to be found: give a guidance with mode='tilt'.")
+    devices = [model.device] if model.device.type == "cuda" else []
+
+    def measure(strength: float) -> float:
+        guided = replace(guidance, strength=strength)
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            _, report = generate_guided(
+                model, length_value_model, inputs, guided, return_report=True, **generate_kwargs
+            )
+        return float(report.lengths.float().mean())
+
+    return measure
+
+
+def _named_inputs(inputs, arguments: Mapping) -> tuple[dict[str, Tensor], dict]:
+    """Inputs by name, and the arguments that are none: a mask may be given either way."""
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
     if not isinstance(inputs, Mapping):
         raise ValueError(f"inputs are ids (B, S) or a mapping that holds input_ids, got a {type(inputs).__name__}.")
@@ -264,44 +193,39 @@ def read_inputs(inputs: Tensor | Mapping[str, Tensor], arguments: Mapping) -> tu
     return inputs, arguments
 
 
-def check_call(
-    model: PreTrainedModel,
-    guidance: list[LengthGuidance],
-    merged: GenerationConfig,
-    given: GenerationConfig | None,
-    inputs: Mapping,
-    arguments: Mapping,
-) -> None:
-    """Refuses what cannot be done; says what to change.
-
-    Args:
-        model (`PreTrainedModel`): the policy.
-        guidance (list of [`LengthGuidance`]): one for all prompts, or one for each.
-        merged (`GenerationConfig`): the settings that `generate` will use.
-        given (`GenerationConfig`, *optional*), inputs, arguments: what the caller gave.
-
-    Raises:
-        ValueError: names what is wrong.
-    """
-    rows, width = inputs["input_ids"].shape
-    if len(guidance) not in (1, rows):
-        raise ValueError(f"{len(guidance)} guidances do not fit {rows} prompts: give one, or one for each.")
-    for each in dict.fromkeys(guidance):
-        _check_settings(each, len(set(guidance)) == 1, given, arguments)
-        _check_room(each, merged, width, arguments.get("stopping_criteria") or ())
-    _check_generation(merged, arguments)
-    if any(each.needs_values for each in guidance):
-        _check_seen(model, merged, {**inputs, **arguments})
+def _merged_generation_config(model, guidance, generation_config, arguments: Mapping) -> GenerationConfig:
+    """The settings that `generate` is to use: what guidance owns, then arguments, the given config, and the model's."""
+    merged = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
+    merged.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+    sampled = any(each.temperature > 0 for each in guidance)
+    owned = {"do_sample": sampled, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    # Unset, so that `generate` makes no warper for it, unless it would then fill in the model's own.
+    owned["min_p"] = None if model.generation_config.min_p is None else 0.0
+    merged.update(**{**arguments, **owned})
+    return merged
 
 
-def new_tokens(merged: GenerationConfig, prompt_width: int, criteria: Sequence[StoppingCriteria]) -> int:
-    """The most tokens that `generate` will write.
+def _stopping_criteria(given: Sequence[StoppingCriteria], merged, tokenizer) -> list[StoppingCriteria]:
+    """The given criteria, and one of `merged.stop_strings`, which `generate` then need not make."""
+    stop_strings, merged.stop_strings = merged.stop_strings, None
+    if stop_strings is None or any(type(each) is StopStringCriteria for each in given):
+        return list(given)
+    if tokenizer is None:
+        raise ValueError("stop_strings needs the tokenizer whose text is searched: give tokenizer=.")
+    return [*given, StopStringCriteria(tokenizer, stop_strings)]
 
-    Args:
-        merged (`GenerationConfig`): its settings.
-        prompt_width (`int`): of the prompts, padding included.
-        criteria (sequence of `StoppingCriteria`): what it is given.
-    """
+
+def _ends(merged: GenerationConfig, criteria: Sequence[StoppingCriteria]) -> list[int]:
+    """The ids that end a row: a given criterion takes the place of the one that `generate` would make."""
+    given = [each.eos_token_id for each in criteria if type(each) is EosTokenCriteria]
+    ends = end_token_ids(None, given[0] if given else merged)
+    if not ends:
+        raise ValueError("the policy has no eos_token_id: set it in model.generation_config, or pass eos_token_id=.")
+    return ends
+
+
+def _new_tokens(merged: GenerationConfig, prompt_width: int, criteria: Sequence[StoppingCriteria]) -> int:
+    """The most tokens that `generate` will write after prompts that are so wide, padding included."""
     for each in criteria:
         # It takes the place of the one that `generate` would make.
         if type(each) is MaxLengthCriteria:
@@ -311,24 +235,17 @@ def new_tokens(merged: GenerationConfig, prompt_width: int, criteria: Sequence[S
     return DEFAULT_NEW_TOKENS if merged.max_length is None else merged.max_length - prompt_width
 
 
-def _check_seen(model: PreTrainedModel, merged: GenerationConfig, given: Mapping) -> None:
-    """Refuses inputs of the policy that the length value model would not see."""
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder: the length value model would not see what its encoder "
-            "reads. Give a decoder."
-        )
-    known = {*READ_BY_BOTH, *NO_INPUTS, *inspect.signature(GenerationMixin.generate).parameters} - {"inputs", "kwargs"}
-    unseen = []
-    for name, value in given.items():
-        empty = name in (*CACHE_NAMES, "cache_params") and value is not None and not value.get_seq_length()
-        if value is not None and name not in known and not hasattr(merged, name) and not empty:
-            unseen.append(name)
-    if unseen:
-        raise ValueError(
-            f"{', '.join(sorted(unseen))}: an input of the policy that the length value model would not see (it reads "
-            "input_ids and attention_mask alone). Leave it out, or generate without guidance."
-        )
+def _check_call(model, guidance: list[LengthGuidance], merged, given, inputs: Mapping, arguments: Mapping) -> None:
+    """Refuses what cannot be done: by the merged settings, the config that was `given`, inputs, and arguments."""
+    rows, width = inputs["input_ids"].shape
+    if len(guidance) not in (1, rows):
+        raise ValueError(f"{len(guidance)} guidances do not fit {rows} prompts: give one, or one for each.")
+    for each in dict.fromkeys(guidance):
+        _check_settings(each, len(set(guidance)) == 1, given, arguments)
+        _check_room(each, merged, width, arguments.get("stopping_criteria") or ())
+    _check_generation(merged, arguments)
+    if any(each.needs_values for each in guidance):
+        _check_seen(model, merged, {**inputs, **arguments})
 
 
 def _check_settings(guidance: LengthGuidance, alone: bool, given: GenerationConfig | None, arguments: Mapping) -> None:
@@ -348,13 +265,11 @@ def _check_settings(guidance: LengthGuidance, alone: bool, given: GenerationConf
             )
 
 
-def _check_room(
-    guidance: LengthGuidance, merged: GenerationConfig, prompt_width: int, criteria: Sequence[StoppingCriteria]
-) -> None:
+def _check_room(guidance: LengthGuidance, merged: GenerationConfig, prompt_width: int, criteria) -> None:
     """Refuses a target that completions cannot reach, or not be held to; the end takes a token, too."""
     if guidance.mode == TILT:
         return
-    target, room = guidance.target_length, new_tokens(merged, prompt_width, criteria)
+    target, room = guidance.target_length, _new_tokens(merged, prompt_width, criteria)
     if room < target + 1:
         raise ValueError(
             f"target_length={target} needs max_new_tokens of at least {target + 1} (the end-of-sequence token is one "
@@ -391,4 +306,24 @@ def _check_generation(merged: GenerationConfig, arguments: Mapping) -> None:
         raise ValueError(
             f"the settings lead to {mode.value if mode not in PLAIN_MODES else 'continuous batching'}, which cannot be "
             "guided: leave out what does so."
+        )
+
+
+def _check_seen(model: PreTrainedModel, merged: GenerationConfig, given: Mapping) -> None:
+    """Refuses inputs of the policy that the length value model would not see."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: the length value model would not see what its encoder "
+            "reads. Give a decoder."
+        )
+    known = {*READ_BY_BOTH, *NO_INPUTS, *inspect.signature(GenerationMixin.generate).parameters} - {"inputs", "kwargs"}
+    unseen = []
+    for name, value in given.items():
+        empty = name in (*CACHE_NAMES, "cache_params") and value is not None and not value.get_seq_length()
+        if value is not None and name not in known and not hasattr(merged, name) and not empty:
+            unseen.append(name)
+    if unseen:
+        raise ValueError(
+            f"{', '.join(sorted(unseen))}: an input of the policy that the length value model would not see (it reads "
+            "input_ids and attention_mask alone). Leave it out, or generate without guidance."
         )

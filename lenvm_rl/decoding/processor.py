@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from lenvm_rl.decoding.guidance import TILT, LengthGuidance, as_list, check_temperature
-from lenvm_rl.decoding.report import GuidanceReport, RowLog, WatchedCriteria, watch
+from lenvm_rl.decoding.report import GuidanceReport, RowLog, WatchedCriteria
 from lenvm_rl.decoding.scoring import CandidateScorer, FullRowScorer
 from lenvm_rl.endings import end_token_ids, likeliest_end
+from lenvm_rl.modeling.completions import prompt_mask
 from lenvm_rl.returns import remaining_from_logits
 
 SCORERS = {"cached": CandidateScorer, "full": FullRowScorer}
@@ -37,28 +38,24 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         length_value_model (`LengthValueModel`): frozen, in eval mode.
         guidance ([`LengthGuidance`] or sequence of them): how to guide; one for all rows, or one for each prompt.
         eos_token_id (`int` or sequence of `int`): the tokens that end a sequence: as candidates, their value is 0.
-        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
-            The prompts' mask (left padding). When omitted, it is what `generate` makes of the ids, see
-            [`prompt_mask`].
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): the prompts' mask (left padding). When omitted,
+            it is what `generate` makes of the ids, see [`~lenvm_rl.modeling.completions.prompt_mask`].
         pad_token_id (`int`, *optional*): needed if prompts are padded and no `attention_mask` is given.
-        generation_temperature (`float`, *optional*, defaults to `1.0`):
-            The temperature that `generate` applies afterwards; the scores are multiplied by it beforehand, so that the
-            result is the guidance's distribution.
-        scoring (`str`, *optional*, defaults to `"cached"`):
-            `"cached"` for one forward for each token ([`CandidateScorer`]), `"full"` to run every candidate as a
-            complete row ([`FullRowScorer`]): slow, for backbones whose cache cannot be shared.
-        same_tokenizer (`bool`, *optional*, defaults to `False`):
-            Set when the tokenizers of both models were compared: their embedding tables may then differ in padding.
-        record (`bool`, *optional*, defaults to `False`):
-            Whether to keep the log-probabilities of the chosen tokens; [`LengthGuidedLogitsProcessor.finish`] then
-            completes the report.
+        generation_temperature (`float`, *optional*, defaults to `1.0`): the temperature that `generate` applies
+            afterwards; the scores are multiplied by it beforehand, so that the result is the guidance's distribution.
+        scoring (`str`, *optional*, defaults to `"cached"`): `"cached"` for one forward for each token
+            ([`CandidateScorer`]), `"full"` to run every candidate as a complete row ([`FullRowScorer`]): slow, for
+            backbones whose cache cannot be shared.
+        same_tokenizer (`bool`, *optional*, defaults to `False`): set when the tokenizers of both models were compared:
+            their embedding tables may then differ in padding.
+        record (`bool`, *optional*, defaults to `False`): whether to keep the log-probabilities of the chosen tokens;
+            [`LengthGuidedLogitsProcessor.finish`] then completes the report.
 
     Raises:
-        ValueError: at construction, on an unknown `scoring` or a model that it cannot use; at the first call, on
-            vocabularies that differ, right padding, a number of guidances that does not fit the rows, an end to be
-            enforced where the policy has none, or a vocabulary too large to be scored without truncation; at any call,
-            where ids go back behind those seen before, or rows go beyond the context.
-        FloatingPointError: if the length value model gives NaN or infinity.
+        ValueError: at construction, a model that it cannot use; at the first call, what does not fit (vocabularies,
+            padding, the number of guidances, an end to be enforced where there is none); at any call, ids that go back
+            behind what was seen, or rows beyond the context.
+        FloatingPointError: the length value model gives NaN or infinity.
     """
 
     def __init__(
@@ -100,13 +97,10 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         self._seen: Tensor | None = None
 
     def watch(self, criteria: Sequence[StoppingCriteria] = ()) -> StoppingCriteriaList:
-        """What to give `generate` as `stopping_criteria`: the given ones, and word to this processor of what they end.
-
-        Args:
-            criteria (sequence of `StoppingCriteria`): as for `generate`; for `stop_strings`, a `StopStringCriteria`.
-        """
-        given, self._watched = watch(criteria)
-        return given
+        """What to give `generate` as `stopping_criteria`: the given ones (for `stop_strings`, a `StopStringCriteria`),
+        and word to this processor of what they end."""
+        self._watched = WatchedCriteria(criteria)
+        return self._watched.for_generate()
 
     def check_length(self, tokens: int) -> None:
         """Raises a `ValueError` unless rows of so many tokens, prompt included, can be guided."""
@@ -128,14 +122,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         return guided
 
     def finish(self, sequences: Tensor) -> GuidanceReport:
-        """The report, once the last token stands.
-
-        Args:
-            sequences (`torch.Tensor` of shape `(B, S)`): what `generate` returned.
-
-        Raises:
-            ValueError: the sequences are not those of the last call.
-        """
+        """The report, once the last token stands; `sequences` `(B, S)` are what `generate` returned."""
         if self._continues(sequences):
             self._take(sequences[:, -1])
         elif self._seen is None or not torch.equal(sequences, self._seen):
@@ -174,7 +161,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         return policy * self.generation_temperature
 
     def _by_group(self, of_rows: Callable[[LengthGuidance, Tensor | slice], Tensor]) -> Tensor:
-        """`(B, V)` in the order of the rows, from what is made for those of each guidance."""
+        """`(B, V)` in the order of the rows, from what is made for the rows of each guidance."""
         if len(self._groups) == 1:
             return of_rows(self._groups[0][0], slice(None))
         return torch.cat([of_rows(each, rows) for each, rows in self._groups])[self._back]
@@ -349,34 +336,3 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         chosen = policy.argmax(dim=1, keepdim=True)
         alone = torch.full_like(policy, -torch.inf).scatter_(1, chosen, 0.0)
         return torch.where(self._greedy.unsqueeze(1), alone, policy)
-
-
-def prompt_mask(
-    input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None, end_ids: Sequence[int]
-) -> Tensor:
-    """Which prompt tokens exist: what is given, or else what `generate` makes of the ids, so that both see the same.
-
-    There, every pad token is padding, unless it is an end as well: then all tokens count, for nobody can tell.
-
-    Args:
-        input_ids (`torch.Tensor` of shape `(B, S)`): prompts.
-        attention_mask (`torch.Tensor`, *optional*): `(B, S)`, or one row for each prompt of which there are several.
-        pad_token_id (`int`, *optional*), end_ids (`Sequence[int]`): of the generation.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S)`.
-
-    Raises:
-        ValueError: the mask does not fit the ids.
-    """
-    if attention_mask is None:
-        if pad_token_id is None or pad_token_id in end_ids:
-            return torch.ones_like(input_ids)
-        return (input_ids != pad_token_id).long()
-    rows, width = input_ids.shape
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != width or rows % attention_mask.shape[0]:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)} but the prompts {tuple(input_ids.shape)}: make "
-            "one processor for each batch of prompts."
-        )
-    return attention_mask.to(input_ids.device).repeat_interleave(rows // attention_mask.shape[0], dim=0)

@@ -1,9 +1,14 @@
-"""What guidance did to each row of a generation: which rows are over and why, how long they are, what was overruled."""
+"""What guidance did to each row of a generation: how long it is, what ended it, and what was overruled.
+
+[`GuidanceReport`] is what a caller reads; [`RowLog`] writes it token by token, and [`WatchedCriteria`] tells it which
+rows a stopping criterion has ended.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +35,7 @@ class GuidanceReport:
         overruled (`torch.Tensor` of shape `(B,)`): the overruled probability, summed over steps: the expected number
             of choices that enforcement changed.
         log_probs (`torch.Tensor` of shape `(B, T)`): log-probability of each token under the guided distribution that
-            it was drawn from; 0 after the end. (Greedy choices are certain; theirs is that of the distribution.)
+            it was drawn from; 0 after the end. (Greedy choices are certain; what is told is the distribution's.)
         policy_log_probs (`torch.Tensor` of shape `(B, T)`): the same under the policy at the guidance's temperature,
             without guidance and candidate rule. The importance ratio of a token is ``exp(policy - guided)``.
         finish_reason (list of `str`): what ended each row: `"eos"` (an end-of-sequence id), `"criterion"` (a stopping
@@ -46,17 +51,13 @@ class GuidanceReport:
 
 
 class RowLog:
-    """Follows the rows of a generation, token by token.
+    """Follows the rows of a generation, token by token: `finished` `(B,)` says which are over, `report` the rest.
 
     Args:
         rows (`int`): how many there are.
         end_ids (list of `int`): ids that end a row.
         pad_token_id (`int`, *optional*): what fills a row that is over, where it is known.
         device (`torch.device`): of the scores.
-
-    Attributes:
-        finished (`torch.Tensor` of shape `(B,)`): which rows are over.
-        report ([`GuidanceReport`]): what there is to say so far.
     """
 
     def __init__(self, rows: int, end_ids: list[int], pad_token_id: int | None, device: torch.device):
@@ -125,35 +126,21 @@ MADE_BY_GENERATE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopSt
 
 
 class WatchedCriteria(StoppingCriteria):
-    """Says what other criteria say, and remembers which rows they have ended.
-
-    Args:
-        criteria (sequence of `StoppingCriteria`): as for `generate`.
-
-    Attributes:
-        ended (`torch.Tensor` of shape `(B,)` or `None`): the rows that any of them has ended so far; `None` before the
-            first token.
-    """
+    """Says what other criteria say, and remembers which rows they have ended: `ended` `(B,)`, `None` before a token."""
 
     def __init__(self, criteria: Sequence[StoppingCriteria] = ()):
-        self.criteria = StoppingCriteriaList(criteria)
+        # A stop string depends on the ids alone, so it may be looked for twice.
+        own = [each for each in criteria if type(each) not in MADE_BY_GENERATE or type(each) is StopStringCriteria]
+        self.criteria = StoppingCriteriaList(own)
         self.ended: Tensor | None = None
+        self._as_they_are = [each for each in criteria if type(each) in MADE_BY_GENERATE]
 
-    def __call__(self, input_ids: Tensor, scores: tuple[Tensor] | None, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: tuple[Tensor] | None, **kwargs: Any) -> Tensor:
         """Which rows of `input_ids` `(B, S)` are over, `(B,)` bool."""
         ended = self.criteria(input_ids, scores, **kwargs)
         self.ended = ended if self.ended is None else self.ended | ended
         return ended
 
-
-def watch(criteria: Sequence[StoppingCriteria]) -> tuple[StoppingCriteriaList, WatchedCriteria]:
-    """What `generate` is to be given in place of some criteria, and the criterion among it that remembers.
-
-    Args:
-        criteria (sequence of `StoppingCriteria`): as for `generate`.
-    """
-    as_they_are = [each for each in criteria if type(each) in MADE_BY_GENERATE]
-    # A stop string depends on the ids alone, so it may be looked for twice.
-    asked = [each for each in criteria if type(each) not in MADE_BY_GENERATE or type(each) is StopStringCriteria]
-    watched = WatchedCriteria(asked)
-    return StoppingCriteriaList([*as_they_are, watched]), watched
+    def for_generate(self) -> StoppingCriteriaList:
+        """What `generate` is to be given in place of the criteria."""
+        return StoppingCriteriaList([*self._as_they_are, self])

@@ -7,6 +7,11 @@ Two scorers with one interface: `start` with the prompts, then `score` and `adva
   become part of the prefix, so that no second forward is needed. Tokens that were chosen without being scored wait, and
   join the prefix in the forward of the next candidates.
 - [`FullRowScorer`]: runs each candidate as a complete row. Slow; works with any backbone, and serves as the reference.
+
+Cached scoring is right only where a token's key and value depend on nothing that comes later. Some position schemes
+break it (frequencies that change with the length of a row, distances counted in slots of the cache), from the start or
+beyond some length. So it is compared with full rows: a few short forwards when a model is first used, and again before
+rows get longer than what was compared.
 """
 
 from __future__ import annotations
@@ -26,26 +31,22 @@ from lenvm_rl.modeling.length_value_model import LengthValueModel
 MASKABLE_ATTENTION = ("eager", "sdpa")
 # Tokens before the candidates where cached scoring is compared with full rows, and rows that are no longer short.
 PREFIX, SHORT = 6, 16
+# Candidates side by side, and which of them are compared: slots of the cache matter more the further they are.
+CANDIDATES, COMPARED = 32, [0, 15, 31]
+# How a decoder says that it cannot do what it is asked for.
+REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 # Up to how many tokens cached scoring is known to be right, for each model.
 _CHECKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def check_scorable(length_value_model: nn.Module) -> None:
-    """Raises a `ValueError` if dropout is on, a gradient could reach the model, or it was fitted to no values."""
+    """Raises a `ValueError` if dropout is on."""
     if length_value_model.training:
         raise ValueError("the length value model is in training mode: call `.freeze()` or `.eval()` before scoring.")
 
 
 class Scorer:
-    """What both scorers share.
-
-    Args:
-        length_value_model (`LengthValueModel`): or a model like it, see the scorers.
-        max_tokens (`int`, *optional*, defaults to `16384`): the most candidate tokens in one forward.
-
-    Raises:
-        ValueError: see [`check_scorable`].
-    """
+    """What both scorers share: a model in eval mode, and the most tokens in one forward, all rows together."""
 
     def __init__(self, length_value_model: nn.Module, max_tokens: int = 16384):
         check_scorable(length_value_model)
@@ -59,6 +60,12 @@ class Scorer:
     @property
     def _device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    def _measure(self, attention_mask: Tensor) -> None:
+        """Take down how long the prompts are, which must leave room for a token."""
+        self._sizes = attention_mask.sum(dim=1).long().cpu()
+        self._length = int(self._sizes.max())
+        self.check_length(self._length + 1)
 
     def _grow(self, live: Tensor) -> None:
         """A token more for each live row: a long one that has ended no longer counts as the longest."""
@@ -80,22 +87,16 @@ class Scorer:
 class CandidateScorer(Scorer):
     """Scores candidates as siblings against a cached prefix: one forward for each generated token.
 
-    That is right only where a token's key and value depend on nothing that comes later. Some position schemes break
-    it (frequencies that change with the length of a row, distances counted in slots of the cache), from the start or
-    beyond some length. So cached scoring is compared with full rows: a few short forwards when a model is first used,
-    and again before rows get longer than what was compared.
-
     Args:
-        length_value_model (`LengthValueModel`):
-            Or any model whose forward takes `input_ids`, a 4D additive `attention_mask`, `position_ids`,
-            `past_key_values` and `use_cache`, and returns `.logits` `(B, S)` and `.past_key_values`.
-        max_tokens (`int`, *optional*, defaults to `16384`):
-            The most candidate tokens in one forward; more candidates are scored in several.
+        length_value_model (`LengthValueModel`): or any model whose forward takes `input_ids`, a 4D additive
+            `attention_mask`, `position_ids`, `past_key_values` and `use_cache`, and returns `.logits` `(B, S)` and
+            `.past_key_values`.
+        max_tokens (`int`, *optional*, defaults to `16384`): the most candidate tokens in one forward; more candidates
+            are scored in several.
 
     Raises:
-        ValueError: if the model is in training mode, its attention takes no custom mask, its cache holds anything
-            but full attention (sliding windows, recurrent states), for which siblings cannot share a prefix, or
-            candidates scored against it get other values than in full rows.
+        ValueError: the model is in training mode, its attention takes no custom mask, its cache holds anything but full
+            attention (sliding windows, recurrent states), or cached scoring gives other values than full rows.
     """
 
     def __init__(self, length_value_model: nn.Module, max_tokens: int = 16384):
@@ -132,14 +133,14 @@ class CandidateScorer(Scorer):
     def _compare(self, checked: int, limit: int) -> None:
         """Compares with full rows what may differ between rows of `checked` and of `limit` tokens."""
         if not checked:
-            compare_with_full_rows(self, PREFIX, PREFIX)
+            _compare_with_full_rows(self, PREFIX, PREFIX)
         if limit > SHORT:
             # A few tokens, then a leap to the end: no position in between has to be computed.
-            compare_with_full_rows(self, PREFIX, limit - 2)
+            _compare_with_full_rows(self, PREFIX, limit - 2)
         for window in window_sizes(self.model.config):
             # Siblings lie further out in the cache than they stand.
             if checked < 2 * window and window < 2 * limit:
-                compare_with_full_rows(self, window, window)
+                _compare_with_full_rows(self, window, window)
 
     def start(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Reads the prompts, forgetting whatever came before.
@@ -147,13 +148,8 @@ class CandidateScorer(Scorer):
         Args:
             input_ids (`torch.Tensor` of shape `(B, S)`): prompts, padded on the left.
             attention_mask (`torch.Tensor` of shape `(B, S)`): 1 where a prompt token exists.
-
-        Raises:
-            ValueError: on ids outside the vocabulary, or see [`CandidateScorer.check_length`].
         """
-        self._sizes = attention_mask.sum(dim=1).long().cpu()
-        self._length = int(self._sizes.max())
-        self.check_length(self._length + 1)
+        self._measure(attention_mask)
         self.read(input_ids, attention_mask)
 
     @torch.no_grad()
@@ -183,9 +179,6 @@ class CandidateScorer(Scorer):
 
         Returns:
             `torch.Tensor` of shape `(B, k)`: float32 logits; 0 where not valid.
-
-        Raises:
-            ValueError: on ids outside the vocabulary, or see [`CandidateScorer.check_length`].
         """
         self.check_length(self._length + 1)
         return self.score_unchecked(candidates, valid)
@@ -236,7 +229,7 @@ class CandidateScorer(Scorer):
             self._keep(live.nonzero().squeeze(1))
 
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values that are kept: those of the prefixes, whatever was scored."""
+        """Bytes of the keys and values that are kept: of the prefixes alone, whatever was scored."""
         kept = [each for layer in self.cache.layers for each in (layer.keys, layer.values)]
         return sum(each.numel() * each.element_size() for each in kept)
 
@@ -297,19 +290,14 @@ class FullRowScorer(Scorer):
     """Scores each candidate as a complete row, prompt included: slow, but right for any backbone.
 
     Args:
-        length_value_model (`LengthValueModel`):
-            Or any model whose forward takes `input_ids` and `attention_mask` and returns `.logits`, all `(B, S)`.
+        length_value_model (`LengthValueModel`): or any model whose forward takes `input_ids` and `attention_mask` and
+            returns `.logits`, all `(B, S)`.
         max_tokens (`int`, *optional*, defaults to `16384`): the most tokens in one forward, all rows together.
-
-    Raises:
-        ValueError: if the model is in training mode.
     """
 
     def start(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Reads the prompts, as [`CandidateScorer.start`] does."""
-        self._sizes = attention_mask.sum(dim=1).long().cpu()
-        self._length = int(self._sizes.max())
-        self.check_length(self._length + 1)
+        self._measure(attention_mask)
         self._exists = attention_mask.to(self._device).bool()
         self._ids = input_ids.to(self._device).masked_fill(~self._exists, 0)
         _check_ids(self._ids, self.vocab_size)
@@ -355,24 +343,15 @@ def _check_ids(ids: Tensor, vocab_size: int) -> None:
         )
 
 
-# How a decoder says that it cannot do what it is asked for.
-REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-# Candidates side by side, and which of them are compared: slots of the cache matter more the further they are.
-CANDIDATES, COMPARED = 32, [0, 15, 31]
-
-
 @torch.no_grad()
-def compare_with_full_rows(scorer, prefix: int, position: int) -> None:
+def _compare_with_full_rows(scorer: CandidateScorer, prefix: int, position: int) -> None:
     """Raises unless a scorer says what full rows say, for two rows (one of them padded) and two tokens in turn.
 
     Args:
-        scorer ([`~lenvm_rl.decoding.scoring.CandidateScorer`]): left as it was.
+        scorer ([`CandidateScorer`]): left as it was.
         prefix (`int`): tokens in the cache.
         position (`int`): of the first candidates. Further than `prefix`, it is a leap: what a position far out means
-            for the tokens before it shows without computing those in between.
-
-    Raises:
-        ValueError: on other values, or where the decoder cannot be asked so.
+            for the tokens before it shows without computing what lies between.
     """
     model, vocabulary = scorer.model, scorer.vocab_size
     if scorer.context is not None:

@@ -36,6 +36,34 @@ def _padded(rows, side, filler, device) -> tuple[Tensor, Tensor]:
     return pad_sequence(ids, True, filler, side).to(device), pad_sequence(exists, True, 0, side).to(device)
 
 
+def prompt_mask(
+    input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None, end_ids: Sequence[int]
+) -> Tensor:
+    """Which prompt tokens exist: what is given, or else what `generate` makes of the ids, so that both see the same.
+
+    There, every pad token is padding, unless it is an end as well: then all tokens count, for nobody can tell.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, S)`): prompts.
+        attention_mask (`torch.Tensor`, *optional*): `(B, S)`, or one row for each prompt of which there are several.
+        pad_token_id (`int`, *optional*), end_ids (`Sequence[int]`): of the generation.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`.
+    """
+    if attention_mask is None:
+        if pad_token_id is None or pad_token_id in end_ids:
+            return torch.ones_like(input_ids)
+        return (input_ids != pad_token_id).long()
+    rows, width = input_ids.shape
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != width or rows % attention_mask.shape[0]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} but the prompts {tuple(input_ids.shape)}: make "
+            "one processor for each batch of prompts."
+        )
+    return attention_mask.to(input_ids.device).repeat_interleave(rows // attention_mask.shape[0], dim=0)
+
+
 def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
     """Positions counted from each row's first token, so that padding on the left moves nothing.
 

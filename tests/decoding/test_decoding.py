@@ -7,7 +7,8 @@ import torch
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig, LogitsProcessorList
 
-from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided, tilt
+from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
+from lenvm_rl.decoding.guidance import tilt
 from lenvm_rl.decoding.scoring import CandidateScorer
 from lenvm_rl.sandbox.scripted import (
     EOS,

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided, tilt
+from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
+from lenvm_rl.decoding.guidance import tilt
 from lenvm_rl.sandbox.scripted import (
     EOS,
     PAD,
