@@ -59,14 +59,30 @@ def calibrate_strength(
 
     Returns:
         [`Calibration`]: `met` is `False`, and a warning logged, if the target is out of reach or trials ran out.
-
-    Raises:
-        ValueError: on a target, unit, tolerance or number of trials that is not positive, or a length that is no
-            number.
     """
     _check_positive(target_length=target_length, unit=unit, tolerance=tolerance, max_trials=max_trials)
     within = tolerance * target_length
-    trials = _bisect(measure, target_length, within, unit, max_trials, max_strength * unit)
+    trials: list[tuple[float, float]] = []
+
+    def is_too_long(strength: float) -> bool:
+        length = float(measure(strength))
+        if not math.isfinite(length):
+            raise ValueError(f"measure({strength}) gave a mean length of {length}: it must be a number of tokens.")
+        trials.append((strength, length))
+        return length > target_length
+
+    too_long = is_too_long(0.0)
+    # Where it is too long, and where too short: strengths that enclose the one that is looked for.
+    ends: dict[bool, float] = {too_long: 0.0}
+    step = unit if too_long else -unit
+    while abs(trials[-1][1] - target_length) > within and len(trials) < max_trials:
+        if len(ends) == 2:
+            strength = 0.5 * (ends[True] + ends[False])
+        elif abs(step) > max_strength * unit:
+            break
+        else:
+            strength, step = step, 2.0 * step
+        ends[is_too_long(strength)] = strength
     strength, length = min(trials, key=lambda trial: abs(trial[1] - target_length))
     found = Calibration(strength, length, abs(length - target_length) <= within, trials)
     if not found.met:
@@ -81,36 +97,16 @@ def calibrate_strength(
     return found
 
 
-def _bisect(
-    measure: Callable[[float], float], target: float, within: float, step: float, most: int, limit: float
-) -> list[tuple[float, float]]:
-    """Strengths that were tried and their lengths, until one is near the target or there is no more to try."""
-    trials: list[tuple[float, float]] = []
-
-    def is_too_long(strength: float) -> bool:
-        length = float(measure(strength))
-        if not math.isfinite(length):
-            raise ValueError(f"measure({strength}) gave a mean length of {length}: it must be a number of tokens.")
-        trials.append((strength, length))
-        return length > target
-
-    too_long = is_too_long(0.0)
-    # Where it is too long, and where too short: strengths that enclose the one that is looked for.
-    ends: dict[bool, float] = {too_long: 0.0}
-    step = step if too_long else -step
-    while abs(trials[-1][1] - target) > within and len(trials) < most:
-        if len(ends) == 2:
-            strength = 0.5 * (ends[True] + ends[False])
-        elif abs(step) > limit:
-            break
-        else:
-            strength, step = step, 2.0 * step
-        ends[is_too_long(strength)] = strength
-    return trials
-
-
 class _IntegralController:
-    """What both controllers share: a setting that an error moves, by itself and by its integral, within bounds."""
+    """What both controllers share: a setting that an error moves, by itself and by its integral, within bounds.
+
+    Attributes:
+        setting (`float`): the current setting.
+        updates (`int`): measurements so far.
+    """
+
+    # What a checkpoint keeps, by its name there.
+    KEPT = {"setting": "setting", "integral": "_integral", "updates": "updates"}
 
     def __init__(self, rate: float, initial: float, minimum: float, maximum: float, proportional: float):
         _check_positive(rate=rate)
@@ -129,12 +125,8 @@ class _IntegralController:
 
         Args:
             measured (`float`): the measurement.
-            is_answer (`bool`, *optional*, defaults to `True`):
-                Whether the setting could act on what comes after this batch. If not, the integral stays as it is: it
-                would grow for as long as that lasts.
-
-        Raises:
-            ValueError: the measurement is not a finite number, or cannot be one; everything stays as it is.
+            is_answer (`bool`, *optional*, defaults to `True`): whether the setting could act on what comes after this
+                batch. If not, the integral stays as it is: it would grow for as long as that lasts.
         """
         if not math.isfinite(measured):
             raise ValueError(f"the measurement is {measured}: measure the mean over at least one completion.")
@@ -150,19 +142,16 @@ class _IntegralController:
 
     def state_dict(self) -> dict[str, float | None]:
         """What a checkpoint has to keep."""
-        return {"setting": self.setting, "integral": self._integral, "updates": self.updates}
+        return {name: getattr(self, attribute) for name, attribute in self.KEPT.items()}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own.
-
-        Raises:
-            ValueError: the state is another controller's, or an earlier version's.
-        """
-        missing = sorted(self.state_dict().keys() - state.keys())
+        """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own."""
+        missing = sorted(self.KEPT.keys() - state.keys())
         if missing:
             raise ValueError(f"this is no state of a {type(self).__name__}: it has no {', '.join(missing)}.")
-        self.setting, self._integral = (self._bounded(float(state[name])) for name in ("setting", "integral"))
-        self.updates = int(state["updates"])
+        for name, attribute in self.KEPT.items():
+            setattr(self, attribute, state[name])
+        self.setting, self._integral = self._bounded(float(self.setting)), self._bounded(float(self._integral))
 
     def _error(self, measured: float) -> float:
         """How far a measurement is above the goal; takes it in."""
@@ -195,19 +184,12 @@ class TargetController(_IntegralController):
         rate (`float`): change of the integral per measurement for an error of 1.
         initial (`float`, *optional*, defaults to `0.0`): setting at the start.
         minimum, maximum (`float`, *optional*): bounds of the setting; none when omitted.
-        proportional (`float`, *optional*, defaults to `0.0`):
-            what an error of 1 adds to the setting, for as long as it lasts.
-        horizon (`float`, *optional*, defaults to `0.0`):
-            measurements to look ahead; with 0, the last one counts as it is, without smoothing.
-
-    Attributes:
-        setting (`float`): the current setting.
-        updates (`int`): measurements so far.
-
-    Raises:
-        ValueError: on a target or rate that is not positive, or bounds that do not enclose the initial setting.
+        proportional (`float`, *optional*, defaults to `0.0`): what an error of 1 adds for as long as it lasts.
+        horizon (`float`, *optional*, defaults to `0.0`): measurements to look ahead; with 0, the last one counts as it
+            is, without smoothing.
     """
 
+    KEPT = {**_IntegralController.KEPT, "level": "_level", "trend": "_trend"}
     # Shares of the new in level and trend: large ones are noisy, small ones late.
     LEVEL_SHARE, TREND_SHARE = 0.5, 0.3
 
@@ -242,15 +224,6 @@ class TargetController(_IntegralController):
         self._trend += self.TREND_SHARE * (self._level - before - self._trend)
         return self._level + self.horizon * self._trend
 
-    def state_dict(self) -> dict[str, float | None]:
-        """What a checkpoint has to keep."""
-        return {**super().state_dict(), "level": self._level, "trend": self._trend}
-
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own."""
-        super().load_state_dict(state)
-        self._level, self._trend = state["level"], float(state["trend"])
-
 
 class FloorController(_IntegralController):
     """Raises a setting as long as what it lowers stays above a floor, and takes it back where it does not.
@@ -259,7 +232,7 @@ class FloorController(_IntegralController):
     an exponential moving average of the measurements; the setting is the integral. Of all settings that keep the floor
     it ends at the largest, within the bounds: what the setting saves is wanted, but never at the price of the floor.
     (The mirror image of the ascent on the multiplier of ``E[measurement] >= floor``: there the constraint's weight
-    moves, here that of the saving.)
+    moves, here the saving's.)
 
     An average is behind what it averages, so the setting swings where `rate` is large for the half-life; with
     `proportional` it is ``clip(integral + proportional * (average - floor), minimum, maximum)``, as in
@@ -269,20 +242,12 @@ class FloorController(_IntegralController):
         floor (`float`): what the measurement is to stay above, margin included.
         rate (`float`): change of the integral where the average is 1 above the floor.
         half_life (`float`): measurements after which one counts half in the average, above 0.
-        initial (`float`, *optional*, defaults to `0.0`): setting at the start.
-        minimum, maximum (`float`, *optional*, default to `0.0` and infinity): bounds of the setting.
-        proportional (`float`, *optional*, defaults to `0.0`):
-            what an average that is 1 above the floor adds to the setting, for as long as it lasts.
-
-    Attributes:
-        setting (`float`): the current setting.
-        updates (`int`): measurements so far.
-
-    Raises:
-        ValueError: on a rate or half-life that is not positive, or bounds that do not enclose the initial setting.
+        initial, minimum, maximum, proportional (`float`, *optional*): as in [`TargetController`], from 0 up.
 
     Example: half-life 1, measurements 1, 0, 0: the averages are 1, 1/3, 1/7 (weights 4, 2, 1 from the last).
     """
+
+    KEPT = {**_IntegralController.KEPT, "weighted": "_weighted", "weight": "_weight"}
 
     def __init__(
         self,
@@ -309,15 +274,6 @@ class FloorController(_IntegralController):
         self._weighted = self.decay * self._weighted + measured
         self._weight = self.decay * self._weight + 1.0
         return self.average - self.floor
-
-    def state_dict(self) -> dict[str, float | None]:
-        """What a checkpoint has to keep."""
-        return {**super().state_dict(), "weighted": self._weighted, "weight": self._weight}
-
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Goes on from what `state_dict` returned; the goal, the bounds and the rates stay this controller's own."""
-        super().load_state_dict(state)
-        self._weighted, self._weight = float(state["weighted"]), float(state["weight"])
 
 
 def _check_positive(**values: float) -> None:

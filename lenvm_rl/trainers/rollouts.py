@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lenvm_rl.decoding.generation import GuidanceReport, LengthGuidance, generate_guided
+from lenvm_rl.decoding import GuidanceReport, LengthGuidance, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length
 from lenvm_rl.trainers.streams import Completions, read_completions
 

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 from trainer_parts import VOCAB, batch_of, counts_of_w8, grpo, logged, ppo, prompts, random_lenvm, settings
 
-from lenvm_rl.decoding.generation import GuidanceReport, LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
+from lenvm_rl.decoding import GuidanceReport, LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.decoding.guidance import tilt
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, rollouts
 from lenvm_rl.trainers.rollouts import importance_ratio
