@@ -14,7 +14,7 @@ from lenvm_rl.returns import check_gamma
 
 @dataclass
 class LengthValueTrainingArguments(TrainingArguments):
-    """Arguments of value pretraining: those of `transformers.TrainingArguments`, and how lengths become targets.
+    """Arguments of value pretraining: everything of `transformers.TrainingArguments`, and how lengths become targets.
 
     The defaults of learning rate, schedule and epochs are the paper's (arXiv 2604.27039, section 5); tiny models want a
     learning rate near 1e-3.
@@ -54,7 +54,6 @@ class LengthValueTrainingArguments(TrainingArguments):
         help="Most tokens in a packed row. If omitted: the longest sequence of the micro-batch, or twice that "
         "(twice that with share_prompts).",
     )
-
     share_prompts: bool = HfArg(
         default=False,
         help="Compute a prompt once for several of its completions, for prompts that are long beside their "
@@ -82,12 +81,7 @@ class LengthValueTrainingArguments(TrainingArguments):
 
 
 def check_precision(args: TrainingArguments, sharded: bool) -> None:
-    """Raise a `ValueError` if FSDP or DeepSpeed would cast the float32 head to a smaller precision.
-
-    Args:
-        args (`transformers.TrainingArguments`): of the run.
-        sharded (`bool`): whether one of the two is at work.
-    """
+    """Raise a `ValueError` if FSDP or DeepSpeed would cast the float32 head to a smaller precision."""
     if sharded and (args.bf16 or args.fp16):
         raise ValueError(
             "FSDP and DeepSpeed cast all that they hold to the precision of training, the head of a length value model "

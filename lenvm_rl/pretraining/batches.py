@@ -1,4 +1,8 @@
-"""From rollouts to batches: rows of tokens, and at every state the number of tokens to come."""
+"""From rollouts to batches: which completions make a step, which share a row, and what is to come at each state.
+
+Two layouts of rows are here, packed and padded; `lenvm_rl.pretraining.shared_prompts` has a third. All give the same
+columns, so that one loss and one evaluation serve them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from lenvm_rl.modeling.length_value_model import LengthValueModel
@@ -56,44 +61,33 @@ class LengthValueCollator:
     flatten: bool = False
     padding_side: str = "right"
 
-    def __call__(self, rollouts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        finished = [rollout["finish_reason"] == "stop" for rollout in rollouts]
-        tokens, lengths = [], []
-        for rollout, ended in zip(rollouts, finished, strict=True):
-            ids = rollout["prompt_ids"] + rollout["completion_ids"]
-            lengths.append(len(rollout["completion_ids"]))
-            tokens.append(ids if self._reads_cut(ended) else ids[:-1])
+    def __call__(self, rollouts: list[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [rollout["prompt_ids"] for rollout in rollouts]
+        tokens = [
+            prompt + read_tokens(rollout, self.truncated) for prompt, rollout in zip(prompts, rollouts, strict=True)
+        ]
         sizes = [len(ids) for ids in tokens]
         rows = self._rows(sizes)
-        width = max(sum(sizes[index] for index in row) for row in rows)
+        filled = torch.tensor([sum(sizes[index] for index in row) for row in rows])
+        width = int(filled.max())
         row_of, first = row_offsets(rows, sizes)
         if not self.packing and self.padding_side == "left":
             first = width - torch.tensor(sizes)
-        batch = self._blank(len(rows), width, rows, sizes)
-        for index, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
-            row, start = int(row_of[index]), int(first[index])
-            stop = start + len(ids)
-            state = start + len(rollouts[index]["prompt_ids"]) - 1
-            batch["input_ids"][row, start:stop] = torch.tensor(ids)
+        batch = blank_batch(len(rows), width, len(rollouts), self.pad_token_id)
+        if self.packing:
+            # What is left of a row is a sequence of its own: no other sees it, and no softmax is without a column.
+            batch["position_ids"] = (torch.arange(width) - filled.unsqueeze(1)).clamp(min=0)
+        else:
+            batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+        for index, (row, start) in enumerate(zip(row_of.tolist(), first.tolist(), strict=True)):
+            place = row, slice(start, start + sizes[index])
+            batch["input_ids"][place] = torch.tensor(tokens[index])
             if self.packing:
-                batch["position_ids"][row, start:stop] = torch.arange(len(ids))
+                batch["position_ids"][place] = torch.arange(sizes[index])
             else:
-                batch["attention_mask"][row, start:stop] = 1
-            to_come = torch.arange(length, 0, -1)
-            if "action_mask" in rollouts[index]:
-                chosen = torch.tensor(rollouts[index]["action_mask"])
-                to_come = torch.where(chosen.bool(), chosen.flip(0).cumsum(0).flip(0), IGNORED)
-                ends = batch.setdefault("ends", torch.zeros_like(batch["labels"]))
-                ends[row, state : state + length] = state + length
-            batch["labels"][row, state : state + length] = to_come
-            ending = FINISHED if finished[index] else TRUNCATED_ENDINGS[self.truncated]
-            batch["endings"][row, state : state + length] = ending
-            entry = [row, state, length, finished[index], rollouts[index]["group"], len(rollouts[index]["prompt_ids"])]
-            batch["sequences"][index] = torch.tensor(entry)
+                batch["attention_mask"][place] = 1
+            write_labels(batch, row, start + len(prompts[index]) - 1, index, rollouts[index], self.truncated)
         return batch
-
-    def _reads_cut(self, finished: bool) -> bool:
-        return not finished and self.truncated == "bootstrap"
 
     def _rows(self, sizes: list[int]) -> list[list[int]]:
         if not self.packing:
@@ -107,33 +101,180 @@ class LengthValueCollator:
         rows = pack_lengths(sizes, longest)
         return rows if padding_share(rows, sizes) < 0.1 else pack_lengths(sizes, 2 * longest)
 
-    def _blank(self, height: int, width: int, rows: list[list[int]], sizes: list[int]) -> dict[str, torch.Tensor]:
-        shape = (height, width)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, IGNORED),
-            "endings": torch.full(shape, FINISHED),
-            "sequences": torch.zeros(len(sizes), 6, dtype=torch.long),
-        }
-        if not self.packing:
-            batch["attention_mask"] = torch.zeros(shape, dtype=torch.long)
-            return batch
-        # What is left of a row is a sequence of its own: no sequence sees it, and no softmax is left without a column.
-        filled = torch.tensor([sum(sizes[index] for index in row) for row in rows])
-        batch["position_ids"] = (torch.arange(width) - filled.unsqueeze(1)).clamp(min=0)
-        return batch
+
+def read_tokens(rollout: dict[str, Any], truncated: str) -> list[int]:
+    """The completion's tokens that a value is read before or at: all but the last, or all where it reads the cut."""
+    ids = rollout["completion_ids"]
+    return ids if rollout["finish_reason"] != "stop" and truncated == "bootstrap" else ids[:-1]
+
+
+def blank_batch(height: int, width: int, count: int, pad_token_id: int) -> dict[str, Tensor]:
+    """What every layout of rows has, with nothing written: see [`LengthValueCollator`]."""
+    shape = (height, width)
+    return {
+        "input_ids": torch.full(shape, pad_token_id),
+        "labels": torch.full(shape, IGNORED),
+        "endings": torch.full(shape, FINISHED),
+        "sequences": torch.zeros(count, 6, dtype=torch.long),
+    }
+
+
+def write_labels(
+    batch: dict[str, Tensor], row: int, state: int, index: int, rollout: dict[str, Any], truncated: str
+) -> None:
+    """Write what is to come in the rollout number `index`, whose first state stands in column `state` of a row."""
+    length, finished = len(rollout["completion_ids"]), rollout["finish_reason"] == "stop"
+    to_come = torch.arange(length, 0, -1)
+    if "action_mask" in rollout:
+        chosen = torch.tensor(rollout["action_mask"])
+        to_come = torch.where(chosen.bool(), chosen.flip(0).cumsum(0).flip(0), IGNORED)
+        ends = batch.setdefault("ends", torch.zeros_like(batch["labels"]))
+        ends[row, state : state + length] = state + length
+    batch["labels"][row, state : state + length] = to_come
+    batch["endings"][row, state : state + length] = FINISHED if finished else TRUNCATED_ENDINGS[truncated]
+    entry = [row, state, length, finished, rollout["group"], len(rollout["prompt_ids"])]
+    batch["sequences"][index] = torch.tensor(entry)
+
+
+def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Decides which sequences share a row.
+
+    Best-fit decreasing finds a small number of rows. The sequences are then dealt out again over that many rows, the
+    longest first and each to the emptiest row. Rows dealt this way are nearly even, so a batch cropped to its longest
+    row has little padding; they are kept if they fit.
+
+    Args:
+        lengths (`Sequence[int]`): tokens of each sequence, all at least 1 and at most `capacity`.
+        capacity (`int`): the most tokens that a row may hold.
+
+    Returns:
+        `list[list[int]]`: the indices into `lengths` in each row, ascending within a row; every index occurs exactly
+        once. The same input always gives the same rows.
+    """
+    for index, length in enumerate(lengths):
+        if not 1 <= length <= capacity:
+            raise ValueError(
+                f"Sequence {index} has {length} tokens, but a row holds from 1 to {capacity}: raise the capacity, or "
+                "leave out the sequence."
+            )
+    order = longest_first(lengths)
+    rows = _best_fit(lengths, order, capacity)
+    even = _deal(lengths, order, len(rows))
+    fits = all(sum(lengths[index] for index in row) <= capacity for row in even)
+    return [sorted(row) for row in (even if fits else rows)]
+
+
+def _best_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
+    """Puts each sequence where it leaves the least room; of rows with the same room, where it was left last."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int, int]] = []  # ascending: tokens left, minus when that came about, row
+    for now, index in enumerate(order):
+        place = bisect_left(rooms, (lengths[index],))
+        if place == len(rooms):
+            rows.append([])
+        room, _, row = rooms.pop(place) if place < len(rooms) else (capacity, 0, len(rows) - 1)
+        rows[row].append(index)
+        insort(rooms, (room - lengths[index], -now, row))
+    return rows
+
+
+def _deal(lengths: Sequence[int], order: Sequence[int], num_rows: int) -> list[list[int]]:
+    """Gives each sequence, in `order`, to the row that holds the fewest tokens so far."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    heap = [(0, row) for row in range(num_rows)]
+    for index in order:
+        filled, row = heapq.heappop(heap)
+        rows[row].append(index)
+        heapq.heappush(heap, (filled + lengths[index], row))
+    return rows
+
+
+def row_offsets(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Row and first column of every sequence, both `(len(lengths),)` int64, once rows of them are laid out."""
+    row_of, first_column = torch.zeros(2, len(lengths), dtype=torch.long)
+    for row, members in enumerate(rows):
+        column = 0
+        for index in members:
+            row_of[index], first_column[index] = row, column
+            column += lengths[index]
+    return row_of, first_column
+
+
+def padding_share(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """The share of slots that hold no token once the rows are cropped to the longest, in [0, 1)."""
+    filled = [sum(lengths[index] for index in row) for row in rows]
+    return 1.0 - sum(filled) / (len(filled) * max(filled))
+
+
+def unpack(rows: Tensor, row_of: Tensor, first_column: Tensor, lengths: Tensor) -> Tensor:
+    """Takes spans out of packed or padded rows.
+
+    Args:
+        rows (`torch.Tensor` of shape `(R, C)`): anything that has an entry per column.
+        row_of, first_column, lengths (`torch.Tensor` of shape `(B,)`, int64): row, first column and number of columns
+            of each span.
+
+    Returns:
+        `torch.Tensor` of shape `(B, max(lengths))`: span b in the first `lengths[b]` entries, 0 after them.
+    """
+    steps = torch.arange(int(lengths.max()), device=rows.device)
+    inside = steps < lengths.unsqueeze(1)
+    columns = torch.where(inside, first_column.unsqueeze(1) + steps, torch.zeros_like(steps))
+    return torch.where(inside, rows[row_of.unsqueeze(1), columns], torch.zeros_like(rows[:1, :1]))
+
+
+class StepSampler(Sampler[int]):
+    """Indices of completions, epoch by epoch; a data loader cuts them into micro-batches.
+
+    Which completions make an optimiser step never depends on their lengths: a step made of one length bucket would
+    shift what values converge to. Only inside a step, whose loss is one mean over tokens however it is cut, the longest
+    come first, so that micro-batches need little padding.
+
+    Args:
+        sizes (`Sequence[int]`): tokens of each completion with its prompt.
+        step_size (`int`): completions in an optimiser step, over all micro-batches and processes.
+        seed (`int`): of the first epoch; equal on all processes.
+        epoch (`Callable[[], int]`): which epoch begins, so that a resumed run draws what an unbroken one does.
+        groups (`Sequence`, *optional*): the prompt of each completion. When given, whole prompts are drawn: the
+            completions of one follow each other, and steps are not sorted.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], step_size: int, seed: int, epoch: Callable[[], int], groups: Sequence | None = None
+    ):
+        self.sizes, self.step_size, self.seed, self.epoch = list(sizes), step_size, seed, epoch
+        self.members: dict[Any, list[int]] = {}
+        for index, group in enumerate(groups or ()):
+            self.members.setdefault(group, []).append(index)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(self.seed + self.epoch())
+        if self.members:
+            groups = list(self.members.values())
+            for place in torch.randperm(len(groups), generator=draw).tolist():
+                yield from groups[place]
+            return
+        order = torch.randperm(len(self.sizes), generator=draw).tolist()
+        for start in range(0, len(order), self.step_size):
+            step = order[start : start + self.step_size]
+            yield from (step[place] for place in longest_first([self.sizes[index] for index in step]))
+
+
+def longest_first(sizes: Sequence[int]) -> list[int]:
+    """All indices once, the longest first, equal ones in their order."""
+    return sorted(range(len(sizes)), key=lambda index: -sizes[index])
 
 
 @torch.no_grad()
 def check_isolation(model: LengthValueModel) -> None:
-    """Raises a `ValueError` if a sequence in a packed row can see the one before it.
+    """Raises a `ValueError` if a sequence in a packed row can see the one before it; the model is left as it was.
 
     transformers keeps packed sequences apart where it finds position ids that restart and neither a mask nor a cache;
     a backbone with attention of its own, or with a recurrent state, may not. Two rows that differ in their first
     sequence only must give the same logits for the second.
-
-    Args:
-        model (`LengthValueModel`): left as it was.
     """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     first = torch.arange(6, device=model.device)
@@ -170,176 +311,3 @@ def check_fits(model: LengthValueModel, rollouts: Dataset) -> None:
                 f"Rollout {index} has {len(ids)} tokens, but the backbone's context is {context}: leave it out or use "
                 "another backbone. Sequences are never cut, because a cut would change every length."
             )
-
-
-def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Decides which sequences share a row.
-
-    Best-fit decreasing finds a small number of rows. The sequences are then dealt out again over that many rows, the
-    longest first and each to the emptiest row. Rows dealt this way are nearly even, so a batch cropped to its longest
-    row has little padding; they are kept if they fit.
-
-    Args:
-        lengths (`Sequence[int]`):
-            Tokens of each sequence, all at least 1 and at most `capacity`.
-        capacity (`int`):
-            The most tokens that a row may hold.
-
-    Returns:
-        `list[list[int]]`: the indices into `lengths` in each row, ascending within a row; every index occurs exactly
-        once. The same input always gives the same rows.
-
-    Raises:
-        ValueError: if a length is below 1 or above `capacity`.
-    """
-    for index, length in enumerate(lengths):
-        if not 1 <= length <= capacity:
-            raise ValueError(
-                f"Sequence {index} has {length} tokens, but a row holds from 1 to {capacity}: raise the capacity, or "
-                "leave out the sequence."
-            )
-    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    rows = _best_fit(lengths, longest_first, capacity)
-    even = _deal(lengths, longest_first, len(rows))
-    if all(sum(lengths[index] for index in row) <= capacity for row in even):
-        rows = even
-    return [sorted(row) for row in rows]
-
-
-def _best_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts each sequence where it leaves the least room. `with_room[r]`: the rows with `r` tokens left."""
-    rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}
-    open_rooms: list[int] = []  # the keys of with_room that have rows, ascending
-    for index in order:
-        length = lengths[index]
-        place = bisect_left(open_rooms, length)
-        if place == len(open_rooms):
-            row, room = len(rows), capacity
-            rows.append([])
-        else:
-            room = open_rooms[place]
-            row = with_room[room].pop()
-            if not with_room[room]:
-                del open_rooms[place]
-        rows[row].append(index)
-        left = room - length
-        if not with_room.get(left):
-            insort(open_rooms, left)
-        with_room.setdefault(left, []).append(row)
-    return rows
-
-
-def _deal(lengths: Sequence[int], order: Sequence[int], num_rows: int) -> list[list[int]]:
-    """Gives each sequence, in `order`, to the row that holds the fewest tokens so far."""
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
-    heap = [(0, row) for row in range(num_rows)]
-    for index in order:
-        filled, row = heapq.heappop(heap)
-        rows[row].append(index)
-        heapq.heappush(heap, (filled + lengths[index], row))
-    return rows
-
-
-def row_offsets(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each sequence begins once the rows are laid out.
-
-    Args:
-        rows (`Sequence[Sequence[int]]`):
-            The sequences in each row, as [`pack_lengths`] returns them.
-        lengths (`Sequence[int]`):
-            Tokens of each sequence.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: row and first column of every sequence, both `(len(lengths),)` int64.
-    """
-    row_of = torch.zeros(len(lengths), dtype=torch.long)
-    first_column = torch.zeros(len(lengths), dtype=torch.long)
-    for row, members in enumerate(rows):
-        column = 0
-        for index in members:
-            row_of[index], first_column[index] = row, column
-            column += lengths[index]
-    return row_of, first_column
-
-
-def padding_share(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """The share of slots that hold no token once the rows are cropped to the longest, in [0, 1)."""
-    filled = [sum(lengths[index] for index in row) for row in rows]
-    return 1.0 - sum(filled) / (len(filled) * max(filled))
-
-
-def unpack(rows: torch.Tensor, row_of: torch.Tensor, first_column: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Takes spans out of packed or padded rows.
-
-    Args:
-        rows (`torch.Tensor` of shape `(R, C)`):
-            Anything that has an entry per column.
-        row_of, first_column, lengths (`torch.Tensor` of shape `(B,)`, int64):
-            Row, first column and number of columns of each span.
-
-    Returns:
-        `torch.Tensor` of shape `(B, max(lengths))`: span b in the first `lengths[b]` entries, 0 after them.
-    """
-    steps = torch.arange(int(lengths.max()), device=rows.device)
-    inside = steps < lengths.unsqueeze(1)
-    columns = torch.where(inside, first_column.unsqueeze(1) + steps, torch.zeros_like(steps))
-    return torch.where(inside, rows[row_of.unsqueeze(1), columns], torch.zeros_like(rows[:1, :1]))
-
-
-class StepSampler(Sampler[int]):
-    """Indices of completions, epoch by epoch; a data loader cuts them into micro-batches.
-
-    Which completions make an optimiser step never depends on their lengths: a step made of one length bucket would
-    shift what values converge to. Only inside a step, whose loss is one mean over tokens however it is cut, the longest
-    come first, so that micro-batches need little padding.
-
-    Args:
-        sizes (`Sequence[int]`): tokens of each completion with its prompt.
-        step_size (`int`): completions in an optimiser step, over all micro-batches and processes.
-        seed (`int`): of the first epoch; equal on all processes.
-        epoch (`Callable[[], int]`): which epoch begins, so that a resumed run draws what an unbroken one does.
-        groups (`Sequence`, *optional*): the prompt of each completion. When given, whole prompts are drawn: the
-            completions of one follow each other, and steps are not sorted.
-    """
-
-    def __init__(
-        self, sizes: Sequence[int], step_size: int, seed: int, epoch: Callable[[], int], groups: Sequence | None = None
-    ):
-        self.sizes, self.step_size, self.seed, self.epoch = list(sizes), step_size, seed, epoch
-        self.members: dict | None = None
-        if groups is not None:
-            self.members = {}
-            for index, group in enumerate(groups):
-                self.members.setdefault(group, []).append(index)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __iter__(self) -> Iterator[int]:
-        draw = torch.Generator().manual_seed(self.seed + self.epoch())
-        if self.members is not None:
-            groups = list(self.members.values())
-            for place in torch.randperm(len(groups), generator=draw).tolist():
-                yield from groups[place]
-            return
-        order = torch.randperm(len(self.sizes), generator=draw).tolist()
-        for start in range(0, len(order), self.step_size):
-            yield from sorted(order[start : start + self.step_size], key=lambda index: -self.sizes[index])
-
-
-class SortedSampler(Sampler[int]):
-    """All indices once, the longest first: for evaluation, where the order does not matter.
-
-    Args:
-        sizes (`Sequence[int]`): tokens of each.
-    """
-
-    def __init__(self, sizes: Sequence[int]):
-        self.order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order)

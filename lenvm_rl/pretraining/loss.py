@@ -74,14 +74,10 @@ def length_value_loss(values: Tensor, targets: Tensor, scored: Tensor, num_items
     its states, and shifts what they converge to.
 
     Args:
-        values (`torch.Tensor` of any shape): the model's values.
-        targets (`torch.Tensor` of the same shape): see [`value_targets`].
+        values, targets (`torch.Tensor` of any shape): the model's values, and what [`value_targets`] gives.
         scored (`torch.Tensor` of the same shape, bool): where there is a state; nothing else matters, NaN included.
-        num_items (`torch.Tensor` or `int`, *optional*): states to divide by: those of the whole optimiser step, over
-            all its micro-batches and processes. The states given here when omitted.
-
-    Returns:
-        `torch.Tensor`: a scalar.
+        num_items (`torch.Tensor` or `int`, *optional*): states to divide by: all of the optimiser step, over its
+            micro-batches and processes. The states given here when omitted.
     """
     # Both are cleaned before the subtraction: a NaN that is only masked afterwards still poisons the gradient.
     zero = torch.zeros_like(values)

@@ -1,8 +1,8 @@
 """How good a length value model is: errors in value and in tokens, at four points of the way, and rank agreement.
 
 The unit is the completion: each is boiled down to one row of numbers ([`sequence_statistics`]), and the rows of a data
-set to metrics ([`summarize`]). So there is no padding to dilute a mean with, and little has to cross processes. Cut
-completions count in the loss only: their true length is unknown.
+set, or of one of its domains, to metrics ([`summarize`]). So there is no padding to dilute a mean with, and little has
+to cross processes. Cut completions count in the loss only: their true length is unknown.
 
 "Tokens" are tokens still to come, the end-of-sequence token counted, so the true number is at least 1 and a relative
 error is always defined.
@@ -23,6 +23,10 @@ from lenvm_rl.returns import discounted_return, remaining_from_logits, remaining
 
 POINTS = (0, 25, 50, 75)  # percent of a completion's tokens that stand already
 _COLUMNS = ("value", "target", "value_spread", "target_spread", "joint_spread", "absolute_error", "loss")
+# Before the name of a metric that is of one domain only.
+DOMAIN_PREFIX = "domain/"
+
+logger = logging.getLogger(__name__)
 
 
 def sequence_statistics(
@@ -75,17 +79,7 @@ def point_index(lengths: Tensor, percent: int) -> Tensor:
 
 
 def summarize(statistics: Tensor, lengths: Tensor, finished: Tensor, groups: Tensor, gamma: float) -> dict[str, float]:
-    """Metrics of a data set from the statistics of its completions.
-
-    Args:
-        statistics (`torch.Tensor` of shape `(N, 11)`): what [`sequence_statistics`] returned.
-        lengths, finished, groups (`torch.Tensor` of shape `(N,)`): tokens of each completion, whether it ended, and the
-            prompt that it belongs to.
-        gamma (`float`): discount of the length return.
-
-    Returns:
-        `dict[str, float]`: see [`length_value_metrics`].
-    """
+    """The metrics of [`length_value_metrics`], from what [`sequence_statistics`] returned, `(N, 11)`."""
     statistics = statistics.double()
     ended = finished.bool()
     if not bool(ended.any()):
@@ -143,16 +137,11 @@ def length_value_metrics(
 
 
 def kendall_tau(first: Tensor, second: Tensor) -> float:
-    """Kendall's tau-b: agreement of two orders, in [-1, 1], ties accounted for (Kendall 1945, Biometrika 33).
+    """Kendall's tau-b of two measurements of the same things, `(N,)` each (Kendall 1945, Biometrika 33).
 
-    The cost is N log N (Knight 1966, Journal of the American Statistical Association 61).
-
-    Args:
-        first, second (`torch.Tensor` of shape `(N,)`): two measurements of the same things.
-
-    Returns:
-        `float`: (concordant - discordant) / sqrt((pairs - ties in first) (pairs - ties in second)); NaN if all values
-        of one of them are equal.
+    It is ``(concordant - discordant) / sqrt((pairs - ties in first) (pairs - ties in second))``, in [-1, 1]; NaN if all
+    values of one of them are equal. The cost is N log N (Knight 1966, Journal of the American Statistical Association
+    61).
     """
     _, first = torch.unique(first, return_inverse=True)
     _, second = torch.unique(second, return_inverse=True)
@@ -221,7 +210,6 @@ def _point_metrics(logits: Tensor, remaining: Tensor, gamma: float, point: int) 
 
 def _boundary_metrics(logits: Tensor, lengths: Tensor, ended: Tensor, groups: Tensor, gamma: float) -> dict[str, float]:
     _, group = torch.unique(groups, return_inverse=True)
-
     # A prompt has one prediction: the mean evens out rounding, which would pass for an order in kendall_tau.
     predicted = mean_by_group(remaining_from_logits(logits, gamma), group)
     value = mean_by_group(-torch.sigmoid(logits), group)
@@ -229,8 +217,7 @@ def _boundary_metrics(logits: Tensor, lengths: Tensor, ended: Tensor, groups: Te
     mean_return = mean_by_group(discounted_return(lengths, gamma), group)
     consistent = remaining_from_value(mean_return, gamma)[whole]
     errors = (predicted[whole] - consistent).abs()
-    value_errors, mean_return = (value - mean_return)[whole], mean_return[whole]
-    unexplained = _ratio(_variance(value_errors), _variance(mean_return))
+    unexplained = _ratio(_variance((value - mean_return)[whole]), _variance(mean_return[whole]))
     return {
         "consistent_prompts": float(whole.sum()),
         "consistent_mae": float(errors.mean()),
@@ -250,18 +237,8 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0.0 else math.nan
 
 
-logger = logging.getLogger(__name__)
-
-# Before the name of a metric that is of one domain only.
-DOMAIN_PREFIX = "domain/"
-
-
 def domains_of_prompts(rollouts: Dataset, column: str) -> dict[int, str]:
-    """The domain of each prompt, by its group.
-
-    Raises:
-        ValueError: if there is no such column, or completions of one prompt are of different domains.
-    """
+    """The domain of each prompt, by its group; its completions must agree on it."""
     if column not in rollouts.column_names:
         raise ValueError(f"domain_column={column!r} is no column of the rollouts: they have {rollouts.column_names}.")
     domains: dict[int, str] = {}
@@ -298,7 +275,7 @@ def domain_metrics(
         metrics_of (callable): metrics of statistics and labels.
         statistics (`torch.Tensor` of shape `(N, …)`), labels (`torch.Tensor` of shape `(N, 4)`): of each completion;
             labels are its tokens, whether it ended, its group, and the tokens of its prompt.
-        domain_of (`dict[int, str]`): the domain of each group; none for no domains.
+        domain_of (`dict[int, str]`): the domain of each group, if there are any.
     """
     found = {}
     for domain in sorted(set(domain_of.values())):

@@ -8,8 +8,6 @@ half than sampling noise allows.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -40,9 +38,8 @@ def half_returns(lengths: Tensor, group: Tensor, gamma: float, splits: int = SPL
     Returns:
         `torch.Tensor` of shape `(splits, 2, P)`, float64: NaN for prompts with a single completion.
     """
-    # By prompt, by length in each: from here on the order of the data is forgotten.
-    order = torch.argsort(lengths, stable=True)
-    order = order[torch.argsort(group[order], stable=True)]
+    # From here on the order of the data is forgotten.
+    order = _by_group_and_length(lengths, group)
     returns, group = discounted_return(lengths[order].double(), gamma), group[order]
     count = torch.bincount(group)
     first = torch.cumsum(count, 0) - count
@@ -81,10 +78,8 @@ def reference_metrics(
     Each predictor is fitted to the very numbers that it is measured against, which flatters it a little.
 
     Args:
-        lengths (`torch.Tensor` of shape `(N,)`, int64): tokens of each completion, end of sequence counted.
-        prompt_tokens (`torch.Tensor` of shape `(N,)`, int64): tokens of its prompt.
-        finished (`torch.Tensor` of shape `(N,)`): whether it ended (else it was cut).
-        groups (`torch.Tensor` of shape `(N,)`, int64): the prompt that it belongs to.
+        lengths, prompt_tokens, finished, groups (`torch.Tensor` of shape `(N,)`): tokens of each completion, end of
+            sequence counted, tokens of its prompt, whether it ended (else it was cut), and which prompt it belongs to.
         gamma (`float`): discount of the length return.
 
     Returns:
@@ -113,9 +108,8 @@ def reference_metrics(
         metrics[f"reference_{name}_length_mre"] = float(relative_errors(of_completion, realised).mean())
         metrics[f"reference_{name}_consistent_mre"] = float(relative_errors(of_prompt, consistent).mean())
     metrics["reference_median_length_mae"] = float((realised - _medians(realised, group[ended])).abs().mean())
-    count = torch.bincount(group, minlength=len(whole))
-    halved = whole & (count >= 2)
-    halves = remaining_from_value(half_returns(lengths, group, gamma)[:, :, halved], gamma)
+    halved, halves = _halves(lengths, ended, group, gamma)
+    count = torch.bincount(group)
     metrics["reference_half_mre"] = float(relative_errors(halves, halves.flip(1)).mean())
     metrics["reference_half_samples"] = float((count[halved] // 2).double().mean())
     metrics["reference_half_prompts"] = float(halved.sum())
@@ -124,25 +118,27 @@ def reference_metrics(
 
 def _medians(lengths: Tensor, group: Tensor) -> Tensor:
     """The (lower) median of each completion's group, `(N,)`: no number has a smaller mean absolute error to it."""
-    order = torch.argsort(lengths, stable=True)
-    order = order[torch.argsort(group[order], stable=True)]
+    order = _by_group_and_length(lengths, group)
     count = torch.bincount(group)
     middle = torch.cumsum(count, 0) - count + (count - 1).clamp(min=0) // 2
     return lengths[order][middle[group]] if len(group) else lengths
 
 
 def half_errors(predicted: Tensor, lengths: Tensor, finished: Tensor, group: Tensor, gamma: float) -> float:
-    """The mean relative error of predictions against halves of the samples, as `reference_half_mre` has them.
+    """The mean relative error of a length for each prompt, `(P,)`, against halves of its samples; NaN of no prompt.
 
-    Args:
-        predicted (`torch.Tensor` of shape `(P,)`): a length for each prompt.
-        lengths, finished, group (`torch.Tensor` of shape `(N,)`): see [`half_returns`]; prompts with a cut completion,
-            or with a single one, are left out.
-        gamma (`float`): discount of the length return.
-
-    Returns:
-        `float`: NaN if no prompt is left.
+    As in `reference_half_mre`, prompts with a cut completion, or with a single one, are left out.
     """
-    halved = (mean_by_group(finished.bool(), group) == 1.0) & (torch.bincount(group) >= 2)
-    halves = remaining_from_value(half_returns(lengths, group, gamma)[:, :, halved], gamma)
-    return float(relative_errors(predicted[halved], halves).mean()) if bool(halved.any()) else math.nan
+    halved, halves = _halves(lengths, finished.bool(), group, gamma)
+    return float(relative_errors(predicted[halved], halves).mean())
+
+
+def _halves(lengths: Tensor, ended: Tensor, group: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Which prompts can be halved, `(P,)`, and the return-consistent lengths of their halves, `(splits, 2, …)`."""
+    halved = (mean_by_group(ended, group) == 1.0) & (torch.bincount(group) >= 2)
+    return halved, remaining_from_value(half_returns(lengths, group, gamma)[:, :, halved], gamma)
+
+
+def _by_group_and_length(lengths: Tensor, group: Tensor) -> Tensor:
+    order = torch.argsort(lengths, stable=True)
+    return order[torch.argsort(group[order], stable=True)]

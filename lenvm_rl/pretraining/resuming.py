@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from lenvm_rl.files import is_complete, last_complete_checkpoint, read_json, write_json
+from lenvm_rl.files import is_complete, last_complete_checkpoint, read_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.pretraining.batches import COLUMNS
 
@@ -34,13 +34,8 @@ _OF_TRAINING = (
 def find_checkpoint(args: TrainingArguments, resume: bool) -> str | None:
     """The checkpoint that a run goes on from, `None` if it begins.
 
-    Args:
-        args (`transformers.TrainingArguments`): a `resume_from_checkpoint` is obeyed.
-        resume (`bool`): go on from the last checkpoint in `args.output_dir`, if any.
-
-    Raises:
-        FileNotFoundError: `args.resume_from_checkpoint` is no checkpoint.
-        ValueError: there is one in `args.output_dir`, and nobody said to go on from it.
+    It is `args.resume_from_checkpoint`, or the last one in `args.output_dir`: one there that nobody said to `resume`
+    from is refused.
     """
     last, asked = last_complete_checkpoint(args.output_dir), str(args.resume_from_checkpoint).lower()
     if asked in ("none", "false"):
@@ -55,12 +50,12 @@ def find_checkpoint(args: TrainingArguments, resume: bool) -> str | None:
 
 
 def settings_of(args: TrainingArguments, model: LengthValueModel, train: Dataset) -> dict[str, Any]:
-    """All that a run's weights depend on, as JSON gives it back.
+    """All that a run's weights depend on, as JSON gives it back, to be kept in [`RECORD`].
 
     Args:
         args ([`~lenvm_rl.pretraining.LengthValueTrainingArguments`]): of the run.
-        model (`LengthValueModel`): before it is fitted. Of the backbone its kind and size count: its weights are those
-            of the checkpoint once there is one.
+        model (`LengthValueModel`): before it is fitted. Of the backbone its kind and size count: its weights come from
+            the checkpoint once there is one.
         train (`datasets.Dataset`): the completions that are fitted on.
     """
     own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
@@ -87,11 +82,6 @@ def fingerprint(rollouts: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def begin(folder: str, settings: dict[str, Any]) -> None:
-    """Keep what a run is begun with."""
-    write_json(Path(folder) / RECORD, settings)
-
-
 def check_resumed(folder: str, settings: dict[str, Any]) -> None:
     """Raise a `ValueError` if the run in a folder was begun with other settings; a warning if it does not say."""
     path = Path(folder) / RECORD
@@ -99,13 +89,10 @@ def check_resumed(folder: str, settings: dict[str, Any]) -> None:
         logger.warning("'%s' is not there: with which settings the run was begun is not known, nor compared", path)
         return
     begun = read_json(path)
-    differing = [
-        f"{name} {begun.get(name)}, now {settings.get(name)}"
-        for name in sorted({*begun, *settings})
-        if begun.get(name) != settings.get(name)
-    ]
-    if differing:
+    names = [name for name in sorted({*begun, *settings}) if begun.get(name) != settings.get(name)]
+    if names:
+        differing = "; ".join(f"{name} {begun.get(name)}, now {settings.get(name)}" for name in names)
         raise ValueError(
-            f"The run in {folder} was begun with other settings ({'; '.join(differing)}): go on with those, or give "
-            "another output_dir."
+            f"The run in {folder} was begun with other settings ({differing}): go on with those, or give another "
+            "output_dir."
         )

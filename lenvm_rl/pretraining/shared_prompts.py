@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.pretraining.batches import TRUNCATED_ENDINGS, LengthValueCollator, pack_lengths, row_offsets
-from lenvm_rl.pretraining.loss import FINISHED, IGNORED
+from lenvm_rl.pretraining.batches import (
+    LengthValueCollator,
+    blank_batch,
+    pack_lengths,
+    read_tokens,
+    row_offsets,
+    write_labels,
+)
+from lenvm_rl.pretraining.loss import IGNORED
 
 # Decoders and attention implementations for which equality with completions alone is tested.
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
@@ -33,8 +40,7 @@ class SharedPromptCollator:
     do not fit in a row, the prompt is repeated in another.
 
     Args:
-        pad_token_id (`int`, *optional*, defaults to `0`), truncated (`str`, *optional*, defaults to `"bootstrap"`): as
-            in [`LengthValueCollator`].
+        pad_token_id, truncated: as in [`LengthValueCollator`].
         row_length (`int`, *optional*): most tokens in a row (more where one completion with its prompt is longer).
             Twice the longest when omitted: attention costs the square of a row.
 
@@ -48,69 +54,52 @@ class SharedPromptCollator:
     row_length: int | None = None
 
     def __call__(self, rollouts: list[dict[str, Any]]) -> dict[str, Tensor]:
-        tails = [self._tail(rollout) for rollout in rollouts]
+        # The prompt's last token and what is read of the completion.
+        tails = [rollout["prompt_ids"][-1:] + read_tokens(rollout, self.truncated) for rollout in rollouts]
         longest = max(len(rollout["prompt_ids"]) - 1 + len(tail) for rollout, tail in zip(rollouts, tails, strict=True))
         capacity = 2 * longest if self.row_length is None else max(longest, self.row_length)
-        blocks = self._blocks(rollouts, [len(tail) for tail in tails], capacity)
+        blocks = _blocks(rollouts, [len(tail) for tail in tails], capacity)
         heads = [rollouts[block[0]]["prompt_ids"][:-1] for block in blocks]
         sizes = [len(head) + sum(len(tails[i]) for i in block) for head, block in zip(heads, blocks, strict=True)]
         rows = pack_lengths(sizes, capacity)
         width = max(sum(sizes[index] for index in row) for row in rows)
-        batch = self._blank(len(rows), width, len(rollouts))
+        batch = blank_batch(len(rows), width, len(rollouts), self.pad_token_id)
+        batch["position_ids"] = torch.zeros_like(batch["input_ids"])
+        # What is left of a row is a block of its own, so that no softmax is left without a column.
+        batch["blocks"] = torch.full_like(batch["input_ids"], -1)
+        batch["siblings"] = torch.full_like(batch["input_ids"], _SHARED)
         row_of, first = (each.tolist() for each in row_offsets(rows, sizes))
         for number, (block, head) in enumerate(zip(blocks, heads, strict=True)):
-            row, start = row_of[number], first[number]
-            self._write(batch, row, start, number, _SHARED, head, 0)
-            column = start + len(head)
+            row, column = row_of[number], first[number]
+            _write(batch, row, column, number, _SHARED, head, 0)
+            column += len(head)
             for sibling, index in enumerate(block, start=1):
-                self._write(batch, row, column, number, sibling, tails[index], len(head))
-                self._label(batch, row, column, index, rollouts[index])
+                _write(batch, row, column, number, sibling, tails[index], len(head))
+                write_labels(batch, row, column, index, rollouts[index], self.truncated)
                 column += len(tails[index])
         return batch
 
-    def _tail(self, rollout: dict[str, Any]) -> list[int]:
-        """The prompt's last token and the completion; its last token only if the value after it is read."""
-        ids = rollout["prompt_ids"][-1:] + rollout["completion_ids"]
-        reads_cut = rollout["finish_reason"] != "stop" and self.truncated == "bootstrap"
-        return ids if reads_cut else ids[:-1]
 
-    def _blocks(self, rollouts: list[dict[str, Any]], sizes: list[int], capacity: int) -> list[list[int]]:
-        of_prompt: dict[tuple[int, ...], list[int]] = {}
-        for index, rollout in enumerate(rollouts):
-            of_prompt.setdefault(tuple(rollout["prompt_ids"]), []).append(index)
-        blocks = []
-        for prompt, members in of_prompt.items():
-            rows = pack_lengths([sizes[index] for index in members], capacity - len(prompt) + 1)
-            blocks.extend([members[place] for place in row] for row in rows)
-        return blocks
+def _blocks(rollouts: list[dict[str, Any]], sizes: list[int], capacity: int) -> list[list[int]]:
+    """Completions of one prompt that fit in a row with it."""
+    of_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        of_prompt.setdefault(tuple(rollout["prompt_ids"]), []).append(index)
+    blocks = []
+    for prompt, members in of_prompt.items():
+        rows = pack_lengths([sizes[index] for index in members], capacity - len(prompt) + 1)
+        blocks.extend([members[place] for place in row] for row in rows)
+    return blocks
 
-    def _blank(self, height: int, width: int, count: int) -> dict[str, Tensor]:
-        shape = (height, width)
-        return {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "position_ids": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORED),
-            "endings": torch.full(shape, FINISHED),
-            # What is left of a row is a block of its own, so that no softmax is left without a column.
-            "blocks": torch.full(shape, -1),
-            "siblings": torch.full(shape, _SHARED),
-            "sequences": torch.zeros(count, 6, dtype=torch.long),
-        }
 
-    @staticmethod
-    def _write(batch, row: int, start: int, block: int, sibling: int, ids: list[int], position: int) -> None:
-        stop = start + len(ids)
-        batch["input_ids"][row, start:stop] = torch.tensor(ids, dtype=torch.long)
-        batch["position_ids"][row, start:stop] = torch.arange(position, position + len(ids))
-        batch["blocks"][row, start:stop] = block
-        batch["siblings"][row, start:stop] = sibling
-
-    def _label(self, batch, row: int, state: int, index: int, rollout: dict[str, Any]) -> None:
-        length, finished = len(rollout["completion_ids"]), rollout["finish_reason"] == "stop"
-        batch["labels"][row, state : state + length] = torch.arange(length, 0, -1)
-        batch["endings"][row, state : state + length] = FINISHED if finished else TRUNCATED_ENDINGS[self.truncated]
-        entry = [row, state, length, finished, rollout["group"], len(rollout["prompt_ids"])]
-        batch["sequences"][index] = torch.tensor(entry)
+def _write(
+    batch: dict[str, Tensor], row: int, start: int, block: int, sibling: int, ids: list[int], position: int
+) -> None:
+    place = row, slice(start, start + len(ids))
+    batch["input_ids"][place] = torch.tensor(ids, dtype=torch.long)
+    batch["position_ids"][place] = torch.arange(position, position + len(ids))
+    batch["blocks"][place] = block
+    batch["siblings"][place] = sibling
 
 
 def sibling_mask(blocks: Tensor, siblings: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
@@ -135,13 +124,10 @@ def sibling_mask(blocks: Tensor, siblings: Tensor, attention: str, dtype: torch.
 
 @torch.no_grad()
 def check_sharing(model: LengthValueModel) -> None:
-    """Raises a `ValueError` unless the completions of a prompt can share a row of this model.
+    """Raises a `ValueError` unless the completions of a prompt can share a row of this model, which is left as it was.
 
     Decoders and attention implementations are known by name, sliding windows are not among what is tested; and one row
     is compared with its completions alone.
-
-    Args:
-        model (`LengthValueModel`): left as it was.
     """
     config = model.backbone.config
     attention = config._attn_implementation
@@ -177,12 +163,7 @@ def check_sharing(model: LengthValueModel) -> None:
 
 
 def model_inputs(batch: dict[str, Tensor], model: LengthValueModel) -> dict[str, Tensor]:
-    """What a model takes of a batch of either collator, with the attention mask of shared prompts made.
-
-    Args:
-        batch (`dict[str, torch.Tensor]`): on the model's device.
-        model (`LengthValueModel`): unwrapped.
-    """
+    """What an unwrapped model takes of a batch of either collator, with the attention mask of shared prompts made."""
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
     if "siblings" in batch:
         attention = model.backbone.config._attn_implementation

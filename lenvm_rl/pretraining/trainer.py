@@ -22,46 +22,32 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from lenvm_rl.files import MetricsFile
+from lenvm_rl.files import MetricsFile, write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments, check_precision
 from lenvm_rl.pretraining.batches import (
     COLUMNS,
     LengthValueCollator,
-    SortedSampler,
     StepSampler,
     check_fits,
     check_isolation,
+    longest_first,
     unpack,
 )
 from lenvm_rl.pretraining.loss import IGNORED, length_value_loss, value_targets
 from lenvm_rl.pretraining.metrics import (
     domain_metrics,
     domains_of_prompts,
-    length_value_metrics,
     metrics_for_card,
     sequence_statistics,
     summarize,
 )
 from lenvm_rl.pretraining.references import reference_metrics
-from lenvm_rl.pretraining.resuming import begin, check_resumed, find_checkpoint, settings_of
+from lenvm_rl.pretraining.resuming import RECORD, check_resumed, find_checkpoint, settings_of
 from lenvm_rl.pretraining.shared_prompts import SharedPromptCollator, check_sharing, model_inputs
 from lenvm_rl.returns import fit_gamma
 from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.tokenization import check_same_tokenizer
-
-__all__ = [
-    "LengthValueCollator",
-    "LengthValueTrainer",
-    "LengthValueTrainingArguments",
-    "fit_gamma_to_rollouts",
-    "length_value_loss",
-    "length_value_metrics",
-    "make_length_value_model",
-    "prepare_rollouts",
-    "pretrain",
-    "value_targets",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +60,6 @@ def prepare_rollouts(rollouts: Dataset, args: LengthValueTrainingArguments) -> D
     Args:
         rollouts (`datasets.Dataset`): as `read_rollouts` gives them.
         args (`LengthValueTrainingArguments`): `only_correct` and `truncated` decide.
-
-    Returns:
-        `datasets.Dataset`: the completions that are left.
-
-    Raises:
-        ValueError: if `only_correct` is set without a column `correct`, or no finished completion is left.
     """
     keep = [True] * len(rollouts)
     finished = [reason == "stop" for reason in rollouts["finish_reason"][:]]
@@ -116,14 +96,10 @@ def sequence_lengths(rollouts: Dataset) -> list[int]:
 def fit_gamma_to_rollouts(
     rollouts: Dataset, quantile: float = 0.99, coverage: float = 0.99
 ) -> tuple[float, dict[str, Any]]:
-    """Gamma for rollouts, and what it was fitted on (arXiv 2604.27039, section 5.3).
+    """Gamma for rollouts by [`~lenvm_rl.returns.fit_gamma`], and what it was fitted on (arXiv 2604.27039, section 5.3).
 
     Truncated completions count with the tokens they have, which can only make gamma smaller than it should be; their
     share is part of the record.
-
-    Args:
-        rollouts (`datasets.Dataset`): the completions to be fitted on.
-        quantile, coverage (`float`, *optional*, default to `0.99`): see `fit_gamma`.
 
     Returns:
         `tuple[float, dict]`: gamma, and a record for the model's config: `quantile`, `coverage`, `completions`,
@@ -161,10 +137,7 @@ def make_length_value_model(
         rollouts (`datasets.Dataset`): the completions that will be fitted on.
         metadata (`RolloutMetadata`): where they come from.
         args (`LengthValueTrainingArguments`): `gamma`, or how to fit it.
-        tokenizer (`PreTrainedTokenizerBase`): the backbone's.
-
-    Raises:
-        ValueError: if the tokenizer is not the one that the rollouts were sampled with.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's; must be the one that the rollouts were sampled with.
     """
     check_same_tokenizer(
         tokenizer, metadata.tokenizer_fingerprint, ours_name="the backbone", theirs_name="the generator of the rollouts"
@@ -173,7 +146,7 @@ def make_length_value_model(
     if args.gamma is not None:
         gamma, fit = args.gamma, {**fit, "quantile": None, "coverage": None}
         logger.info("gamma %.6f is used as given", gamma)
-    model = LengthValueModel.from_backbone(
+    return LengthValueModel.from_backbone(
         model_or_path,
         gamma=gamma,
         tokenizer=tokenizer,
@@ -182,7 +155,6 @@ def make_length_value_model(
         sampling=metadata.sampling,
         truncated_share=metadata.truncated_share,
     )
-    return model
 
 
 class LengthValueTrainer(Trainer):
@@ -195,13 +167,9 @@ class LengthValueTrainer(Trainer):
     Args:
         model ([`LengthValueModel`]): what to fit; its config holds gamma.
         args ([`LengthValueTrainingArguments`]): how.
-        train_dataset, eval_dataset (`datasets.Dataset`, *optional*): rollouts, see [`prepare_rollouts`]. Metrics of the
-            evaluation are those of [`length_value_metrics`].
+        train_dataset, eval_dataset (`datasets.Dataset`, *optional*): rollouts, see [`prepare_rollouts`]. The evaluation
+            gives the metrics of [`~lenvm_rl.pretraining.length_value_metrics`].
         kwargs: further arguments of `transformers.Trainer`.
-
-    Raises:
-        ValueError: if the model is no length value model, a sequence does not fit its context or has ids outside its
-            vocabulary, packed sequences see each other, or several GPUs are driven by one process.
     """
 
     def __init__(
@@ -237,7 +205,7 @@ class LengthValueTrainer(Trainer):
                 **kwargs,
             },
         )
-        check_precision(args, self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_precision(args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         # Otherwise the Trainer hands num_items_in_batch to the backbone as well.
         self.model_accepts_loss_kwargs = False
 
@@ -282,12 +250,10 @@ class LengthValueTrainer(Trainer):
             groups=dataset["group"][:] if self.args.share_prompts else None,
         )
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        return (
-            super()._get_eval_sampler(eval_dataset)
-            if self.args.packing
-            else SortedSampler(sequence_lengths(eval_dataset))
-        )
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | list[int] | None:
+        if self.args.packing:
+            return super()._get_eval_sampler(eval_dataset)
+        return longest_first(sequence_lengths(eval_dataset))
 
     @property
     def _unwrapped(self) -> LengthValueModel:
@@ -362,15 +328,11 @@ def pretrain(
         eval_rollouts (`datasets.Dataset`, *optional*): held-out prompts (see `split_by_prompt`), evaluated at the end.
         callbacks (`list[TrainerCallback]`, *optional*): given to the trainer.
         resume (`bool`, *optional*, defaults to `False`): go on from the last checkpoint in `args.output_dir`, if any.
+            A checkpoint there is refused without it, and so is one of a run with other settings or rollouts.
 
     Returns:
         `tuple[LengthValueModel, dict[str, float]]`: the model in eval mode, and the metrics of the evaluation (empty
         without `eval_rollouts`).
-
-    Raises:
-        FileNotFoundError: if `args.resume_from_checkpoint` is no checkpoint.
-        ValueError: if `args.output_dir` has a checkpoint and `resume` is not set, or the run was begun with other
-            settings or rollouts; and as [`LengthValueTrainer`].
     """
     checkpoint = find_checkpoint(args, resume)
     set_seed(args.seed)  # the head's first weights are drawn before the Trainer sets the seed
@@ -388,7 +350,7 @@ def pretrain(
     if checkpoint is not None:
         check_resumed(os.path.dirname(checkpoint), settings)
     elif trainer.is_world_process_zero():
-        begin(args.output_dir, settings)
+        write_json(os.path.join(args.output_dir, RECORD), settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_rollouts is not None else {}
     if metrics:

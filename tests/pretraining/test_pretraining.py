@@ -16,12 +16,12 @@ from tiny import tiny_llama, tiny_tokenizer
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.pretraining.batches import LengthValueCollator, unpack
 from lenvm_rl.pretraining.loss import IGNORED
+from lenvm_rl.pretraining.metrics import length_value_metrics
 from lenvm_rl.pretraining.references import reference_metrics
 from lenvm_rl.pretraining.trainer import (
     LengthValueTrainer,
     LengthValueTrainingArguments,
     fit_gamma_to_rollouts,
-    length_value_metrics,
     make_length_value_model,
     prepare_rollouts,
     pretrain,

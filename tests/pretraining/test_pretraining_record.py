@@ -9,8 +9,9 @@ from ragged import random_rollouts
 from test_pretraining import make_args, make_metadata
 from tiny import tiny_llama, tiny_tokenizer
 
+from lenvm_rl.files import write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.pretraining.resuming import RECORD, begin, check_resumed, find_checkpoint, fingerprint, settings_of
+from lenvm_rl.pretraining.resuming import RECORD, check_resumed, find_checkpoint, fingerprint, settings_of
 from lenvm_rl.rollouts.record import write_rollouts
 from recipes import pretrain_lenvm
 
@@ -47,7 +48,7 @@ def settings(tmp_path, gamma=0.9, hidden=16, train=ROLLOUTS, **changes):
     ],
 )
 def test_what_the_weights_depend_on_is_compared(change, name, tmp_path):
-    begin(tmp_path, settings(tmp_path))
+    write_json(tmp_path / RECORD, settings(tmp_path))
     check_resumed(tmp_path, settings(tmp_path))
     with pytest.raises(ValueError, match=rf"begun with other settings \({name} "):
         check_resumed(tmp_path, settings(tmp_path, **change))
@@ -68,7 +69,7 @@ def test_what_the_weights_depend_on_is_compared(change, name, tmp_path):
     ],
 )
 def test_what_tells_of_a_run_or_makes_it_faster_is_no_other_run(change, tmp_path):
-    begin(tmp_path, settings(tmp_path))
+    write_json(tmp_path / RECORD, settings(tmp_path))
     check_resumed(tmp_path, settings(tmp_path, **change))
 
 
