@@ -16,7 +16,7 @@ from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.arguments import trainer_keywords
 from lenvm_rl.trainers.coefficient import LengthCoefficient
 from lenvm_rl.trainers.config import LenVMConfig
-from lenvm_rl.trainers.frozen import FrozenLengthValues, check_shards, load_length_value_model, place_length_value_model
+from lenvm_rl.trainers.frozen import FrozenLengthValues, check_shards, length_value_model_of, place_length_value_model
 from lenvm_rl.trainers.metrics import BatchMetrics, add_completions, add_guidance, add_streams, add_values
 from lenvm_rl.trainers.resuming import ResumableTrainer, stop_between_generations
 from lenvm_rl.trainers.rewards import Gate, check_rewards, watched_rewards
@@ -85,7 +85,7 @@ class LenVMTrainer(ResumableTrainer):
         self._sets_advantages = self.always_dense or args.needs_length_value_model
         if self._sets_advantages:
             checks.check_loss(args)
-        length_value_model = load_length_value_model(length_value_model, args)
+        length_value_model = length_value_model_of(length_value_model, args)
         super().__init__(
             model,
             reward_funcs,

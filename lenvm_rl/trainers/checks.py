@@ -141,7 +141,7 @@ def check_no_critic(args) -> None:
         raise ValueError(f"{', '.join(changed)} needs a learned critic, and critic='lenvm' has none: leave it out.")
 
 
-SHOWN = 3
+_SHOWN = 3
 
 
 def check_reference_path(policy, args, keywords: dict[str, Any]) -> None:
@@ -204,8 +204,8 @@ def warn_of_another_reference(policy, trainer) -> None:
             path,
             len(differing),
             len(ours),
-            ", ".join(differing[:SHOWN]),
-            ", …" if len(differing) > SHOWN else "",
+            ", ".join(differing[:_SHOWN]),
+            ", …" if len(differing) > _SHOWN else "",
             trainer.beta,
         )
 

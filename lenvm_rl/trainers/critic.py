@@ -396,7 +396,7 @@ def _checkpoint_activations(critic, options: dict | None) -> None:
 
 
 CRITIC_FOLDER = "critic"
-SHOWN = 3
+_SHOWN = 3
 
 
 def check_same_critic(checkpoint: str, critic: TaskCritic | None) -> None:
@@ -449,11 +449,11 @@ def _differences(folder: Path, critic: TaskCritic) -> list[str]:
     moved = sorted(frozen ^ (there.get("frozen") or {}).keys())
     if moved and not found:
         kind = "learn there and not" if moved[0] in frozen else "are frozen there and not"
-        found.append(f"{len(moved)} weights, such as {', '.join(moved[:SHOWN])}, {kind} here")
+        found.append(f"{len(moved)} weights, such as {', '.join(moved[:_SHOWN])}, {kind} here")
     shapes, ours = _shapes(folder), {name: list(weight.shape) for name, weight in critic.state_dict().items()}
     others = sorted(name for name in shapes if shapes[name] != ours.get(name))
     if others and not found:
-        found.append(f"weights of other names or sizes, such as {', '.join(others[:SHOWN])}")
+        found.append(f"weights of other names or sizes, such as {', '.join(others[:_SHOWN])}")
     return found
 
 
@@ -487,7 +487,7 @@ def read_critic(checkpoint: str, critic: TaskCritic) -> None:
     lacking = [name for name, weight in weights.items() if weight.data_ptr() not in read]
     if lacking:
         raise ValueError(
-            f"The critic in '{os.path.join(checkpoint, CRITIC_FOLDER)}' lacks weights: {', '.join(lacking[:SHOWN])}."
+            f"The critic in '{os.path.join(checkpoint, CRITIC_FOLDER)}' lacks weights: {', '.join(lacking[:_SHOWN])}."
         )
 
 

@@ -42,7 +42,7 @@ HALF_LIFE, FIRST_VERDICT = 5.0, 5
 STALE_EXPLAINED_VARIANCE, STALE_FACTOR = 0.0, 2.0
 
 
-def load_length_value_model(model_or_path, args):
+def length_value_model_of(model_or_path, args):
     """The length value model of a run, loaded if it is a path, or `None` where none is needed and none is given.
 
     A path to one that shares its decoder is left a path: see [`on_shared_base`].
@@ -77,7 +77,7 @@ def place_length_value_model(model_or_path, trainer):
 
     Args:
         model_or_path ([`LengthValueModel`] or `str`):
-            What [`load_length_value_model`] gave.
+            What [`length_value_model_of`] gave.
         trainer (`trl.GRPOTrainer`): constructed.
 
     Raises:

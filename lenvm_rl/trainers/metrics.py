@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -102,12 +103,13 @@ class BatchMetrics:
 
     def read(self) -> dict[str, float]:
         """All metrics by name: every process calls this once, after the same calls of the others."""
-        totals = self._reduce(torch.stack(self._sums)).tolist()
-        found = {}
-        for name, read, count in self._read:
-            found[name] = read(*totals[:count])
-            totals = totals[count:]
-        return found
+        return self.read_each([self])[0]
+
+    @staticmethod
+    def read_each(batches: list[BatchMetrics]) -> list[dict[str, float]]:
+        """What `read` gives of each of several batches, after one exchange for all of them."""
+        totals = iter(batches[0]._reduce(torch.stack([sums for batch in batches for sums in batch._sums])).tolist())
+        return [{name: read(*islice(totals, count)) for name, read, count in batch._read} for batch in batches]
 
 
 def add_completions(metrics: BatchMetrics, completions: Completions, outcomes: Outcomes) -> None:

@@ -117,6 +117,8 @@ class LenVMPPOTrainer(LenVMTrainer):
             **grpo_arguments,
         )
         check_settings(critic, self)
+        # Metrics of steps' batches: they are read when something is logged, so that no batch waits for them.
+        self._unread: list[tuple[str, BatchMetrics]] = []
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
         critic = make_critic(critic, args.critic_init, policy, self.length_value_model, args.runs_remote_code)
         self.critic = None if critic is None else place_critic(critic, self)
@@ -200,12 +202,28 @@ class LenVMPPOTrainer(LenVMTrainer):
         metrics = BatchMetrics(self._sum_over_processes)
         metrics.mean("critic/value_loss", losses, mask)
         metrics.mean("critic/clip_fraction", clipped.float(), mask)
-        self._log_all(metrics.read())
+        self._unread.append((self._mode, metrics))
         # `num_items_in_batch` spans the generation batch and all processes; DDP averages over processes.
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self._mode == "train":
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return losses.sum() / tokens
+
+    def _read_value_losses(self) -> None:
+        unread, self._unread = self._unread, []
+        if unread:
+            measured = BatchMetrics.read_each([metrics for _, metrics in unread])
+            for (mode, _), found in zip(unread, measured, strict=True):
+                for name, value in found.items():
+                    self._metrics[mode][name].append(value)
+
+    def log(self, logs, start_time=None):
+        self._read_value_losses()
+        super().log(logs, start_time)
+
+    def _write_state(self, folder: str) -> None:
+        self._read_value_losses()
+        super()._write_state(folder)
 
     def create_optimizer(self, model=None):
         """As `Trainer.create_optimizer`, with parameter groups of the critic's own learning rate."""

@@ -164,6 +164,7 @@ def test_a_learned_critic_reads_each_row_with_its_pictures(tmp_path):
     trainer._value_loss(batch)
     errors = (batch["critic_returns"] - batch["critic_values"])[batch["critic_mask"]]
     expected = float(0.5 * errors.square().mean())
+    trainer._read_value_losses()
     assert trainer._metrics["train"]["critic/value_loss"] == [pytest.approx(expected, rel=1e-4)] and expected > 0
 
 

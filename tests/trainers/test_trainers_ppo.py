@@ -213,6 +213,7 @@ def test_the_value_loss_by_hand(tmp_path):
     errors = (torch.tensor(REWARDS).unsqueeze(1) - VALUES)[MASK.bool()]
     expected = 0.5 * torch.maximum((errors - 0.5).square(), (errors - 0.2).square()).mean()
     assert float(trainer._value_loss(batch)) == pytest.approx(float(expected), abs=1e-6)
+    trainer._read_value_losses()
     assert trainer._metrics["train"]["critic/value_loss"] == [pytest.approx(float(expected), abs=1e-6)]
     share = ((errors - 0.2).abs() > (errors - 0.5).abs()).float().mean()
     assert trainer._metrics["train"]["critic/clip_fraction"] == [pytest.approx(float(share))]
