@@ -161,6 +161,20 @@ def test_every_public_name_is_there():
         getattr(lenvm_rl, "non" + "sense")
 
 
+def test_the_library_has_few_rooms():
+    """A newcomer sees ten modules and eight folders at most, and packages do not nest."""
+    modules = [path for path in LIBRARY.glob("*.py") if path.name != "__init__.py"]
+    folders = {path.parent for path in LIBRARY.rglob("*.py")} - {LIBRARY}
+    assert len(modules) <= 10 and len(folders) <= 8
+    assert all(path.parent == LIBRARY for path in folders)
+
+
+def test_recipes_need_nothing_of_eval():
+    """A policy can be trained without what compares it afterwards."""
+    for path in (ROOT / "recipes").rglob("*.py"):
+        assert not [name for name in imports_of(path) if name.split(".")[0] == "eval"], path.name
+
+
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
