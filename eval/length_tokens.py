@@ -10,14 +10,13 @@ a ranking of many tokens are partly luck, so trust an interval that stays on its
 
 Prints a table and writes length_tokens.json (with contexts), length_tokens.csv (every token that occurs) and
 length_tokens.png (word clouds: a word is larger for a larger product of count and mean shift; what is blank has no
-place there). Without --rollouts,
-completions of the sandbox's evaluation prompts are sampled.
+place there). Without --rollouts, completions of the sandbox's evaluation prompts are sampled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +26,48 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 from wordcloud import WordCloud
 
 from eval.command_line import run
 from eval.datasets import RolloutArguments, find_rollouts
-from eval.report import cell_text, save_csv, save_figure, save_json
+from eval.report import Column, print_table, save_figure, save_report
 from eval.statistics import percentile_interval, resampled_means
-from eval.token_values import TokenValues, token_values
-from eval.viewer_text import BLANK, LINE_END, TAB, token_name, token_pieces, tokenizer_of_rollouts, visible
+from eval.viewer.tokens import (
+    BLANK,
+    LINE_END,
+    TAB,
+    TokenValues,
+    token_name,
+    token_pieces,
+    token_values,
+    tokenizer_of_rollouts,
+    visible,
+)
 from lenvm_rl.modeling.loading import load_length_value_model
 
 # As in eval.viewer: orange is longer, blue is shorter.
 SIDES = {"longer": "#b35806", "shorter": "#2166ac"}
 FONT = findfont("DejaVu Sans")
 # Tokens whose resamples are held in memory at once.
-COLUMNS = 512
+HELD_TOKENS = 512
 
 
 @dataclass
 class TokenArguments(RolloutArguments):
     """Which completions are read by which model, and how tokens are ranked."""
 
-    tokenizer_name_or_path: str | None = field(
+    tokenizer_name_or_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Tokenizer of the rollouts: folder or hub id. Default: what lies with the length value model, "
-            "--policy or --base."
-        },
+        help="Tokenizer of the rollouts: folder or hub id. Default: what lies with the length value model, --policy or "
+        "--base.",
     )
-    min_count: int = field(default=20, metadata={"help": "Rank tokens that occur at least this often."})
-    top: int = field(default=25, metadata={"help": "Tokens shown on either side."})
-    contexts: int = field(default=3, metadata={"help": "Occurrences shown of each, drawn at random."})
-    context_tokens: int = field(default=12, metadata={"help": "Tokens of text before and after an occurrence."})
-    forward_tokens: int = field(default=16384, metadata={"help": "Most tokens in a forward, padding counted."})
+    min_count: int = HfArg(default=20, help="Rank tokens that occur at least this often.")
+    top: int = HfArg(default=25, help="Tokens shown on either side.")
+    contexts: int = HfArg(default=3, help="Occurrences shown of each, drawn at random.")
+    context_tokens: int = HfArg(default=12, help="Tokens of text before and after an occurrence.")
+    forward_tokens: int = HfArg(default=16384, help="Most tokens in a forward, padding counted.")
 
     def __post_init__(self) -> None:
         if min(self.min_count, self.top, self.forward_tokens) < 1:
@@ -134,8 +139,8 @@ def measure_tokens(found: Occurrences, min_count: int, num_resamples: int = 2000
         estimates = np.bincount(token, means * occurrences, minlength=len(ids)) / counts
         for row, estimate in zip(rows, estimates, strict=True):
             row[name] = {"estimate": float(estimate), "low": None, "high": None}
-        for start in range(0, len(frequent), COLUMNS):
-            chosen = frequent[start : start + COLUMNS]
+        for start in range(0, len(frequent), HELD_TOKENS):
+            chosen = frequent[start : start + HELD_TOKENS]
             inside = np.isin(token, chosen)
             place = prompt[inside], np.searchsorted(chosen, token[inside])
             values, weights = np.zeros((2, num_prompts, len(chosen)))
@@ -186,32 +191,23 @@ def rank(rows: list[dict], min_count: int, top: int) -> dict[str, list[dict]]:
     }
 
 
-def print_table(ranked: dict[str, list[dict]], title: str, console: Console) -> None:
-    """A line for each token, the lengthening ones first."""
+def example(row: dict[str, Any]) -> str:
+    """The first of a token's contexts on one line."""
+    if not row["contexts"]:
+        return ""
+    shown = row["contexts"][0]
+    return visible(f"{shown['before'][-24:]}»{shown['token']}«{shown['after'][:20]}")
 
-    table = Table(title=title)
-    for name in ("token", "side"):
-        table.add_column(name, no_wrap=True)
-    for name in ("count", "prompts", "shift, tokens", "shift, value"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("for example", no_wrap=True, overflow="ellipsis")
-    for side, rows in ranked.items():
-        for row in rows:
-            example = ""
-            if row["contexts"]:
-                shown = row["contexts"][0]
-                example = visible(f"{shown['before'][-24:]}»{shown['token']}«{shown['after'][:20]}")
-            table.add_row(
-                escape(row["token"]),
-                side,
-                str(row["count"]),
-                str(row["prompts"]),
-                cell_text(row["shift_in_tokens"], 2, sign="+"),
-                cell_text(row["shift"], 4, sign="+"),
-                escape(example),
-                end_section=row is rows[-1],
-            )
-    console.print(table)
+
+COLUMNS = [
+    Column("token", "token"),
+    Column("side", "side", left=True),
+    Column("count", "count"),
+    Column("prompts", "prompts"),
+    Column("shift, tokens", "shift_in_tokens", 2, sign="+"),
+    Column("shift, value", "shift", 4, sign="+"),
+    Column("for example", example, left=True),
+]
 
 
 def cloud_words(rows: list[dict], min_count: int, sign: int) -> tuple[dict[str, float], int]:
@@ -304,13 +300,15 @@ def report_tokens(
         **ranked,
     }
     folder = Path(args.output_dir)
-    save_json(folder / "length_tokens.json", report)
     columns = ("token_id", "token", "count", "prompts", "shift", "shift_in_tokens")
-    save_csv(folder / "length_tokens.csv", [{name: row[name] for name in columns} for row in rows])
+    save_report(folder, "length_tokens", report, [{name: row[name] for name in columns} for row in rows])
     plot_clouds(rows, args.min_count, folder / "length_tokens.png", args.seed)
     console = Console(width=150, highlight=False)
-    title = f"{report['completions']} completions of {report['prompts']} prompts, {report['cut']} of them cut"
-    print_table(ranked, f"{title}; positive: the token made it longer than expected", console)
+    title = (
+        f"{report['completions']} completions of {report['prompts']} prompts, {report['cut']} of them cut; positive: "
+    )
+    shown = [{"side": side, **row} for side, chosen in ranked.items() for row in chosen]
+    print_table(console, shown, COLUMNS, f"{title}; positive: longer than expected", lambda row: row["side"])
     console.print(
         f"{report['occurrences']} tokens read, {report['tokens']} different ones, of which {len(rare)} occur less than "
         f"{args.min_count} times ({sum(rare)} in all) and are not ranked. 95 % intervals over prompts"

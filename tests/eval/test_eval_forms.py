@@ -8,13 +8,16 @@ from ragged import EOS, random_rollouts
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from eval import length_control, length_prediction, length_tokens, viewer
+from eval import length_tokens
 from eval.gradient import __main__ as gradient
+from eval.length_control import __main__ as length_control
+from eval.length_prediction import __main__ as length_prediction
 from eval.speed import __main__ as speed
 from eval.speed import batching
-from eval.token_values import token_values
 from eval.tradeoff import __main__ as tradeoff
 from eval.tradeoff.sampler import value_scale
+from eval.viewer import __main__ as viewer
+from eval.viewer.tokens import token_values
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import length_aware_batches, padding_steps, predict_length
 from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts, write_rollouts
@@ -135,8 +138,8 @@ def test_length_control_guides_by_it_with_the_policy_as_its_base(place, form, tm
         targets=[4], modes=["equal_to"], arms=["base", "guided"], cap_extra=4, output_dir=str(tmp_path),
     )  # fmt: skip
     assert {row["arm"] for row in length_control.main(args)["cells"]} == {"base", "guided"}
-    completed, source = length_control.complete(args)
-    sampler, _ = length_control.make_sampler(completed, None)
+    completed, source = length_control.with_models(args)
+    sampler, _ = length_control.load_sampler(completed, None)
     prompt, completion = [6, 7], [8, 9, EOS]
     assert value_scale(sampler.length_value_model, [prompt], [completion]) == pytest.approx(
         value_scale(by_hand(place, form), [prompt], [completion]), rel=1e-4

@@ -6,15 +6,16 @@ import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from places import DATA
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 
-from eval.length_control import LengthControlArguments, main
-from eval.length_control_cells import ARMS, Completion, LengthSampler, cell_completions, completion_nll
-from eval.length_control_prompts import read_tasks, split_off_length, with_length
-from eval.length_control_report import summarise_cell
+from eval.length_control.__main__ import LengthControlArguments, main
+from eval.length_control.prompts import read_tasks, split_off_length, with_length
+from eval.length_control.report import length_deviation, length_score, repetition_rate, summarise_cell
+from eval.length_control.sampler import ARMS, Completion, LengthSampler, cell_completions, completion_nll
 from lenvm_rl.decoding.guidance import LengthGuidance
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.sandbox import PolicySettings, sandbox_tokenizer
@@ -96,9 +97,9 @@ def test_tasks_are_taken_by_turns(tmp_path):
     with pytest.raises(ValueError, match="has no tasks"):
         read_tasks(path, ["en"], max_characters=3)
     assert read_tasks(path, ["zh"])[0].instruction == "w13 \u2028 w14"
-    with pytest.raises(ValueError, match="fewer than num_prompts=5"):
+    with pytest.raises(ValueError, match="num_prompts=5"):
         read_tasks(path, ["en", "zh"], 5)
-    with pytest.raises(ValueError, match="languages must be some of"):
+    with pytest.raises(ValueError, match="languages"):
         read_tasks(path, ["de"])
 
 
@@ -225,11 +226,53 @@ def test_a_run_that_was_killed_ends_as_an_unbroken_one(tmp_path):
 
 
 def test_prompts_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="Prompt 0 has 500 tokens; with a completion of 52"):
+    with pytest.raises(ValueError, match="Prompt 0"):
         sampler(geometric_chain(0.1), policy=tiny_llama(), prompt_ids=[[7] * 500]).plan(["base"], MODES)
 
 
 # The report
+
+
+def test_deviation_by_hand():
+    assert length_deviation([0, 16, 32, 48, 96], 32).tolist() == [-1.0, -0.5, 0.0, 0.5, 2.0]
+    assert length_deviation([10, 10], [20, 5]).tolist() == [-0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        # Lengths 0, 24, 30, 32, 40, 64 for a target of 32: LD is -1, -1/4, -1/16, 0, 1/4, 1.
+        ("equal_to", [0.6738, 28.6505, 73.1616, 100.0, 60.6531, 13.5335]),
+        ("at_most", [100.0, 100.0, 100.0, 100.0, 60.6531, 13.5335]),
+        ("at_least", [0.6738, 28.6505, 73.1616, 100.0, 100.0, 100.0]),
+    ],
+)
+def test_scores_by_hand(mode, expected):
+    np.testing.assert_allclose(length_score([0, 24, 30, 32, 40, 64], 32, mode), expected, atol=1e-4)
+
+
+def test_too_short_costs_more_than_too_long():
+    short, long = length_score([90, 110], 100, "equal_to")
+    assert short == pytest.approx(100 * math.exp(-0.5)) and long == pytest.approx(100 * math.exp(-0.2))
+
+
+@pytest.mark.parametrize(("lengths", "target"), [([3], 0), ([-1], 5)])
+def test_impossible_lengths_are_refused(lengths, target):
+    with pytest.raises(ValueError, match="target"):
+        length_deviation(lengths, target)
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="mode"):
+        length_score([3], 3, "tilt")
+
+
+def test_repetition_by_hand():
+    # 4-grams of abcabcab: abca bcab cabc abca bcab; two of five stood there before.
+    assert repetition_rate([1, 2, 3, 1, 2, 3, 1, 2]) == pytest.approx(2 / 5)
+    assert repetition_rate([7] * 10, n=1) == pytest.approx(0.9)
+    assert repetition_rate([1, 2, 3, 4]) == 0.0
+    assert repetition_rate([1, 1, 1]) == repetition_rate([]) == 0.0
 
 
 def test_summary_by_hand():
@@ -325,9 +368,9 @@ def test_the_sandbox_is_the_default_and_answers_are_graded(tmp_path):
         ({"targets": [8, 8]}, "targets"),
         ({"modes": ["tilt"]}, "modes"),
         ({"rule": "soft"}, "rule"),
-        ({"arms": ["guided+prompt"]}, "sandbox's prompts cannot ask"),
+        ({"arms": ["guided+prompt"]}, "arms"),
         ({"arms": ["best"]}, "arms"),
-        ({"cap_extra": 0}, "the end takes a token"),
+        ({"cap_extra": 0}, "cap_extra"),
     ],
 )
 def test_arguments_that_make_no_sense(fields, message):
@@ -336,5 +379,5 @@ def test_arguments_that_make_no_sense(fields, message):
 
 
 def test_a_missing_run_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"run `accelerate launch recipes/ppo_shaped.py` first"):
+    with pytest.raises(ValueError, match="run_dir"):
         main(LengthControlArguments(run_dir=str(tmp_path)))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eval.length_tokens import Occurrences, TokenArguments, find_occurrences, main, measure_tokens, rank, report_tokens
 from eval.statistics import mean_interval
-from eval.token_values import token_values
+from eval.viewer.tokens import token_values
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
 from lenvm_rl.sandbox import PolicySettings, draw_completion, sandbox_tokenizer, stream_problems
@@ -125,7 +125,7 @@ def random_occurrences(seed=0, count=3000, prompts=30, kinds=7):
 def test_intervals_are_those_of_the_cluster_bootstrap(monkeypatch):
     found = random_occurrences()
     # Tokens are resampled a few at a time, all with the same draws.
-    monkeypatch.setattr("eval.length_tokens.COLUMNS", 2)
+    monkeypatch.setattr("eval.length_tokens.HELD_TOKENS", 2)
     rows = measure_tokens(found, 1, num_resamples=300, seed=4)
     assert [row["shift"]["estimate"] for row in rows] == sorted((r["shift"]["estimate"] for r in rows), reverse=True)
     assert {row["token_id"] for row in rows} == {0, 3, 6, 9, 12, 15, 18}

@@ -8,13 +8,13 @@ from ragged import EOS, make_rollout, random_rollouts
 from test_report import overlapping
 from tiny import tiny_length_value_model, tiny_tokenizer
 
-from eval import length_prediction, length_tokens
+from eval import length_tokens
 from eval.gradient import report as gradient_report
 from eval.gradient.estimators import estimators
-from eval.length_control_cells import Completion
-from eval.length_control_figures import plot_length_control
-from eval.length_control_report import summarise_cell
-from eval.length_prediction import PredictionArguments
+from eval.length_control.report import plot_length_control, summarise_cell
+from eval.length_control.sampler import Completion
+from eval.length_prediction import __main__ as length_prediction
+from eval.length_prediction.__main__ import PredictionArguments
 from eval.length_tokens import TokenArguments, cloud_words
 from eval.tradeoff import report as tradeoff_report
 from eval.tradeoff.report import plot_tradeoff

@@ -9,12 +9,13 @@ import pytest
 from ragged import EOS, random_rollouts
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 
-from eval import length_control, length_prediction
 from eval.graded import read_run
 from eval.gradient import __main__ as gradient
 from eval.gradient.__main__ import GradientArguments
-from eval.length_control import LengthControlArguments
-from eval.length_prediction import PredictionArguments
+from eval.length_control import __main__ as length_control
+from eval.length_control.__main__ import LengthControlArguments
+from eval.length_prediction import __main__ as length_prediction
+from eval.length_prediction.__main__ import PredictionArguments
 from eval.runs import Run, check_sandbox, find_run, is_sandbox, output_folder
 from eval.tradeoff import __main__ as tradeoff
 from eval.tradeoff.arms import TradeoffArguments

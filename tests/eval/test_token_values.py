@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import EOS, tiny_gpt2, tiny_length_value_model, tokens
 
-from eval.token_values import token_values
+from eval.viewer.tokens import token_values
 from lenvm_rl.returns import discounted_return, remaining_from_logits
 from lenvm_rl.sandbox.scripted import START, ScriptedLengthValue, countdown_chain
 
@@ -97,10 +97,10 @@ def test_rows_of_similar_length_share_a_forward(monkeypatch):
 @pytest.mark.parametrize(
     ("prompts", "completions", "finished", "settings", "problem"),
     [
-        ([[3]], [[4], [5]], [True], {}, "1 prompts, 2 completions and 1 ends"),
-        ([[]], [[4]], [True], {}, "prompt of completions \\[0\\] has no tokens"),
-        ([[3], [3]], [[4], []], [True, True], {}, "completion of completions \\[1\\] has no tokens"),
-        ([[3]], [[4]], [True], {"max_tokens": 0}, "max_tokens must be at least 1"),
+        ([[3]], [[4], [5]], [True], {}, "finished"),
+        ([[]], [[4]], [True], {}, "prompt_ids of completions \\[0\\]"),
+        ([[3], [3]], [[4], []], [True, True], {}, "completion_ids of completions \\[1\\]"),
+        ([[3]], [[4]], [True], {"max_tokens": 0}, "max_tokens"),
     ],
 )
 def test_what_cannot_be_read_is_refused(prompts, completions, finished, settings, problem):

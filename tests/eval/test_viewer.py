@@ -12,9 +12,8 @@ from tiny import EOS, tiny_length_value_model, tiny_tokenizer, tokens
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eval.token_values import TokenValues
-from eval.viewer import ViewerArguments, completion_entry, main, render_page
-from eval.viewer_text import Piece, token_name, token_pieces, visible
+from eval.viewer.__main__ import ViewerArguments, completion_entry, main, render_page
+from eval.viewer.tokens import Piece, TokenValues, token_name, token_pieces, visible
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
 from lenvm_rl.tokenization import tokenizer_fingerprint
 

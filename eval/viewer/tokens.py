@@ -1,13 +1,24 @@
-"""How tokens read: the text that each one adds to a completion, and names for tokens that stand alone."""
+"""How tokens of completions read, and what a length value model says at each of them.
+
+Arrays follow `lenvm_rl.returns`: entry ``t`` belongs to the state before token ``t`` was chosen, and a shift to the
+token itself, positive where it made the completion longer than expected. After a chosen end-of-sequence token nothing
+follows: its value is exactly 0 and so is the length. After the last token of a cut completion the model is asked once
+more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lenvm_rl.decoding.scoring import check_scorable
+from lenvm_rl.modeling.completions import state_logits
 from lenvm_rl.modeling.loading import has_tokenizer, load_tokenizer
+from lenvm_rl.returns import horizon_shift, remaining_from_logits
 from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.tokenization import check_same_tokenizer
 
@@ -34,17 +45,7 @@ class Piece:
 
 
 def tokenizer_of_rollouts(metadata: RolloutMetadata, given: str | None, *places: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a rollout file.
-
-    Args:
-        metadata ([`~lenvm_rl.rollouts.RolloutMetadata`]): of the rollouts.
-        given (`str`, *optional*): folder or hub id that was named for it.
-        places (`str`, *optional*): where it lies otherwise: the first that has one.
-
-    Raises:
-        FileNotFoundError: what was named has none.
-        ValueError: no place has one, or it is another.
-    """
+    """The tokenizer of a rollout file: the given one, or else the first that lies at one of the places."""
     found = given or next((place for place in places if place is not None and has_tokenizer(place)), None)
     if found is None:
         raise ValueError(
@@ -66,9 +67,6 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before:
         tokenizer (`PreTrainedTokenizerBase`): decodes them.
         ids (`Sequence[int]`): the tokens.
         before (`Sequence[int]`, *optional*): tokens before them: whether a word begins with a blank can depend on it.
-
-    Returns:
-        `list[Piece]`: one for each token.
     """
     special = _special_ids(tokenizer)
     pieces: list[Piece] = []
@@ -133,3 +131,72 @@ def _added(tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: list[
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     return decode([*context, *tokens])[len(decode(context)) :] if context else decode(tokens)
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """A completion of L tokens as the model sees it; all arrays float64 on the CPU.
+
+    Args:
+        remaining (`torch.Tensor` of shape `(L,)`): predicted tokens still to come before each token, end-of-sequence
+            counted.
+        values (`torch.Tensor` of shape `(L,)`): ``V(s_t)`` in (-1, 0).
+        horizon_shift (`torch.Tensor` of shape `(L,)`): of each token, in value (arXiv 2604.27039, eq. 16).
+        shift_in_tokens (`torch.Tensor` of shape `(L,)`): ``n(s_{t+1}) + 1 - n(s_t)``: by how many tokens the whole
+            completion is expected to be longer for this token.
+    """
+
+    remaining: Tensor
+    values: Tensor
+    horizon_shift: Tensor
+    shift_in_tokens: Tensor
+
+
+@torch.no_grad()
+def token_values(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    finished: Sequence[bool],
+    max_tokens: int = 16384,
+) -> list[TokenValues]:
+    """Runs the model once along every completion.
+
+    Args:
+        model (`LengthValueModel`): in eval mode.
+        prompt_ids, completion_ids (sequences of sequences of `int`): each completion, the end-of-sequence token of a
+            finished one included, and its prompt.
+        finished (`Sequence[bool]`): whether the last token is end-of-sequence (else the completion was cut).
+        max_tokens (`int`, *optional*, defaults to `16384`): see `state_logits`.
+
+    Returns:
+        `list[TokenValues]`: one for each completion, in the order given.
+    """
+    check_scorable(model)
+    counts = [len(prompt_ids), len(completion_ids), len(finished)]
+    if len(set(counts)) > 1:
+        raise ValueError(f"prompt_ids, completion_ids and finished have {counts} entries: give one per completion.")
+    for name, rows in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
+        empty = [index for index, row in enumerate(rows) if not len(row)]
+        if empty:
+            raise ValueError(f"The {name} of completions {empty[:10]} have no tokens, so there is no state to read.")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+    found: dict[int, TokenValues] = {}
+    for batch, states in state_logits(model, prompt_ids, completion_ids, finished=finished, max_tokens=max_tokens):
+        for index, logits in zip(batch, states, strict=True):
+            found[index] = _values(logits.double(), bool(finished[index]), model.config.gamma)
+    return [found[index] for index in range(len(completion_ids))]
+
+
+def _values(logits: Tensor, finished: bool, gamma: float) -> TokenValues:
+    """From the logits of all states that are read: L if finished, else L + 1."""
+    remaining, values = remaining_from_logits(logits, gamma), -torch.sigmoid(logits)
+    nothing = torch.zeros(1, dtype=logits.dtype)
+    after = nothing if finished else remaining[-1:]
+    steps = len(logits) if finished else len(logits) - 1
+    inside = values[None, :steps]
+    shift = horizon_shift(inside, torch.ones_like(inside), gamma, None if finished else values[-1:])[0]
+    following = torch.cat([remaining[1:steps], after])
+    return TokenValues(remaining[:steps], values[:steps], shift, following + 1 - remaining[:steps])

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from eval.command_line import STARTS_OVER, run
 from eval.runs import check_writable, is_sandbox, set_threads
-from eval.token_values import TokenValues, token_values
-from eval.viewer_text import token_pieces, tokenizer_of_rollouts
+from eval.viewer.tokens import TokenValues, token_pieces, token_values, tokenizer_of_rollouts
 from lenvm_rl.endings import end_token_ids, own_length
 from lenvm_rl.files import atomic_file
 from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts
 
-TEMPLATE, SCRIPT = Path(__file__).with_name("viewer_template.html"), Path(__file__).with_name("viewer_page.js")
+TEMPLATE, SCRIPT = Path(__file__).with_name("template.html"), Path(__file__).with_name("page.js")
 # Further columns of a record are shown if they are no longer than this.
 SHORT = 60
 
@@ -37,31 +37,23 @@ SHORT = 60
 class ViewerArguments:
     """Which completions are shown, as which model sees them."""
 
-    rollouts: str = field(
-        metadata={
-            "help": "Rollout file that holds the completions: .jsonl or .parquet, see recipes/sample_rollouts.py."
-        }
+    rollouts: str = HfArg(
+        help="Rollout file that holds the completions: .jsonl or .parquet, see recipes/sample_rollouts.py."
     )
-    length_value_model: str = field(metadata={"help": "Pretrained length value model: folder or hub id."})
-    rows: list[int] = field(
-        default_factory=lambda: [0, 1],
-        metadata={"help": "Completions to put on the page, as rows of the file, from 0."},
+    length_value_model: str = HfArg(help="Pretrained length value model: folder or hub id.")
+    rows: list[int] = HfArg(
+        default_factory=lambda: [0, 1], help="Completions to put on the page, as rows of the file, from 0."
     )
-    output: str = field(default="outputs/viewer.html", metadata={"help": "The page to write."})
-    tokenizer_name_or_path: str | None = field(
+    output: str = HfArg(default="outputs/viewer.html", help="The page to write.")
+    tokenizer_name_or_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Tokenizer of the rollouts: folder or hub id. Default: what lies with the length value model or "
-            "--base."
-        },
+        help="Tokenizer of the rollouts: folder or hub id. Default: what lies with the length value model or --base.",
     )
-    base: str | None = field(
+    base: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "The model that a length value model of form adapter or head was fitted on: folder or hub id."
-        },
+        help="The model that a length value model of form adapter or head was fitted on: folder or hub id.",
     )
-    forward_tokens: int = field(default=16384, metadata={"help": "Most tokens in a forward, padding counted."})
+    forward_tokens: int = HfArg(default=16384, help="Most tokens in a forward, padding counted.")
 
     def __post_init__(self) -> None:
         if not self.rows or len(set(self.rows)) < len(self.rows):
@@ -80,14 +72,14 @@ def completion_entry(
     Args:
         record (`dict`): a rollout record.
         row (`int`): its row in the file.
-        values ([`~eval.token_values.TokenValues`]): what the model says along it.
+        values ([`~eval.viewer.tokens.TokenValues`]): what the model says along it.
         tokenizer (`PreTrainedTokenizerBase`): decodes it.
         end_ids (`Collection[int]`, *optional*, defaults to the tokenizer's end): ids that end a completion.
 
     Returns:
-        `dict`: `tokens`, L entries `[text, part, parts, special]` as [`~eval.viewer_text.Piece`] has them; `remaining`,
-        L + 1 predicted lengths, the last of them after the last token; `shift` and `shift_in_tokens`, L each; and what
-        is said about the whole.
+        `dict`: `tokens`, L entries `[text, part, parts, special]` as a [`~eval.viewer.tokens.Piece`] has them;
+        `remaining`, L + 1 predicted lengths, the last of them after the last token; `shift` and `shift_in_tokens`, L
+        each; and what is said about the whole.
     """
     ids, finished = record["completion_ids"], record["finish_reason"] == "stop"
     pieces = token_pieces(tokenizer, ids, record["prompt_ids"])
@@ -108,12 +100,7 @@ def completion_entry(
 
 
 def render_page(completions: Sequence[dict[str, Any]], title: str, about: str) -> str:
-    """The page: template, script and data in one text.
-
-    Args:
-        completions (`Sequence[dict]`): as [`completion_entry`] makes them; the first two are shown at first.
-        title (`str`), about (`str`): what stands above them.
-    """
+    """The page: template, script and data in one text; the first two [`completion_entry`]s are shown at first."""
     data = {"title": title, "about": about, "completions": list(completions)}
     # Inside a script element only these can end it or begin a comment; JSON may write them as escapes.
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))

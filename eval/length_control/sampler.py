@@ -32,14 +32,8 @@ SCORED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to get a length: by asking for it, by guiding the decoding, or both.
-
-    Args:
-        asked (`bool`): the prompt holds the length instruction.
-        guided (`bool`): the length value model guides.
-        enforced (`bool`): guidance with a hard bound.
-    """
+class LengthArm:
+    """One way to get a length: it is asked for in the prompt, guided by the model, with a hard bound or without."""
 
     asked: bool = False
     guided: bool = False
@@ -48,12 +42,12 @@ class Arm:
 
 BASE = "base"
 ARMS = {
-    BASE: Arm(),
-    "prompt": Arm(asked=True),
-    "guided": Arm(guided=True),
-    "guided+prompt": Arm(asked=True, guided=True),
-    "enforced": Arm(guided=True, enforced=True),
-    "enforced+prompt": Arm(asked=True, guided=True, enforced=True),
+    BASE: LengthArm(),
+    "prompt": LengthArm(asked=True),
+    "guided": LengthArm(guided=True),
+    "guided+prompt": LengthArm(asked=True, guided=True),
+    "enforced": LengthArm(guided=True, enforced=True),
+    "enforced+prompt": LengthArm(asked=True, guided=True, enforced=True),
 }
 
 
@@ -71,16 +65,15 @@ class Request:
     arm: str
     prompt: int
     sample: int
-    mode: str | None = None
-    target: int | None = None
+    mode: str | None
+    target: int | None
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What was sampled.
+class Completion(Request):
+    """What was sampled for a request.
 
     Args:
-        arm, prompt, sample, mode, target: as in [`Request`].
         ids (list of `int`): as sampled, the end-of-sequence token included where there is one.
         finished (`bool`): it ended.
         forced (`int`): steps at which `enforce` changed the choice.
@@ -88,11 +81,6 @@ class Completion:
             rule, after the prompt *without* a length instruction.
     """
 
-    arm: str
-    prompt: int
-    sample: int
-    mode: str | None
-    target: int | None
     ids: list[int]
     finished: bool
     forced: int
@@ -138,11 +126,9 @@ class LengthSampler:
         asked_ids (mapping): `(mode, target)` to the ids of each prompt with that instruction.
         caps (mapping): target to the longest completion, end-of-sequence counted; at least ``target + 1``.
         candidates ([`LengthGuidance`]): temperature and candidate rule of every arm.
-        rule (`str`): see [`LengthGuidance`].
-        tolerance (`float`, *optional*): see [`LengthGuidance`].
+        rule (`str`), tolerance (`float`, *optional*): see [`LengthGuidance`].
         eos_token_ids (list of `int`), pad_token_id (`int`): of the policy.
-        num_samples (`int`): completions per prompt and cell.
-        batch_size (`int`): completions per `generate` call.
+        num_samples (`int`), batch_size (`int`): completions per prompt and cell, and per `generate` call.
         seed (`int`): of the whole.
         tokenizer (*optional*): the policy's, to be compared with the length value model's.
     """
@@ -168,17 +154,14 @@ class LengthSampler:
         )
 
     def plan(self, arms: Sequence[str], modes: Sequence[str]) -> list[list[Request]]:
-        """The requests in batches: those of an arm and target together, whatever their mode, sorted by prompt length.
-
-        Raises:
-            ValueError: if a prompt and its completion do not fit the policy's context.
-        """
+        """The requests in batches: those of an arm and a cap together, whatever their mode, sorted by prompt length."""
         batches = []
         for arm in arms:
             for cap in [max(self.caps.values())] if arm == BASE else sorted(set(self.caps.values())):
+                wanted = [(mode, target) for target, own in self.caps.items() if own == cap for mode in modes]
                 requests = [
                     Request(arm, prompt, sample, mode, target)
-                    for mode, target in ([(None, None)] if arm == BASE else self._lengths(modes, cap))
+                    for mode, target in ([(None, None)] if arm == BASE else wanted)
                     for prompt in range(len(self.prompt_ids))
                     for sample in range(self.num_samples)
                 ]
@@ -195,10 +178,8 @@ class LengthSampler:
     def run(self, arms: Sequence[str], modes: Sequence[str], path: Path, identity: Any) -> list[Completion]:
         """Every completion, sampled or read from the journal at `path`; each batch has a seed of its own.
 
-        Args:
-            arms, modes: what to compare.
-            path (`pathlib.Path`): the journal. It stays, so that the same comparison can be summarised again.
-            identity: anything with a `repr` that tells the models and prompts apart from others.
+        The journal stays, so that the same comparison can be summarised again; `identity`, anything with a `repr`,
+        tells the models apart from others.
         """
         batches = self.plan(arms, modes)
         settings = [self.candidates, self.rule, self.tolerance, dict(self.caps), self.eos_token_ids, self.seed]
@@ -244,9 +225,6 @@ class LengthSampler:
             found.append(whole.cut(own))
         return found
 
-    def _lengths(self, modes: Sequence[str], cap: int) -> list[tuple[str, int]]:
-        return [(mode, target) for target, own in self.caps.items() if own == cap for mode in modes]
-
     def _prompt(self, request: Request) -> list[int]:
         if ARMS[request.arm].asked:
             return self.asked_ids[request.mode, request.target][request.prompt]
@@ -290,9 +268,7 @@ def completion_nll(
     for start in range(0, len(prompt_ids), size):
         prompts, completions = prompt_ids[start : start + size], completion_ids[start : start + size]
         batch = (*pad_left(prompts, device=policy.device), *pad_right(completions, device=policy.device))
-        cost = -token_log_probs(policy, *batch)
+        costs = (-token_log_probs(policy, *batch)).tolist()
         # Ten thousandths of a nat: no measure needs more, and the journal holds one number a token.
-        found += [
-            [round(value, 4) for value in row[: len(own)]] for row, own in zip(cost.tolist(), completions, strict=True)
-        ]
+        found += [[round(value, 4) for value in row[: len(own)]] for row, own in zip(costs, completions, strict=True)]
     return found

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ EMPTY_HEADER = re.compile(r"\[(Requirement|要求)\]\s*\Z")
 
 
 @dataclass(frozen=True)
-class Task:
+class WritingTask:
     """One prompt of the comparison.
 
     Args:
@@ -50,11 +51,7 @@ class Task:
 
 
 def split_off_length(template: str) -> str:
-    """The instruction in a task of LIFEBench: its text without the sentence that asks for a length.
-
-    Raises:
-        ValueError: if the text does not end with such a sentence, or nothing else stands in it.
-    """
+    """The instruction in a task of LIFEBench: its text without the sentence at its end that asks for a length."""
     rest, found = LENGTH_SENTENCE.subn("", template)
     if not found or any(blank in rest for blank in BLANKS):
         raise ValueError(
@@ -70,22 +67,13 @@ def split_off_length(template: str) -> str:
 
 
 def with_length(instruction: str, language: str, mode: str, target: int) -> str:
-    """The instruction, then the sentence that asks for `target` tokens.
-
-    Args:
-        instruction (`str`): what to do.
-        language (`str`): `"en"` or `"zh"`: of the sentence.
-        mode (`str`): `"equal_to"`, `"at_most"` or `"at_least"`.
-        target (`int`): tokens, at least 1.
-    """
-    if target < 1:
-        raise ValueError(f"target must be at least 1 token, got {target}.")
+    """The instruction, then the sentence, in its language, that asks for `target` tokens; modes as in guidance."""
     return f"{instruction}\n{REQUIREMENTS[language].format(mode=WORDING[language][mode], target=target)}"
 
 
 def read_tasks(
     path: str, languages: list[str], limit: int | None = None, max_characters: int | None = None
-) -> list[Task]:
+) -> list[WritingTask]:
     """The tasks of a LIFEBench file.
 
     Args:
@@ -93,43 +81,32 @@ def read_tasks(
         languages (list of `str`): `"en"`, `"zh"` or both.
         limit (`int`, *optional*): take so many, by turns from each language and category; all by default.
         max_characters (`int`, *optional*): leave longer tasks out, which is logged.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: on an unknown language, a row that is no task, or fewer tasks than `limit`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"There is no file {path}: give a LIFEBench file, JSONL with id, category, lang and task."
         )
-    unknown = sorted(set(languages) - set(LANGUAGES))
-    if unknown or not languages:
+    if not languages or set(languages) - set(LANGUAGES):
         raise ValueError(f"languages must be some of {sorted(LANGUAGES)}, got {languages}.")
-    groups: dict[tuple[str, str], list[Task]] = {}
+    groups: dict[tuple[str, str], list[WritingTask]] = {}
     codes = {code: language for language, code in LANGUAGES.items()}
     too_long = 0
     # By newline only: U+2028 occurs inside strings.
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row: Any = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number} is no JSON ({error}): a LIFEBench file (JSONL) is needed."
-            ) from error
-        missing = sorted(FIELDS - row.keys()) if isinstance(row, dict) else sorted(FIELDS)
-        if missing:
-            raise ValueError(f"{path}, line {number} lacks {missing}: a LIFEBench file is needed.")
+        row = _read_row(line, f"{path}, line {number}")
         language = codes.get(row["lang"])
-        if max_characters is not None and language in languages and len(row["task"]) > max_characters:
+        if language not in languages:
+            continue
+        if max_characters is not None and len(row["task"]) > max_characters:
             too_long += 1
-        elif language in languages:
-            task = Task(str(row["id"]), language, row["category"], split_off_length(row["task"]))
-            groups.setdefault((language, row["category"]), []).append(task)
+            continue
+        task = WritingTask(str(row["id"]), language, row["category"], split_off_length(row["task"]))
+        groups.setdefault((language, row["category"]), []).append(task)
     if too_long:
         logger.warning("%s: %d tasks of more than %d characters are left out", path, too_long, max_characters)
-    turns = [task for turn in zip_longest_lists(list(groups.values())) for task in turn]
+    turns = [task for task in chain.from_iterable(zip_longest(*groups.values())) if task is not None]
     if limit is not None and len(turns) < limit:
         raise ValueError(f"{path} has {len(turns)} tasks in {languages}, fewer than num_prompts={limit}.")
     if not turns:
@@ -137,7 +114,12 @@ def read_tasks(
     return turns[:limit]
 
 
-def zip_longest_lists(groups: list[list[Task]]) -> list[list[Task]]:
-    """The first of each list, the second of each, and so on; lists that are over are passed by."""
-    longest = max((len(group) for group in groups), default=0)
-    return [[group[turn] for group in groups if turn < len(group)] for turn in range(longest)]
+def _read_row(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON ({error}): a LIFEBench file (JSONL) is needed.") from error
+    missing = sorted(FIELDS - row.keys()) if isinstance(row, dict) else sorted(FIELDS)
+    if missing:
+        raise ValueError(f"{place} lacks {missing}: a LIFEBench file is needed.")
+    return row

@@ -18,7 +18,8 @@ sampled of `--policy`. Killed and started again, it goes on.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +29,33 @@ from datasets import Dataset
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from eval.command_line import run
 from eval.datasets import RolloutArguments, find_rollouts
-from eval.length_measures import ALONG, Completions, boundary_table, measure, read_completions
+from eval.length_prediction.measures import (
+    ALONG,
+    CompletionStatistics,
+    boundary_lengths,
+    length_metrics,
+    read_statistics,
+)
 from eval.report import (
+    Column,
     Entry,
     as_entry,
     as_label,
-    cell_text,
     half_widths,
     is_known,
+    legend_below,
     number_decades,
-    save_csv,
+    print_table,
     save_figure,
-    save_json,
+    save_report,
 )
-from eval.statistics import Interval
 from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.pretraining.metrics import POINTS
 from lenvm_rl.returns import remaining_from_logits
@@ -60,8 +65,9 @@ logger = logging.getLogger(__name__)
 ALL = "all"
 # Completions of a domain that are drawn as dots of a size to be seen one by one.
 FEW = 5000
-# What is predicted from in the table at the prompt, and the metrics that stand in its columns.
-REFERENCES = {
+# What is predicted from in the table at the prompt, with the metrics of its columns.
+BOUNDARY = ("MAE, tokens", "MRE, %", "pairs in order, %", "consistent MRE, %", "MRE to halves, %")
+REFERENCES: dict[str, tuple[str | None, ...]] = {
     "length value model": (
         "length_mae_at_0",
         "length_mre_at_0",
@@ -70,37 +76,44 @@ REFERENCES = {
         "half_mre",
     ),
     **{
-        title: (f"reference_{name}_length_mae", f"reference_{name}_length_mre", None)
-        + (f"reference_{name}_consistent_mre", None)
+        title: (
+            f"reference_{name}_length_mae",
+            f"reference_{name}_length_mre",
+            None,
+            f"reference_{name}_consistent_mre",
+        )
         for title, name in (("mean of all lengths", "mean"), ("line on the prompt's tokens", "regression"))
     },
     "prompt's own median (floor)": tuple(
-        f"reference_median_{kind}" for kind in ("length_mae", "length_mre", "pairwise_accuracy")
-    )
-    + (None, None),
+        f"reference_median_{name}" for name in ("length_mae", "length_mre", "pairwise_accuracy")
+    ),
     "prompt's other half (noise)": (None, None, None, None, "reference_half_mre"),
     "the model's error over that": (None, None, None, None, "half_ratio"),
 }
+# Title, decimals and scale of the columns along the way.
+ALONG_COLUMNS = (
+    ("MAE, tokens", 1, 1),
+    ("MRE, %", 1, 100),
+    ("bias, tokens", 1, 1),
+    ("explained", 2, 1),
+    ("slope", 2, 1),
+)
+ALONG_COLUMNS += (("tau-b", 2, 1), ("pairs in order, %", 1, 100))
 
 
 @dataclass
 class PredictionArguments(RolloutArguments):
     """Which model is measured, against which completions, and where to write it."""
 
-    domain_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the rollouts whose values are measured apart, e.g. domain, or difficulty."},
+    domain_column: str | None = HfArg(
+        default=None, help="Column of the rollouts whose values are measured apart, e.g. domain, or difficulty."
     )
-    num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples of the prompts."})
-    forward_tokens: int = field(default=16384, metadata={"help": "Most tokens in a forward, padding counted."})
+    num_resamples: int = HfArg(default=2000, help="Bootstrap resamples of the prompts.")
+    forward_tokens: int = HfArg(default=16384, help="Most tokens in a forward, padding counted.")
 
 
 def split_domains(rollouts: Dataset, column: str | None) -> dict[str, Tensor]:
-    """Rows of each domain, after those of all of them; a prompt belongs to one domain.
-
-    Raises:
-        ValueError: if there is no such column, a prompt has two domains, or one is called `all`.
-    """
+    """Rows of each domain, after those of all of them; a prompt belongs to one domain."""
     everything = {ALL: torch.arange(len(rollouts))}
     if column is None:
         return everything
@@ -119,62 +132,52 @@ def split_domains(rollouts: Dataset, column: str | None) -> dict[str, Tensor]:
     return everything | {name: torch.tensor(rows[name]) for name in sorted(rows)}
 
 
-def report_of(measured: dict[str, dict[str, Interval]]) -> dict[str, dict[str, Entry]]:
-    """Numbers for JSON: null stands for what is not defined, and for ends that were not computed."""
-    return {domain: {name: as_entry(entry) for name, entry in found.items()} for domain, found in measured.items()}
-
-
-def print_tables(domains: dict[str, dict[str, Entry]], console: Console) -> None:
+def print_tables(domains: Mapping[str, Mapping[str, Entry]], console: Console) -> None:
     """A table of the errors at the prompt beside the references, and one of the way."""
-    boundary = Table(title="at the prompt")
-    boundary.add_column("predicted from", no_wrap=True)
-    for column in ("MAE, tokens", "MRE, %", "pairs in order, %", "consistent MRE, %", "MRE to halves, %"):
-        boundary.add_column(column, justify="right", no_wrap=True)
-    along = Table(title="along the way")
-    along.add_column("domain", no_wrap=True)
-    along.add_column("point", no_wrap=True, justify="right")
-    for column in ("MAE, tokens", "MRE, %", "bias, tokens", "explained", "slope", "tau-b", "pairs in order, %"):
-        along.add_column(column, justify="right")
+    boundary, along = [], []
     for domain, found in domains.items():
-        title = f"{escape(domain)}: {found['completions']['estimate']:.0f} completions"
-        boundary.add_row(f"[bold]{title}, {found['truncated_share']['estimate']:.1%} cut[/bold]")
+        count, cut = (found[name]["estimate"] for name in ("completions", "truncated_share"))
+        boundary.append({"section": domain, "label": f"{domain}: {count:.0f} completions, {100 * cut:.1f}% cut"})
         for label, names in REFERENCES.items():
-            cells = [cell_text(found.get(name), 1, 100 if place else 1) for place, name in enumerate(names)]
-            boundary.add_row(f"  {label}", *cells, end_section=label == list(REFERENCES)[-1])
+            cells = {title: found.get(name) for title, name in zip(BOUNDARY, names, strict=False)}
+            boundary.append({"section": domain, "label": f"  {label}", **cells})
         for percent in POINTS:
             entries = [found.get(f"{name}_at_{percent}") for name in ALONG]
-            digits, scales = (1, 1, 1, 2, 2, 2, 1), (1, 100, 1, 1, 1, 1, 100)
-            cells = [cell_text(*each) for each in zip(entries, digits, scales, strict=True)]
-            along.add_row(
-                escape(domain) if percent == 0 else "", f"{percent}%", *cells, end_section=percent == POINTS[-1]
-            )
-    console.print(boundary)
-    console.print(along)
+            cells = {title: entry for (title, _, _), entry in zip(ALONG_COLUMNS, entries, strict=True)}
+            along.append({"section": domain, "domain": "" if percent else domain, "point": f"{percent}%", **cells})
+    columns = [Column(title, title, scale=100 if place else 1) for place, title in enumerate(BOUNDARY)]
+    print_table(console, boundary, [Column("predicted from", "label"), *columns], "at the prompt", _section)
+    columns = [Column(title, title, digits, scale) for title, digits, scale in ALONG_COLUMNS]
+    print_table(
+        console, along, [Column("domain", "domain"), Column("point", "point"), *columns], "along the way", _section
+    )
 
 
-def plot(data: Completions, domains: dict[str, Tensor], report: dict[str, Any], path: Path) -> None:
+def _section(row: Mapping[str, Any]) -> str:
+    return row["section"]
+
+
+def plot_prediction(
+    data: CompletionStatistics, domains: Mapping[str, Tensor], report: Mapping[str, Any], path: Path
+) -> None:
     """Predicted against true lengths at the prompt, and the relative error along the way, as a PNG."""
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     lengths, errors = figure.subplots(1, 2)
     shown = [name for name in domains if name != ALL] or [ALL]
-    wheel = (
-        [f"C{place}" for place in range(10)]
-        if len(shown) <= 10
-        else list(colormaps["turbo"].resampled(len(shown)).colors)
-    )
+    wheel = colormaps["tab10"].colors if len(shown) <= 10 else colormaps["turbo"].resampled(len(shown)).colors
     colors = dict(zip(shown, wheel, strict=False))
     for name in shown:
         _scatter(lengths, data.select(domains[name]), colors[name])
     # The line has no say in how far the axes reach.
     lengths.set(xlim=lengths.get_xlim(), ylim=lengths.get_ylim())
-    lengths.axline((1, 1), (2, 2), color="#888888", linewidth=0.8, zorder=0)
+    lengths.axline((1, 1), (2, 2), color="#888888", linewidth=0.8, zorder=0, label="as predicted")
     lengths.set(xlabel="predicted at the prompt, tokens", ylabel="true length, tokens")
-    looks = [("o", 3, "completions"), ("o", 6, "return-consistent length of each prompt")]
+    looks = [("o", 9, "completions"), ("o", 36, "return-consistent length of each prompt")]
     if not bool(data.finished.all()):
-        looks.append((r"$\vartriangle$", 5, "cut completions: longer than shown"))
-    handles = [Line2D([], [], marker=m, markersize=size, color="#555555", linestyle="none") for m, size, _ in looks]
-    handles.append(Line2D([], [], color="#888888", linewidth=0.8))
-    lengths.legend(handles, [*(text for *_, text in looks), "as predicted"], fontsize=8, loc="upper left")
+        looks.append((r"$\vartriangle$", 25, "cut completions: longer than shown"))
+    for marker, size, text in looks:
+        lengths.scatter([], [], s=size, marker=marker, color="#555555", label=text)
+    lengths.legend(fontsize=8, loc="upper left")
     for name in (name for name in report if is_known(report[name].get("length_mre_at_0"))):
         entries = [report[name][f"length_mre_at_{percent}"] for percent in POINTS]
         middle = [entry["estimate"] for entry in entries]
@@ -185,41 +188,23 @@ def plot(data: Completions, domains: dict[str, Tensor], report: dict[str, Any], 
     errors.set(xlabel="% of the completion that stands", ylabel="mean relative error", xticks=POINTS)
     errors.set_ylim(bottom=0)
     if errors.lines:
-        figure.legend(*errors.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
+        legend_below(figure, errors, ncols=8)
     else:
         errors.text(0.5, 0.5, "no completion ended", ha="center", transform=errors.transAxes)
     save_figure(path, figure)
 
 
-def _scatter(axis: Axes, data: Completions, color: Any) -> None:
+def _scatter(axis: Axes, data: CompletionStatistics, color: Any) -> None:
     """A domain's completions, those that were cut as hollow triangles, and the lengths of its prompts as discs."""
     axis.set(xscale="log", yscale="log")
     predicted, ended = remaining_from_logits(data.at(0)[0], data.gamma), data.finished.bool()
-    few = len(predicted) <= FEW
-    axis.scatter(
-        predicted[ended], data.lengths[ended], s=9 if few else 4, alpha=0.35 if few else 0.15, color=color, linewidths=0
-    )
-    axis.scatter(
-        predicted[~ended],
-        data.lengths[~ended],
-        s=14,
-        marker="^",
-        facecolors="none",
-        edgecolors=color,
-        lw=0.6,
-        alpha=0.5,
-    )
-    axis.scatter(*boundary_table(data), s=24, color=color, edgecolors="white", linewidths=0.6, zorder=3)
+    size, alpha = (9, 0.35) if len(predicted) <= FEW else (4, 0.15)
+    axis.scatter(predicted[ended], data.lengths[ended], s=size, alpha=alpha, color=color, linewidths=0)
+    look = {"marker": "^", "facecolors": "none", "edgecolors": color, "lw": 0.6, "alpha": 0.5}
+    axis.scatter(predicted[~ended], data.lengths[~ended], s=14, **look)
+    axis.scatter(*boundary_lengths(data), s=24, color=color, edgecolors="white", linewidths=0.6, zorder=3)
     for side in (axis.xaxis, axis.yaxis):
         number_decades(side)
-
-
-def save_metrics(path: Path, report: dict[str, dict[str, Entry]]) -> None:
-    """A line for each domain and metric."""
-    rows = [
-        {"domain": domain, "metric": name, **entry} for domain, found in report.items() for name, entry in found.items()
-    ]
-    save_csv(path, rows)
 
 
 def main(args: PredictionArguments) -> dict[str, Any]:
@@ -228,29 +213,29 @@ def main(args: PredictionArguments) -> dict[str, Any]:
     rollouts, _ = find_rollouts(args)
     domains = split_domains(rollouts, args.domain_column)
     model = load_length_value_model(args.length_value_model, args.base or args.policy)
-    data = read_completions(model, rollouts, args.forward_tokens)
-    measured = {}
+    data = read_statistics(model, rollouts, args.forward_tokens)
+    measured: dict[str, dict[str, Entry]] = {}
     for name, rows in tqdm(domains.items(), desc="measuring", unit="domain"):
-        measured[name] = measure(data.select(rows), args.num_resamples, args.seed)
-        if len(measured[name]) == 2:
+        found = length_metrics(data.select(rows), args.num_resamples, args.seed)
+        measured[name] = {metric: as_entry(interval) for metric, interval in found.items()}
+        if found["truncated_share"].estimate == 1:
             logger.warning("%s: none of its %d completions ended, so no length is known", name, len(rows))
-    report: dict[str, Any] = {
-        "arguments": asdict(args),
-        "gamma": data.gamma,
-        "prompts": {name: len(set(data.groups[rows].tolist())) for name, rows in domains.items()},
-        "domains": report_of(measured),
-    }
-    folder = Path(args.output_dir)
-    save_json(folder / "length_prediction.json", report)
-    save_metrics(folder / "length_prediction.csv", report["domains"])
-    plot(data, domains, report["domains"], folder / "length_prediction.png")
+    prompts = {name: len(set(data.groups[rows].tolist())) for name, rows in domains.items()}
+    report = {"arguments": asdict(args), "gamma": data.gamma, "prompts": prompts, "domains": measured}
+    lines = [
+        {"domain": domain, "metric": name, **entry}
+        for domain, found in measured.items()
+        for name, entry in found.items()
+    ]
+    save_report(args.output_dir, "length_prediction", report, lines)
+    plot_prediction(data, domains, measured, Path(args.output_dir) / "length_prediction.png")
     console = Console(width=170, highlight=False)
-    print_tables(report["domains"], console)
-    if report["prompts"][ALL] == 1:
+    print_tables(measured, console)
+    if prompts[ALL] == 1:
         console.print("There is one prompt, so no number has an interval: give rollouts of more prompts.")
     console.print(
-        f"{report['prompts'][ALL]} prompts, gamma {data.gamma:.5f}; 95 % intervals over "
-        f"prompts. Written to {folder}/length_prediction.json, .csv and .png"
+        f"{prompts[ALL]} prompts, gamma {data.gamma:.5f}; 95 % intervals over prompts. Written to "
+        f"{args.output_dir}/length_prediction.json, .csv and .png"
     )
     return report
 
