@@ -25,29 +25,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def make_parser(arguments: type, program: str, description: str) -> HfArgumentParser:
-    """The command line of a program.
-
-    Args:
-        arguments (`type`): dataclass of its arguments.
-        program (`str`): its module.
-        description (`str`): its docstring.
-    """
-    return HfArgumentParser(
-        arguments, prog=f"python -m {program}", description=description, formatter_class=HelpFormatter
-    )
-
-
 def run(
     arguments: type, main: Callable[[Any], Any], program: str, description: str, interrupted: str = GOES_ON
 ) -> None:
     """Reads the command line and calls `main` with what it says; what is refused ends in a sentence.
 
     Args:
-        arguments, program, description: as in [`make_parser`].
-        main (callable): takes the arguments.
+        arguments (`type`): dataclass of the arguments.
+        main (callable): takes them.
+        program (`str`), description (`str`): the program's module and its docstring.
         interrupted (`str`, *optional*): what Ctrl-C leaves.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = make_parser(arguments, program, description)
+    parser = HfArgumentParser(
+        arguments, prog=f"python -m {program}", description=description, formatter_class=HelpFormatter
+    )
     run_program(lambda: main(*parser.parse_args_into_dataclasses()), interrupted)

@@ -80,15 +80,7 @@ class GradedArguments(RunArguments):
 
 
 def read_run(args: GradedArguments, among_trained: bool = False) -> tuple[Any, Run]:
-    """The arguments completed by what run.json says, but for what only the models know; and the run.
-
-    Args:
-        args ([`GradedArguments`]): as given.
-        among_trained (`bool`, *optional*, defaults to `False`): see [`~eval.runs.find_run`].
-
-    Raises:
-        ValueError: there is no run and the models are not given, or the run has its own data and none is given here.
-    """
+    """The arguments completed by what run.json says, but for what only the models know; and the run."""
     run = find_run(args.run_dir, args.policy, args.length_value_model, among_trained)
     data = run.data.get("dataset_name")
     complete = args.from_run(run, **args.defaults(run))
@@ -103,12 +95,7 @@ def read_run(args: GradedArguments, among_trained: bool = False) -> tuple[Any, R
 def find_reward(
     args: GradedArguments, tokenizer: PreTrainedTokenizerBase, data: EvaluationPrompts
 ) -> Callable[..., Sequence[float]]:
-    """The reward function that complete arguments name, if the policy can read the prompts and it can grade them.
-
-    Raises:
-        ValueError: the policy's vocabulary is not the sandbox's, but the prompts, or the reward function, are; or a
-            column is missing.
-    """
+    """The reward function of complete arguments, if the policy can read the prompts and it can grade their answers."""
     if args.dataset_name is None:
         instead = "Name prompts to evaluate on with --dataset_name, and a --reward."
         check_sandbox(tokenizer, args.policy, "The prompts are", instead)

@@ -1,4 +1,4 @@
-"""Whose models a program evaluates: those of a recipe's run, or models of one's own that belong to none.
+"""Whose models a program evaluates: a recipe's run's, or models of one's own that belong to none.
 
 What a run says of itself (prompts, sampling, reward, other policies) holds for its own models, and its results go to
 its folder. A model that is named by its path belongs to no run unless one is named too: nothing of the built-in
@@ -7,7 +7,6 @@ sandbox's is taken for it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from lenvm_rl.decoding.guidance import LengthGuidance
+from lenvm_rl.files import read_json
 from lenvm_rl.modeling.loading import read_config
 from lenvm_rl.programs import choose_threads
 from lenvm_rl.sandbox import sandbox_tokenizer
@@ -142,12 +142,7 @@ class CandidateArguments(RunArguments):
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe's run, or none.
-
-    Args:
-        folder (`str`, *optional*): of the run; `None` for models that belong to none.
-        record (mapping): what its run.json holds; empty where there is none.
-    """
+    """A recipe's run, or none: its folder, and what its run.json holds."""
 
     folder: str | None
     record: Mapping[str, Any]
@@ -175,21 +170,13 @@ class Run:
 def find_run(
     run_dir: str | None, policy: str | None, length_value_model: str | None, among_trained: bool = False
 ) -> Run:
-    """The run that the arguments of a program name.
+    """The run that the arguments of a program name: the sandbox's, unless a folder or a model of one's own is named.
 
-    Args:
-        run_dir (`str`, *optional*): folder of a run. Without it, the sandbox's, unless a policy is named.
-        policy (`str`, *optional*), length_value_model (`str`, *optional*): models that were named by their paths.
-        among_trained (`bool`, *optional*, defaults to `False`):
-            The policy may be the name of one that the sandbox's run has trained.
-
-    Raises:
-        ValueError: there is no run, or its record is damaged, and models are not named.
+    With `among_trained`, the policy may be the name of one that the sandbox's run has trained.
     """
     if run_dir is None and among_trained and policy is not None and not Path(policy).exists():
-        sandbox = read_json(Path(SANDBOX_RUN) / "run.json")
-        if sandbox is not None and policy in sandbox.get("trained", {}):
-            run_dir = SANDBOX_RUN
+        sandbox = read_record(Path(SANDBOX_RUN) / "run.json") or {}
+        run_dir = SANDBOX_RUN if policy in sandbox.get("trained", {}) else None
     if run_dir is None and policy is not None:
         if length_value_model is None:
             raise ValueError(
@@ -199,7 +186,7 @@ def find_run(
         return Run(None, {})
     folder = run_dir or SANDBOX_RUN
     path = Path(folder) / "run.json"
-    record = read_json(path)
+    record = read_record(path)
     if record is None and not (policy and length_value_model):
         raise ValueError(
             f"{path} does not exist: run `accelerate launch recipes/ppo_shaped.py` first, name its folder with "
@@ -208,41 +195,22 @@ def find_run(
     return Run(folder, record or {})
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What a program wrote as JSON; `None` if the file is not there.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): move it away; what wrote it writes it anew.") from error
-    if not isinstance(record, dict):
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What a program wrote as JSON; `None` if the file is not there."""
+    record = read_json(path) if path.is_file() else None
+    if not isinstance(record, dict | None):
         raise ValueError(f"{path} holds no record: move it away; what wrote it writes it anew.")
     return record
 
 
 def is_sandbox(tokenizer: PreTrainedTokenizerBase | Mapping[str, Any]) -> bool:
-    """Whether a tokenizer, or its fingerprint, is that of the built-in sandbox, so that its prompts mean something."""
+    """Whether a tokenizer, or a fingerprint, is the built-in sandbox's, so that its prompts mean something."""
     found = tokenizer if isinstance(tokenizer, Mapping) else tokenizer_fingerprint(tokenizer)
     return found.get("sha256") == tokenizer_fingerprint(sandbox_tokenizer())["sha256"]
 
 
 def check_sandbox(tokenizer: PreTrainedTokenizerBase, policy: str, what: str, instead: str) -> None:
-    """Raise unless a policy reads the sandbox's words.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): the policy's.
-        policy (`str`): its path.
-        what (`str`): what of the sandbox it would be given.
-        instead (`str`): what to give it.
-
-    Raises:
-        ValueError: it has another vocabulary.
-    """
+    """Raise unless a policy, named by its path, reads the sandbox's words: say what it is given, and what to give."""
     if not is_sandbox(tokenizer):
         raise ValueError(
             f"{what} the built-in sandbox's, which mean nothing to {policy}: its vocabulary is another. {instead}"
@@ -262,22 +230,17 @@ def set_threads(sandbox: bool) -> None:
 def output_folder(
     given: str | None, default: str | Path, report: str, arguments: Mapping[str, Any], about: Sequence[str]
 ) -> Path:
-    """The folder that a program writes to, made if it is not there.
+    """The folder that a program writes to, made if it is not there and checked to be writable.
 
     Args:
         given (`str`, *optional*): what was asked for.
-        default (`str` or path): where to write otherwise, unless results about other models are there.
+        default (`str` or path): where to write otherwise; refused if results about other models are there.
         report (`str`): name of the report there, which holds the `arguments` that it was made with.
-        arguments (mapping): those of now.
+        arguments (mapping): of this call.
         about (sequence of `str`): which of them name what is evaluated.
-
-    Raises:
-        ValueError: the default folder has results about something else.
-        OSError: it cannot be written to.
     """
     folder = Path(given or default)
-    found = read_json(folder / report) if given is None else None
-    before = {} if found is None else found.get("arguments", {})
+    before = (read_record(folder / report) or {}).get("arguments", {}) if given is None else {}
     changed = [name for name in about if before and _inside_run(before, name) != _inside_run(arguments, name)]
     if changed:
         theirs = ", ".join(f"{name} {before.get(name)}" for name in changed)
@@ -291,9 +254,8 @@ def output_folder(
 
 def check_writable(folder: str | Path) -> None:
     """Makes a folder if it is not there, and raises an `OSError` now if nothing can be written to it."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    probe = Path(folder) / ".writable"
     probe.write_bytes(b"")
     probe.unlink()
 

@@ -19,12 +19,11 @@ with the runs that are not there yet.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.console import Console
-from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers.hf_argparser import HfArg
 
 from eval import command_line
-from eval.report import save_figure
-from eval.runs import check_writable
+from eval.report import Column, legend_below, print_table, save_figure
+from eval.runs import check_writable, read_record
 from eval.speed.training import make_tokenizer
-from lenvm_rl.files import atomic_file
+from lenvm_rl.files import write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.programs import choose_threads
 from lenvm_rl.returns import fit_gamma
@@ -51,22 +49,29 @@ logger = logging.getLogger(__name__)
 
 LAST, TOLERANCE, WINDOW = 30, 0.1, 5
 PROMPTS = 100
+COLUMNS = (
+    Column("learning rate", lambda row: f"{row['learning_rate']:g}"),
+    Column("target", "target", left=True),
+    Column("seed", "seed", left=True),
+    Column(f"last {LAST} steps", lambda row: f"{row['end'] * row['target']:.2f} ({row['end']:.3f})", left=True),
+    Column("steps to the target", "approach", left=True),
+    Column("longest below", "undershoot", left=True),
+    Column("met", lambda row: "yes" if row["met"] else "NO", left=True),
+)
 
 
 @dataclass
 class SteeringArguments:
     """The runs."""
 
-    targets: list[float] = field(
-        default_factory=lambda: [5.0, 15.0, 30.0], metadata={"help": "Values of length_target."}
-    )
-    learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3], metadata={"help": "Of the policies."})
-    seeds: int = field(default=3, metadata={"help": "Runs of each target and learning rate."})
-    steps: int = field(default=200, metadata={"help": "Steps of a run, each on completions of its own."})
-    completions: int = field(default=64, metadata={"help": "Completions of a step, a multiple of 4."})
-    vocab: int = field(default=46, metadata={"help": "Tokens, one of which ends a completion."})
-    max_new_tokens: int = field(default=48, metadata={"help": "Longest completion, end of sequence counted."})
-    output_dir: str = field(default="outputs/steering", metadata={"help": "Where steering.json and the picture go."})
+    targets: list[float] = HfArg(default_factory=lambda: [5.0, 15.0, 30.0], help="Values of length_target.")
+    learning_rates: list[float] = HfArg(default_factory=lambda: [1e-3, 3e-3], help="Of the policies.")
+    seeds: int = HfArg(default=3, help="Runs of each target and learning rate.")
+    steps: int = HfArg(default=200, help="Steps of a run, each on completions of its own.")
+    completions: int = HfArg(default=64, help="Completions of a step, a multiple of 4.")
+    vocab: int = HfArg(default=46, help="Tokens, one of which ends a completion.")
+    max_new_tokens: int = HfArg(default=48, help="Longest completion, end of sequence counted.")
+    output_dir: str = HfArg(default="outputs/steering", help="Where steering.json and the picture go.")
 
 
 def random_policy(vocab: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -99,6 +104,11 @@ def constant_value_model(policy: LlamaForCausalLM, args: SteeringArguments, toke
     return model
 
 
+def pays_nothing(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """A reward that is always 0."""
+    return [0.0] * len(completions)
+
+
 def train(args: SteeringArguments, learning_rate: float, target: float, seed: int) -> dict[str, Any]:
     """One run: `lengths` and `coefficients`, step by step."""
     tokenizer = make_tokenizer(args.vocab)
@@ -124,11 +134,10 @@ def train(args: SteeringArguments, learning_rate: float, target: float, seed: in
             logging_steps=1,
             disable_tqdm=True,
             seed=seed,
-            # A constant explains nothing, and is meant to.
         )
         trainer = LenVMGRPOTrainer(
             policy,
-            lambda completions, **columns: [0.0] * len(completions),
+            pays_nothing,
             config,
             Dataset.from_dict({"prompt": words}),
             processing_class=tokenizer,
@@ -141,15 +150,10 @@ def train(args: SteeringArguments, learning_rate: float, target: float, seed: in
 
 
 def judge(lengths: Sequence[float], target: float) -> dict[str, Any]:
-    """What is asked of a run.
+    """Whether a run of these mean lengths, step by step, held its target.
 
-    Args:
-        lengths (sequence of `float`): mean length of each step.
-        target (`float`): of the run.
-
-    Returns:
-        `dict[str, Any]`: `end` (the mean of the last steps, over the target), `approach` (steps before the target was
-        first reached), `undershoot` (steps of the longest stretch below nine tenths of it afterwards), `met`.
+    Returns `end` (the mean of the last steps, over the target), `approach` (steps before the target was first reached),
+    `undershoot` (steps of the longest stretch below nine tenths of it afterwards) and `met`.
     """
     _, smooth = moving_mean(lengths)
     side = math.copysign(1.0, smooth[0] - target)
@@ -180,29 +184,24 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     targets = sorted({run["target"] for run in runs})
     figure = Figure(figsize=(max(4.2 * len(rates), 3 * len(targets)), 4.9), layout="constrained")
     axes = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
-    for column, rate in zip(axes.T, rates, strict=True):
+    for (above, below), rate in zip(axes.T, rates, strict=True):
         for number, target in enumerate(targets):
-            color = f"C{number}"
-            column[0].axhline(target, color=color, linestyle="--", linewidth=0.8)
-            column[0].axhspan((1 - TOLERANCE) * target, (1 + TOLERANCE) * target, color=color, alpha=0.12)
+            color, band = f"C{number}", ((1 - TOLERANCE) * target, (1 + TOLERANCE) * target)
+            label = f"target {target:g} (dashed; band: {TOLERANCE:.0%} of it)" if rate == rates[0] else None
+            above.axhline(target, color=color, linestyle="--", linewidth=0.8, label=label)
+            above.axhspan(*band, color=color, alpha=0.12)
             for run in runs:
                 if (run["learning_rate"], run["target"]) == (rate, target):
-                    for axis, key in zip(column, ("lengths", "coefficients"), strict=True):
+                    for axis, key in ((above, "lengths"), (below, "coefficients")):
                         axis.plot(*moving_mean(run[key]), color=color, linewidth=0.8)
-        column[0].set_title(f"learning rate {rate:g}", fontsize=9)
-        column[1].axhline(0.0, color="black", linewidth=0.6)
-        column[1].set_xlabel("step")
+        above.set_title(f"learning rate {rate:g}", fontsize=9)
+        below.axhline(0.0, color="black", linewidth=0.6)
+        below.set_xlabel("step")
     axes[0, 0].set_ylabel("mean length, tokens")
     axes[0, 0].set_ylim(bottom=0)
     axes[1, 0].set_ylabel("length_coef")
     figure.suptitle(f"means of {WINDOW} steps", fontsize=8)
-    figure.legend(
-        [Line2D([], [], color=f"C{number}") for number in range(len(targets))],
-        [f"target {target:g} (dashed; band: {TOLERANCE:.0%} of it)" for target in targets],
-        loc="outside lower center",
-        ncols=len(targets),
-        fontsize=8,
-    )
+    legend_below(figure, axes[0, 0], ncols=len(targets))
     save_figure(path, figure)
 
 
@@ -212,28 +211,18 @@ def main(args: SteeringArguments) -> list[dict[str, Any]]:
     check_writable(args.output_dir)
     path = Path(args.output_dir) / "steering.json"
     settings = {name: getattr(args, name) for name in ("steps", "completions", "vocab", "max_new_tokens")}
-    runs: list[dict[str, Any]] = []
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            raise ValueError(f"{path} was made with other settings, {found['settings']}: give another --output_dir.")
-        runs = found["runs"]
+    found = read_record(path) or {"settings": settings, "runs": []}
+    if found["settings"] != settings:
+        raise ValueError(f"{path} was made with other settings, {found['settings']}: give another --output_dir.")
+    runs = found["runs"]
     done = {(run["learning_rate"], run["target"], run["seed"]) for run in runs}
     for rate, target, seed in itertools.product(args.learning_rates, args.targets, range(args.seeds)):
         if (rate, target, seed) not in done:
             logger.info("learning rate %g, target %g, seed %d", rate, target, seed)
             runs.append({"learning_rate": rate, "target": target, "seed": seed, **train(args, rate, target, seed)})
-            with atomic_file(path) as file:
-                file.write(json.dumps({"settings": settings, "runs": runs}).encode())
-    table = Table(
-        "learning rate", "target", "seed", f"last {LAST} steps", "steps to the target", "longest below", "met"
-    )
-    for run in runs:
-        found = judge(run["lengths"], run["target"])
-        end = f"{found['end'] * run['target']:.2f} ({found['end']:.3f})"
-        asked = (run["learning_rate"], run["target"], run["seed"], end, found["approach"], found["undershoot"])
-        table.add_row(*map(str, asked), "yes" if found["met"] else "NO")
-    Console(width=120, highlight=False).print(table)
+            write_json(path, found)
+    rows = [{**run, **judge(run["lengths"], run["target"])} for run in runs]
+    print_table(Console(width=120, highlight=False), rows, COLUMNS)
     plot(runs, path.with_suffix(".png"))
     return runs
 

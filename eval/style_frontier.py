@@ -99,13 +99,10 @@ class StyleFrontier:
 def measure_points(
     difficulties: Sequence[int], styles: Sequence[str], clean_tokens: Sequence[int], correct: Sequence[bool]
 ) -> dict[int, dict[str, Point]]:
-    """Mean accuracy of each style at each difficulty, from completions without detours.
+    """Tokens and mean accuracy of each style at each difficulty, from completions without detours.
 
-    Args:
-        difficulties (sequence of `int`): difficulty of each completion.
-        styles (sequence of `str`): style of each completion.
-        clean_tokens (sequence of `int`): tokens of that style at that difficulty, end-of-sequence not counted.
-        correct (sequence of `bool`): whether the completion is correct.
+    Args: of each completion, its difficulty and style, the style's tokens at that difficulty (end-of-sequence not
+        counted), and whether it is correct.
     """
     outcomes: dict[tuple[int, str], list[bool]] = defaultdict(list)
     tokens: dict[tuple[int, str], int] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
@@ -17,9 +17,8 @@ from lenvm_rl.modeling.completions import completion_logits, pad_left, pad_right
 from lenvm_rl.trainers.streams import Completions
 
 
-@dataclass(frozen=True)
-class TokenBatch:
-    """Prompts padded on the left and completions padded on the right, as TRL has them.
+class TokenBatch(NamedTuple):
+    """N prompts padded on the left and completions padded on the right, as TRL has them.
 
     Args:
         prompt_ids, prompt_mask (`torch.Tensor` of shape `(N, P)`): prompts.
@@ -41,23 +40,16 @@ class TokenBatch:
         prompts: Sequence[list[int]],
         completions: Sequence[list[int]],
         finished: Sequence[bool],
-        end_ids: Collection[int] | None = None,
+        end_ids: Collection[int],
     ) -> TokenBatch:
-        """A batch of rows of ids, none of them empty.
-
-        Without `end_ids`, the ids that end a completion, the last token of every finished one is taken for its end.
-        """
-        ended = torch.tensor(finished, dtype=torch.bool)
-        if end_ids is None:
-            lengths = torch.tensor([len(row) for row in completions]) - ended.long()
-        else:
-            lengths = torch.tensor([own_length(row, end_ids) for row in completions])
-        return cls(*pad_left(prompts), *pad_right(completions), ended, lengths)
+        """A batch of rows of ids, none of them empty; `end_ids` are the ids that end a completion."""
+        lengths = torch.tensor([own_length(row, end_ids) for row in completions])
+        return cls(*pad_left(prompts), *pad_right(completions), torch.tensor(finished, dtype=torch.bool), lengths)
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self) -> tuple[Tensor, ...]:
         """What models read along completions, see [`lenvm_rl.modeling.completions`]."""
-        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+        return self[:4]
 
     @property
     def completions(self) -> Completions:
@@ -67,7 +59,7 @@ class TokenBatch:
 
     def rows(self, rows: slice, device: torch.device | str) -> TokenBatch:
         """Some of the rows, on a device."""
-        return TokenBatch(*(getattr(self, each.name)[rows].to(device) for each in fields(self)))
+        return TokenBatch(*(part[rows].to(device) for part in self))
 
 
 def read_batches(rollouts: Dataset, batch_size: int, end_ids: Collection[int]) -> Iterator[TokenBatch]:
@@ -91,11 +83,7 @@ def length_values(model: nn.Module, batch: TokenBatch, forward_size: int) -> Len
 
 
 def select_parameters(policy: nn.Module, pattern: str | None) -> list[nn.Parameter]:
-    """Parameters of the policy whose name holds a regular expression; the others are frozen.
-
-    Raises:
-        ValueError: no name does.
-    """
+    """Parameters of the policy whose name holds a regular expression; the others are frozen."""
     named = dict(policy.named_parameters())
     chosen = [name for name in named if pattern is None or re.search(pattern, name)]
     if not chosen:

@@ -31,10 +31,6 @@ TASK_GRADIENT = "task: correctness"
 LENGTH_GRADIENT = "length return to go"
 LENVM_GRADIENT = "LenVM, lambda 1"
 VALUE_SPACE = "length return of the whole"
-# Kimi's rule (arXiv 2501.12599) is to be added to the task reward, and ShorterBetter's (arXiv 2504.21370) can be given
-# without it; that one, and ALP's (arXiv 2506.05256), are in the papers' form, in which wrong answers pay as well.
-KIMI = {"with_task": False}
-SHORTER_BETTER = {"with_task": False, "alpha": 0.0, "beta": 1.0, "penalize_wrong": True}
 
 
 @dataclass(frozen=True)
@@ -111,53 +107,41 @@ class Estimator:
     advantages: Callable[[GradedBatch], Tensor]
 
 
-def centred(batch: GradedBatch, rewards: Tensor) -> Tensor:
-    """Rewards `(N,)` less their group's mean, at every token."""
-    return batch.at_tokens(rewards - batch.per_group(rewards))
+def centred(batch: GradedBatch, rewards: Callable[[GradedBatch], Tensor], scaled: bool = False) -> Tensor:
+    """Rewards `(N,)` less their group's mean, at every token.
+
+    `scaled` divides by the group's standard deviation, as TRL does by default (arXiv 2402.03300, eq. 3).
+    """
+    paid = rewards(batch)
+    advantages = batch.at_tokens(paid - batch.per_group(paid))
+    if not scaled:
+        return advantages
+    deviation = paid.view(-1, batch.group_size).std(dim=1).repeat_interleave(batch.group_size)
+    return advantages / (deviation.unsqueeze(1) + WHITEN_EPSILON)
 
 
-def scaled(batch: GradedBatch, rewards: Tensor) -> Tensor:
-    """[`centred`], divided by the group's standard deviation as TRL does by default (arXiv 2402.03300, eq. 3)."""
-    deviation = rewards.view(-1, batch.group_size).std(dim=1, keepdim=True).expand(-1, batch.group_size).reshape(-1)
-    return centred(batch, rewards) / (deviation.unsqueeze(1) + WHITEN_EPSILON)
-
-
-def task(batch: GradedBatch) -> Tensor:
-    """Group-relative correctness: the direction that the task asks for."""
-    return centred(batch, batch.correct)
-
-
-def length_penalty(batch: GradedBatch) -> Tensor:
-    """``-L`` as the reward: the simplest penalty, ungated."""
-    return centred(batch, -batch.tokens)
-
-
-def scaled_length_penalty(batch: GradedBatch) -> Tensor:
-    """``-L`` as the reward, with the group's standard deviation for a unit."""
-    return scaled(batch, -batch.tokens)
+def shortness(batch: GradedBatch) -> Tensor:
+    """``-L``: the simplest penalty, ungated."""
+    return -batch.tokens
 
 
 def whole_return(batch: GradedBatch) -> Tensor:
-    """``G_0``, the length return of the whole completion, as the reward: the penalty in value space."""
-    return centred(batch, batch.returns[:, 0])
+    """``G_0``, the length return of the whole completion: the penalty in value space."""
+    return batch.returns[:, 0]
 
 
-def linear_penalty(batch: GradedBatch) -> Tensor:
-    """``-C L / L_max``: a gated penalty."""
-    return rule_penalty(batch, "linear", alpha=1.0, max_length=batch.max_length)
+def rule_term(batch: GradedBatch, rule: str, with_task: bool = True, **knobs: Any) -> Tensor:
+    """The length term of a rule by its name in `reward.rules.LENGTH_RULES`.
 
-
-def rule_penalty(batch: GradedBatch, rule: str, with_task: bool = True, **knobs: Any) -> Tensor:
-    """The length term of a rule in [`reward.rules`].
-
-    Args:
-        batch ([`GradedBatch`]): the completions.
-        rule (`str`): its name in `reward.rules.LENGTH_RULES`.
-        with_task (`bool`, *optional*, defaults to `True`): whether the rule contains the task reward, to be taken out.
-        knobs: of the rule.
+    `with_task` says that the rule contains the task reward, which is then taken out.
     """
     rewards = LENGTH_RULES[rule].rewards(batch.tokens, batch.correct, batch.groups, **knobs).double()
-    return centred(batch, rewards - batch.correct if with_task else rewards)
+    return rewards - batch.correct if with_task else rewards
+
+
+def linear_term(batch: GradedBatch) -> Tensor:
+    """``-C L / L_max``."""
+    return rule_term(batch, "linear", alpha=1.0, max_length=batch.max_length)
 
 
 def return_to_go(batch: GradedBatch) -> Tensor:
@@ -248,6 +232,23 @@ def pass_rate_of_others(batch: GradedBatch) -> Tensor:
     return (total - batch.correct) / (batch.group_size - 1)
 
 
+# Kimi's rule is to be added to the task reward, and ShorterBetter's can be given without it. Names without a condition
+# are the papers' forms, in which wrong answers pay as well.
+PENALTIES = {
+    "length penalty": shortness,
+    VALUE_SPACE: whole_return,
+    "ALP penalty": partial(rule_term, rule="alp", beta=1.0, penalize_wrong=True),
+    "ShorterBetter penalty": partial(
+        rule_term, rule="shorter_better", with_task=False, alpha=0.0, beta=1.0, penalize_wrong=True
+    ),
+    "Kimi k1.5 penalty": partial(rule_term, rule="kimi", with_task=False, penalize_wrong=True),
+    "Kimi k1.5 penalty, if correct": partial(rule_term, rule="kimi", with_task=False),
+    "linear penalty, if correct": linear_term,
+    "Arora penalty, if correct": partial(rule_term, rule="arora", alpha=1.0),
+    "GR3 penalty, if correct": partial(rule_term, rule="gr3"),
+}
+
+
 def estimators(pass_threshold: float, with_values_of_correct: bool) -> list[Estimator]:
     """All estimators, in the order of the report.
 
@@ -255,18 +256,11 @@ def estimators(pass_threshold: float, with_values_of_correct: bool) -> list[Esti
         pass_threshold (`float`): share of correct completions at which the hard gate by the group's pass rate opens.
         with_values_of_correct (`bool`): whether batches have `length_of_correct`.
     """
+    passed = partial(passes, threshold=pass_threshold)
     found = [
-        Estimator(TASK_GRADIENT, TASK, task),
-        Estimator("length penalty", SEQUENCE, length_penalty),
-        Estimator("length penalty / std", SEQUENCE, scaled_length_penalty),
-        Estimator(VALUE_SPACE, SEQUENCE, whole_return),
-        Estimator("ALP penalty", SEQUENCE, partial(rule_penalty, rule="alp", beta=1.0, penalize_wrong=True)),
-        Estimator("ShorterBetter penalty", SEQUENCE, partial(rule_penalty, rule="shorter_better", **SHORTER_BETTER)),
-        Estimator("Kimi k1.5 penalty", SEQUENCE, partial(rule_penalty, rule="kimi", **KIMI, penalize_wrong=True)),
-        Estimator("Kimi k1.5 penalty, if correct", SEQUENCE, partial(rule_penalty, rule="kimi", **KIMI)),
-        Estimator("linear penalty, if correct", SEQUENCE, linear_penalty),
-        Estimator("Arora penalty, if correct", SEQUENCE, partial(rule_penalty, rule="arora", alpha=1.0)),
-        Estimator("GR3 penalty, if correct", SEQUENCE, partial(rule_penalty, rule="gr3")),
+        Estimator(TASK_GRADIENT, TASK, partial(centred, rewards=attrgetter("correct"))),
+        Estimator("length penalty / std", SEQUENCE, partial(centred, rewards=shortness, scaled=True)),
+        *(Estimator(name, SEQUENCE, partial(centred, rewards=rewards)) for name, rewards in PENALTIES.items()),
         Estimator(LENGTH_GRADIENT, PLAIN, return_to_go),
         Estimator("group baseline per sequence", GROUP, whole_baseline),
         Estimator("group baseline per position", GROUP, position_baseline),
@@ -280,10 +274,6 @@ def estimators(pass_threshold: float, with_values_of_correct: bool) -> list[Esti
         Estimator("group baseline per position, if correct", GATE, partial(position_baseline, correct_only=True)),
         Estimator("LenVM x pass rate", GATE, partial(gated, gate=pass_rate)),
         Estimator("LenVM x pass rate of the others", GATE, partial(gated, gate=pass_rate_of_others)),
-        Estimator(
-            f"LenVM, if pass rate >= {pass_threshold:g}",
-            GATE,
-            partial(gated, gate=partial(passes, threshold=pass_threshold)),
-        ),
+        Estimator(f"LenVM, if pass rate >= {pass_threshold:g}", GATE, partial(gated, gate=passed)),
     ]
     return [each for each in found if with_values_of_correct or each.advantages is not if_correct_by_its_own]

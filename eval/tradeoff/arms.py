@@ -83,19 +83,12 @@ class TradeoffArguments(GradedArguments, CandidateArguments):
         """Those of the task and the run, with the baselines that a task adds."""
         task = self.task in TASKS
         counts = [count for count in (2, 4, 8) if task and self.num_samples % count == 0]
-        return super().defaults(run) | {"prompt_only": task, "best_of": counts}
+        return {**super().defaults(run), "prompt_only": task, "best_of": counts}
 
 
 @dataclass
 class Study:
-    """What arms are made of.
-
-    Args:
-        args ([`TradeoffArguments`]): complete.
-        sampler ([`~eval.tradeoff.sampler.Sampler`]): of the base policy, and of all arms that it is asked in.
-        policy (`PreTrainedModel`): the base policy.
-        trained (`dict`): sampler and path of every trained policy.
-    """
+    """What arms are made of: complete arguments, the base policy and its sampler, samplers and paths of trained ones."""
 
     args: TradeoffArguments
     sampler: Sampler
@@ -305,11 +298,7 @@ def find_trained(args: TradeoffArguments, run: Run) -> dict[str, str]:
 
 
 def trained_sampler(sampler: Sampler, name: str, path: str) -> Sampler:
-    """The sampler of a trained policy, which reads messages through its own tokenizer's chat template.
-
-    Raises:
-        ValueError: its vocabulary is another than the base policy's.
-    """
+    """The sampler of a trained policy, which reads messages through its own tokenizer's chat template."""
     if not has_tokenizer(path):
         logger.info("%s: no tokenizer lies there, so the base policy's is taken", path)
         return sampler

@@ -192,85 +192,48 @@ class Sampler:
         self, name: str, policy: PreTrainedModel, prompts: list[list[int]], strength: float, ends: list[int]
     ) -> Samples:
         torch.manual_seed(self.seed)
-        generated, divergences = [], []
+        # Nothing but the guidance acts: a repetition penalty of the model's own would set its arm apart from training.
+        policy.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=padding_id(self.tokenizer, ends))
+        rows, divergences = [], []
         with tqdm(total=len(prompts), desc=name, unit="completion") as progress:
             for start in range(0, len(prompts), self.batch_size):
                 batch = prompts[start : start + self.batch_size]
-                rows, divergence = self._generate(policy, batch, strength, ends)
-                generated += rows
+                ids, mask = pad_left(batch, policy.generation_config.pad_token_id, policy.device)
+                inputs = {"input_ids": ids, "attention_mask": mask}
+                generated, divergence = self._generate(policy, inputs, replace(self.guidance, strength=strength), ends)
+                rows += generated[:, ids.shape[1] :].tolist()
                 divergences.append(divergence)
                 progress.update(len(batch))
+        stripped = [strip_completion(row, ends, self.max_new_tokens) for row in rows]
         known = not any(part is None for part in divergences)
         return Samples(
-            completions=[ids for ids, _ in generated],
-            finished=[reason == "stop" for _, reason in generated],
+            completions=[ids for ids, _ in stripped],
+            finished=[reason == "stop" for _, reason in stripped],
             kl=np.concatenate(divergences).tolist() if known else None,
         )
 
     @torch.no_grad()
     def _generate(
-        self, policy: PreTrainedModel, prompts: list[list[int]], strength: float, ends: list[int]
-    ) -> tuple[list[tuple[list[int], str]], np.ndarray | None]:
-        """Completions of a batch with their finish reasons, and each one's divergence from the policy itself."""
-        ids, mask = pad_left(prompts, padding_id(self.tokenizer, ends), policy.device)
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        # Nothing but the guidance acts: a repetition penalty of the model's own would set its arm apart from training.
-        bare = GenerationConfig(eos_token_id=ends, pad_token_id=padding_id(self.tokenizer, ends))
-        policy.generation_config = bare
-        guidance = replace(self.guidance, strength=strength)
-        if strength == 0 or guidance.temperature == 0:
-            generated = generate_guided(
-                policy,
-                self.length_value_model,
-                inputs,
-                guidance,
-                tokenizer=self.tokenizer,
-                max_new_tokens=self.max_new_tokens,
-            )
-            divergence = np.zeros(len(prompts)) if strength == 0 else None
-        else:
-            generated, divergence = self._generate_measured(policy, inputs, guidance, ends)
-        rows = generated[:, inputs["input_ids"].shape[1] :].tolist()
-        return [strip_completion(row, ends, self.max_new_tokens) for row in rows], divergence
-
-    def _generate_measured(
         self, policy: PreTrainedModel, inputs: dict[str, torch.Tensor], guidance: LengthGuidance, ends: list[int]
-    ) -> tuple[torch.Tensor, np.ndarray]:
-        """What `generate_guided` gives, to the token, with the divergence that the tilt makes on the way."""
-        check_same_tokenizer(self.length_value_model.config.tokenizer_fingerprint, self.tokenizer)
-        tilt = LengthGuidedLogitsProcessor(
-            self.length_value_model,
-            guidance,
-            eos_token_id=ends,
-            attention_mask=inputs["attention_mask"],
-            same_tokenizer=True,
-        )
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
+        """What `generate_guided` gives, to the token, and each row's divergence from the policy itself, where known."""
+        model, limit = self.length_value_model, self.max_new_tokens
+        if guidance.strength == 0 or guidance.temperature == 0:
+            generated = generate_guided(policy, model, inputs, guidance, tokenizer=self.tokenizer, max_new_tokens=limit)
+            return generated, np.zeros(len(generated)) if guidance.strength == 0 else None
+        check_same_tokenizer(model.config.tokenizer_fingerprint, self.tokenizer)
+        mask = inputs["attention_mask"]
+        tilt = LengthGuidedLogitsProcessor(model, guidance, eos_token_id=ends, attention_mask=mask, same_tokenizer=True)
         meter = DivergenceMeter(tilt, guidance, ends)
-        generated = policy.generate(
-            **inputs,
-            # The guidance has its own temperature and candidate rule; `generate` would keep 50 tokens by default.
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=self.max_new_tokens,
-            logits_processor=LogitsProcessorList([meter]),
-        )
+        # The guidance has its own temperature and candidate rule; `generate` would keep 50 tokens by default.
+        free = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": limit}
+        generated = policy.generate(**inputs, **free, logits_processor=LogitsProcessorList([meter]))
         return generated, meter.total.cpu().numpy()
 
 
 @torch.no_grad()
 def value_scale(model: LengthValueModel, prompt_ids: Sequence[list[int]], completions: Sequence[list[int]]) -> float:
-    """Standard deviation of V over the states of sampled completions: one over it is the unit of tilt strengths.
-
-    Args:
-        model (`LengthValueModel`): the value model.
-        prompt_ids (sequence of lists of `int`): each completion's prompt.
-        completions (sequence of lists of `int`): sampled ids.
-
-    Raises:
-        ValueError: V is the same at every state, or there is one state only.
-    """
+    """Standard deviation of V over the states of sampled completions: one over it is the unit of tilt strengths."""
     values = []
     for prompt, completion in zip(prompt_ids, completions, strict=True):
         ids = torch.tensor([[*prompt, *completion[:-1]]], device=model.device)

@@ -43,7 +43,7 @@ def statistics_of(gradients):
 def graded(lengths, correct, group_size, values=None, finished=None):
     """Completions of these lengths, V = -1/2 everywhere unless `values` `(N, T + 1)` says otherwise."""
     rows = [[GO] * (length - 1) + [EOS] for length in lengths]
-    batch = TokenBatch.from_rows([[START]] * len(rows), rows, finished or [True] * len(rows))
+    batch = TokenBatch.from_rows([[START]] * len(rows), rows, finished or [True] * len(rows), [EOS])
     if values is None:
         values = torch.full((len(rows), max(lengths) + 1), -0.5)
     return GradedBatch(
@@ -187,7 +187,7 @@ def bandit(chance):
 def bandit_batch(short, count):
     """The first `short` of `count` completions take the short arm; correct are the long ones."""
     rows = [[EOS]] * short + [[GO, EOS]] * (count - short)
-    return TokenBatch.from_rows([[START]] * count, rows, [True] * count), [0.0] * short + [1.0] * (count - short)
+    return TokenBatch.from_rows([[START]] * count, rows, [True] * count, [EOS]), [0.0] * short + [1.0] * (count - short)
 
 
 def bandit_gradients(chance, batches, count, names, seed=0):
@@ -257,7 +257,7 @@ class TestBandit:
             total = torch.zeros(16)
             for arms in itertools.product((0.25, 0.75), repeat=2):
                 rows = [[EOS] if arm == 0.25 else [GO, EOS] for arm in arms]
-                batch = TokenBatch.from_rows([[START]] * 2, rows, [True, True])
+                batch = TokenBatch.from_rows([[START]] * 2, rows, [True, True], [EOS])
                 view = grade(batch, [float(arm == 0.75) for arm in arms], 2, value)
                 advantages = named()[name](view).unsqueeze(0)
                 total += arms[0] * arms[1] * batch_gradients(policy, parameters, batch, advantages, 1.0, 2, 2)[0]

@@ -11,7 +11,7 @@ def test_gradients_do_not_depend_on_the_forward_size_and_are_linear():
     policy = tiny_llama()
     parameters = select_parameters(policy, r"layers\.1\.mlp")
     assert sum(parameter.requires_grad for parameter in policy.parameters()) == len(parameters) == 3
-    batch = TokenBatch.from_rows([[3, 4]] * 3, [[5, 6, 1], [7], [8, 1]], [True, False, True])
+    batch = TokenBatch.from_rows([[3, 4]] * 3, [[5, 6, 1], [7], [8, 1]], [True, False, True], [1])
     advantages = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).double()
     stacked = torch.cat([advantages, advantages.sum(dim=0, keepdim=True)])
     whole = batch_gradients(policy, parameters, batch, stacked, 1.0, 10.0, forward_size=3)
@@ -27,7 +27,7 @@ def test_a_pattern_that_no_parameter_has_is_refused():
 
 
 def test_padding_of_a_batch():
-    batch = TokenBatch.from_rows([[3], [4, 5]], [[6, 7, 1], [8]], [True, False])
+    batch = TokenBatch.from_rows([[3], [4, 5]], [[6, 7, 1], [8]], [True, False], [1])
     assert batch.prompt_ids.tolist() == [[PAD, 3], [4, 5]] and batch.prompt_mask.tolist() == [[0, 1], [1, 1]]
     assert batch.completion_ids.tolist() == [[6, 7, 1], [8, PAD, PAD]]
     assert batch.completions.lengths.tolist() == [2, 1]
@@ -38,7 +38,7 @@ def test_a_part_of_the_parameters_has_its_part_of_the_gradient(make):
     """With the output embeddings among the parameters, gradients go back from log-probabilities; without, from the
     hidden states before them."""
     policy = make()
-    batch = TokenBatch.from_rows([[3, 4], [5], [6]], [[5, 6, 1], [7], [8, 1]], [True, False, True])
+    batch = TokenBatch.from_rows([[3, 4], [5], [6]], [[5, 6, 1], [7], [8, 1]], [True, False, True], [1])
     advantages = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).double()
     settings = {"temperature": 0.7, "normaliser": 10.0, "forward_size": 2}
     parameters = select_parameters(policy, None)
