@@ -74,11 +74,6 @@ def cell_text(
     return f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0]
 
 
-def estimate_text(entry: Entry | None, digits: int, scale: float = 1.0) -> str:
-    """An interval's estimate alone; a dash where there is none."""
-    return cell_text(entry, digits, scale, ends=False)
-
-
 @dataclass(frozen=True)
 class Column:
     """A column of a printed table.

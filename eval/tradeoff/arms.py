@@ -88,7 +88,7 @@ class TradeoffArguments(GradedArguments, CandidateArguments):
 
 @dataclass
 class Study:
-    """What arms are made of: complete arguments, the base policy and its sampler, samplers and paths of trained ones."""
+    """What arms are made of: arguments, the base policy and its sampler, and samplers and paths of trained policies."""
 
     args: TradeoffArguments
     sampler: Sampler

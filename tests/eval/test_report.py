@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.report import as_entry, as_label, cell_text, estimate_text, half_widths, number_decades, save_csv, save_json
+from eval.report import as_entry, as_label, cell_text, half_widths, number_decades, save_csv, save_json
 from eval.statistics import Interval
 
 UNKNOWN = {"estimate": None, "low": None, "high": None}
@@ -26,8 +26,9 @@ def test_entries_and_cells():
     assert as_entry(Interval(math.nan, -math.inf, math.nan)) == UNKNOWN
     assert cell_text({"estimate": 0.5, "low": 0.25, "high": 0.75}, 1, 100) == "50.0 [25.0, 75.0]"
     assert cell_text({"estimate": 0.5, "low": None, "high": None}, 2, sign="+") == "+0.50"
-    assert [cell_text(entry, 1) for entry in (None, UNKNOWN)] == ["–", "–"] == [estimate_text(None, 1)] * 2
-    assert estimate_text({"estimate": 0.5, "low": 0.25, "high": 0.75}, 0, 100) == "50"
+    assert [cell_text(value) for value in (None, UNKNOWN, math.nan)] == ["–"] * 3
+    assert cell_text(Interval(0.5, 0.25, 0.75), 0, 100, unit="%", ends=False) == "50%"
+    assert [cell_text(value, 2) for value in (0.125, 7, "a")] == ["0.12", "7", "a"]
 
 
 def test_error_bars_have_no_width_where_there_is_no_interval():
