@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg
 
 from lenvm_rl.modeling.loading import load_tokenizer
 from lenvm_rl.programs import AGAIN, run_program
-from lenvm_rl.rollouts.record import RolloutMetadata, check_suffix, write_rollouts
+from lenvm_rl.rollouts.record import RolloutMetadata, check_suffix, described, write_rollouts
 from lenvm_rl.rollouts.text import ASSUMPTIONS, read_sharegpt, read_traces
 from recipes.command_line import ProgramParser
 
@@ -86,13 +86,7 @@ def main(args: ImportArguments) -> RolloutMetadata:
         own = {"models": args.models, "rejected_beside": args.output}
         rollouts, metadata = read_traces(args.traces, tokenizer, **own, **options)
     metadata = write_rollouts(args.output, rollouts, metadata)
-    lengths = sorted(len(ids) for ids in rollouts["completion_ids"][:])
-    share, middle = 100 * metadata.truncated_share, lengths[len(lengths) // 2]
-    logger.info(
-        "%s: %d completions of %d prompts, %d to %d tokens (median %d), %.1f%% taken for truncated, %d set aside",
-        args.output, len(lengths), metadata.num_prompts, lengths[0], lengths[-1], middle, share,
-        metadata.sampling["set_aside"],
-    )  # fmt: skip
+    logger.info("%s: %s", args.output, described(rollouts, metadata))
     return metadata
 
 

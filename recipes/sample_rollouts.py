@@ -33,7 +33,7 @@ from lenvm_rl.modeling.loading import load_length_value_model, load_tokenizer
 from lenvm_rl.programs import run_program
 from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.local import sample_to_file
-from lenvm_rl.rollouts.record import RolloutMetadata
+from lenvm_rl.rollouts.record import RolloutMetadata, described
 from lenvm_rl.rollouts.server import SERVERS, connect, sample_from_server
 from lenvm_rl.rollouts.vllm import sample_with_vllm
 from lenvm_rl.tokenization import check_prompts, load_prompts
@@ -65,18 +65,6 @@ class SampleArguments:
         default=False, help="Put a text prompt into a user message, so that the chat template is applied."
     )
     system_prompt: str | None = HfArg(default=None, help="A system message before it (with --chat).")
-    num_samples: int = HfArg(default=4, help="Completions per prompt.")
-    max_new_tokens: int = HfArg(
-        default=1024, help="Most tokens per completion; a longer one is cut and marked as truncated."
-    )
-    temperature: float = HfArg(default=1.0, help="Sampling temperature; 0 is greedy.")
-    top_p: float = HfArg(default=1.0, help="Nucleus sampling; 1 keeps every token.")
-    top_k: int = HfArg(default=0, help="Keep only so many of the most probable tokens; 0 keeps every one.")
-    batch_size: int = HfArg(
-        default=64,
-        help="Completions under way at once: those of one generate call, or requests to a server. Thousands "
-        "keep vLLM busy.",
-    )
     seed: int = HfArg(
         default=0, help="Seed. The same arguments give the same rollouts, as far as a server or vLLM keeps to seeds."
     )
@@ -201,7 +189,7 @@ def sample_with_engine(
 BACKENDS = {"transformers": sample_with_transformers, "server": sample_with_server, "vllm": sample_with_engine}
 
 
-def main(args: SampleArguments) -> None:
+def main(args: SampleArguments, settings: SamplingSettings) -> None:
     """Loads the prompts, and samples."""
     if args.length_value_model is not None and args.backend != "transformers":
         raise ValueError(
@@ -217,14 +205,6 @@ def main(args: SampleArguments) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, args.pad_token)
     column = dataset[args.prompt_column][:]
     check_prompts(column, f"{args.dataset_name}, column {args.prompt_column!r}", tokenizer, args.chat)
-    settings = SamplingSettings(
-        num_samples=args.num_samples,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-    )
     rollouts, metadata = BACKENDS[args.backend](
         args,
         tokenizer,
@@ -234,22 +214,13 @@ def main(args: SampleArguments) -> None:
         extra_columns={name: dataset[name][:] for name in args.keep_columns},
         generator=args.model_name_or_path,
     )
-    lengths = sorted(len(ids) for ids in rollouts["completion_ids"][:])
-    logger.info(
-        "%s: %d completions of %d prompts, %.1f%% truncated, median %d tokens, longest %d",
-        args.output,
-        len(rollouts),
-        metadata.num_prompts,
-        100 * metadata.truncated_share,
-        lengths[len(lengths) // 2],
-        lengths[-1],
-    )
+    logger.info("%s: %s", args.output, described(rollouts, metadata))
 
 
 def make_parser() -> ProgramParser:
-    """The command line: every field of [`SampleArguments`], also read from YAML with `--config`."""
+    """The command line: every field of the two argument classes, also read from YAML with `--config`."""
     return ProgramParser(
-        SampleArguments,
+        (SampleArguments, SamplingSettings),
         usage="python recipes/sample_rollouts.py --model_name_or_path PATH --dataset_name FILE_OR_ID --output FILE ...",
         description=__doc__.partition("\n")[0],
     )

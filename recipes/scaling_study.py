@@ -2,11 +2,10 @@
 
     python recipes/scaling_study.py --policy outputs/policy --output_dir outputs/scaling
 
-Along model size, prompts and samples per prompt, and in three ablations of the paper (arXiv 2604.27039, section 5:
-shuffled or length-grouped optimiser steps, gamma, precision of the head), every model sees the same number of
-tokens: what differs is what an axis is named after, not the time in training. All are measured on the same held-out
+Along model size, prompts, samples per prompt and gamma (arXiv 2604.27039, section 5), every model sees the same number
+of tokens: what differs is what an axis is named after, not the time in training. All are measured on the same held-out
 prompts, in the same space. Each result is kept in `<output_dir>/cells`; killed and started again, the study goes on.
-At the end, and at any time with `--report true`, `results.md` and two figures are written.
+At the end, and at any time with `--report true`, `results.md` and a figure are written.
 """
 
 from __future__ import annotations
@@ -22,18 +21,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging as transformers_logging
 
 from lenvm_rl.files import read_json, write_json
-from lenvm_rl.modeling.value_model import LengthValueHead
 from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments
 from lenvm_rl.pretraining.trainer import (
     LengthValueTrainer,
-    completion_lengths,
     fit_gamma_to_rollouts,
     make_length_value_model,
     sequence_lengths,
@@ -61,9 +56,8 @@ METRICS = (
     *(f"length_mae_at_{point}" for point in POINTS),
     "explained_variance",
 )
-# Axes of the two figures.
+# Axes of the figure.
 SIZES = {"model size": "parameters", "prompts": "training prompts", "samples per prompt": "completions per prompt"}
-ABLATIONS = ("optimiser steps", "gamma", "precision of the head")
 
 # Axis -> label -> results of the seeds.
 Rows = dict[str, dict[str, list[dict[str, Any]]]]
@@ -129,8 +123,6 @@ class Cell:
         seed (`int`): seed of weights and order, and of which prompts and completions are used.
         hidden_size (`int`, *optional*): width of a decoder of its own; the policy's decoder when omitted.
         horizon (`float`, *optional*, defaults to `1.0`): multiple of the fitted horizon of gamma.
-        grouped (`bool`, *optional*, defaults to `False`): whether optimiser steps are made of similar lengths.
-        rounded_head (`bool`, *optional*, defaults to `False`): whether the head computes in bfloat16.
     """
 
     prompts: int
@@ -138,16 +130,12 @@ class Cell:
     seed: int
     hidden_size: int | None = None
     horizon: float = 1.0
-    grouped: bool = False
-    rounded_head: bool = False
 
     @property
     def name(self) -> str:
         """Name of the file of its result."""
         backbone = "policy" if self.hidden_size is None else f"h{self.hidden_size}"
-        parts = [backbone, f"p{self.prompts}", f"n{self.samples}", f"x{self.horizon:g}"]
-        parts += ["grouped"] * self.grouped + ["bf16head"] * self.rounded_head
-        return "-".join([*parts, f"seed{self.seed}"])
+        return f"{backbone}-p{self.prompts}-n{self.samples}-x{self.horizon:g}-seed{self.seed}"
 
 
 def make_axes(args: ScalingArguments) -> dict[str, dict[str, Cell]]:
@@ -157,34 +145,8 @@ def make_axes(args: ScalingArguments) -> dict[str, dict[str, Cell]]:
         "model size": {str(width): replace(base, hidden_size=width) for width in args.hidden_sizes},
         "prompts": {str(count): replace(base, prompts=count) for count in args.prompts},
         "samples per prompt": {str(count): replace(base, samples=count) for count in args.samples},
-        "optimiser steps": {"shuffled": base, "grouped by length": replace(base, grouped=True)},
         "gamma": {f"horizon x {factor:g}": replace(base, horizon=factor) for factor in args.horizons},
-        "precision of the head": {"float32": base, "bfloat16": replace(base, rounded_head=True)},
     }
-
-
-class RoundedHead(LengthValueHead):
-    """The head with every number it reads and makes rounded to bfloat16; the weights that are trained stay float32."""
-
-    def forward(self, hidden_states):
-        """See [`~lenvm_rl.modeling.value_model.LengthValueHead.forward`]."""
-        hidden = _rounded(hidden_states)
-        for layer, activation in ((self.hidden, silu), (self.output, lambda logits: logits)):
-            hidden = _rounded(linear(hidden, _rounded(layer.weight), _rounded(layer.bias)))
-            hidden = _rounded(activation(hidden))
-        return hidden.squeeze(-1)
-
-
-def _rounded(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.bfloat16).float()
-
-
-class GroupedTrainer(LengthValueTrainer):
-    """Optimiser steps made of completions of similar length, which shifts what values converge to."""
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
-        lengths = completion_lengths(self.train_dataset).tolist()
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths)
 
 
 @dataclass
@@ -248,12 +210,7 @@ class Study:
         tokenizer = AutoTokenizer.from_pretrained(self.policy)
         set_seed(cell.seed)
         model = make_length_value_model(backbone, rollouts, self.metadata, arguments, tokenizer)
-        if cell.rounded_head:
-            head = RoundedHead(model.head.hidden.in_features)
-            head.load_state_dict(model.head.state_dict())
-            model.head = head
-        trainer_class = GroupedTrainer if cell.grouped else LengthValueTrainer
-        trainer = trainer_class(
+        trainer = LengthValueTrainer(
             model, arguments, train_dataset=rollouts, eval_dataset=self.held_out, processing_class=tokenizer
         )
         trainer.remove_callback(PrinterCallback)
@@ -349,13 +306,12 @@ def result_path(args: ScalingArguments, cell: Cell) -> Path:
 
 
 def write_report(rows: Rows, folder: Path) -> str:
-    """Writes `results.md`, `scaling.png` and `ablations.png` into a folder, and returns the table."""
+    """Writes `results.md` and `scaling.png` into a folder, and returns the table."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {axis: {label: results for label, results in row.items() if results} for axis, row in rows.items()}
     table = make_table(rows)
     (folder / "results.md").write_text(table, encoding="utf-8")
     plot_sizes(rows).savefig(folder / "scaling.png", dpi=150)
-    plot_ablations(rows).savefig(folder / "ablations.png", dpi=150)
     return table
 
 
@@ -396,23 +352,6 @@ def plot_sizes(rows: Rows) -> Figure:
         place.set_xlabel(title)
         place.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss, (V - G)²")
-    return figure
-
-
-def plot_ablations(rows: Rows) -> Figure:
-    """Relative error in tokens along the completion, one line per choice: means, and the range of the seeds."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    for place, axis in zip(figure.subplots(1, len(ABLATIONS), sharey=True), ABLATIONS, strict=True):
-        for label, results in rows[axis].items():
-            found = np.stack([values(results, f"length_mre_at_{point}") for point in POINTS])
-            place.plot(POINTS, found.mean(axis=1), marker="o", label=label)
-            place.fill_between(POINTS, found.min(axis=1), found.max(axis=1), alpha=0.2)
-        place.set_title(axis)
-        place.set_xticks(POINTS)
-        place.grid(alpha=0.3)
-        place.legend(fontsize=8)
-    figure.supxlabel("percent of the completion that stands already")
-    figure.supylabel("mean relative error of the remaining length, in tokens")
     return figure
 
 

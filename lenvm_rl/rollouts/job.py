@@ -19,6 +19,7 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from lenvm_rl.endings import end_token_ids, padding_id
 from lenvm_rl.files import Journal
@@ -42,23 +43,19 @@ PREPARATION = -1
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Everything that a completion depends on beside the policy, the prompt and the seed.
+    """Everything that a completion depends on beside the policy, the prompt and the seed."""
 
-    Args:
-        num_samples (`int`): completions per prompt.
-        max_new_tokens (`int`): most tokens per completion, the end-of-sequence token counted.
-        batch_size (`int`): completions that are under way at once, in a `generate` call or on a server.
-        temperature (`float`, *optional*, defaults to `1.0`): 0 is greedy decoding.
-        top_p (`float`, *optional*, defaults to `1.0`): nucleus; 1 keeps every token.
-        top_k (`int`, *optional*, defaults to `0`): most probable tokens kept; 0 keeps every token.
-    """
-
-    num_samples: int
-    max_new_tokens: int
-    batch_size: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    num_samples: int = HfArg(default=4, help="Completions per prompt.")
+    max_new_tokens: int = HfArg(
+        default=1024,
+        help="Most tokens per completion, end-of-sequence counted; a longer one is cut and marked as truncated.",
+    )
+    batch_size: int = HfArg(
+        default=64, help="Completions under way at once, in a generate call or on a server. Thousands keep vLLM busy."
+    )
+    temperature: float = HfArg(default=1.0, help="Sampling temperature; 0 is greedy decoding.")
+    top_p: float = HfArg(default=1.0, help="Nucleus sampling; 1 keeps every token.")
+    top_k: int = HfArg(default=0, help="Keep only so many of the most probable tokens; 0 keeps every one.")
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens", "batch_size"):

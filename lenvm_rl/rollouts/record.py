@@ -265,6 +265,16 @@ def count_rollouts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def described(dataset: Dataset, metadata: RolloutMetadata) -> str:
+    """How many rollouts there are, how long they are, and how many are cut or were set aside, in words."""
+    lengths = sorted(len(ids) for ids in dataset["completion_ids"][:])
+    return (
+        f"{len(lengths)} completions of {metadata.num_prompts} prompts, {lengths[0]} to {lengths[-1]} tokens (median "
+        f"{lengths[len(lengths) // 2]}), {metadata.truncated_share:.1%} truncated, "
+        f"{metadata.sampling.get('set_aside', 0)} set aside"
+    )
+
+
 def split_by_prompt(dataset: Dataset, held_out: float, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Splits rollouts so that no prompt is on both sides (completions of a prompt stay together).
 

@@ -10,6 +10,7 @@ from tiny import assert_same_logits, tiny_length_value_model, tiny_llama, tiny_t
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer, read_config
 from lenvm_rl.prediction import weights_fingerprint
+from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.record import read_rollouts
 from lenvm_rl.tokenization import tokenizer_fingerprint
 from recipes.sample_rollouts import SampleArguments
@@ -45,9 +46,10 @@ def test_every_form_is_loaded_with_the_base_that_a_program_knows(folder, form):
 def test_rollouts_are_sampled_in_batches_by_its_predictions(folder, form, tmp_path):
     rows = [{"prompt": f"w{6 + n} w{7 + n}"} for n in range(6)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"num_samples": 1, "max_new_tokens": 4, "output": str(tmp_path / "r.jsonl")}
-    options |= {"dataset_name": str(tmp_path / "data.jsonl"), "length_value_model": str(folder / form)}
-    sample(SampleArguments(model_name_or_path=str(folder / "base"), **options))
+    options = {"dataset_name": str(tmp_path / "data.jsonl"), "length_value_model": str(folder / form)}
+    options["output"] = str(tmp_path / "r.jsonl")
+    settings = SamplingSettings(num_samples=1, max_new_tokens=4)
+    sample(SampleArguments(model_name_or_path=str(folder / "base"), **options), settings)
     rollouts, metadata = read_rollouts(tmp_path / "r.jsonl")
     assert len(rollouts) == 6
     model = load_length_value_model(folder / form, folder / "base")

@@ -11,6 +11,7 @@ from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import weights_fingerprint
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments
+from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.record import read_rollouts
 from recipes import import_rollouts, pretrain_lenvm, sample_rollouts
 
@@ -183,14 +184,19 @@ def test_conversations_become_a_rollout_file(tmp_path, policy, caplog):
     assert rollouts["length_error"][:] == [0, 0, -1]
     assert metadata.sampling["retokenization"]["wrong_length"] == 1 and metadata.generator == "m"
     shown = caplog.text
-    assert "3 completions of 1 prompts, 2 to 4 tokens (median 3), 33.3% taken for truncated, 1 set aside" in shown
+    assert "3 completions of 1 prompts, 2 to 4 tokens (median 3), 33.3% truncated, 1 set aside" in shown
     assert "1 have another number of tokens than was sampled" in shown
     assert "which completions ended is not in the file; assumed: cut at max tokens" in shown
     assert (tmp_path / "a.rejected.jsonl").exists()
 
 
 def test_every_field_explains_itself():
-    own = (sample_rollouts.SampleArguments, import_rollouts.ImportArguments, pretrain_lenvm.PretrainArguments)
+    own = (
+        sample_rollouts.SampleArguments,
+        SamplingSettings,
+        import_rollouts.ImportArguments,
+        pretrain_lenvm.PretrainArguments,
+    )
     for arguments in (*own, LengthValueTrainingArguments):
         for entry in fields(arguments):
             assert entry.metadata.get("help") or not entry.init, f"{arguments.__name__}.{entry.name}"

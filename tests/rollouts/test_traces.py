@@ -181,7 +181,7 @@ def test_the_recipe_writes_a_rollout_file(tmp_path, caplog):
         written = import_rollouts.main(args)
     dataset, metadata = read_rollouts(tmp_path / "r.jsonl")
     assert metadata == written and len(dataset) == 5 and metadata.num_prompts == 2
-    assert "5 completions of 2 prompts, 2 to 4 tokens (median 3), 40.0% taken for truncated, 1 set aside" in caplog.text
+    assert "5 completions of 2 prompts, 2 to 4 tokens (median 3), 40.0% truncated, 1 set aside" in caplog.text
     assert (tmp_path / "r.rejected.jsonl").exists() and not rejected_path(traces).exists()
 
 
