@@ -15,7 +15,7 @@ A prompt with one completion has nothing to compare it with: a correct one then 
 
 A rule of your own is one function under [`length_rule`]; `LengthReward` then knows it by name:
 
-    @length_rule("halved", scope="completion")
+    @length_rule(scope="completion")
     def halved(lengths, correct, group, *, limit):
         return correct * (1.0 - 0.5 * (lengths > limit))
 
@@ -61,31 +61,28 @@ LENGTH_RULES: dict[str, Rule] = {}
 
 
 def length_rule(
-    name: str,
     *,
     scope: Literal["completion", "group", "batch"] = "group",
     least_generations: int = 1,
     state: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a function a rule: it gets checked lengths and flags in float32, and groups as indices from 0."""
+    """Make a function a rule of its name: it gets checked lengths and flags, float32, and groups as indices from 0."""
 
     def registered(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(formula)
         def rewards(lengths: Tensor, correct: Tensor, group: Tensor | None = None, **knobs: Any) -> Tensor:
             if scope == "group" and group is None:
-                raise ValueError(f"{name} needs `group`: the prompt that each completion belongs to.")
+                raise ValueError(f"{formula.__name__} needs `group`: the prompt that each completion belongs to.")
             return formula(*_checked(lengths, correct, group), **knobs)
 
-        LENGTH_RULES[name] = Rule(rewards, scope, least_generations, state)
+        LENGTH_RULES[formula.__name__] = Rule(rewards, scope, least_generations, state)
         return rewards
 
     return registered
 
 
-@length_rule("linear", scope="completion")
-def linear_length_reward(
-    lengths: Tensor, correct: Tensor, group: Tensor | None, *, alpha: float, max_length: int
-) -> Tensor:
+@length_rule(scope="completion")
+def linear(lengths: Tensor, correct: Tensor, group: Tensor | None, *, alpha: float, max_length: int) -> Tensor:
     """Correct answers earn less the longer they are: ``C * (1 - alpha * min(L, L_max) / L_max)``.
 
     The simplest gated penalty; no paper of its own. ``alpha = 0.5``, ``L_max = 100``: 40 tokens earn 0.8, 100 or more
@@ -100,8 +97,8 @@ def linear_length_reward(
     return correct * (1.0 - alpha * (lengths / max_length).clamp(max=1.0))
 
 
-@length_rule("truncation", scope="completion")
-def truncation_length_reward(lengths: Tensor, correct: Tensor, group: Tensor | None, *, limit: int) -> Tensor:
+@length_rule(scope="completion")
+def truncation(lengths: Tensor, correct: Tensor, group: Tensor | None, *, limit: int) -> Tensor:
     """Correct answers count only up to a limit: ``C * 1(L <= limit)``.
 
     DLER, arXiv 2510.15110, with 4000 tokens. Its lesson is that the optimiser matters more than the penalty's form:
@@ -112,8 +109,8 @@ def truncation_length_reward(lengths: Tensor, correct: Tensor, group: Tensor | N
     return correct * (lengths <= limit)
 
 
-@length_rule("l1_exact", scope="completion")
-def l1_exact_length_reward(
+@length_rule(scope="completion")
+def l1_exact(
     lengths: Tensor,
     correct: Tensor,
     group: Tensor | None,
@@ -136,8 +133,8 @@ def l1_exact_length_reward(
     return correct - cost if penalize_wrong else correct * (1.0 - cost).clamp(min=0.0)
 
 
-@length_rule("l1_max", scope="completion")
-def l1_max_length_reward(
+@length_rule(scope="completion")
+def l1_max(
     lengths: Tensor,
     correct: Tensor,
     group: Tensor | None,
@@ -159,8 +156,8 @@ def l1_max_length_reward(
     return correct * (alpha * (_checked_target(target_length, lengths) - lengths) + delta).clamp(0.0, 1.0)
 
 
-@length_rule("kimi", least_generations=2)
-def kimi_length_reward(lengths: Tensor, correct: Tensor, group: Tensor, *, penalize_wrong: bool = False) -> Tensor:
+@length_rule(least_generations=2)
+def kimi(lengths: Tensor, correct: Tensor, group: Tensor, *, penalize_wrong: bool = False) -> Tensor:
     """Length term of Kimi k1.5 (arXiv 2501.12599, section 2.3.3): shorter than the group's middle gains, longer loses.
 
     With ``lam = 0.5 - (L - L_min) / (L_max - L_min)`` over the completions of a prompt, 0 where all are equally long:
@@ -175,8 +172,8 @@ def kimi_length_reward(lengths: Tensor, correct: Tensor, group: Tensor, *, penal
     return torch.where(correct.bool(), lam, wrong)
 
 
-@length_rule("arora", least_generations=2)
-def arora_length_reward(lengths: Tensor, correct: Tensor, group: Tensor, *, alpha: float = 0.1) -> Tensor:
+@length_rule(least_generations=2)
+def arora(lengths: Tensor, correct: Tensor, group: Tensor, *, alpha: float = 0.1) -> Tensor:
     """Correct answers lose by how long they are among the correct ones: ``C * (1 - alpha * sigmoid(z))``.
 
     ``z = (L - mean) / std`` over the prompt's *correct* completions, with the population's deviation; 0 where that is
@@ -194,10 +191,8 @@ def arora_length_reward(lengths: Tensor, correct: Tensor, group: Tensor, *, alph
     return correct * (1.0 - alpha * torch.sigmoid(score))
 
 
-@length_rule("alp")
-def alp_length_reward(
-    lengths: Tensor, correct: Tensor, group: Tensor, *, beta: float = 1e-7, penalize_wrong: bool = False
-) -> Tensor:
+@length_rule()
+def alp(lengths: Tensor, correct: Tensor, group: Tensor, *, beta: float = 1e-7, penalize_wrong: bool = False) -> Tensor:
     """Every token costs, more so where the prompt is easy: ``C * max(0, 1 - beta * L * max(p, 1/K))``.
 
     `p` is the share of the prompt's `K` completions that are correct. ALP, arXiv 2506.05256, where all answers pay,
@@ -214,8 +209,8 @@ def alp_length_reward(
     return correct - cost if penalize_wrong else correct * (1.0 - cost).clamp(min=0.0)
 
 
-@length_rule("shorter_better", least_generations=2)
-def shorter_better_length_reward(
+@length_rule(least_generations=2)
+def shorter_better(
     lengths: Tensor,
     correct: Tensor,
     group: Tensor,
@@ -242,8 +237,8 @@ def shorter_better_length_reward(
     return alpha * correct - cost if penalize_wrong else correct * (alpha - cost).clamp(min=0.0)
 
 
-@length_rule("gr3", least_generations=2)
-def gr3_length_reward(lengths: Tensor, correct: Tensor, group: Tensor, *, alpha: float = 0.33) -> Tensor:
+@length_rule(least_generations=2)
+def gr3(lengths: Tensor, correct: Tensor, group: Tensor, *, alpha: float = 0.33) -> Tensor:
     """The task reward, divided by relative length: ``C / (1 + alpha * L / L_mean)``.
 
     `L_mean` is over all completions of the prompt. GR³, arXiv 2603.10535, strength `alpha` from there. ``alpha = 1``,
@@ -255,8 +250,8 @@ def gr3_length_reward(lengths: Tensor, correct: Tensor, group: Tensor, *, alpha:
     return correct / (1.0 + alpha * lengths / torch.where(mean > 0, mean, torch.ones_like(mean)))
 
 
-@length_rule("laser", scope="completion")
-def laser_length_reward(
+@length_rule(scope="completion")
+def laser(
     lengths: Tensor, correct: Tensor, group: Tensor | None, *, target_length: Tensor | int, bonus: float = 0.5
 ) -> Tensor:
     """A bonus for correct answers within a target: ``C + bonus * C * 1(L <= L_T)``.
@@ -386,11 +381,9 @@ class LaserTargets:
         self._start_counting()
 
 
-@length_rule("laser_d", state=LaserTargets)
-def laser_d_length_reward(
-    lengths: Tensor, correct: Tensor, group: Tensor, *, targets: Sequence[float], bonus: float = 0.5
-) -> Tensor:
-    """[`laser_length_reward`] with a target for each difficulty: ``C + bonus * C * 1(L <= L_A)``.
+@length_rule(state=LaserTargets)
+def laser_d(lengths: Tensor, correct: Tensor, group: Tensor, *, targets: Sequence[float], bonus: float = 0.5) -> Tensor:
+    """[`laser`] with a target for each difficulty: ``C + bonus * C * 1(L <= L_A)``.
 
     `L_A` is `targets[0]` where at least 2/3 of the prompt's completions are correct, `targets[1]` from 1/3 on, and
     `targets[2]` below. LASER-D, arXiv 2505.15612, `bonus` and tiers from there and its released code; as a reward
@@ -466,8 +459,8 @@ class LeashMultiplier:
         self.multiplier = self.start
 
 
-@length_rule("leash", scope="batch", state=LeashMultiplier)
-def leash_length_reward(
+@length_rule(scope="batch", state=LeashMultiplier)
+def leash(
     lengths: Tensor, correct: Tensor, group: Tensor | None, *, target_length: Tensor | int, multiplier: float
 ) -> Tensor:
     """Length over a target costs, at a price that changes: ``clip(2C - 1 - lam * max(0, L / L_t - 1), -1, 1)``.

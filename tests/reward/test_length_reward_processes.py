@@ -189,15 +189,15 @@ def test_an_error_of_any_reward_function_ends_the_trainers_of_all(monkeypatch, t
 
 
 def test_columns_that_a_rule_within_a_group_reads_come_along(monkeypatch):
-    monkeypatch.setitem(LENGTH_RULES, "wanted", None)
+    monkeypatch.setitem(LENGTH_RULES, "wanted_and_longest", None)
 
-    @length_rule("wanted")
-    def wanted_of_the_longest(lengths, correct, group, *, wanted):
+    @length_rule()
+    def wanted_and_longest(lengths, correct, group, *, wanted):
         assert wanted.shape == lengths.shape
         return lengths - lengths.max() + wanted if len(lengths) else lengths
 
     batch = rows([1, 2, 3, 4], [1, None, 1, 1], wanted=[10, 20, 30, 40])
-    reward = LengthReward("wanted", flag_column, wanted="wanted")
+    reward = LengthReward("wanted_and_longest", flag_column, wanted="wanted")
     parts = FakeProcesses(monkeypatch, 2).run(lambda rank: reward(**share_of(batch, rank, 2)))
     assert parts == [[7, None], [29, 40]]
 
@@ -210,7 +210,7 @@ import torch
 from trainer_parts import grpo
 from lenvm_rl.reward_functions import check_returned
 from reward.length_reward import LengthReward
-from reward.rules import kimi_length_reward
+from reward.rules import kimi
 
 def starts_low(completion_ids, **columns):
     return [float(ids[0] < 8) if len(ids) % 5 else None for ids in completion_ids]
@@ -238,7 +238,7 @@ for mine, theirs in zip(first, second, strict=True):
     ids, flags, paid = (mine[place] + theirs[place] for place in range(3))
     assert len(ids) == 16 and mine[3] == 16
     counted = [row for row, flag in enumerate(flags) if flag is not None]
-    expected = kimi_length_reward(torch.tensor([len(ids[row]) for row in counted]),
+    expected = kimi(torch.tensor([len(ids[row]) for row in counted]),
                                   torch.tensor([flags[row] for row in counted]), torch.zeros(len(counted)))
     assert [paid[row] for row in counted] == expected.tolist()
     assert all(paid[row] is None for row in range(16) if row not in counted)

@@ -6,68 +6,53 @@ import pytest
 import torch
 
 from lenvm_rl.reward_functions import load_reward
-from reward import baselines
+from reward import baselines, rules
 from reward.length_reward import LengthReward
-from reward.rules import (
-    LENGTH_RULES,
-    alp_length_reward,
-    arora_length_reward,
-    gr3_length_reward,
-    kimi_length_reward,
-    l1_exact_length_reward,
-    l1_max_length_reward,
-    laser_d_length_reward,
-    laser_length_reward,
-    leash_length_reward,
-    length_rule,
-    linear_length_reward,
-    shorter_better_length_reward,
-    truncation_length_reward,
-)
+from reward.rules import LENGTH_RULES, length_rule
 
 PAYING = {"penalize_wrong": True}
 # Rule, knobs, lengths, correct, rewards. All of one group.
 WORKED = [
-    (linear_length_reward, {"alpha": 0.5, "max_length": 100}, [40, 100, 250, 40], [1, 1, 1, 0], [0.8, 0.5, 0.5, 0]),
-    (truncation_length_reward, {"limit": 100}, [100, 101, 10], [1, 1, 0], [1, 0, 0]),
-    (kimi_length_reward, {}, [10, 20, 30], [1, 1, 0], [0.5, 0, 0]),
-    (kimi_length_reward, {}, [1, 101], [0, 1], [0, -0.5]),
-    (kimi_length_reward, PAYING, [10, 20, 30], [1, 1, 0], [0.5, 0, -0.5]),
-    (arora_length_reward, {"alpha": 0.2}, [10, 30, 500], [1, 1, 0], [0.946212, 0.853788, 0]),
+    (rules.linear, {"alpha": 0.5, "max_length": 100}, [40, 100, 250, 40], [1, 1, 1, 0], [0.8, 0.5, 0.5, 0]),
+    (rules.truncation, {"limit": 100}, [100, 101, 10], [1, 1, 0], [1, 0, 0]),
+    (rules.kimi, {}, [10, 20, 30], [1, 1, 0], [0.5, 0, 0]),
+    (rules.kimi, {}, [1, 101], [0, 1], [0, -0.5]),
+    (rules.kimi, PAYING, [10, 20, 30], [1, 1, 0], [0.5, 0, -0.5]),
+    (rules.arora, {"alpha": 0.2}, [10, 30, 500], [1, 1, 0], [0.946212, 0.853788, 0]),
     # sigmoid(0) where there is no spread.
-    (arora_length_reward, {"alpha": 0.2}, [10, 30], [1, 0], [0.9, 0]),
-    (alp_length_reward, {"beta": 0.01}, [10, 20, 30, 40], [1, 0, 0, 0], [0.975, 0, 0, 0]),
-    (alp_length_reward, {"beta": 0.01, **PAYING}, [10, 20, 30, 40], [1, 0, 0, 0], [0.975, -0.05, -0.075, -0.1]),
-    (alp_length_reward, {"beta": 0.01}, [10, 20, 30, 40], [1, 1, 1, 1], [0.9, 0.8, 0.7, 0.6]),
+    (rules.arora, {"alpha": 0.2}, [10, 30], [1, 0], [0.9, 0]),
+    (rules.alp, {"beta": 0.01}, [10, 20, 30, 40], [1, 0, 0, 0], [0.975, 0, 0, 0]),
+    (rules.alp, {"beta": 0.01, **PAYING}, [10, 20, 30, 40], [1, 0, 0, 0], [0.975, -0.05, -0.075, -0.1]),
+    (rules.alp, {"beta": 0.01}, [10, 20, 30, 40], [1, 1, 1, 1], [0.9, 0.8, 0.7, 0.6]),
     # Never solved: the price is that of one in K.
-    (alp_length_reward, {"beta": 0.01, **PAYING}, [10, 20], [0, 0], [-0.05, -0.1]),
-    (l1_exact_length_reward, {"target_length": 100, "alpha": 0.01}, [100, 80, 300, 80], [1, 1, 1, 0], [1, 0.8, 0, 0]),
+    (rules.alp, {"beta": 0.01, **PAYING}, [10, 20], [0, 0], [-0.05, -0.1]),
+    (rules.l1_exact, {"target_length": 100, "alpha": 0.01}, [100, 80, 300, 80], [1, 1, 1, 0], [1, 0.8, 0, 0]),
     (
-        l1_exact_length_reward,
+        rules.l1_exact,
         {"target_length": 100, "alpha": 0.01, **PAYING},
         [100, 80, 300, 80],
         [1, 1, 1, 0],
         [1, 0.8, -1, -0.2],
     ),
     (
-        l1_max_length_reward,
+        rules.l1_max,
         {"target_length": 100, "alpha": 0.01},
         [50, 100, 125, 150, 10],
         [1, 1, 1, 1, 0],
         [1, 0.5, 0.25, 0, 0],
     ),
-    (laser_length_reward, {"target_length": 100}, [100, 101, 10], [1, 1, 0], [1.5, 1, 0]),
-    (laser_d_length_reward, {"targets": [50, 100, 200]}, [80, 80, 80], [1, 1, 0], [1, 1, 0]),
-    (laser_d_length_reward, {"targets": [50, 100, 200]}, [80, 80, 80], [1, 0, 0], [1.5, 0, 0]),
-    (laser_d_length_reward, {"targets": [50, 100, 200]}, [150, 150, 150, 150], [1, 0, 0, 0], [1.5, 0, 0, 0]),
-    (shorter_better_length_reward, {"beta": 0.01}, [100, 150, 50], [1, 1, 0], [2, 1.5, 0]),
-    (shorter_better_length_reward, {"beta": 0.01, **PAYING}, [100, 150, 50], [1, 1, 0], [2, 1.5, -0.5]),
+    (rules.laser, {"target_length": 100}, [100, 101, 10], [1, 1, 0], [1.5, 1, 0]),
+    (rules.laser_d, {"targets": [50, 100, 200]}, [80, 80, 80], [1, 1, 0], [1, 1, 0]),
+    (rules.laser_d, {"targets": [50, 100, 200]}, [80, 80, 80], [1, 0, 0], [1.5, 0, 0]),
+    (rules.laser_d, {"targets": [50, 100, 200]}, [150, 150, 150, 150], [1, 0, 0, 0], [1.5, 0, 0, 0]),
+    (rules.shorter_better, {"beta": 0.01}, [100, 150, 50], [1, 1, 0], [2, 1.5, 0]),
+    (rules.shorter_better, {"beta": 0.01, **PAYING}, [100, 150, 50], [1, 1, 0], [2, 1.5, -0.5]),
     # None correct: the mean, 100.
-    (shorter_better_length_reward, {"beta": 0.01, **PAYING}, [50, 150], [0, 0], [-0.5, -0.5]),
-    (gr3_length_reward, {"alpha": 1.0}, [50, 150, 100], [1, 1, 0], [1 / 1.5, 1 / 2.5, 0]),
-    (gr3_length_reward, {}, [0, 0], [1, 0], [1, 0]),
+    (rules.shorter_better, {"beta": 0.01, **PAYING}, [50, 150], [0, 0], [-0.5, -0.5]),
+    (rules.gr3, {"alpha": 1.0}, [50, 150, 100], [1, 1, 0], [1 / 1.5, 1 / 2.5, 0]),
+    (rules.gr3, {}, [0, 0], [1, 0], [1, 0]),
     (
-        leash_length_reward,
+        rules.leash,
         {"target_length": 100, "multiplier": 0.5},
         [50, 100, 200, 700, 10, 700],
         [1, 1, 1, 1, 0, 0],
@@ -76,18 +61,18 @@ WORKED = [
 ]
 # A setting of each rule that bites at the lengths below.
 BITING = [
-    (linear_length_reward, {"alpha": 0.5, "max_length": 100}),
-    (truncation_length_reward, {"limit": 50}),
-    (kimi_length_reward, {}),
-    (arora_length_reward, {"alpha": 0.4}),
-    (alp_length_reward, {"beta": 0.01}),
-    (l1_exact_length_reward, {"target_length": 1, "alpha": 0.01}),
-    (l1_max_length_reward, {"target_length": 50, "alpha": 0.01}),
-    (laser_length_reward, {"target_length": 50}),
-    (laser_d_length_reward, {"targets": [40, 50, 60]}),
-    (shorter_better_length_reward, {"beta": 0.01}),
-    (gr3_length_reward, {}),
-    (leash_length_reward, {"target_length": 50, "multiplier": 0.5}),
+    (rules.linear, {"alpha": 0.5, "max_length": 100}),
+    (rules.truncation, {"limit": 50}),
+    (rules.kimi, {}),
+    (rules.arora, {"alpha": 0.4}),
+    (rules.alp, {"beta": 0.01}),
+    (rules.l1_exact, {"target_length": 1, "alpha": 0.01}),
+    (rules.l1_max, {"target_length": 50, "alpha": 0.01}),
+    (rules.laser, {"target_length": 50}),
+    (rules.laser_d, {"targets": [40, 50, 60]}),
+    (rules.shorter_better, {"beta": 0.01}),
+    (rules.gr3, {}),
+    (rules.leash, {"target_length": 50, "multiplier": 0.5}),
 ]
 names = pytest.mark.parametrize(("rule", "knobs"), BITING, ids=lambda value: getattr(value, "__name__", ""))
 
@@ -128,9 +113,9 @@ def test_kimi_by_hand_over_two_groups_in_any_order():
     lengths = torch.tensor([10, 5, 20, 5, 30, 5])
     correct = torch.tensor([1, 1, 1, 0, 0, 1])
     group = torch.tensor([4, 9, 4, 9, 4, 9])
-    rewards = kimi_length_reward(lengths, correct, group, penalize_wrong=True)
+    rewards = rules.kimi(lengths, correct, group, penalize_wrong=True)
     torch.testing.assert_close(rewards, torch.tensor([0.5, 0.0, 0.0, 0.0, -0.5, 0.0]))
-    spared = kimi_length_reward(lengths, correct, group)
+    spared = rules.kimi(lengths, correct, group)
     torch.testing.assert_close(spared, torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0, 0.0]))
 
 
@@ -139,8 +124,8 @@ def test_by_default_a_wrong_answer_neither_pays_nor_gains_by_its_length(rule, kn
     lengths, correct, group = drawn(1)
     rewards = rule(lengths, correct, group, **knobs)
     wrong = rewards[~correct]
-    assert wrong.unique().tolist() == [-1.0 if rule is leash_length_reward else 0.0]
-    if rule is not kimi_length_reward:
+    assert wrong.unique().tolist() == [-1.0 if rule is rules.leash else 0.0]
+    if rule is not rules.kimi:
         # That one is to be added to the task reward; all others contain it.
         assert (rewards[correct] >= wrong[0]).all() and rewards[correct].mean() > wrong[0] + 0.1
 
@@ -179,10 +164,7 @@ def test_a_shaped_number_and_a_wrong_shape_are_refused(rule, knobs):
         rule(lengths, correct[:-1], group, **knobs)
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [kimi_length_reward, arora_length_reward, alp_length_reward, shorter_better_length_reward, gr3_length_reward],
-)
+@pytest.mark.parametrize("rule", [rules.kimi, rules.arora, rules.alp, rules.shorter_better, rules.gr3])
 def test_rules_within_a_group_need_one(rule):
     with pytest.raises(ValueError, match="group"):
         rule(torch.tensor([1]), torch.tensor([1]), None)
@@ -191,19 +173,19 @@ def test_rules_within_a_group_need_one(rule):
 @pytest.mark.parametrize(
     ("rule", "knobs", "message"),
     [
-        (truncation_length_reward, {"limit": 0}, "limit"),
-        (linear_length_reward, {"alpha": 1.5, "max_length": 10}, "alpha"),
-        (linear_length_reward, {"alpha": 0.5, "max_length": 0}, "max_length"),
-        (arora_length_reward, {"alpha": 1.1}, "alpha"),
-        (alp_length_reward, {"beta": -1.0}, "beta"),
-        (l1_exact_length_reward, {"target_length": 0}, "target_length"),
-        (l1_max_length_reward, {"target_length": torch.tensor([1, 2])}, "target_length"),
-        (l1_max_length_reward, {"target_length": float("nan")}, "target_length"),
-        (laser_d_length_reward, {"targets": [1, 2]}, "targets"),
-        (laser_d_length_reward, {"targets": [1, 2, 0]}, "targets"),
-        (shorter_better_length_reward, {"beta": float("nan")}, "beta"),
-        (gr3_length_reward, {"alpha": -0.1}, "alpha"),
-        (leash_length_reward, {"target_length": 5, "multiplier": -1.0}, "multiplier"),
+        (rules.truncation, {"limit": 0}, "limit"),
+        (rules.linear, {"alpha": 1.5, "max_length": 10}, "alpha"),
+        (rules.linear, {"alpha": 0.5, "max_length": 0}, "max_length"),
+        (rules.arora, {"alpha": 1.1}, "alpha"),
+        (rules.alp, {"beta": -1.0}, "beta"),
+        (rules.l1_exact, {"target_length": 0}, "target_length"),
+        (rules.l1_max, {"target_length": torch.tensor([1, 2])}, "target_length"),
+        (rules.l1_max, {"target_length": float("nan")}, "target_length"),
+        (rules.laser_d, {"targets": [1, 2]}, "targets"),
+        (rules.laser_d, {"targets": [1, 2, 0]}, "targets"),
+        (rules.shorter_better, {"beta": float("nan")}, "beta"),
+        (rules.gr3, {"alpha": -0.1}, "alpha"),
+        (rules.leash, {"target_length": 5, "multiplier": -1.0}, "multiplier"),
     ],
 )
 def test_knobs_that_make_no_sense_are_refused(rule, knobs, message):
@@ -215,19 +197,19 @@ def test_equal_knobs_make_equal_rules():
     lengths, correct, group = drawn(5)
     plain = correct.float()
     for rule, knobs in [
-        (linear_length_reward, {"alpha": 0.0, "max_length": 10}),
-        (arora_length_reward, {"alpha": 0.0}),
-        (alp_length_reward, {"beta": 0.0}),
-        (gr3_length_reward, {"alpha": 0.0}),
-        (laser_length_reward, {"bonus": 0.0, "target_length": 10}),
-        (shorter_better_length_reward, {"alpha": 1.0, "beta": 0.0}),
-        (l1_max_length_reward, {"alpha": 0.0, "delta": 1.0, "target_length": 10}),
+        (rules.linear, {"alpha": 0.0, "max_length": 10}),
+        (rules.arora, {"alpha": 0.0}),
+        (rules.alp, {"beta": 0.0}),
+        (rules.gr3, {"alpha": 0.0}),
+        (rules.laser, {"bonus": 0.0, "target_length": 10}),
+        (rules.shorter_better, {"alpha": 1.0, "beta": 0.0}),
+        (rules.l1_max, {"alpha": 0.0, "delta": 1.0, "target_length": 10}),
     ]:
         torch.testing.assert_close(rule(lengths, correct, group, **knobs), plain)
     # One target for all difficulties is LASER.
     torch.testing.assert_close(
-        laser_d_length_reward(lengths, correct, group, targets=[40, 40, 40]),
-        laser_length_reward(lengths, correct, group, target_length=40),
+        rules.laser_d(lengths, correct, group, targets=[40, 40, 40]),
+        rules.laser(lengths, correct, group, target_length=40),
     )
 
 
@@ -279,7 +261,7 @@ def test_a_knob_may_be_a_column_row_by_row():
 def test_a_rule_of_ones_own_is_one_function(monkeypatch):
     monkeypatch.delitem(LENGTH_RULES, "halved", raising=False)
 
-    @length_rule("halved", scope="completion")
+    @length_rule(scope="completion")
     def halved(lengths, correct, group, *, limit):
         return correct * (1.0 - 0.5 * (lengths > limit))
 
