@@ -25,7 +25,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def run(
+def run_evaluation(
     arguments: type, main: Callable[[Any], Any], program: str, description: str, interrupted: str = GOES_ON
 ) -> None:
     """Reads the command line and calls `main` with what it says; what is refused ends in a sentence.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from eval.datasets import TASKS, EvaluationPrompts, dataset_prompts, sandbox_prompts
-from eval.runs import Run, RunArguments, check_sandbox, find_run
+from eval.runs import RecipeRun, RunArguments, check_sandbox, find_run
 from lenvm_rl.reward_functions import call_reward, check_columns, correctness_values, load_reward, name_of
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class GradedArguments(RunArguments):
         if self.task == SANDBOX_TASK and self.dataset_name is not None:
             raise ValueError("task 'sandbox' makes its own prompts: leave dataset_name out.")
 
-    def defaults(self, run: Run) -> dict[str, Any]:
+    def defaults(self, run: RecipeRun) -> dict[str, Any]:
         """What the task, or else the run, says of the arguments that are not given."""
         task, data = TASKS.get(self.task), run.data
         if task is None:
@@ -79,7 +79,7 @@ class GradedArguments(RunArguments):
         return dataset_prompts(*where, count, self.prompt_column, self.answer_column, self.chat)
 
 
-def read_run(args: GradedArguments, among_trained: bool = False) -> tuple[Any, Run]:
+def read_run(args: GradedArguments, among_trained: bool = False) -> tuple[Any, RecipeRun]:
     """The arguments completed by what run.json says, but for what only the models know; and the run."""
     run = find_run(args.run_dir, args.policy, args.length_value_model, among_trained)
     data = run.data.get("dataset_name")

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 from wordcloud import WordCloud
 
-from eval.command_line import run
+from eval.command_line import run_evaluation
 from eval.datasets import RolloutArguments, find_rollouts
 from eval.report import Column, print_table, save_figure, save_report
 from eval.statistics import percentile_interval, resampled_means
@@ -319,4 +319,4 @@ def report_tokens(
 
 
 if __name__ == "__main__":
-    run(TokenArguments, main, "eval.length_tokens", __doc__)
+    run_evaluation(TokenArguments, main, "eval.length_tokens", __doc__)

@@ -107,7 +107,7 @@ def print_table(
     title: str | None = None,
     sections: Callable[[Any], Any] | None = None,
 ) -> None:
-    """Prints a line for each row, and a rule wherever `sections` of a row is not that of the next one."""
+    """Prints a line for each row, and a rule wherever `sections` of a row and of the next one differ."""
     table = Table(title=title and escape(title))
     for place, column in enumerate(columns):
         left = column.left or place == 0

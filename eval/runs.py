@@ -78,7 +78,7 @@ class RunArguments:
             if getattr(self, name, None) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
-    def from_run(self, run: Run, **defaults: Any) -> Self:
+    def from_run(self, run: RecipeRun, **defaults: Any) -> Self:
         """These arguments with what is not given filled in by what the run says of itself, or else by `defaults`."""
         defaults |= {name: run.record.get(name) for name in UNKNOWN_SAMPLING} | {"run_dir": run.folder}
         defaults |= {name: run.model(name) for name in ("policy", "length_value_model")}
@@ -141,7 +141,7 @@ class CandidateArguments(RunArguments):
 
 
 @dataclass(frozen=True)
-class Run:
+class RecipeRun:
     """A recipe's run, or none: its folder, and what its run.json holds."""
 
     folder: str | None
@@ -169,13 +169,13 @@ class Run:
 
 def find_run(
     run_dir: str | None, policy: str | None, length_value_model: str | None, among_trained: bool = False
-) -> Run:
+) -> RecipeRun:
     """The run that the arguments of a program name: the sandbox's, unless a folder or a model of one's own is named.
 
     With `among_trained`, the policy may be the name of one that the sandbox's run has trained.
     """
     if run_dir is None and among_trained and policy is not None and not Path(policy).exists():
-        sandbox = read_record(Path(SANDBOX_RUN) / "run.json") or {}
+        sandbox = read_report(Path(SANDBOX_RUN) / "run.json") or {}
         run_dir = SANDBOX_RUN if policy in sandbox.get("trained", {}) else None
     if run_dir is None and policy is not None:
         if length_value_model is None:
@@ -183,19 +183,19 @@ def find_run(
                 f"--policy {policy} is a model of your own: give the --length_value_model that was made for it too, or "
                 "name the folder of the run that it belongs to with --run_dir."
             )
-        return Run(None, {})
+        return RecipeRun(None, {})
     folder = run_dir or SANDBOX_RUN
     path = Path(folder) / "run.json"
-    record = read_record(path)
+    record = read_report(path)
     if record is None and not (policy and length_value_model):
         raise ValueError(
             f"{path} does not exist: run `accelerate launch recipes/ppo_shaped.py` first, name its folder with "
             "--run_dir, or give --policy and --length_value_model."
         )
-    return Run(folder, record or {})
+    return RecipeRun(folder, record or {})
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_report(path: Path) -> dict[str, Any] | None:
     """What a program wrote as JSON; `None` if the file is not there."""
     record = read_json(path) if path.is_file() else None
     if not isinstance(record, dict | None):
@@ -240,7 +240,7 @@ def output_folder(
         about (sequence of `str`): which of them name what is evaluated.
     """
     folder = Path(given or default)
-    before = (read_record(folder / report) or {}).get("arguments", {}) if given is None else {}
+    before = (read_report(folder / report) or {}).get("arguments", {}) if given is None else {}
     changed = [name for name in about if before and _inside_run(before, name) != _inside_run(arguments, name)]
     if changed:
         theirs = ", ".join(f"{name} {before.get(name)}" for name in changed)

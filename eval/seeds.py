@@ -17,7 +17,7 @@ from rich.console import Console
 
 from eval.command_line import STARTS_OVER, HelpFormatter
 from eval.report import Column, Entry, is_known, print_table
-from eval.runs import read_record
+from eval.runs import read_report
 from lenvm_rl.programs import run_program
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def collect(folders: list[str]) -> list[dict[str, str | Entry]]:
     runs, arguments = [], []
     for folder in folders:
         places = [Path(folder) / "tradeoff" / REPORT, Path(folder) / REPORT]
-        report = read_record(places[0]) or read_record(places[1])
+        report = read_report(places[0]) or read_report(places[1])
         if report is None:
             raise ValueError(f"{places[0]} does not exist: run `python -m eval.tradeoff --run_dir {folder}` first.")
         runs.append({arm["name"]: arm for arm in report["arms"]})

@@ -37,7 +37,7 @@ from transformers.hf_argparser import HfArg
 
 from eval import command_line
 from eval.report import Column, legend_below, print_table, save_figure
-from eval.runs import check_writable, read_record
+from eval.runs import check_writable, read_report
 from eval.speed.training import make_tokenizer
 from lenvm_rl.files import write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
@@ -211,7 +211,7 @@ def main(args: SteeringArguments) -> list[dict[str, Any]]:
     check_writable(args.output_dir)
     path = Path(args.output_dir) / "steering.json"
     settings = {name: getattr(args, name) for name in ("steps", "completions", "vocab", "max_new_tokens")}
-    found = read_record(path) or {"settings": settings, "runs": []}
+    found = read_report(path) or {"settings": settings, "runs": []}
     if found["settings"] != settings:
         raise ValueError(f"{path} was made with other settings, {found['settings']}: give another --output_dir.")
     runs = found["runs"]
@@ -228,4 +228,4 @@ def main(args: SteeringArguments) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    command_line.run(SteeringArguments, main, "eval.steering", __doc__)
+    command_line.run_evaluation(SteeringArguments, main, "eval.steering", __doc__)

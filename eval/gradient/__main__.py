@@ -32,12 +32,12 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
-from eval.command_line import run
+from eval.command_line import run_evaluation
 from eval.datasets import EvaluationPrompts
 from eval.graded import GradedArguments, find_reward, grade, read_run
 from eval.gradient.batches import batch_gradients, explained_variance, length_values, read_batches, select_parameters
 from eval.gradient.estimators import GradedBatch, estimators
-from eval.gradient.report import plot_gradients, print_report, summarise
+from eval.gradient.report import plot_gradients, print_report, summarise_gradients
 from eval.gradient.signal import GradientStatistics, inner_products
 from eval.report import save_report
 from eval.runs import OUTPUTS, output_folder, set_threads
@@ -162,7 +162,7 @@ def sample(
     return rollouts.add_column("correct", correct.astype(float).tolist()), metadata
 
 
-def measure(args: GradientArguments, data: EvaluationPrompts, pad_token: str | None) -> dict[str, Any]:
+def measure_gradients(args: GradientArguments, data: EvaluationPrompts, pad_token: str | None) -> dict[str, Any]:
     """Sample, take all gradients, and return the report."""
     tokenizer = load_tokenizer(args.policy, pad_token)
     reward = find_reward(args, tokenizer, data)
@@ -210,7 +210,7 @@ def measure(args: GradientArguments, data: EvaluationPrompts, pad_token: str | N
         "cut": cut / len(rollouts),
         "explained_variance": explained_variance(seen),
     }
-    return {"arguments": asdict(args), "measured_on": about, **summarise(found, statistics, args.batch_size)}
+    return {"arguments": asdict(args), "measured_on": about, **summarise_gradients(found, statistics, args.batch_size)}
 
 
 def main(args: GradientArguments) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def main(args: GradientArguments) -> dict[str, Any]:
     given = args.output_dir
     args, data, pad_token = complete(args)
     output_dir = output_folder(given, args.output_dir, "gradient.json", asdict(args), MODELS)
-    report = measure(args, data, pad_token)
+    report = measure_gradients(args, data, pad_token)
     save_report(output_dir, "gradient", report, report["estimators"])
     plot_gradients(report["estimators"], output_dir / "gradient.png")
     console = Console(width=150, highlight=False)
@@ -230,4 +230,4 @@ def main(args: GradientArguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(GradientArguments, main, "eval.gradient", __doc__)
+    run_evaluation(GradientArguments, main, "eval.gradient", __doc__)

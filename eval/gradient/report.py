@@ -59,7 +59,7 @@ COLUMNS = (
 )
 
 
-def summarise(found: Sequence[Estimator], statistics: GradientStatistics, batch_size: int) -> dict[str, Any]:
+def summarise_gradients(found: Sequence[Estimator], statistics: GradientStatistics, batch_size: int) -> dict[str, Any]:
     """The numbers of all estimators.
 
     Args:
@@ -112,7 +112,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(
         f"Completions: {about['mean_tokens']:.1f} tokens, {about['correct']:.1%} correct, {about['cut']:.1%} cut. The "
         f"length value model explains {cell_text(about['explained_variance'], 3)} of the variance of their returns. "
-        f"'LenVM over it' is the SNR of {LENVM_GRADIENT!r} over that of the line. Cosines are to the gradients of "
+        f"'LenVM over it' is the SNR of {LENVM_GRADIENT!r} over the line's. Cosines are to the gradients of "
         f"{TASK_GRADIENT!r} and {LENGTH_GRADIENT!r}."
     )
     if about["cut"] > MANY_CUT:

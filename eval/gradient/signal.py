@@ -11,8 +11,8 @@ Let ``g_1 … g_B`` be the gradients of an estimator in B independent batches, `
 - Cosine of two estimators' expected gradients, ``S(g, h) / sqrt(S(g, g) S(h, h))``: what is left when noise is taken
   out, so it may lie beyond 1 by chance, and is not defined where a signal is lost in the noise.
 
-Intervals are bootstraps over batches. A resample holds some batches several times; the product of a batch with itself
-is not that of two halves, so such pairs are left out of it.
+Intervals are bootstraps over batches. A resample holds some batches several times; a batch with itself makes no two
+halves, so such pairs are left out of it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def inner_products(gradients: np.ndarray) -> np.ndarray:
         gradients (`numpy.ndarray` of shape `(E, B, D)`): of E estimators in B batches; may be mapped from a file.
 
     Returns:
-        `numpy.ndarray` of shape `(E, E, B, B)`, float64: entry `[e, f, i, j]` is that of estimator `e` in batch `i`
-        with estimator `f` in batch `j`.
+        `numpy.ndarray` of shape `(E, E, B, B)`, float64: entry `[e, f, i, j]` is of estimator `e` in batch `i` with
+        estimator `f` in batch `j`.
     """
     count, batches, size = gradients.shape
     total = np.zeros((count * batches, count * batches))

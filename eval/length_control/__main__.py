@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
-from eval.command_line import run
+from eval.command_line import run_evaluation
 from eval.datasets import sandbox_problems
 from eval.length_control.prompts import read_tasks, with_length
 from eval.length_control.report import ACCURACY, ALL, COLUMNS, SCORED_MODES, plot_length_control, summarise_cell
 from eval.length_control.sampler import ARMS, Completion, LengthSampler, cell_completions
 from eval.report import print_table, save_report
-from eval.runs import OUTPUTS, CandidateArguments, Run, check_sandbox, find_run, output_folder, set_threads
+from eval.runs import OUTPUTS, CandidateArguments, RecipeRun, check_sandbox, find_run, output_folder, set_threads
 from lenvm_rl.decoding.guidance import RULES
 from lenvm_rl.endings import end_token_ids, padding_id
 from lenvm_rl.files import atomic_file
@@ -140,7 +140,7 @@ def read_prompts(args: LengthControlArguments, tokenizer: PreTrainedTokenizerBas
     return LengthPrompts([task.language for task in tasks], [task.name for task in tasks], plain, asked)
 
 
-def with_models(args: LengthControlArguments) -> tuple[LengthControlArguments, Run]:
+def with_models(args: LengthControlArguments) -> tuple[LengthControlArguments, RecipeRun]:
     """The arguments with the models that they name, or the run's, and how those sample; and the run."""
     source = find_run(args.run_dir, args.policy, args.length_value_model)
     data = source.data.get("dataset_name")
@@ -262,4 +262,4 @@ def main(args: LengthControlArguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(LengthControlArguments, main, "eval.length_control", __doc__)
+    run_evaluation(LengthControlArguments, main, "eval.length_control", __doc__)

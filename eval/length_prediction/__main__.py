@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from eval.command_line import run
+from eval.command_line import run_evaluation
 from eval.datasets import RolloutArguments, find_rollouts
 from eval.length_prediction.measures import (
     ALONG,
@@ -241,4 +241,4 @@ def main(args: PredictionArguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(PredictionArguments, main, "eval.length_prediction", __doc__)
+    run_evaluation(PredictionArguments, main, "eval.length_prediction", __doc__)

@@ -21,12 +21,12 @@ from typing import Any
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from eval.command_line import run
+from eval.command_line import run_evaluation
 from eval.graded import read_run
 from eval.report import print_table, save_report
 from eval.runs import OUTPUTS, output_folder, set_threads
 from eval.tradeoff.arms import TradeoffArguments, collect_arms
-from eval.tradeoff.report import plot_tradeoff, remarks, summarise, table_columns
+from eval.tradeoff.report import plot_tradeoff, remarks, summarise_arm, table_columns
 
 # What a comparison is about: results about others are not written over.
 MODELS = ("policy", "length_value_model", "trained")
@@ -42,7 +42,7 @@ def main(args: TradeoffArguments) -> list[dict[str, Any]]:
     default = Path(source.folder or OUTPUTS) / "tradeoff"
     output_dir = output_folder(args.output_dir, default, "tradeoff.json", asdict(args), MODELS)
     arms, unit, frontier = collect_arms(args, source, data, output_dir)
-    rows = [summarise(arm, frontier, data.difficulties, args.seed) for arm in arms]
+    rows = [summarise_arm(arm, frontier, data.difficulties, args.seed) for arm in arms]
     report: dict[str, Any] = {"arguments": asdict(args), "strength_unit": unit, "arms": rows}
     if frontier is not None:
         report["style_frontier"] = {
@@ -70,4 +70,4 @@ def main(args: TradeoffArguments) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    run(TradeoffArguments, main, "eval.tradeoff", __doc__)
+    run_evaluation(TradeoffArguments, main, "eval.tradeoff", __doc__)

@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from eval.datasets import TASKS, EvaluationPrompts
 from eval.graded import GradedArguments, find_reward
-from eval.runs import CandidateArguments, Run
+from eval.runs import CandidateArguments, RecipeRun
 from eval.style_frontier import StyleFrontier, fit_frontier
 from eval.tradeoff.divergence import policy_divergence
 from eval.tradeoff.sampler import Arm, Sampler, SampleStore, value_scale
@@ -79,7 +79,7 @@ class TradeoffArguments(GradedArguments, CandidateArguments):
                 f"num_samples above 1, got {self.best_of}."
             )
 
-    def defaults(self, run: Run) -> dict[str, Any]:
+    def defaults(self, run: RecipeRun) -> dict[str, Any]:
         """Those of the task and the run, with the baselines that a task adds."""
         task = self.task in TASKS
         counts = [count for count in (2, 4, 8) if task and self.num_samples % count == 0]
@@ -87,7 +87,7 @@ class TradeoffArguments(GradedArguments, CandidateArguments):
 
 
 @dataclass
-class Study:
+class Comparison:
     """What arms are made of: arguments, the base policy and its sampler, and samplers and paths of trained policies."""
 
     args: TradeoffArguments
@@ -114,15 +114,15 @@ class Study:
         return {quantile: int(np.quantile(self.base.lengths, quantile)) for quantile in self.args.budget_quantiles}
 
 
-def base_arms(study: Study) -> Iterator[Arm]:
+def base_arms(comparison: Comparison) -> Iterator[Arm]:
     """The base policy itself."""
-    yield study.base
+    yield comparison.base
 
 
-def truncated_arms(study: Study) -> Iterator[Arm]:
+def truncated_arms(comparison: Comparison) -> Iterator[Arm]:
     """The base policy's completions, cut off at each budget."""
-    for quantile, budget in study.budgets.items():
-        yield truncate(study.sampler, study.base, f"cut at q{quantile:g}", budget)
+    for quantile, budget in comparison.budgets.items():
+        yield truncate(comparison.sampler, comparison.base, f"cut at q{quantile:g}", budget)
 
 
 def truncate(sampler: Sampler, base: Arm, name: str, budget: int) -> Arm:
@@ -137,11 +137,11 @@ def truncate(sampler: Sampler, base: Arm, name: str, budget: int) -> Arm:
     return Arm(name, "truncation", float(budget), completions, lengths, finished, correct, base.prompt, graded=graded)
 
 
-def asked_arms(study: Study) -> Iterator[Arm]:
+def asked_arms(comparison: Comparison) -> Iterator[Arm]:
     """The base policy, asked for each budget in words."""
-    for quantile, budget in study.budgets.items() if study.args.prompt_only else ():
-        request = study.args.budget_request.format(budget=max(1, budget))
-        yield ask(study.sampler, study.policy, f"asked for q{quantile:g}", request, max(1, budget))
+    for quantile, budget in comparison.budgets.items() if comparison.args.prompt_only else ():
+        request = comparison.args.budget_request.format(budget=max(1, budget))
+        yield ask(comparison.sampler, comparison.policy, f"asked for q{quantile:g}", request, max(1, budget))
 
 
 def ask(sampler: Sampler, policy: PreTrainedModel, name: str, request: str, budget: int) -> Arm:
@@ -161,10 +161,10 @@ def ask(sampler: Sampler, policy: PreTrainedModel, name: str, request: str, budg
     return replace(arm, setting=float(budget), kl=kl)
 
 
-def chosen_arms(study: Study) -> Iterator[Arm]:
+def chosen_arms(comparison: Comparison) -> Iterator[Arm]:
     """The shortest of several samples of the base policy."""
-    for count in study.args.best_of:
-        yield shortest_of(study.base, count)
+    for count in comparison.args.best_of:
+        yield shortest_of(comparison.base, count)
 
 
 def shortest_of(base: Arm, count: int) -> Arm:
@@ -192,21 +192,21 @@ def shortest_of(base: Arm, count: int) -> Arm:
     )
 
 
-def tilted_arms(study: Study) -> Iterator[Arm]:
+def tilted_arms(comparison: Comparison) -> Iterator[Arm]:
     """The base policy, tilted by each strength."""
-    for strength in study.args.strengths if "base" in study.args.tilt else ():
-        yield study.sampler.sample(f"tilt {strength:+g}", "tilt", study.policy, strength * study.unit)
+    for strength in comparison.args.strengths if "base" in comparison.args.tilt else ():
+        yield comparison.sampler.sample(f"tilt {strength:+g}", "tilt", comparison.policy, strength * comparison.unit)
 
 
-def trained_arms(study: Study) -> Iterator[Arm]:
+def trained_arms(comparison: Comparison) -> Iterator[Arm]:
     """Every trained policy and, where that is asked for, its tilts."""
-    for name, (sampler, path) in study.trained.items():
+    for name, (sampler, path) in comparison.trained.items():
         policy = load_policy(path)
         arm = sampler.sample(name, "trained", policy)
-        yield measure_trained(sampler, arm, policy, study.policy, study.sampler)
-        for strength in study.args.strengths if name in study.args.tilt else ():
-            arm = sampler.sample(f"{name} tilt {strength:+g}", f"tilt of {name}", policy, strength * study.unit)
-            yield measure_trained(sampler, arm, policy, study.policy, study.sampler)
+        yield measure_trained(sampler, arm, policy, comparison.policy, comparison.sampler)
+        for strength in comparison.args.strengths if name in comparison.args.tilt else ():
+            arm = sampler.sample(f"{name} tilt {strength:+g}", f"tilt of {name}", policy, strength * comparison.unit)
+            yield measure_trained(sampler, arm, policy, comparison.policy, comparison.sampler)
 
 
 def measure_trained(
@@ -232,7 +232,7 @@ def measure_trained(
 class ArmKind:
     """A kind of arm: what makes its arms, and how the figure shows them, joined by a line or not."""
 
-    make: Callable[[Study], Iterator[Arm]]
+    make: Callable[[Comparison], Iterator[Arm]]
     label: str
     color: str
     marker: str
@@ -251,7 +251,7 @@ KINDS = {
 
 
 def collect_arms(
-    args: TradeoffArguments, run: Run, data: EvaluationPrompts, output_dir: Path
+    args: TradeoffArguments, run: RecipeRun, data: EvaluationPrompts, output_dir: Path
 ) -> tuple[list[Arm], float, StyleFrontier | None]:
     """Sample every arm. Returns them with the unit of the tilt's strengths and, on the sandbox, the style frontier.
 
@@ -260,14 +260,14 @@ def collect_arms(
     """
     sampler = make_sampler(args, run, data, output_dir)
     trained = {name: (trained_sampler(sampler, name, path), path) for name, path in find_trained(args, run).items()}
-    study = Study(args, sampler, load_policy(args.policy), trained)
-    unit = study.unit
-    arms = [arm for kind in KINDS.values() for arm in kind.make(study)]
-    frontier = fit_frontier(sampler, study.policy) if data.difficulties is not None else None
+    comparison = Comparison(args, sampler, load_policy(args.policy), trained)
+    unit = comparison.unit
+    arms = [arm for kind in KINDS.values() for arm in kind.make(comparison)]
+    frontier = fit_frontier(sampler, comparison.policy) if data.difficulties is not None else None
     return arms, unit, frontier
 
 
-def make_sampler(args: TradeoffArguments, run: Run, data: EvaluationPrompts, output_dir: Path) -> Sampler:
+def make_sampler(args: TradeoffArguments, run: RecipeRun, data: EvaluationPrompts, output_dir: Path) -> Sampler:
     """The sampler of the base policy's arms: models, prompts and reward, checked against each other."""
     tokenizer = load_tokenizer(args.policy, run.data.get("pad_token"))
     reward = find_reward(args, tokenizer, data)
@@ -288,7 +288,7 @@ def make_sampler(args: TradeoffArguments, run: Run, data: EvaluationPrompts, out
     )
 
 
-def find_trained(args: TradeoffArguments, run: Run) -> dict[str, str]:
+def find_trained(args: TradeoffArguments, run: RecipeRun) -> dict[str, str]:
     """Name and path of every trained policy, of which `tilt` names some."""
     trained = dict(entry.split("=", 1) for entry in args.trained) or run.trained
     unknown = set(args.tilt) - {"base", *trained}

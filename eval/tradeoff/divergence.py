@@ -73,9 +73,9 @@ def policy_divergence(
 ) -> np.ndarray:
     """Divergence of a policy from a reference at the states of sampled completions, `(N,)`, by a forward of both.
 
-    The distributions are those over all tokens: a candidate rule (top-k, top-p, min-p) is left out of both, since a
+    The distributions are over all tokens: a candidate rule (top-k, top-p, min-p) is left out of both, since a
     token that it bars in one of them alone would make the divergence infinite. So it is exact without such a rule. With
-    one, completions sampled under it say which states are visited, and the divergence is that of the policies.
+    one, completions sampled under it say which states are visited, and the divergence is the policies'.
 
     Args:
         policy (`PreTrainedModel`), reference (`PreTrainedModel`): with one vocabulary.

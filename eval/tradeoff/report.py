@@ -31,7 +31,9 @@ MANY_CUT = 0.1
 TRAINED_COLORS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
-def summarise(arm: Arm, frontier: StyleFrontier | None, difficulties: list[int] | None, seed: int) -> dict[str, Any]:
+def summarise_arm(
+    arm: Arm, frontier: StyleFrontier | None, difficulties: list[int] | None, seed: int
+) -> dict[str, Any]:
     """One arm as a dictionary of numbers and intervals, see `eval.report`.
 
     Accuracy is the share of correct ones among the completions that were graded; it is unknown if none was.
@@ -123,7 +125,7 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
     arm whose accuracy is not known is left out.
 
     Args:
-        rows (list of `dict`): the arms, as [`summarise`] gives them.
+        rows (list of `dict`): the arms, as [`summarise_arm`] gives them.
         frontier ([`~eval.style_frontier.StyleFrontier`], *optional*): drawn in the left panel.
         path (`pathlib.Path`): where to write the PNG.
     """

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from eval.command_line import STARTS_OVER, run
+from eval.command_line import STARTS_OVER, run_evaluation
 from eval.runs import check_writable, is_sandbox, set_threads
 from eval.viewer.tokens import TokenValues, token_pieces, token_values, tokenizer_of_rollouts
 from lenvm_rl.endings import end_token_ids, own_length
@@ -154,4 +154,4 @@ def _rounded(numbers: Sequence[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    run(ViewerArguments, main, "eval.viewer", __doc__, STARTS_OVER)
+    run_evaluation(ViewerArguments, main, "eval.viewer", __doc__, STARTS_OVER)

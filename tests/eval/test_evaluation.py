@@ -12,7 +12,7 @@ from eval.seeds import collect
 from eval.style_frontier import StyleFrontier
 from eval.tradeoff.__main__ import main
 from eval.tradeoff.arms import TradeoffArguments, truncate
-from eval.tradeoff.report import summarise
+from eval.tradeoff.report import summarise_arm
 from eval.tradeoff.sampler import Arm, Sampler, value_scale
 from lenvm_rl.decoding.generation import LengthGuidance
 from lenvm_rl.modeling.length_value_model import LengthValueModel
@@ -78,7 +78,7 @@ def test_truncation_cuts_to_the_budget_in_the_same_length(budget, lengths, finis
 
 
 def test_summary_by_hand():
-    row = summarise(base_arm(), None, None, seed=0)
+    row = summarise_arm(base_arm(), None, None, seed=0)
     assert row["tokens"]["estimate"] == pytest.approx(17 / 4)
     assert row["accuracy"]["estimate"] == pytest.approx(0.5)
     assert row["tokens_correct"]["estimate"] == pytest.approx(3.0)
@@ -146,23 +146,17 @@ def test_tradeoff_writes_table_json_and_figure(run_dir, capsys):
 
 
 def test_a_missing_run_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"run `accelerate launch recipes/ppo_shaped.py` first"):
+    with pytest.raises(ValueError, match="run.json.*--run_dir"):
         read_run(TradeoffArguments(run_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="eval.tradeoff"):
         collect([str(tmp_path)])
 
 
 @pytest.mark.parametrize(
-    "path, problem",
-    [
-        ("sandbox_reward", "not a dotted path"),
-        ("reward.nowhere.sandbox_reward", "There is no reward function"),
-        ("reward.sandbox.nothing", "There is no reward function"),
-        ("reward.sandbox", "is a module, not a function"),
-    ],
+    "path", ["sandbox_reward", "reward.nowhere.sandbox_reward", "reward.sandbox.nothing", "reward.sandbox"]
 )
-def test_a_wrong_reward_path_says_what_is_wrong(path, problem):
-    with pytest.raises(ValueError, match=problem):
+def test_a_wrong_reward_path_is_named(path):
+    with pytest.raises(ValueError, match=path):
         load_reward(path)
 
 
@@ -186,7 +180,7 @@ def test_a_models_own_repetition_penalty_acts_in_no_arm(run_dir):
 
 def test_excess_is_what_lies_above_the_floor():
     frontier = StyleFrontier.from_points({1: {"direct": (3.0, 1.0)}})
-    row = summarise(base_arm(), frontier, [1, 1], seed=0)
+    row = summarise_arm(base_arm(), frontier, [1, 1], seed=0)
     # Lengths 2, 4, 6, 5 over a floor of 3: 0 + 1 + 3 + 2. Too short does not make up for too long.
     assert row["excess_tokens"]["estimate"] == pytest.approx(6 / 4)
 
@@ -195,7 +189,7 @@ def test_a_run_on_ones_own_data_is_never_put_to_sandbox_prompts(run_dir, tmp_pat
     run = json.loads((run_dir / "run.json").read_text())
     run["data"] = {"dataset_name": "questions.jsonl", "prompt_column": "question", "chat": True}
     (tmp_path / "run.json").write_text(json.dumps({**run, "temperature": 0.5, "max_new_tokens": 9}))
-    with pytest.raises(ValueError, match=r"trained on questions.jsonl: name prompts to evaluate on"):
+    with pytest.raises(ValueError, match="questions.jsonl.*--dataset_name"):
         read_run(TradeoffArguments(run_dir=str(tmp_path)))
     prompts = tmp_path / "test.jsonl"
     prompts.write_text('{"question": "q", "answer": "4"}\n')

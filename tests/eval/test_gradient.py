@@ -335,7 +335,7 @@ def test_a_run_is_measured_and_written(run_dir, capsys):
     assert left == {".json", ".jsonl", ".csv", ".png"}
     # A second call samples nothing and finds the same; one of other batches would mix two runs, and is refused.
     assert main(small(run_dir, correct_lenvm=str(run_dir / "length_value_model"))) == report
-    with pytest.raises(ValueError, match="sampled with other arguments"):
+    with pytest.raises(ValueError, match="rollouts.jsonl"):
         main(small(run_dir, seed=1))
 
 
@@ -366,7 +366,7 @@ def test_models_of_ones_own_need_no_run(run_dir, tmp_path):
 def test_prompts_are_drawn_from_all_of_a_dataset(run_dir):
     prompts = [complete(small(run_dir, seed=seed))[1].prompts for seed in (0, 0, 1)]
     assert prompts[0] == prompts[1] != prompts[2] and len(set(prompts[0])) == 6
-    with pytest.raises(ValueError, match="take 20 prompts.*has 12"):
+    with pytest.raises(ValueError, match="20 prompts.* 12"):
         complete(small(run_dir, num_batches=10))
 
 

