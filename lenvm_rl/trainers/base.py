@@ -216,7 +216,7 @@ class LenVMTrainer(ResumableTrainer):
             read,
             length_coef=self._coefficient.at(self._policy_step),
             gamma=self._frozen.gamma,
-            length_logits=self._frozen.logits(batch, self._chunk_size),
+            length_logits_bt1=self._frozen.logits(batch, self._chunk_size),
         )
 
     def _streams(self, read: Batch) -> Streams:
@@ -227,11 +227,11 @@ class LenVMTrainer(ResumableTrainer):
         """Take in what is logged of the batch."""
         add_completions(metrics, read.completions, read.outcomes)
         add_streams(metrics, streams, read.completions)
-        if read.length_logits is not None:
+        if read.length_logits_bt1 is not None:
             # Whether anybody was, on any process.
             metrics.mean(SCORED, read.outcomes.scored.float(), torch.ones_like(read.outcomes.scored))
             metrics.mean(PAID, (streams.length != 0.0).float(), torch.ones_like(read.completions.mask))
-            add_values(metrics, read.length_logits, read.completions, read.gamma)
+            add_values(metrics, read.length_logits_bt1, read.completions, read.gamma)
 
     def _set(self, metrics: BatchMetrics, batch: dict, read: Batch, streams: Streams) -> None:
         """Put the advantages into the batch."""

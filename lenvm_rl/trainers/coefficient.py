@@ -18,7 +18,7 @@ HALF_LIFE = 10.0
 class LengthCoefficient:
     """`length_coef` of a run, see [`~lenvm_rl.trainers.config.LenVMConfig`].
 
-    All processes hold the same: the measurements are those of all of them.
+    All processes hold the same, since each sees what all of them measured.
 
     Args:
         args ([`LenVMConfig`]): of the run.

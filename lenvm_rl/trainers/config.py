@@ -33,7 +33,7 @@ def _is_within(value: float, interval: str) -> bool:
 
 
 def _documented(config: type) -> type:
-    """Adds what the fields of a config say of themselves to its docstring, those of its parents left out."""
+    """Adds what a config's own fields say of themselves to its docstring; its parents have their own."""
     lines = [inspect.cleandoc(config.__doc__), "", "Args:"]
     for each in dataclasses.fields(config):
         if each.name in config.__annotations__:
@@ -106,7 +106,7 @@ class LenVMConfig(GRPOConfig):
         "correct",
         "Who is paid for length: 'correct' (only completions that gate_reward calls correct), 'all' (every completion; "
         "with a large length_coef the policy learns to answer at once, right or wrong) or 'pass_rate' (every "
-        "completion, times the share of correct ones among those of its prompt: groups that can do it are to be short, "
+        "completion, times the share of correct ones in its group: groups that can do it are to be short, "
         "the others are left alone. The share depends on the completion itself by one part in num_generations, and "
         "for that part the length value model is no pure baseline, as with 'correct').",
     )
@@ -154,7 +154,7 @@ class LenVMConfig(GRPOConfig):
     )
     rollout_guidance: dict | str | None = _setting(
         None,
-        "Guide the rollouts of training (not those of evaluation) in length: fields of LengthGuidance as JSON, such as "
+        "Guide the rollouts of training, but not of evaluation, in length: fields of LengthGuidance as JSON, such as "
         "'{\"strength\": 2.0}', but temperature, top_k, top_p and min_p, which are the trainer's. They are off-policy "
         "then, and each token is weighed by its importance ratio, truncated at 3.",
     )
@@ -239,8 +239,8 @@ class LenVMConfig(GRPOConfig):
             )
         if self.rollout_guidance is not None:
             raise ValueError(
-                "length_target and accuracy_floor measure completions of the policy, which those of rollout_guidance "
-                "are not: leave one of them out."
+                "length_target and accuracy_floor measure the policy's own completions, which rollout_guidance "
+                "changes: leave one of them out."
             )
 
     @property
@@ -291,7 +291,7 @@ class LenVMConfig(GRPOConfig):
 
 @dataclass
 class LenVMGRPOConfig(LenVMConfig):
-    """Arguments of [`LenVMGRPOTrainer`]: those of `trl.GRPOConfig` and of [`LenVMConfig`].
+    """Arguments of [`LenVMGRPOTrainer`]: `trl.GRPOConfig` and [`LenVMConfig`].
 
     `loss_type="dr_grpo"` is the advisable one with a length stream: `"grpo"` and `"sapo"` divide by each completion's
     own length, which is a length bias of its own, and after which the length value model is no pure baseline any more.
@@ -308,7 +308,7 @@ class _GroupOfOne(int):
 @_documented
 @dataclass
 class LenVMPPOConfig(LenVMConfig):
-    """Arguments of [`LenVMPPOTrainer`]: those of `trl.GRPOConfig` and [`LenVMConfig`], and those of the task critic."""
+    """Arguments of [`LenVMPPOTrainer`]: `trl.GRPOConfig`, [`LenVMConfig`], and the task critic's."""
 
     num_generations: int | None = field(
         default=2,

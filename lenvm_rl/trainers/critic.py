@@ -379,7 +379,7 @@ def place_critic(critic, trainer):
 
 
 def _switch_off_dropout(module: nn.Module) -> None:
-    """Set the rates that a module keeps as numbers to 0; those of dropout layers are others' work."""
+    """Set the dropout rates that a module keeps as numbers to 0; TRL sees to dropout layers."""
     for name, value in vars(module).items():
         if isinstance(value, float) and ("dropout" in name or name in ("layerdrop", "drop_path")):
             setattr(module, name, 0.0)
@@ -492,7 +492,7 @@ def read_critic(checkpoint: str, critic: TaskCritic) -> None:
 
 
 class CriticGradientReset(TrainerCallback):
-    """Clears the critic's gradients after each step: `Trainer` clears only those of the model it knows.
+    """Clears the critic's gradients after each step: `Trainer` clears the gradients of the model that it knows.
 
     Args:
         critic (`torch.nn.Module`): the task critic, as it is trained.

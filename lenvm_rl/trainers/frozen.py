@@ -254,7 +254,7 @@ def _frozen_base(policy, trainer):
 
 
 def _check_policy_base(policy, decoder) -> None:
-    """Raise unless the policy trains adapters only, so that its base stays that of the length value model."""
+    """Raise unless the policy trains adapters only, so that its base stays as the length value model knows it."""
     adapted = [module for module in decoder.modules() if isinstance(module, BaseTunerLayer)]
     if not adapted:
         raise ValueError(
@@ -266,8 +266,8 @@ def _check_policy_base(policy, decoder) -> None:
     if saved:
         raise ValueError(
             f"The policy trains {', '.join(saved[:3])} itself (`modules_to_save` or `trainable_token_indices` of its "
-            "adapter), so its base is no longer that of the length value model: leave that out, or give a length value "
-            "model of form='full'."
+            "adapter), so its base is no longer what the length value model knows: leave that out, or give a length
+            value " "model of form='full'."
         )
     own = {id(weight) for module in adapted for part in _adapters_of(module) for weight in part.parameters()}
     trained = [name for name, weight in decoder.named_parameters() if weight.requires_grad and id(weight) not in own]

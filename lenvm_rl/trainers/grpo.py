@@ -22,8 +22,8 @@ class LenVMGRPOTrainer(LenVMTrainer):
 
     Tokens that nobody chose get 0, and so do completions that no reward function scored. A group whose rewards are all
     equal has no task advantage, but still learns from the length stream. With both coefficients at 0 this *is*
-    `GRPOTrainer`: the batch is not touched. (But a row ends at every id that ends it, those of `generation_kwargs`
-    included, where TRL would train on the padding behind.)
+    `GRPOTrainer`: the batch is not touched. (But a row ends at every id that ends it, also one of `generation_kwargs`,
+    where TRL would train on the padding behind.)
 
     How completions ended is decided by `lenvm_rl.endings`: by an id, by stopping short of the budget (vLLM's `stop`, an
     environment), or by the field `finished` of a `rollout_func`, one flag for each completion.

@@ -128,7 +128,7 @@ def add_completions(metrics: BatchMetrics, completions: Completions, outcomes: O
     metrics.mean("length/truncated", (~completions.finished).float(), everyone)
 
 
-def add_values(metrics: BatchMetrics, logits: Tensor, completions: Completions, gamma: float) -> None:
+def add_values(metrics: BatchMetrics, logits_bt1: Tensor, completions: Completions, gamma: float) -> None:
     """`lenvm/…`, of every run with a length value model: does it still know this policy's lengths?
 
     - `lenvm/value_mean`: mean of V over the states in which the policy chose a token.
@@ -140,20 +140,20 @@ def add_values(metrics: BatchMetrics, logits: Tensor, completions: Completions, 
     - `lenvm/predicted_length`, `lenvm/realised_length`: means over finished completions, predicted from the prompt.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, T + 1)`): of the length value model at every state.
+        logits_bt1 (`torch.Tensor` of shape `(B, T + 1)`): of the length value model at every state.
     """
     actions, finished = completions.actions, completions.finished
-    extended = -torch.sigmoid(logits)
-    values = extended[:, :-1]
+    values_bt1 = -torch.sigmoid(logits_bt1)
+    values = values_bt1[:, :-1]
     to_come = actions.flip(1).long().cumsum(dim=1).flip(1)
     returns = discounted_return(to_come.to(values.dtype), gamma)
     ended = actions & finished.unsqueeze(1)
-    residuals = td_residual(values, completions.mask, gamma, completions.following(extended), actions)
+    residuals = td_residual(values, completions.mask, gamma, completions.following(values_bt1), actions)
     metrics.mean("lenvm/value_mean", values, actions)
     metrics.mean("lenvm/td_residual_mean", residuals, actions)
     metrics.explained_variance("lenvm/explained_variance", returns - values, returns, ended)
     metrics.slope("lenvm/calibration_slope", returns, values, ended)
-    metrics.mean("lenvm/predicted_length", remaining_from_logits(logits[:, 0], gamma) - 1.0, finished)
+    metrics.mean("lenvm/predicted_length", remaining_from_logits(logits_bt1[:, 0], gamma) - 1.0, finished)
     metrics.mean("lenvm/realised_length", completions.lengths.float(), finished)
 
 
@@ -201,7 +201,7 @@ def add_critic(
 ) -> None:
     """`critic/…`, at sampling time: `critic/value_mean`, `critic/return_mean`, `critic/explained_variance`.
 
-    The returns are those of lambda 1, whatever the critic's targets are: a target of a lower lambda is made of the
+    The returns have lambda 1, whatever the critic's targets are: a target of a lower lambda is made of the
     critic's own values, which explain it however wrong they are.
 
     Args:

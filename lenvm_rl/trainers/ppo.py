@@ -132,11 +132,11 @@ class LenVMPPOTrainer(LenVMTrainer):
         if self.critic is None:
             return read
         with torch.no_grad():
-            values = value_logits(self.critic, CRITIC, batch, self, self._chunk_size)
+            values_bt1 = value_logits(self.critic, CRITIC, batch, self, self._chunk_size)
             log_ratio = None
             if self.args.kl_reward_coef > 0.0:
                 log_ratio = torch.where(read.completions.actions, self._log_ratio(batch), 0.0)
-        return replace(read, critic_values=values, log_ratio=log_ratio)
+        return replace(read, critic_values_bt1=values_bt1, log_ratio=log_ratio)
 
     def _log_ratio(self, batch: dict) -> Tensor:
         """``log pi - log pi_ref`` of each token, `(B, T)`, of the policy that the completions were sampled from."""
@@ -160,7 +160,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         if read.log_ratio is not None:
             add_kl_reward(metrics, read.log_ratio, self.args.kl_reward_coef, read.completions)
         if self.critic is not None:
-            values = read.critic_values[:, :-1]
+            values = read.critic_values_bt1[:, :-1]
             realised = read.completions.finished if self.args.truncation == "bootstrap" else None
             add_critic(metrics, values, streams.critic_errors + values, _counted(read), realised)
 
@@ -168,7 +168,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         super()._set(metrics, batch, read, streams)
         if self.critic is not None:
             batch["critic_mask"] = _counted(read)
-            batch["critic_values"] = read.critic_values[:, :-1]
+            batch["critic_values"] = read.critic_values_bt1[:, :-1]
             batch["critic_returns"] = streams.critic_targets
 
     @property

@@ -5,7 +5,7 @@ TRL and transformers keep most of what that takes, and these are the exceptions:
 - Completions that were generated and are not used up, and TRL's counter of the batches that they have served. They are
   kept nowhere: checkpoints are written where none are left over, and other settings are refused, at construction where
   that can be known and on resuming where it cannot ([`Generations`]).
-- The order of the prompts. TRL's sampler draws that of each epoch from a generator of its own, which starts over.
+- The order of the prompts. TRL's sampler draws each epoch's from a generator of its own, which starts over.
 - The end. `Trainer` goes one step beyond a last step that is not the end of an epoch.
 - What was measured since the last log.
 - A reference model that follows the policy (`sync_ref_model`), which is loaded as it was at first.
@@ -92,7 +92,7 @@ def check_save_steps(args, generations: Generations, end: int) -> None:
     TRL's default, which nobody chose, is moved to the next number of steps that fits.
 
     Args:
-        args (`trl.GRPOConfig`): of the run. Other checkpoints than those of every so many steps are seen on resuming.
+        args (`trl.GRPOConfig`): of the run. Checkpoints that other events write are seen on resuming.
         generations ([`Generations`]): of the run.
         end (`int`): its optimizer steps.
     """
@@ -144,8 +144,8 @@ def check_optimizer_fits(optimizer, checkpoint: str) -> None:
         raise ValueError(
             f"The optimizer in '{checkpoint}' was training other weights than this run does (groups of {there} and not "
             f"of {here} weights): resume with the same `peft_config`, `critic` and `critic_learning_rate` (0 or above) "
-            "and the same frozen weights, or start a new run from its weights (`model=`, and `critic=` for those of a "
-            "critic)."
+            "and the same frozen weights, or start a new run from its weights (`model=`, and `critic=` for a "
+            "critic's)."
         )
 
 

@@ -3,7 +3,7 @@
 **Calls.** Functions that take them get two keywords beside TRL's:
 
 - `num_generations` (`int`): completions of each prompt in this batch, which stand together in the order of rows and of
-  processes; in evaluation that of evaluation.
+  processes; in evaluation, `num_generations_eval`.
 - `tool_mask` (list of lists of 0 or 1, one per completion, aligned with `completion_ids`): 1 where the policy chose the
   token, 0 in tool output and environment text. In runs that have such a mask.
 
@@ -13,7 +13,7 @@ What fails in a function is named, and the completions that it was given are kep
 completions only, the metrics of correct completions. A completion that the function did not score (`None`) is neither
 correct nor wrong: it is *not judged*, and left out of every share.
 
-**States.** [`RewardStates`] keeps them in checkpoints. The protocols are those of [`lenvm_rl.reward_functions`].
+**States.** [`RewardStates`] keeps them in checkpoints. The protocols stand in [`lenvm_rl.reward_functions`].
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def gate_index(
     Args:
         args ([`~lenvm_rl.trainers.config.LenVMConfig`]): of the run.
         functions, names: the reward functions (`torch.nn.Module` for a reward model), and what TRL calls them.
-        users (sequence of `str`, *optional*): settings that need the answer, beside those of `args`.
+        users (sequence of `str`, *optional*): further settings that need the answer.
 
     Raises:
         `ValueError`: `gate_reward` names none of them, or there is doubt and something needs the answer.
@@ -213,7 +213,7 @@ def _doubt(args: LenVMConfig, judges: list[Callable], names: Sequence[str]) -> s
 
 
 class Gate:
-    """What a run knows of which completions are correct; its arguments are those of [`gate_index`]."""
+    """What a run knows of which completions are correct; arguments as in [`gate_index`]."""
 
     def __init__(self, args: LenVMConfig, functions: Sequence[Callable], names: Sequence[str]):
         self._args, self._names = args, list(names)

@@ -42,7 +42,7 @@ class Sampled:
 
 
 def run_end_ids(trainer) -> list[int]:
-    """Every id that ends a completion of a run: the tokenizer's, the policy's and those of `generation_kwargs`.
+    """Every id that ends a completion of a run: from the tokenizer, the policy and `generation_kwargs`.
 
     Args:
         trainer (`trl.GRPOTrainer`): constructed.
@@ -159,7 +159,7 @@ def ends_in_stop_string(trainer, completion_ids: Tensor, mask: Tensor) -> Tensor
 def read_guidance(args) -> LengthGuidance | None:
     """The guidance of a run's rollouts, `None` where there is none.
 
-    Temperature and candidate rule are those of the run, as for rollouts without guidance.
+    Temperature and candidate rule are the run's, as for rollouts without guidance.
 
     Args:
         args (`LenVMConfig`): `rollout_guidance` and TRL's settings of sampling.

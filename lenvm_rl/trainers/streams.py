@@ -6,10 +6,10 @@ The line, for which the trainers put a [`Batch`] together and take its [`Streams
     length    GAE of the length return, gated by what is correct                              `length_stream`
     A         task + length_coef * length                                                     `lenvm_rl.combine`
 
-Shapes and conventions are those of [`lenvm_rl.returns`]: arrays are `(B, T)` and aligned with the completion, entry
-``t`` of ``values`` is read before token ``t`` was chosen; value models give `(B, T + 1)`, the last entry of a row's
-states being the one after its last token. Tokens that nobody chose (tool output, environment text) exist but are no
-actions (`action_mask` of [`lenvm_rl.gae`]): their advantage is 0.
+Shapes and conventions as in [`lenvm_rl.returns`]: arrays are `(B, T)` and aligned with the completion, entry
+``t`` of ``values`` is read before token ``t`` was chosen; value models give `(B, T + 1)`, named `…_bt1`, the last entry
+of a row's states being the one after its last token. Tokens that nobody chose (tool output, environment text) exist
+but are no actions (`action_mask` of [`lenvm_rl.gae`]): their advantage is 0.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Completions:
     finished: Tensor
     lengths: Tensor
 
-    def following(self, values: Tensor, terminal_cut: bool = False) -> Tensor:
+    def following(self, values_bt1: Tensor, terminal_cut: bool = False) -> Tensor:
         """The value after each row's last token, `(B,)`, from values at every state, `(B, T + 1)`.
 
         0 where the completion finished, and with `terminal_cut` where it was cut as well.
         """
         ends = torch.ones_like(self.finished) if terminal_cut else self.finished
-        return bootstrap_values(values, self.mask, ends)
+        return bootstrap_values(values_bt1, self.mask, ends)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Processes:
-    """How the rows of this process stand among those of all; the defaults are a single process's.
+    """Where the rows of this process stand among all rows; the defaults are a single process's.
 
     Args:
         group_size (`int`): completions of one prompt, neighbours in the rows of all processes put together.
@@ -104,8 +104,8 @@ class Batch:
         length_coef (`float`, *optional*): weight of the length stream in this batch.
         gamma (`float`, *optional*): of the length return; `None` without a length value model.
         max_length (`int`, *optional*): most tokens of a completion, the unit of the potential `"length"`.
-        length_logits (`torch.Tensor` of shape `(B, T + 1)`, *optional*): of the length value model at every state.
-        critic_values (`torch.Tensor` of shape `(B, T + 1)`, *optional*): of a learned critic.
+        length_logits_bt1 (`torch.Tensor` of shape `(B, T + 1)`, *optional*): of the length value model at every state.
+        critic_values_bt1 (`torch.Tensor` of shape `(B, T + 1)`, *optional*): of a learned critic.
         log_ratio (`torch.Tensor` of shape `(B, T)`, *optional*):
             ``log pi - log pi_ref``, where the divergence is paid as a reward.
     """
@@ -117,8 +117,8 @@ class Batch:
     length_coef: float | None = None
     gamma: float | None = None
     max_length: int | None = None
-    length_logits: Tensor | None = None
-    critic_values: Tensor | None = None
+    length_logits_bt1: Tensor | None = None
+    critic_values_bt1: Tensor | None = None
     log_ratio: Tensor | None = None
 
 
@@ -160,11 +160,11 @@ def ppo_streams(args: LenVMPPOConfig, batch: Batch) -> Streams:
     scored = batch.outcomes.scored.unsqueeze(1)
     counted = completions.actions & scored
     targets = errors = None
-    if batch.critic_values is None:
+    if batch.critic_values_bt1 is None:
         task = baseline_stream(args, batch)
     else:
         task, targets, errors = critic_streams(args, batch, token_rewards(args, batch))
-        targets = targets + batch.critic_values[:, :-1]
+        targets = targets + batch.critic_values_bt1[:, :-1]
     task = torch.where(scored, task, 0.0)
     if args.whiten in ("task", "streams"):
         task = whiten(task, counted, reduce)
@@ -192,11 +192,11 @@ def length_stream(args: LenVMConfig, batch: Batch) -> tuple[Tensor | None, Tenso
 
     Completions that nobody scored are not paid.
     """
-    if batch.length_logits is None:
+    if batch.length_logits_bt1 is None:
         return None, None
     completions, scored = batch.completions, batch.outcomes.scored
-    states = -torch.sigmoid(batch.length_logits)
-    values, following = states[:, :-1], completions.following(states)
+    values_bt1 = -torch.sigmoid(batch.length_logits_bt1)
+    values, following = values_bt1[:, :-1], completions.following(values_bt1)
     if args.length_gate_center:
         length = centered_gated_advantage(values, completions, batch.gamma, following, batch.outcomes, batch.processes)
         return torch.where(scored.unsqueeze(1), length, 0.0), None
@@ -216,15 +216,17 @@ def length_gate(gate: str, outcomes: Outcomes, processes: Processes) -> Tensor:
 def shaping_potential(args: LenVMConfig, batch: Batch) -> Tensor:
     """The shaping potential at every state, `shaping_coef` included: `(B, T + 1)`."""
     if args.shaping_potential == "value":
-        return args.shaping_coef * value_potential(batch.length_logits)
-    return args.shaping_coef * length_potential(batch.length_logits, batch.gamma, batch.max_length)
+        return args.shaping_coef * value_potential(batch.length_logits_bt1)
+    return args.shaping_coef * length_potential(batch.length_logits_bt1, batch.gamma, batch.max_length)
 
 
 def shaping_rewards(args: LenVMConfig, batch: Batch, terminal_cut: bool) -> Tensor:
     """``F_t = gamma * Phi(s_{t+1}) - Phi(s_t)``, `(B, T)`, with a Phi that is 0 wherever the task ends."""
-    potential, completions = shaping_potential(args, batch), batch.completions
-    following = completions.following(potential, terminal_cut)
-    return potential_shaping(potential[:, :-1], completions.mask, args.shaping_discount, following, completions.actions)
+    potential_bt1, completions = shaping_potential(args, batch), batch.completions
+    following = completions.following(potential_bt1, terminal_cut)
+    return potential_shaping(
+        potential_bt1[:, :-1], completions.mask, args.shaping_discount, following, completions.actions
+    )
 
 
 def shaping_advantage(args: LenVMConfig, batch: Batch) -> Tensor:
@@ -232,7 +234,7 @@ def shaping_advantage(args: LenVMConfig, batch: Batch) -> Tensor:
 
     Never ``F_t`` by itself, which looks one token ahead, and never its sum, which is the same for all completions of a
     prompt. With lambda 1 it is ``-Phi(s_t)``, a baseline. The task without a critic ends where it is cut, so Phi is 0
-    there too. (``GAE(0, Phi)`` is the same: docs/mathematics.md, theorem 6.)
+    there too. (``GAE(0, Phi)`` is the same: Wiewiora, 2003.)
     """
     rewards, completions = shaping_rewards(args, batch, terminal_cut=True), batch.completions
     return gae(
@@ -258,16 +260,16 @@ def token_rewards(args: LenVMPPOConfig, batch: Batch) -> Tensor:
 def critic_streams(args: LenVMPPOConfig, batch: Batch, rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """GAE of the rewards from the critic's values: of the policy's lambda, of the targets', and of lambda 1.
 
-    Three tensors `(B, T)`; those of one lambda are one tensor.
+    Three tensors `(B, T)`; equal lambdas share one.
     """
-    completions, values = batch.completions, batch.critic_values
-    following = completions.following(values, args.truncation == "terminal")
+    completions, values = batch.completions, batch.critic_values_bt1[:, :-1]
+    following = completions.following(batch.critic_values_bt1, args.truncation == "terminal")
 
     def advantages(lam: float | Tensor) -> Tensor:
         if isinstance(lam, Tensor):
             lam = lam.unsqueeze(1).expand_as(rewards)
         actions = completions.actions
-        return gae(rewards, values[:, :-1], completions.mask, args.task_gamma, lam, following, actions)
+        return gae(rewards, values, completions.mask, args.task_gamma, lam, following, actions)
 
     known = {lam: advantages(lam) for lam in {1.0, args.target_lam, args.task_lam}}
     policy = known[args.task_lam]
@@ -281,10 +283,8 @@ def baseline_stream(args: LenVMPPOConfig, batch: Batch) -> Tensor:
     task = batch.relative
     if args.task_baseline == "batch":
         rewards, scored = batch.outcomes.rewards, batch.outcomes.scored
-        sums = torch.stack(
-            [scored.to(wide_dtype(scored.device)).sum(), torch.where(scored, rewards, 0.0).double().sum()]
-        )
-        count, total = batch.processes.reduce(sums).tolist()
+        paid = torch.stack([scored, torch.where(scored, rewards, 0.0)]).to(wide_dtype(scored.device))
+        count, total = batch.processes.reduce(paid.sum(dim=1)).tolist()
         task = rewards - (total / count if count else float("nan"))
     task = torch.where(batch.completions.actions, task.unsqueeze(1), 0.0)
     return task + shaping_advantage(args, batch) if args.shaping_coef != 0.0 else task
@@ -294,7 +294,7 @@ def value_loss(
     values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """``1/2 (V - R)^2`` of each token, and whether clipping has changed it (Schulman et al., arXiv 1707.06347; the
-    clipping is that of their code: ``1/2 max((V - R)^2, (V_old + clamp(V - V_old, -c, c) - R)^2)``).
+    clipping is from their code: ``1/2 max((V - R)^2, (V_old + clamp(V - V_old, -c, c) - R)^2)``).
 
     Args:
         values, old, returns (`torch.Tensor` of shape `(B, T)`): now, at sampling time, and what they are fitted to.

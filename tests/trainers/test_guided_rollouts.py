@@ -43,7 +43,7 @@ class TestLogProbabilities:
         policy, value = tiny_llama(), tiny_length_value_model(tiny_llama(), 0.9, 1).freeze()
         processor = LengthGuidedLogitsProcessor(value, LengthGuidance(strength=1.0), eos_token_id=1, record=True)
         policy.generate(torch.randint(6, 64, (2, 3)), logits_processor=[processor], max_new_tokens=3)
-        with pytest.raises(ValueError, match="not the sequences that were guided"):
+        with pytest.raises(ValueError, match="sequences"):
             processor.finish(torch.zeros(2, 6, dtype=torch.long))
 
 
@@ -137,7 +137,7 @@ class TestRefusals:
             grpo(tmp_path, lenvm=random_lenvm(), **changes)
 
     def test_without_a_length_value_model(self, tmp_path):
-        with pytest.raises(ValueError, match="need a length value model"):
+        with pytest.raises(ValueError, match="length_value_model"):
             grpo(tmp_path, lenvm=None, rollout_guidance={"strength": 1.0})
 
     def test_rollouts_of_another_make(self, tmp_path):

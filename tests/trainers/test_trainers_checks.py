@@ -108,7 +108,7 @@ def test_losses_that_take_advantages_per_token(tmp_path, loss_type, caplog):
 @pytest.mark.parametrize("make", [grpo, ppo])
 @pytest.mark.parametrize("coefficient", ["length_coef", "shaping_coef"])
 def test_a_coefficient_without_a_length_value_model(tmp_path, make, coefficient):
-    with pytest.raises(ValueError, match="need a length value model: pass `length_value_model=`"):
+    with pytest.raises(ValueError, match="`length_value_model=`"):
         make(tmp_path, **{coefficient: -0.5})
 
 
@@ -133,7 +133,7 @@ def test_a_length_value_model_is_loaded_from_its_path(tmp_path):
 
 
 def test_something_that_is_no_length_value_model(tmp_path):
-    with pytest.raises(ValueError, match="is a LlamaForCausalLM; it has to be a LengthValueModel"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM"):
         grpo(tmp_path, lenvm=tiny_llama(VOCAB))
 
 
@@ -155,35 +155,35 @@ def test_datasets_too_small_for_a_step(tmp_path):
             tiny_llama(VOCAB), first_is_w8, LenVMPPOConfig(**settings(tmp_path)),
             Dataset.from_dict({"prompt": []}), processing_class=tiny_tokenizer(VOCAB),
         )  # fmt: skip
-    with pytest.raises(ValueError, match="has 1 prompts, one generation batch takes 2 different ones"):
+    with pytest.raises(ValueError, match="generation_batch_size"):
         grpo(tmp_path, data=prompts(1))
 
 
 def test_a_gate_reward_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"gate_reward='nobody'.*\(counts_of_w8, first_is_w8\).*none of them"):
         grpo(tmp_path, [counts_of_w8, first_is_w8], gate_reward="nobody")
-    with pytest.raises(ValueError, match="several of them are called that"):
+    with pytest.raises(ValueError, match="gate_reward"):
         grpo(tmp_path, [first_is_w8, first_is_w8], gate_reward="first_is_w8")
     assert grpo(tmp_path, [counts_of_w8, first_is_w8], gate_reward="first_is_w8")._gate.index == 1
 
 
 def test_arguments_of_another_trainer(tmp_path):
-    with pytest.raises(ValueError, match="`args` is a GRPOConfig; this trainer needs a LenVMGRPOConfig"):
+    with pytest.raises(ValueError, match="LenVMGRPOConfig"):
         LenVMGRPOTrainer(tiny_llama(VOCAB), first_is_w8, GRPOConfig(**settings(tmp_path)), prompts())
     with pytest.raises(ValueError, match="needs a LenVMPPOConfig"):
         LenVMPPOTrainer(tiny_llama(VOCAB), first_is_w8, LenVMGRPOConfig(**settings(tmp_path)), prompts())
 
 
 def test_a_critic_that_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="critic='lenvm' and critic_init='lenvm' need a length value model"):
+    with pytest.raises(ValueError, match="critic_init='lenvm'"):
         ppo(tmp_path, critic="lenvm")
-    with pytest.raises(ValueError, match="need a length value model"):
+    with pytest.raises(ValueError, match="length_value_model"):
         ppo(tmp_path, critic_init="lenvm")
-    with pytest.raises(ValueError, match="set truncation='terminal', or learn a critic"):
+    with pytest.raises(ValueError, match="truncation='terminal'"):
         ppo(tmp_path, lenvm=random_lenvm(), critic="lenvm", truncation="bootstrap")
-    with pytest.raises(ValueError, match="steps layer by layer.*critic='lenvm'"):
+    with pytest.raises(ValueError, match="optim='"):
         ppo(tmp_path, optim="galore_adamw_layerwise", optim_target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="normalises rewards over groups"):
+    with pytest.raises(ValueError, match="multi_objective_aggregation"):
         ppo(tmp_path, multi_objective_aggregation="normalize_then_sum")
     without = ppo(tmp_path, lenvm=random_lenvm(), critic="lenvm", multi_objective_aggregation="normalize_then_sum")
     with pytest.raises(ValueError, match="there is none to save"):
@@ -209,7 +209,7 @@ def test_a_learned_critic_is_not_sharded(tmp_path, engine):
 def test_a_multimodal_policy_beside_a_length_value_model(tmp_path):
     trainer = grpo(tmp_path)
     trainer._is_vlm = True
-    with pytest.raises(ValueError, match="multimodal processor.*train without `length_value_model`"):
+    with pytest.raises(ValueError, match="`length_value_model`"):
         place_length_value_model(random_lenvm(), trainer)
 
 

@@ -68,7 +68,7 @@ def test_settings_that_exclude_each_other(tmp_path, changes, message):
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="need a length value model"):
+    with pytest.raises(ValueError, match="length_value_model"):
         grpo(tmp_path, length_target=5.0)
     with pytest.raises(ValueError, match="rollout_guidance"):
         grpo(tmp_path, lenvm=random_lenvm(), length_target=5.0, rollout_guidance={"strength": 1.0})

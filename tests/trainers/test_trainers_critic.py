@@ -292,7 +292,7 @@ def test_the_policy_as_critic_is_copied(tmp_path, adapters):
 def test_a_critic_on_the_very_decoder_of_the_policy_is_refused(tmp_path):
     policy = tiny_llama(VOCAB, seed=1)
     shared = TaskCritic(critic().config, backbone=policy.model)
-    with pytest.raises(ValueError, match="shares weights with the policy"):
+    with pytest.raises(ValueError, match="critic shares weights"):
         ppo(tmp_path, policy=policy, critic=shared)
 
 
@@ -468,10 +468,10 @@ def test_a_run_with_another_critic_does_not_go_on(checkpoint, tmp_path, case):
 
 def test_a_run_without_the_critic_or_whose_critic_does_not_learn_does_not_go_on(checkpoint, tmp_path):
     without = ppo(tmp_path, lenvm=random_lenvm(), critic="lenvm", **RUN)
-    with pytest.raises(ValueError, match="has a task critic, and this run has none"):
+    with pytest.raises(ValueError, match="critic='lenvm'"):
         without.train(resume_from_checkpoint=str(checkpoint))
     still = ppo(tmp_path, critic=critic(), **{**RUN, "critic_learning_rate": 0.0})
-    with pytest.raises(ValueError, match="training other weights.*critic_learning_rate"):
+    with pytest.raises(ValueError, match="critic_learning_rate"):
         still.train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match="training other weights"):
         grpo(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=str(checkpoint))

@@ -108,5 +108,5 @@ def test_refusals(tmp_path, changes, message):
 
 
 def test_without_a_critic_it_is_refused(tmp_path, policy):
-    with pytest.raises(ValueError, match="kl_reward_coef needs a learned critic"):
+    with pytest.raises(ValueError, match="kl_reward_coef"):
         ppo(tmp_path, lenvm=random_lenvm(), policy=policy, critic="lenvm", kl_reward_coef=0.1, beta=0.1)

@@ -140,7 +140,7 @@ def test_a_policy_that_pads_with_a_word_is_refused(filler):
     if filler != 5:
         check_legacy_ppo(arguments(), policy, tiny_tokenizer(VOCAB))
         return
-    with pytest.raises(ValueError, match="pads with 5 and the tokenizer with 0.*pad_token_id = tokenizer.pad_token_id"):
+    with pytest.raises(ValueError, match="generation_config.pad_token_id"):
         check_legacy_ppo(arguments(), policy, tiny_tokenizer(VOCAB))
 
 
@@ -158,7 +158,7 @@ def test_a_critic_that_trl_cannot_read_is_refused():
         shaped(LlamaForSequenceClassification(config))
     with pytest.raises(ValueError, match="give max_completion_length"):
         shaped(make_critic(), shaping_potential="length")
-    with pytest.raises(ValueError, match="shaping_potential='tokens' is unknown"):
+    with pytest.raises(ValueError, match="shaping_potential='tokens'"):
         shaped(make_critic(), shaping_potential="tokens")
 
 
@@ -167,5 +167,5 @@ def test_a_trl_without_the_trainer_says_so():
     from eval.speed.__main__ import main
 
     for run in (legacy_ppo, lambda: main(["ppo"])):
-        with pytest.raises(ImportError, match="use lenvm_rl.trainers.LenVMPPOTrainer"):
+        with pytest.raises(ImportError, match="LenVMPPOTrainer"):
             run()

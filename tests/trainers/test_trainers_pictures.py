@@ -221,17 +221,17 @@ def test_text_beside_pictures_and_text_alone(tmp_path):
 
 def test_what_would_lose_the_pictures_is_refused(tmp_path):
     text = tiny_length_value_model(tiny_llama(64), GAMMA, tokenizer=picture_processor().tokenizer)
-    with pytest.raises(ValueError, match="length value model reads text alone.*of the policy's kind .'qwen2_5_vl'"):
+    with pytest.raises(ValueError, match="length value model.*qwen2_5_vl"):
         make("grpo", tmp_path, text)
-    with pytest.raises(ValueError, match="task critic reads text alone"):
+    with pytest.raises(ValueError, match="task critic"):
         make("ppo", tmp_path, critic=tiny_llama(64))
-    with pytest.raises(ValueError, match="refresh_steps keeps the tokens of completions and not their pictures"):
+    with pytest.raises(ValueError, match="refresh_steps"):
         make("grpo", tmp_path, value_model(), length_coef=0.1, refresh_steps=1)
-    with pytest.raises(ValueError, match="rollout_guidance scores candidates from tokens alone"):
+    with pytest.raises(ValueError, match="rollout_guidance"):
         make("grpo", tmp_path, value_model(), rollout_guidance={"strength": 1.0})
     trainer, other = make("grpo", tmp_path), value_model()
     other.config.backbone_config.model_type = "qwen2_vl"
-    with pytest.raises(ValueError, match="of type 'qwen2_vl', and the processor makes pictures for the policy's"):
+    with pytest.raises(ValueError, match="qwen2_vl"):
         check_sees_pictures(other, trainer, "length value model")
 
 
@@ -241,5 +241,5 @@ def test_pictures_in_a_completion_that_was_left_out_are_refused(tmp_path):
     batch["mm_token_type_ids"][0, -1] = 1
     batch["completion_mask"][0] = 0
     assert VISION_END not in batch["completion_ids"]
-    with pytest.raises(ValueError, match="set mask_truncated_completions=False"):
+    with pytest.raises(ValueError, match="mask_truncated_completions"):
         picture_inputs(batch)

@@ -272,17 +272,17 @@ def test_arguments_out_of_bounds(tmp_path, changes, message):
 
 
 def test_what_cannot_be_refreshed_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="need a length value model"):
+    with pytest.raises(ValueError, match="length_value_model"):
         grpo(tmp_path, refresh_steps=1)
-    with pytest.raises(ValueError, match="refresh_steps changes the potential of shaping"):
+    with pytest.raises(ValueError, match="refresh_steps.*shaping_coef"):
         ppo(tmp_path, lenvm=random_lenvm(), refresh_steps=1, shaping_coef=0.5)
     with pytest.raises(ValueError, match="load it in float32"):
         grpo(tmp_path, lenvm=random_lenvm().to(torch.float16), refresh_steps=1)
-    with pytest.raises(ValueError, match="guided completions"):
+    with pytest.raises(ValueError, match="rollout_guidance"):
         grpo(tmp_path, lenvm=random_lenvm(), refresh_steps=1, rollout_guidance={"strength": 1.0})
     for kind in ("FSDP", "DEEPSPEED"):
         fake = type("Accelerator", (), {"distributed_type": kind, "num_processes": 1})
-        with pytest.raises(ValueError, match="not done under FSDP or DeepSpeed"):
+        with pytest.raises(ValueError, match="refresh_steps.*FSDP"):
             LengthValueRefresh(random_lenvm(), arguments(tmp_path), fake)
 
 

@@ -121,14 +121,14 @@ def test_checkpoints_between_generations_are_refused_at_construction(tmp_path):
     assert saving(tmp_path, save_steps=500, **common).args.save_steps == 500
     # Nobody chose the default, so it moves; 499 is somebody's.
     assert saving(tmp_path, **{**common, "max_steps": 600}).args.save_steps == 501
-    with pytest.raises(ValueError, match="save_steps=499 .*Set save_steps=501"):
+    with pytest.raises(ValueError, match="save_steps=501"):
         saving(tmp_path, save_steps=499, **{**common, "max_steps": 600})
-    with pytest.raises(ValueError, match="eval_steps=5 .*Set eval_steps=6"):
+    with pytest.raises(ValueError, match="eval_steps=6"):
         best = {"eval_strategy": "steps", "eval_steps": 5, "metric_for_best_model": "reward"}
         saving(tmp_path, ppo, save_strategy="best", eval_data=prompts(4), **best, **common)
     # Six steps of an epoch of sixteen batches: only at its end is a generation of four batches used up.
     uneven = {"gradient_accumulation_steps": 3, "steps_per_generation": 4, "per_device_train_batch_size": 4}
-    with pytest.raises(ValueError, match="every 4 optimizer steps.*epochs of 6 steps.*Set save_steps=6"):
+    with pytest.raises(ValueError, match="save_steps=6"):
         saving(tmp_path, save_steps=4, data=prompts(16), **uneven)
     for fitting in ({"save_steps": 6}, {"save_steps": 0.5}, {"save_strategy": "no"}, {"save_strategy": "epoch"}):
         saving(tmp_path, **{**common, **fitting})
@@ -138,7 +138,7 @@ def test_checkpoints_between_generations_are_refused_at_construction(tmp_path):
 def test_an_evaluation_after_the_checkpoint_of_an_epoch_is_refused(tmp_path):
     # Four steps an epoch, so the fourth is saved, and evaluated later.
     common = {"eval_strategy": "epoch", "eval_data": prompts(4), "make": ppo}
-    with pytest.raises(ValueError, match="save_steps=2 saves at the end of an epoch of 4 steps"):
+    with pytest.raises(ValueError, match="save_steps=2.*eval_strategy"):
         saving(tmp_path, save_steps=2, **common)
     saving(tmp_path, save_strategy="epoch", **common)
 
@@ -186,7 +186,7 @@ def test_a_moving_reference_that_was_not_saved_is_refused(tmp_path):
     common = {"beta": 0.5, "save_steps": 2, "policy": CASES["grpo_moving_reference"]["policy"](tmp_path)}
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 1}
     saving(tmp_path / "run", max_steps=2, **common).train()
-    with pytest.raises(ValueError, match="moves the reference model, and .*checkpoint-2' does not hold it"):
+    with pytest.raises(ValueError, match="sync_ref_model.*checkpoint-2"):
         saving(tmp_path / "run", max_steps=4, **common, **moving).train(resume_from_checkpoint=True)
 
 
