@@ -266,8 +266,8 @@ def _check_policy_base(policy, decoder) -> None:
     if saved:
         raise ValueError(
             f"The policy trains {', '.join(saved[:3])} itself (`modules_to_save` or `trainable_token_indices` of its "
-            "adapter), so its base is no longer what the length value model knows: leave that out, or give a length
-            value " "model of form='full'."
+            "adapter), so its base is no longer what the length value model knows: leave that out, or give one "
+            "of form='full'."
         )
     own = {id(weight) for module in adapted for part in _adapters_of(module) for weight in part.parameters()}
     trained = [name for name, weight in decoder.named_parameters() if weight.requires_grad and id(weight) not in own]
