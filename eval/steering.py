@@ -38,7 +38,7 @@ from transformers.hf_argparser import HfArg
 from eval import command_line
 from eval.report import Column, legend_below, print_table, save_figure
 from eval.runs import check_writable, read_report
-from eval.speed.training import make_tokenizer
+from eval.speed.trainers import make_tokenizer
 from lenvm_rl.files import write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.programs import choose_threads

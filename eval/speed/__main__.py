@@ -3,8 +3,7 @@
     python -m eval.speed pretraining
     python -m eval.speed pretraining --help
 
-A subcommand is a module here; its docstring says what is measured. `batching` replays what was sampled; the others have
-cases, which `eval.speed.harness` measures.
+Every subcommand but `batching`, which replays what was sampled, has cases that `eval.speed.harness` measures.
 """
 
 from __future__ import annotations
@@ -15,38 +14,39 @@ from dataclasses import fields
 from transformers import HfArgumentParser
 
 from eval.command_line import HelpFormatter
-from eval.speed import batching, critic, decoding, ppo, pretraining
-from eval.speed.harness import Sizes, measure_here, run
+from eval.speed import batching
+from eval.speed.decoding import DECODING
+from eval.speed.pretraining import PRETRAINING
+from eval.speed.trainers import CRITIC, PPO
 from lenvm_rl.programs import run_program
 
-PROGRAMS = {"pretraining": pretraining, "batching": batching, "decoding": decoding, "critic": critic, "ppo": ppo}
+PROGRAMS = {program.name: program for program in (PRETRAINING, DECODING, CRITIC, PPO)}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line, with a subcommand for each of `PROGRAMS`."""
+    """The command line, with a subcommand for each of `PROGRAMS`, and for `batching`."""
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.partition("\n")[0])
     subcommands = parser.add_subparsers(dest="program", required=True, parser_class=HfArgumentParser)
-    for name, module in PROGRAMS.items():
-        texts = {"help": module.__doc__.partition("\n")[0], "description": module.__doc__}
-        subparser = subcommands.add_parser(
-            name, dataclass_types=module.Settings, formatter_class=HelpFormatter, **texts
-        )
-        if issubclass(module.Settings, Sizes):
-            subparser.add_argument("--case", choices=module.CASES, help=argparse.SUPPRESS)
+    told = {name: (program.text, program.sizes) for name, program in PROGRAMS.items()}
+    for name, (text, options) in (told | {"batching": (batching.__doc__, batching.BatchingArguments)}).items():
+        texts = {"help": text.partition("\n")[0], "description": text, "formatter_class": HelpFormatter}
+        subparser = subcommands.add_parser(name, dataclass_types=options, **texts)
+        subparser.set_defaults(options=options)
+        if name in PROGRAMS:
+            subparser.add_argument("--case", choices=PROGRAMS[name].cases, help=argparse.SUPPRESS)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the subcommand that the command line names; with `--case`, one of its cases, in this process."""
     args = make_parser().parse_args(arguments)
-    program = PROGRAMS[args.program]
-    settings = program.Settings(**{entry.name: getattr(args, entry.name) for entry in fields(program.Settings)})
-    if program is batching:
-        batching.run(settings)
+    options = args.options(**{entry.name: getattr(args, entry.name) for entry in fields(args.options)})
+    if args.program == "batching":
+        batching.main(options)
     elif args.case is None:
-        run(args.program, program, settings)
+        PROGRAMS[args.program].run(options)
     else:
-        measure_here(program, args.case, settings)
+        PROGRAMS[args.program].measure_here(args.case, options)
 
 
 if __name__ == "__main__":

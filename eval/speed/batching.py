@@ -11,8 +11,8 @@ batches made from
 - `realised length`: completions by the length that they turn out to have. Nobody knows it before; it is the best order.
 
 `generate calls' steps` is the sum over batches of the longest completion; `padding steps` the sum over rows of what
-they wait. Ratios to a random order are to the mean over shuffles, with 95 % bootstrap intervals over the shuffles; the
-other orders are fixed by the data. Padding of the prompts is not counted: a prompt is read in one forward.
+they wait. Random orders are means over shuffles; the others are fixed by the data. Padding of the prompts is not
+counted: a prompt is read in one forward.
 """
 
 from __future__ import annotations
@@ -22,24 +22,20 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
-from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from eval.report import Column, print_table
 from eval.runs import is_sandbox, set_threads
-from eval.statistics import Interval, mean_interval, statistic_interval
 from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.prediction import boundary_logits, length_aware_batches, lengths_from_logits, padding_steps
 from lenvm_rl.rollouts.record import read_rollouts
 
 RANDOM, RANDOM_PROMPTS = "random", "random prompts"
 PROMPT, PREDICTED, REALISED = "prompt length", "predicted length", "realised length"
-# What an order costs: decode steps of all batches, steps that rows wait, and the latter over other orders'.
-Cost = dict[str, Interval | float]
 
 
 @dataclass
-class Settings:
+class BatchingArguments:
     """What is replayed."""
 
     rollouts: str = HfArg(help="A rollout file of prompts that the model was not fitted on.")
@@ -57,11 +53,6 @@ class Settings:
             raise ValueError(f"batch_size must be at least 1 and shuffles 2, got {self.batch_size}, {self.shuffles}.")
 
 
-def cut_batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Consecutive batches of an order."""
-    return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
-
-
 def decode_steps(lengths: np.ndarray, batches: Sequence[Sequence[int]]) -> int:
     """Steps of the generate calls: each goes on until its longest completion ends."""
     return int(sum(lengths[batch].max() for batch in batches))
@@ -75,66 +66,52 @@ def replay(
     batch_size: int,
     shuffles: int = 200,
     seed: int = 0,
-) -> dict[str, Cost]:
-    """Steps under every order.
+) -> dict[str, dict[str, float]]:
+    """What every order costs.
 
     Args:
         lengths, groups, prompt_tokens, predicted (arrays of shape `(N,)`): of each completion, its tokens (the
             end-of-sequence token counted: it takes a step), its prompt, the prompt's tokens, and the predicted length.
-        batch_size, shuffles, seed (`int`): see [`Settings`].
+        batch_size, shuffles, seed (`int`): see [`BatchingArguments`].
 
     Returns:
-        `dict[str, Cost]`: by the name of the order, `steps`, `padding`, and the latter over the `random`, `prompt
-        length` and `realised length` orders'; NaN where those waste nothing, intervals where shuffles are averaged.
+        `dict`: by the name of the order, `steps`, `padding`, and the latter over the `random`, `prompt length` and
+        `realised length` orders'; NaN where those waste nothing.
     """
-    fixed = {
-        PROMPT: cut_batches(np.lexsort((groups, prompt_tokens)), batch_size),
-        PREDICTED: length_aware_batches(predicted.tolist(), batch_size),
-        REALISED: length_aware_batches(lengths.tolist(), batch_size),
-    }
     draw = np.random.default_rng(seed)
     _, place = np.unique(groups, return_inverse=True)
-    drawn: dict[str, list[tuple[int, int]]] = {RANDOM: [], RANDOM_PROMPTS: []}
-    for _ in tqdm(range(shuffles), desc="shuffling", unit="order"):
-        orders = {
-            RANDOM: draw.permutation(len(lengths)),
-            RANDOM_PROMPTS: np.argsort(draw.permutation(int(place.max()) + 1)[place], kind="stable"),
-        }
-        for name, order in orders.items():
-            batches = cut_batches(order, batch_size)
-            drawn[name].append((decode_steps(lengths, batches), padding_steps(lengths, batches)))
-    # Numbers of the fixed orders, columns of the drawn ones.
-    counted = {name: np.array(pairs, dtype=float).T for name, pairs in drawn.items()}
-    for name, batches in fixed.items():
-        counted[name] = np.array([decode_steps(lengths, batches), padding_steps(lengths, batches)], dtype=float)
-
-    def ratio(own: np.ndarray, other: np.ndarray) -> Interval | float:
-        if not np.all(other):
-            return float("nan")
-        if own.ndim == other.ndim == 0:
-            return float(own / other)
-        columns = np.stack(np.broadcast_arrays(own, other), axis=1)
-        return statistic_interval(columns, lambda means: means[:, 0] / means[:, 1], seed=seed)
-
-    def mean(own: np.ndarray) -> Interval | float:
-        return mean_interval(own, seed=seed) if own.ndim else float(own)
-
-    return {
-        name: {"steps": mean(steps), "padding": mean(padding)}
-        | {other: ratio(padding, counted[other][1]) for other in (RANDOM, PROMPT, REALISED)}
-        for name, (steps, padding) in counted.items()
+    orders = {
+        RANDOM: [draw.permutation(len(lengths)) for _ in range(shuffles)],
+        RANDOM_PROMPTS: [
+            np.argsort(draw.permutation(int(place.max()) + 1)[place], kind="stable") for _ in range(shuffles)
+        ],
+        PROMPT: [np.lexsort((groups, prompt_tokens))],
     }
+    batches = {
+        name: [[order[at : at + batch_size] for at in range(0, len(order), batch_size)] for order in drawn]
+        for name, drawn in orders.items()
+    }
+    batches[PREDICTED] = [length_aware_batches(predicted.tolist(), batch_size)]
+    batches[REALISED] = [length_aware_batches(lengths.tolist(), batch_size)]
+    costs = {
+        name: {
+            "steps": float(np.mean([decode_steps(lengths, each) for each in drawn])),
+            "padding": float(np.mean([padding_steps(lengths, each) for each in drawn])),
+        }
+        for name, drawn in batches.items()
+    }
+    for own in costs.values():
+        for other in (RANDOM, PROMPT, REALISED):
+            own[other] = own["padding"] / costs[other]["padding"] if costs[other]["padding"] else float("nan")
+    return costs
 
 
-def measure(settings: Settings) -> dict[str, Cost]:
+def measure_batching(args: BatchingArguments) -> dict[str, dict[str, float]]:
     """Reads the rollouts, predicts each prompt's length, and replays."""
-    rollouts, metadata = read_rollouts(settings.rollouts)
+    rollouts, metadata = read_rollouts(args.rollouts)
     set_threads(is_sandbox(metadata.tokenizer_fingerprint))
     model = load_length_value_model(
-        settings.length_value_model,
-        settings.base,
-        tokenizer=metadata.tokenizer_fingerprint,
-        tokenizer_name="the rollouts",
+        args.length_value_model, args.base, tokenizer=metadata.tokenizer_fingerprint, tokenizer_name="the rollouts"
     )
     groups, prompts = np.array(rollouts["group"][:]), rollouts["prompt_ids"][:]
     _, first, place = np.unique(groups, return_index=True, return_inverse=True)
@@ -145,22 +122,20 @@ def measure(settings: Settings) -> dict[str, Cost]:
         groups,
         np.array([len(ids) for ids in prompts]),
         predicted,
-        settings.batch_size,
-        settings.shuffles,
-        settings.seed,
+        args.batch_size,
+        args.shuffles,
+        args.seed,
     )
 
 
-def run(settings: Settings) -> dict[str, Cost]:
+def main(args: BatchingArguments) -> None:
     """Replays, and prints a line for each order."""
-    costs = measure(settings)
+    rows = [{"order": name, **cost} for name, cost in measure_batching(args).items()]
     columns = [
         Column("batches by", "order"),
         Column("generate calls' steps", "steps", 0),
         Column("padding steps", "padding", 0),
         *(Column(f"over {name}", name, 3) for name in (RANDOM, PROMPT, REALISED)),
     ]
-    rows = [{"order": name, **cost} for name, cost in costs.items()]
-    title = f"{settings.rollouts}, batches of {settings.batch_size}"
+    title = f"{args.rollouts}, batches of {args.batch_size}"
     print_table(Console(width=140, highlight=False), rows, columns, title)
-    return costs

@@ -3,9 +3,6 @@
 Each case of a program is measured in a process of its own, so that nobody else's caches, threads or high-water mark
 have a say; the cases take turns, so that what else the machine does reaches all of them. Ratios are of medians over
 the repetitions, with 95 % bootstrap intervals over them.
-
-A program is a module with `Settings` (a dataclass of [`Sizes`]), `CASES` (names and titles), `measure(case, settings)`,
-`BASELINES` (titles, and the case, or a case for each case, over whose time others are given) and further `COLUMNS`.
 """
 
 from __future__ import annotations
@@ -16,10 +13,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -55,14 +51,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a process measured.
-
-    Args:
-        tokens (`int`): tokens processed, padding not counted.
-        seconds (`float`): how long that took.
-        count (`float`, *optional*): what a program counts beside them.
-        peak_bytes (`int`, *optional*): the most memory that the process held beyond what it held before.
-    """
+    """What a process measured: tokens without padding, in how many seconds, what the program counts beside them, and
+    the most memory that it held beyond what it held before."""
 
     tokens: int
     seconds: float
@@ -70,18 +60,94 @@ class Measurement:
     peak_bytes: int = 0
 
 
-def make_policy(settings: Sizes) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Program:
+    """What is measured beside what.
+
+    Args:
+        name (`str`), text (`str`): of the subcommand, and what it measures.
+        sizes (`type`): dataclass of its options, a kind of [`Sizes`].
+        cases (mapping): names and titles.
+        measure (callable): `measure(case, sizes)` measures one of them in this process.
+        baselines (mapping): titles of columns, and the case over whose time others' is given: one, or one for each.
+        columns (sequence of [`~eval.report.Column`], *optional*): further ones, of `count`.
+    """
+
+    name: str
+    text: str
+    sizes: type[Sizes]
+    cases: Mapping[str, str]
+    measure: Callable[[str, Any], Measurement]
+    baselines: Mapping[str, str | Mapping[str, str]]
+    columns: Sequence[Column] = ()
+
+    def run(self, sizes: Sizes) -> None:
+        """Measures every case, forwards and backwards in turns, and prints them."""
+        console = Console(width=150, highlight=False)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        console.print(f"{device}; " + ", ".join(f"{key} {value}" for key, value in asdict(sizes).items()))
+        measured: dict[str, list[Measurement]] = {case: [] for case in self.cases}
+        order = [case for turn in range(sizes.repetitions) for case in list(self.cases)[:: -1 if turn % 2 else 1]]
+        for case in tqdm(order, desc="measuring", unit="process"):
+            measured[case].append(measure_in_process(self.name, case, sizes))
+        columns = [Column("what", "title"), Column("tokens/s", "speed")]
+        columns += [Column(title, title, 3) for title in self.baselines]
+        columns += [Column("peak memory, MiB", "peak_bytes", 0, scale=2.0**-20), *self.columns]
+        print_table(console, self.compare(measured, sizes.seed), columns, title=self.text.partition("\n")[0])
+
+    def compare(self, measured: Mapping[str, Sequence[Measurement]], seed: int = 0) -> list[dict[str, Any]]:
+        """A row for each case: its tokens per second, its time over the baselines', and its memory."""
+        times = {case: [each.seconds / each.tokens for each in found] for case, found in measured.items()}
+        rows = []
+        for case, found in measured.items():
+            row = {"title": self.cases[case], "speed": 1 / median(times[case])}
+            row |= {name: median(getattr(each, name) for each in found) for name in ("count", "peak_bytes")}
+            for title, baseline in self.baselines.items():
+                below = baseline if isinstance(baseline, str) else baseline.get(case)
+                row[title] = None if below in (None, case) else median_ratio(times[case], times[below], seed)
+            rows.append(row)
+        return rows
+
+    def measure_here(self, case: str, sizes: Sizes) -> None:
+        """Measures a case in this process, and prints it for the process that asked for it."""
+        torch.set_num_threads(sizes.threads)
+        before = peak_memory()
+        found = self.measure(case, sizes)
+        print(MARK + json.dumps(asdict(replace(found, peak_bytes=peak_memory() - before))), flush=True)
+
+
+def measure_in_process(name: str, case: str, sizes: Sizes) -> Measurement:
+    """Measures a case of the program `name` in a process of its own; what ends that one ends this one, too."""
+    given = {"case": case, **{name: value for name, value in asdict(sizes).items() if value is not None}}
+    command = ["-m", "eval.speed", name, *(text for key, value in given.items() for text in (f"--{key}", str(value)))]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:
+        _, said, sentence = done.stderr.rpartition("\nerror: ")
+        raise RuntimeError(f"python {' '.join(command)} failed:\n{sentence if said else done.stderr[-2000:]}")
+    return Measurement(**json.loads(lines[-1].removeprefix(MARK)))
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Interval:
+    """Ratio of the medians of paired numbers, with its interval over pairs; a single pair has none."""
+    drawn = np.random.default_rng(seed).integers(0, len(above), (2000, len(above)))
+    medians = np.median(np.array([above, below])[:, drawn], axis=2)
+    ratios = medians[0] / medians[1] if len(above) > 1 else np.array([np.nan])
+    return percentile_interval(median(above) / median(below), ratios)
+
+
+def make_policy(sizes: Sizes) -> PreTrainedModel:
     """The policy, float32, in eval mode."""
-    if settings.model is not None:
-        return load_policy(settings.model, dtype=torch.float32)
-    torch.manual_seed(settings.seed)
+    if sizes.model is not None:
+        return load_policy(sizes.model, dtype=torch.float32)
+    torch.manual_seed(sizes.seed)
     config = LlamaConfig(
-        vocab_size=settings.vocab,
-        hidden_size=settings.hidden,
-        intermediate_size=3 * settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=max(1, settings.hidden // 32),
-        num_key_value_heads=max(1, settings.hidden // 64),
+        vocab_size=sizes.vocab,
+        hidden_size=sizes.hidden,
+        intermediate_size=3 * sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=max(1, sizes.hidden // 32),
+        num_key_value_heads=max(1, sizes.hidden // 64),
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -91,10 +157,10 @@ def make_policy(settings: Sizes) -> PreTrainedModel:
     return LlamaForCausalLM(config).to(default_device()).eval()
 
 
-def random_ids(settings: Sizes, *shape: int) -> torch.Tensor:
+def random_ids(sizes: Sizes, *shape: int) -> torch.Tensor:
     """Ids of words, always the same: 0 pads and 1 ends, so neither is among them."""
-    draw = torch.Generator().manual_seed(settings.seed)
-    return torch.randint(2, settings.vocab, shape, generator=draw).to(default_device())
+    draw = torch.Generator().manual_seed(sizes.seed)
+    return torch.randint(2, sizes.vocab, shape, generator=draw).to(default_device())
 
 
 def now() -> float:
@@ -111,66 +177,3 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     # Kibibytes on Linux, bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def measure_here(program: ModuleType, case: str, settings: Sizes) -> None:
-    """Measures a case in this process, and prints it for the process that asked for it."""
-    torch.set_num_threads(settings.threads)
-    before = peak_memory()
-    found = program.measure(case, settings)
-    print(MARK + json.dumps(asdict(replace(found, peak_bytes=peak_memory() - before))), flush=True)
-
-
-def measure_in_process(name: str, case: str, settings: Sizes) -> Measurement:
-    """Measures a case of the program `name` in a process of its own; what ends that one ends this one, too."""
-    given = {"case": case, **{name: value for name, value in asdict(settings).items() if value is not None}}
-    command = ["-m", "eval.speed", name, *(text for key, value in given.items() for text in (f"--{key}", str(value)))]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not lines:
-        _, said, sentence = done.stderr.rpartition("\nerror: ")
-        raise RuntimeError(f"python {' '.join(command)} failed:\n{sentence if said else done.stderr[-2000:]}")
-    return Measurement(**json.loads(lines[-1].removeprefix(MARK)))
-
-
-def take_turns(name: str, cases: Sequence[str], settings: Sizes) -> dict[str, list[Measurement]]:
-    """Every case as often as `settings.repetitions` says, forwards and backwards in turns."""
-    found: dict[str, list[Measurement]] = {case: [] for case in cases}
-    order = [case for turn in range(settings.repetitions) for case in list(cases)[:: -1 if turn % 2 else 1]]
-    for case in tqdm(order, desc="measuring", unit="process"):
-        found[case].append(measure_in_process(name, case, settings))
-    return found
-
-
-def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Interval:
-    """Ratio of the medians of paired numbers, with its interval over pairs; a single pair has none."""
-    drawn = np.random.default_rng(seed).integers(0, len(above), (2000, len(above)))
-    medians = np.median(np.array([above, below])[:, drawn], axis=2)
-    ratios = medians[0] / medians[1] if len(above) > 1 else np.array([np.nan])
-    return percentile_interval(median(above) / median(below), ratios)
-
-
-def compare(measured: Mapping[str, Sequence[Measurement]], program: ModuleType, seed: int = 0) -> list[dict[str, Any]]:
-    """A row for each case: its tokens per second, its time over the baselines', and its memory."""
-    times = {case: [each.seconds / each.tokens for each in found] for case, found in measured.items()}
-    rows = []
-    for case, found in measured.items():
-        row = {"title": program.CASES[case], "speed": 1 / median(times[case])}
-        row |= {name: median(getattr(each, name) for each in found) for name in ("count", "peak_bytes")}
-        for title, baseline in program.BASELINES.items():
-            below = baseline if isinstance(baseline, str) else baseline.get(case)
-            row[title] = None if below in (None, case) else median_ratio(times[case], times[below], seed)
-        rows.append(row)
-    return rows
-
-
-def run(name: str, program: ModuleType, settings: Sizes) -> None:
-    """Measures every case of a program and prints them."""
-    console = Console(width=150, highlight=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    console.print(f"{device}; " + ", ".join(f"{key} {value}" for key, value in asdict(settings).items()))
-    rows = compare(take_turns(name, list(program.CASES), settings), program, settings.seed)
-    columns = [Column("what", "title"), Column("tokens/s", "speed")]
-    columns += [Column(title, title, 3) for title in program.BASELINES]
-    columns += [Column("peak memory, MiB", "peak_bytes", 0, scale=2.0**-20), *getattr(program, "COLUMNS", ())]
-    print_table(console, rows, columns, title=program.__doc__.partition("\n")[0])

@@ -22,8 +22,8 @@ from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from eval.report import Column
-from eval.speed.harness import GAMMA, WARM_UP, Measurement, Sizes, make_policy, now, random_ids
-from eval.speed.training import Clock, common_arguments
+from eval.speed.harness import GAMMA, WARM_UP, Measurement, Program, Sizes, make_policy, now, random_ids
+from eval.speed.trainers import Clock, common_arguments
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.modeling.value_model import LengthValueHead
 from lenvm_rl.pretraining.loss import IGNORED, length_value_loss
@@ -36,13 +36,11 @@ CASES = {
     "padded": "padded loop, full logits",
     "limit": "bare backbone, dense",
 }
-BASELINES = {"time over backbone": "limit", "over padded loop": "padded"}
-COLUMNS = (Column("completions/s", "count"),)
 LONGEST = 256
 
 
 @dataclass
-class Settings(Sizes):
+class PretrainingSizes(Sizes):
     """A model and random, ragged rollouts."""
 
     prompts: int = HfArg(default=64, help="Random prompts.")
@@ -53,19 +51,19 @@ class Settings(Sizes):
     updates: int = HfArg(default=20, help="Optimiser steps that are timed each time.")
 
 
-def make_rollouts(settings: Settings) -> list[dict]:
+def make_rollouts(sizes: PretrainingSizes) -> list[dict]:
     """Ragged rollouts: lengths are log-normal, with a median of each prompt's own."""
-    draw = torch.Generator().manual_seed(settings.seed)
+    draw = torch.Generator().manual_seed(sizes.seed)
 
     def ids(count: int) -> list[int]:
-        return torch.randint(2, settings.vocab, (count,), generator=draw).tolist()
+        return torch.randint(2, sizes.vocab, (count,), generator=draw).tolist()
 
     rollouts = []
-    for group in range(settings.prompts):
-        prompt = ids(max(1, round(settings.prompt_tokens * 2.0 ** float(torch.rand((), generator=draw) * 2 - 1))))
-        center, *spread = torch.randn(settings.samples + 1, generator=draw).tolist()
+    for group in range(sizes.prompts):
+        prompt = ids(max(1, round(sizes.prompt_tokens * 2.0 ** float(torch.rand((), generator=draw) * 2 - 1))))
+        center, *spread = torch.randn(sizes.samples + 1, generator=draw).tolist()
         for each in spread:
-            length = round(settings.median_tokens * math.exp(0.5 * center + 0.4 * each))
+            length = round(sizes.median_tokens * math.exp(0.5 * center + 0.4 * each))
             completion = [*ids(min(LONGEST, max(2, length)) - 1), 1]
             rollout = {"prompt_ids": prompt, "completion_ids": completion, "finish_reason": "stop", "group": group}
             rollouts.append(rollout)
@@ -83,17 +81,17 @@ class _MeteredTrainer(LengthValueTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def run_trainer(settings: Settings, share_prompts: bool) -> tuple[list[float], list[tuple[int, int]]]:
+def run_trainer(sizes: PretrainingSizes, share_prompts: bool) -> tuple[list[float], list[tuple[int, int]]]:
     """Optimiser steps of the trainer, one micro-batch each: when each ended, and what it processed."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = LengthValueTrainingArguments(
-            **common_arguments(settings, folder), max_steps=settings.updates + WARM_UP, share_prompts=share_prompts
+            **common_arguments(sizes, folder), max_steps=sizes.updates + WARM_UP, share_prompts=share_prompts
         )
         trainer = _MeteredTrainer(
-            LengthValueModel.from_backbone(make_policy(settings), gamma=GAMMA),
+            LengthValueModel.from_backbone(make_policy(sizes), gamma=GAMMA),
             args,
-            train_dataset=Dataset.from_list(make_rollouts(settings)),
+            train_dataset=Dataset.from_list(make_rollouts(sizes)),
             callbacks=[clock],
         )
         trainer.processed = []
@@ -101,15 +99,15 @@ def run_trainer(settings: Settings, share_prompts: bool) -> tuple[list[float], l
     return clock.ends, trainer.processed
 
 
-def padded_step(settings: Settings) -> Callable[[], tuple[int, int]]:
+def padded_step(sizes: PretrainingSizes) -> Callable[[], tuple[int, int]]:
     """A step of a plain loop over random batches, each padded to its longest completion."""
-    rollouts, policy = make_rollouts(settings), make_policy(settings).train()
+    rollouts, policy = make_rollouts(sizes), make_policy(sizes).train()
     head = LengthValueHead(policy.config.hidden_size).to(policy.device)
     optimizer = torch.optim.AdamW([*policy.parameters(), *head.parameters()], lr=1e-5)
-    collate, draw = LengthValueCollator(packing=False), torch.Generator().manual_seed(settings.seed)
+    collate, draw = LengthValueCollator(packing=False), torch.Generator().manual_seed(sizes.seed)
 
     def step() -> tuple[int, int]:
-        chosen = torch.randperm(len(rollouts), generator=draw)[: settings.batch].tolist()
+        chosen = torch.randperm(len(rollouts), generator=draw)[: sizes.batch].tolist()
         batch = {name: each.to(policy.device) for name, each in collate([rollouts[row] for row in chosen]).items()}
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         hidden = policy(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
@@ -123,12 +121,12 @@ def padded_step(settings: Settings) -> Callable[[], tuple[int, int]]:
     return step
 
 
-def limit_step(settings: Settings) -> Callable[[], tuple[int, int]]:
+def limit_step(sizes: PretrainingSizes) -> Callable[[], tuple[int, int]]:
     """Forward and backward of the backbone on rows without padding, of the shape that the trainer's rows have."""
-    rollouts, backbone = make_rollouts(settings), make_policy(settings).base_model
-    order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(settings.seed))
-    rows, width = LengthValueCollator()([rollouts[row] for row in order[: settings.batch].tolist()])["input_ids"].shape
-    ids = random_ids(settings, rows, width)
+    rollouts, backbone = make_rollouts(sizes), make_policy(sizes).base_model
+    order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(sizes.seed))
+    rows, width = LengthValueCollator()([rollouts[row] for row in order[: sizes.batch].tolist()])["input_ids"].shape
+    ids = random_ids(sizes, rows, width)
 
     def step() -> tuple[int, int]:
         backbone(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
@@ -138,13 +136,24 @@ def limit_step(settings: Settings) -> Callable[[], tuple[int, int]]:
     return step
 
 
-def measure(case: str, settings: Settings) -> Measurement:
+def measure_pretraining(case: str, sizes: PretrainingSizes) -> Measurement:
     """One of the cases, in this process, with completions per second beside it."""
     if case in ("trainer", "shared"):
-        ends, processed = run_trainer(settings, share_prompts=case == "shared")
+        ends, processed = run_trainer(sizes, share_prompts=case == "shared")
     else:
-        step = padded_step(settings) if case == "padded" else limit_step(settings)
-        ends, processed = zip(*[(step(), now())[::-1] for _ in range(settings.updates + WARM_UP)], strict=True)
+        step = padded_step(sizes) if case == "padded" else limit_step(sizes)
+        ends, processed = zip(*[(step(), now())[::-1] for _ in range(sizes.updates + WARM_UP)], strict=True)
     seconds = ends[-1] - ends[WARM_UP - 1]
     tokens, completions = (sum(column) for column in zip(*processed[WARM_UP:], strict=True))
     return Measurement(tokens, seconds, completions / seconds)
+
+
+PRETRAINING = Program(
+    "pretraining",
+    __doc__,
+    PretrainingSizes,
+    CASES,
+    measure_pretraining,
+    {"time over backbone": "limit", "over padded loop": "padded"},
+    [Column("completions/s", "count")],
+)

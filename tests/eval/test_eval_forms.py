@@ -116,7 +116,7 @@ def test_length_prediction_measures_it(place, form, tmp_path):
 @pytest.mark.parametrize("form", SHARED)
 def test_speed_batching_orders_by_its_predictions(place, form, capsys):
     files = str(place / "rollouts.jsonl"), str(place / form)
-    costs = batching.measure(batching.Settings(*files, str(place / "base"), batch_size=5, shuffles=3))
+    costs = batching.measure_batching(batching.BatchingArguments(*files, str(place / "base"), batch_size=5, shuffles=3))
     prompts, completions = columns_of(place)
     # Two completions of a prompt follow each other; it is the first one's that counts.
     texts = [" ".join(f"w{token}" for token in prompts[row - row % 2]) for row in range(len(prompts))]

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import types
 
 import numpy as np
 import pytest
@@ -11,8 +10,11 @@ from ragged import make_rollout
 from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
 
 from eval.speed import __main__ as speed
-from eval.speed import batching, critic, decoding, harness, pretraining
-from eval.speed.harness import MARK, Measurement, compare, measure_in_process, median_ratio, take_turns
+from eval.speed import batching, trainers
+from eval.speed.decoding import DECODING
+from eval.speed.harness import MARK, Measurement, Program, Sizes, measure_in_process, median_ratio, peak_memory
+from eval.speed.pretraining import PRETRAINING, make_rollouts
+from eval.speed.trainers import CRITIC, CRITIC_RUNS, held_numbers, make_critic_run
 from lenvm_rl.prediction import padding_steps, predict_length
 from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.local import RolloutSampler
@@ -20,14 +22,14 @@ from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
 from lenvm_rl.tokenization import tokenizer_fingerprint
 
 SIZES = {"hidden": 32, "layers": 1, "vocab": 64, "threads": torch.get_num_threads()}
-TRAINING = critic.Settings(**SIZES, prompt_tokens=4, completion_tokens=4, batch=4, updates=2)
+TRAINING = trainers.TrainingSizes(**SIZES, prompt_tokens=4, completion_tokens=4, batch=4, updates=2)
 
 
-@pytest.mark.parametrize("case", pretraining.CASES)
+@pytest.mark.parametrize("case", PRETRAINING.cases)
 def test_every_case_of_pretraining_counts_its_tokens(case):
     counts = {"prompts": 4, "samples": 4, "prompt_tokens": 8, "median_tokens": 6, "batch": 16, "updates": 2}
-    settings = pretraining.Settings(**SIZES, **counts)
-    result, rollouts = pretraining.measure(case, settings), pretraining.make_rollouts(settings)
+    sizes = PRETRAINING.sizes(**SIZES, **counts)
+    result, rollouts = PRETRAINING.measure(case, sizes), make_rollouts(sizes)
     assert len(rollouts) == 16 and result.seconds > 0
     # A batch is the whole data set, so that both steps have the same tokens.
     tokens = sum(len(each["prompt_ids"]) + len(each["completion_ids"]) - 1 for each in rollouts)
@@ -42,18 +44,17 @@ def test_every_case_of_pretraining_counts_its_tokens(case):
         assert result.tokens % 2 == 0 and result.count == 0
 
 
-@pytest.mark.parametrize("case", decoding.CASES)
+@pytest.mark.parametrize("case", DECODING.cases)
 def test_every_case_of_decoding_is_timed(case):
-    settings = decoding.Settings(**SIZES, candidates=3, prefix=12, tokens=4, rows=2)
-    result = decoding.measure(case, settings)
+    result = DECODING.measure(case, DECODING.sizes(**SIZES, candidates=3, prefix=12, tokens=4, rows=2))
     # A step gives every row a token. Differences of two short times may have any sign.
     assert result.tokens == 2 and (result.seconds > 0 or case != "floor")
 
 
-@pytest.mark.parametrize("case", critic.CASES)
+@pytest.mark.parametrize("case", CRITIC.cases)
 def test_every_case_of_the_critic_is_the_run_that_it_says(case, tmp_path):
-    form, adapters, reference = critic.RUNS[case]
-    trainer = critic.make_run(case, TRAINING, tmp_path)
+    form, adapters, reference = CRITIC_RUNS[case]
+    trainer = make_critic_run(case, TRAINING, tmp_path)
     lenvm = trainer.length_value_model
     assert (lenvm and lenvm.config.form) == form and hasattr(trainer.model, "peft_config") == adapters
     assert (trainer.beta > 0) == reference
@@ -63,9 +64,9 @@ def test_every_case_of_the_critic_is_the_run_that_it_says(case, tmp_path):
 
 
 def test_updates_are_timed_and_weights_that_are_shared_count_once(tmp_path):
-    found = critic.measure("head_adapters", TRAINING)
+    found = CRITIC.measure("head_adapters", TRAINING)
     plain, head, adapter = (
-        critic.held_numbers(critic.make_run(case, TRAINING, tmp_path / case))
+        held_numbers(make_critic_run(case, TRAINING, tmp_path / case))
         for case in ("plain_both", "head_adapters", "adapter")
     )
     assert found.tokens == 16 and found.seconds > 0 and found.count == head
@@ -86,8 +87,7 @@ def test_cases_are_compared_by_the_time_of_a_token_with_their_own_baseline():
         "full": [Measurement(200, 3.0), Measurement(200, 6.0)],
     }
     baselines = {"limit": "plain", "own": {"full": "plain"}}
-    program = types.SimpleNamespace(CASES={"plain": "a", "full": "b"}, BASELINES=baselines)
-    plain, full = compare(measured, program)
+    plain, full = Program("", "", Sizes, {"plain": "a", "full": "b"}, None, baselines).compare(measured)
     assert (plain["title"], plain["count"], plain["peak_bytes"], plain["own"]) == ("a", 7, 4 * 2**20, None)
     assert plain["speed"] == pytest.approx(1 / 0.015) and plain["limit"] is None
     # 0.0225 over 0.015 seconds a token, in both turns.
@@ -102,26 +102,30 @@ def test_cases_take_turns_in_processes_of_their_own(monkeypatch, capsys):
         return subprocess.CompletedProcess(command, 0, f"said\n{MARK}" + json.dumps({"tokens": 4, "seconds": 2.0}), "")
 
     monkeypatch.setattr(subprocess, "run", fake)
-    found = take_turns("pretraining", ["a", "b"], pretraining.Settings(repetitions=3))
-    assert asked == ["a", "b", "b", "a", "a", "b"] and found["b"] == [Measurement(4, 2.0)] * 3
+    speed.main(["pretraining", "--repetitions", "3"])
+    names = list(PRETRAINING.cases)
+    assert asked == names + names[::-1] + names
+    capsys.readouterr()
     speed.main(["critic", "--repetitions", "2"])
     told = capsys.readouterr().out
-    assert all(title in told for title in critic.CASES.values()) and "1.000 [1.000, 1.000]" in told
+    assert all(title in told for title in CRITIC.cases.values()) and "1.000 [1.000, 1.000]" in told
 
 
 def test_a_case_is_measured_where_it_is_asked_for_with_its_peak(monkeypatch, capsys):
-    held = []
-
-    def measure(case, settings):
-        held.append(torch.ones(80_000_000))  # 320 MB
-        return Measurement(1, 2.0)
-
-    monkeypatch.setattr(decoding, "measure", measure)
-    speed.main(["decoding", "--case", "floor", "--threads", str(torch.get_num_threads())])
-    found = json.loads(capsys.readouterr().out.removeprefix(harness.MARK))
-    assert found["seconds"] == 2.0 and found["peak_bytes"] >= 0
+    peaks = iter([100, 350])
+    monkeypatch.setattr("eval.speed.harness.peak_memory", lambda: next(peaks))
+    program = Program("", "", Sizes, {"floor": ""}, lambda case, sizes: Measurement(1, 2.0), {})
+    program.measure_here("floor", Sizes(threads=torch.get_num_threads()))
+    found = json.loads(capsys.readouterr().out.removeprefix(MARK))
+    assert found["seconds"] == 2.0 and found["peak_bytes"] == 250
     with pytest.raises(SystemExit):
         speed.main(["decoding", "--case", "nonsense"])
+
+
+def test_memory_that_is_held_shows():
+    before, held = peak_memory(), bytearray(10**9)
+    held[::4096] = b"x" * len(held[::4096])
+    assert peak_memory() > before or before > 10**9
 
 
 def test_a_case_that_fails_in_its_own_process_says_its_sentence(monkeypatch):
@@ -130,31 +134,26 @@ def test_a_case_that_fails_in_its_own_process_says_its_sentence(monkeypatch):
         subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 1, "", next(ends))
     )
     with pytest.raises(RuntimeError, match="There is no model at 'x'") as caught:
-        measure_in_process("decoding", "plain", decoding.Settings())
+        measure_in_process("decoding", "plain", Sizes())
     assert "Traceback" not in str(caught.value)
     with pytest.raises(RuntimeError, match="Traceback: a defect"):
-        measure_in_process("decoding", "plain", decoding.Settings())
+        measure_in_process("decoding", "plain", Sizes())
 
 
 def test_steps_of_every_order_by_hand():
     # Prompts of 5, 3, 4 tokens, two completions each, batches of 2.
     lengths, groups = np.array([2, 4, 9, 7, 3, 5]), np.array([0, 0, 1, 1, 2, 2])
-    costs = batching.replay(lengths, groups, np.array([5, 5, 3, 3, 4, 4]), np.array([6, 6, 2, 2, 4, 4.0]), 2, 400)
+    costs = batching.replay(lengths, groups, np.array([5, 5, 3, 3, 4, 4]), np.array([6, 6, 2, 2, 4, 4.0]), 2, 2000)
     # By prompt length and by prediction, a prompt's completions share a batch: 9 + 5 + 4 steps, 2 + 2 + 2 wasted.
-    for name in ("prompt length", "predicted length"):
+    for name in ("prompt length", "predicted length", "random prompts"):
         assert (costs[name]["steps"], costs[name]["padding"]) == (18, 6)
     # 9, 7 | 5, 4 | 3, 2.
     assert (costs["realised length"]["steps"], costs["realised length"]["padding"]) == (17, 4)
-    assert costs["predicted length"]["prompt length"] == 1.0
-    assert costs["predicted length"]["realised length"] == 1.5
-    prompts = costs["random prompts"]
-    assert (prompts["steps"].low, prompts["steps"].high, prompts["padding"].estimate) == (18, 18, 6)
+    assert costs["predicted length"]["prompt length"] == 1.0 and costs["predicted length"]["realised length"] == 1.5
     # The mean over all pairings of six: 15 pairs, each in one batch out of five: |differences| sum to 50, times 1/5.
     differences = sum(abs(int(a) - int(b)) for i, a in enumerate(lengths) for b in lengths[:i])
-    random = costs["random"]["padding"]
-    assert random.low < differences / 5 < random.high and random.high - random.low < 1
-    ratio = costs["predicted length"]["random"]
-    assert ratio.estimate == pytest.approx(6 / random.estimate) and ratio.low < ratio.estimate < ratio.high
+    assert costs["random"]["padding"] == pytest.approx(differences / 5, rel=0.05)
+    assert costs["predicted length"]["random"] == 6 / costs["random"]["padding"]
     # Nothing to waste: no ratio to that.
     assert np.isnan(batching.replay(lengths * 0 + 3, groups, lengths, lengths, 2, 3)["random"]["random"])
 
@@ -177,8 +176,8 @@ def write_batching(folder):
 
 def test_the_orders_are_those_of_the_sampler(tmp_path):
     prompts, tokenizer, model, rollouts = write_batching(tmp_path)
-    settings = batching.Settings(str(tmp_path / "r.jsonl"), str(tmp_path / "lenvm"), batch_size=7, shuffles=5)
-    costs = batching.measure(settings)
+    args = batching.BatchingArguments(str(tmp_path / "r.jsonl"), str(tmp_path / "lenvm"), batch_size=7, shuffles=5)
+    costs = batching.measure_batching(args)
     lengths = np.array([len(each["completion_ids"]) for each in rollouts])
     for name, option in (("prompt length", None), ("predicted length", model)):
         sampler = RolloutSampler(
