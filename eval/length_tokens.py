@@ -30,9 +30,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 from wordcloud import WordCloud
 
-from eval.command_line import run_evaluation
 from eval.datasets import RolloutArguments, find_rollouts
 from eval.report import Column, print_table, save_figure, save_report
+from eval.runs import run_evaluation
 from eval.statistics import percentile_interval, resampled_means
 from eval.viewer.tokens import (
     BLANK,

@@ -1,4 +1,4 @@
-"""Whose models a program evaluates: a recipe's run's, or models of one's own that belong to none.
+"""How a program is started, and whose models it evaluates: a recipe's run's, or models of one's own.
 
 What a run says of itself (prompts, sampling, reward, other policies) holds for its own models, and its results go to
 its folder. A model that is named by its path belongs to no run unless one is named too: nothing of the built-in
@@ -7,20 +7,21 @@ sandbox's is taken for it.
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from lenvm_rl.decoding.guidance import LengthGuidance
 from lenvm_rl.files import read_json
 from lenvm_rl.modeling.loading import read_config
-from lenvm_rl.programs import choose_threads
+from lenvm_rl.programs import choose_threads, run_program
 from lenvm_rl.sandbox import sandbox_tokenizer
 from lenvm_rl.tokenization import tokenizer_fingerprint
 
@@ -33,6 +34,37 @@ CANDIDATES = {"top_k": 15, "top_p": 0.999, "min_p": 0.0}
 SANDBOX_CANDIDATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.01}
 # Where neither the run nor the length value model says how completions are sampled.
 UNKNOWN_SAMPLING = {"temperature": 1.0, "max_new_tokens": 256}
+
+GOES_ON = "Interrupted. What was sampled is kept: run the same command again, and it goes on from there."
+STARTS_OVER = "Interrupted before anything was written: the same command starts over."
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # Where a default depends on other arguments, the help says on which.
+        if action.default in (None, []) or "default" in (action.help or "").lower():
+            return action.help
+        return super()._get_help_string(action)
+
+
+def run_evaluation(
+    arguments: type, main: Callable[[Any], Any], program: str, description: str, interrupted: str = GOES_ON
+) -> None:
+    """Reads the command line and calls `main` with what it says; what is refused ends in a sentence.
+
+    Args:
+        arguments (`type`): dataclass of the arguments.
+        main (callable): takes them.
+        program (`str`), description (`str`): the program's module and its docstring.
+        interrupted (`str`, *optional*): what Ctrl-C leaves.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = HfArgumentParser(
+        arguments, prog=f"python -m {program}", description=description, formatter_class=HelpFormatter
+    )
+    run_program(lambda: main(*parser.parse_args_into_dataclasses()), interrupted)
 
 
 @dataclass

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from eval.command_line import STARTS_OVER, HelpFormatter
 from eval.report import Column, Entry, is_known, print_table
-from eval.runs import read_report
+from eval.runs import STARTS_OVER, HelpFormatter, read_report
 from lenvm_rl.programs import run_program
 
 logger = logging.getLogger(__name__)

@@ -35,9 +35,8 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
 
-from eval import command_line
 from eval.report import Column, legend_below, print_table, save_figure
-from eval.runs import check_writable, read_report
+from eval.runs import check_writable, read_report, run_evaluation
 from eval.speed.trainers import make_tokenizer
 from lenvm_rl.files import write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
@@ -228,4 +227,4 @@ def main(args: SteeringArguments) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    command_line.run_evaluation(SteeringArguments, main, "eval.steering", __doc__)
+    run_evaluation(SteeringArguments, main, "eval.steering", __doc__)

@@ -8,7 +8,7 @@
 Batches are sampled once, and every estimator (`eval.gradient.estimators`) turns each of them into one gradient, with
 the same constant normaliser. The signal-to-noise ratio of a batch is the squared length of the expected gradient, as
 the product of the means of two halves of the batches, over the trace of the covariance between batches; the formulas
-are in `eval.gradient.signal`. Beside it stand the cosines of the expected gradient to the task's and to the plain
+are in `eval.gradient.gradients`. Beside it stand the cosines of the expected gradient to the task's and to the plain
 length return's: what a gate, and its remedies, take from the task. Intervals are 95 % bootstraps over batches. Prints
 one table and writes gradient.json, .csv and .png.
 """
@@ -32,15 +32,21 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
-from eval.command_line import run_evaluation
 from eval.datasets import EvaluationPrompts
 from eval.graded import GradedArguments, find_reward, grade, read_run
-from eval.gradient.batches import batch_gradients, explained_variance, length_values, read_batches, select_parameters
 from eval.gradient.estimators import GradedBatch, estimators
+from eval.gradient.gradients import (
+    GradientStatistics,
+    batch_gradients,
+    explained_variance,
+    inner_products,
+    length_values,
+    read_batches,
+    select_parameters,
+)
 from eval.gradient.report import plot_gradients, print_report, summarise_gradients
-from eval.gradient.signal import GradientStatistics, inner_products
 from eval.report import save_report
-from eval.runs import OUTPUTS, output_folder, set_threads
+from eval.runs import OUTPUTS, output_folder, run_evaluation, set_threads
 from lenvm_rl.endings import own_length
 from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.prediction import weights_fingerprint

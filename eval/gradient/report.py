@@ -23,7 +23,7 @@ from eval.gradient.estimators import (
     VALUE_SPACE,
     Estimator,
 )
-from eval.gradient.signal import GradientStatistics
+from eval.gradient.gradients import GradientStatistics
 from eval.report import (
     Column,
     as_entry,
@@ -64,7 +64,7 @@ def summarise_gradients(found: Sequence[Estimator], statistics: GradientStatisti
 
     Args:
         found (sequence of [`~eval.gradient.estimators.Estimator`]): as their gradients are numbered.
-        statistics ([`~eval.gradient.signal.GradientStatistics`]): of these gradients.
+        statistics ([`~eval.gradient.gradients.GradientStatistics`]): of these gradients.
         batch_size (`int`): completions in a batch.
 
     Returns:

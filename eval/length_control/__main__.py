@@ -23,13 +23,21 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
-from eval.command_line import run_evaluation
 from eval.datasets import sandbox_problems
 from eval.length_control.prompts import read_tasks, with_length
 from eval.length_control.report import ACCURACY, ALL, COLUMNS, SCORED_MODES, plot_length_control, summarise_cell
 from eval.length_control.sampler import ARMS, Completion, LengthSampler, cell_completions
 from eval.report import print_table, save_report
-from eval.runs import OUTPUTS, CandidateArguments, RecipeRun, check_sandbox, find_run, output_folder, set_threads
+from eval.runs import (
+    OUTPUTS,
+    CandidateArguments,
+    RecipeRun,
+    check_sandbox,
+    find_run,
+    output_folder,
+    run_evaluation,
+    set_threads,
+)
 from lenvm_rl.decoding.guidance import RULES
 from lenvm_rl.endings import end_token_ids, padding_id
 from lenvm_rl.files import atomic_file

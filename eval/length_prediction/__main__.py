@@ -34,7 +34,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from eval.command_line import run_evaluation
 from eval.datasets import RolloutArguments, find_rollouts
 from eval.length_prediction.measures import (
     ALONG,
@@ -56,6 +55,7 @@ from eval.report import (
     save_figure,
     save_report,
 )
+from eval.runs import run_evaluation
 from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.pretraining.metrics import POINTS
 from lenvm_rl.returns import remaining_from_logits

@@ -13,7 +13,7 @@ from dataclasses import fields
 
 from transformers import HfArgumentParser
 
-from eval.command_line import HelpFormatter
+from eval.runs import HelpFormatter
 from eval.speed import batching
 from eval.speed.decoding import DECODING
 from eval.speed.pretraining import PRETRAINING

@@ -9,7 +9,7 @@ Prints one table and writes tradeoff.json, .csv and .png, and samples/, with whi
 Every arm uses the same prompts, the same candidate rule and the same length: tokens without end-of-sequence. Intervals
 are 95 % bootstraps over prompts. A task adds two baselines, the budget asked for in the prompt and the shortest of
 several samples (its cost is in "sampled tokens"); other data has them by --prompt_only and --best_of. "KL to base" is
-how far an arm is from the base policy, see `eval.tradeoff.divergence`.
+how far an arm is from the base policy, see `eval.tradeoff.sampler`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from eval.command_line import run_evaluation
 from eval.graded import read_run
 from eval.report import print_table, save_report
-from eval.runs import OUTPUTS, output_folder, set_threads
+from eval.runs import OUTPUTS, output_folder, run_evaluation, set_threads
 from eval.tradeoff.arms import TradeoffArguments, collect_arms
 from eval.tradeoff.report import plot_tradeoff, remarks, summarise_arm, table_columns
 

@@ -22,8 +22,7 @@ from eval.datasets import TASKS, EvaluationPrompts
 from eval.graded import GradedArguments, find_reward
 from eval.runs import CandidateArguments, RecipeRun
 from eval.style_frontier import StyleFrontier, fit_frontier
-from eval.tradeoff.divergence import policy_divergence
-from eval.tradeoff.sampler import Arm, Sampler, SampleStore, value_scale
+from eval.tradeoff.sampler import Arm, Sampler, SampleStore, policy_divergence, value_scale
 from lenvm_rl.modeling.loading import has_tokenizer, load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.tokenization import check_same_tokenizer
 
@@ -216,7 +215,7 @@ def measure_trained(
 
     Untilted, the exact divergence of both policies at the states that its completions visit. Tilted, the divergence of
     the tilt from the trained policy, which the arm has, plus the log-ratio of trained and base policy at the sampled
-    tokens: ``log p'/p + log p/q``. See [`~eval.tradeoff.divergence.policy_divergence`] on the candidate rule. `of_base`
+    tokens: ``log p'/p + log p/q``. See [`~eval.tradeoff.sampler.policy_divergence`] on the candidate rule. `of_base`
     is the sampler of the base policy, if that is asked in other words.
     """
     temperature = sampler.guidance.temperature

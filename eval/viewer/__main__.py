@@ -20,8 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from eval.command_line import STARTS_OVER, run_evaluation
-from eval.runs import check_writable, is_sandbox, set_threads
+from eval.runs import STARTS_OVER, check_writable, is_sandbox, run_evaluation, set_threads
 from eval.viewer.tokens import TokenValues, token_pieces, token_values, tokenizer_of_rollouts
 from lenvm_rl.endings import end_token_ids, own_length
 from lenvm_rl.files import atomic_file

@@ -10,7 +10,6 @@ import torch
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 
 from eval.gradient.__main__ import GradientArguments, complete, main
-from eval.gradient.batches import TokenBatch, batch_gradients, explained_variance, length_values, select_parameters
 from eval.gradient.estimators import (
     LENGTH_GRADIENT,
     LENVM_GRADIENT,
@@ -23,7 +22,15 @@ from eval.gradient.estimators import (
     position_baseline,
     position_baseline_of_others,
 )
-from eval.gradient.signal import GradientStatistics, inner_products
+from eval.gradient.gradients import (
+    GradientStatistics,
+    TokenBatch,
+    batch_gradients,
+    explained_variance,
+    inner_products,
+    length_values,
+    select_parameters,
+)
 from lenvm_rl.advantages import gae
 from lenvm_rl.sandbox import distinct_problems
 from lenvm_rl.sandbox.scripted import EOS, START, ScriptedLengthValue, ScriptedPolicy, TokenChain

@@ -13,11 +13,9 @@ from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 from transformers import HfArgumentParser, LogitsProcessorList
 
 from eval.graded import read_run
-from eval.tradeoff import divergence
 from eval.tradeoff.__main__ import main
 from eval.tradeoff.arms import TradeoffArguments, ask, measure_trained, shortest_of
-from eval.tradeoff.divergence import DivergenceMeter, policy_divergence, row_logits, token_divergence
-from eval.tradeoff.sampler import Arm, Sampler
+from eval.tradeoff.sampler import Arm, DivergenceMeter, Sampler, policy_divergence, row_logits, token_divergence
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import strip_completion
 from lenvm_rl.sandbox.scripted import EOS, START, ScriptedLengthValue, ScriptedPolicy, TokenChain, random_chain
@@ -147,7 +145,7 @@ def test_logits_of_completions_do_not_depend_on_their_batch(monkeypatch):
     policy = tiny_llama()
     prompts, completions = [[5, 6, 7, 8], [9], [10, 11]], [[20, 21, 1], [22, 23, 24, 25, 1], [1]]
     together = list(row_logits(policy, prompts, completions))
-    monkeypatch.setattr(divergence, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("eval.tradeoff.sampler.LOGITS_AT_ONCE", 1)
     for batched, single, prompt, completion in zip(
         together, row_logits(policy, prompts, completions), prompts, completions, strict=True
     ):
