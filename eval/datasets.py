@@ -27,14 +27,7 @@ EVALUATION_SEED = 0
 
 @dataclass(frozen=True)
 class Task:
-    """How the rows of a known dataset are put to a policy and graded.
-
-    Args:
-        prompt_column (`str`): column with the problem.
-        answer_column (`str`): column with the gold answer.
-        reward (`str`): dotted path of the reward function that grades it.
-        chat (`bool`): whether the problem is a user's message.
-    """
+    """How a known dataset is put to a policy and graded: columns, dotted path of the reward, whether it is a chat."""
 
     prompt_column: str
     answer_column: str
@@ -88,17 +81,13 @@ def dataset_prompts(
     answer_column: str | None = None,
     chat: bool = False,
 ) -> EvaluationPrompts:
-    """The first `count` rows of a dataset.
+    """The first `count` rows of a dataset, read as [`~lenvm_rl.tokenization.load_prompts`] does.
 
     Args:
-        name (`str`), config (`str`, *optional*), split (`str`): as for [`~lenvm_rl.tokenization.load_prompts`].
-        count (`int`): most rows.
+        name (`str`), config (`str`, *optional*), split (`str`), count (`int`): which rows.
         prompt_column (`str`): column with the prompt.
         answer_column (`str`, *optional*): handed to the reward function as `answer`.
         chat (`bool`, *optional*, defaults to `False`): wrap prompts as a user's message.
-
-    Raises:
-        ValueError: a column is missing, or a row holds no prompt.
     """
     dataset = load_prompts(name, config, split)
     for option, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):

@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from wordcloud import WordCloud
 
 from eval.datasets import RolloutArguments, find_rollouts
-from eval.report import Column, print_table, save_figure, save_report
+from eval.report import Column, as_entry, print_table, save_figure, save_report
 from eval.runs import run_evaluation
 from eval.statistics import percentile_interval, resampled_means
 from eval.viewer.tokens import (
@@ -50,6 +50,8 @@ from lenvm_rl.modeling.loading import load_length_value_model
 # As in eval.viewer: orange is longer, blue is shorter.
 SIDES = {"longer": "#b35806", "shorter": "#2166ac"}
 FONT = findfont("DejaVu Sans")
+# Of a token, in value and in tokens.
+SHIFTS = ("shift", "shift_in_tokens")
 # Tokens whose resamples are held in memory at once.
 HELD_TOKENS = 512
 
@@ -115,18 +117,16 @@ def measure_tokens(found: Occurrences, min_count: int, num_resamples: int = 2000
     Args:
         found ([`Occurrences`]): all tokens.
         min_count (`int`): tokens that occur less often get no interval.
-        num_resamples (`int`, *optional*, defaults to `2000`), seed (`int`, *optional*, defaults to `0`): of the
-            bootstrap over prompts.
+        num_resamples, seed (`int`, *optional*, defaults to `2000` and `0`): of the bootstrap over prompts.
 
     Returns:
         `list[dict]`: `token_id`, `count`, `prompts` (in which it occurs), and the intervals `shift` and
-        `shift_in_tokens` as `estimate`, `low`, `high`; the ends are `None` where it occurs too rarely, or in too few
-        prompts.
+        `shift_in_tokens`, whose ends are `None` where it occurs too rarely, or in too few prompts.
     """
     ids, column, counts = np.unique(found.token, return_inverse=True, return_counts=True)
     # One entry for each prompt and token that occurs in it, sums of which are all that a resample of prompts needs.
     pairs, entry = np.unique(found.prompt * len(ids) + column, return_inverse=True)
-    prompt, token = pairs // len(ids), pairs % len(ids)
+    prompt, token = np.divmod(pairs, len(ids))
     occurrences = np.bincount(entry)
     rows = [
         {"token_id": int(ids[k]), "count": int(counts[k]), "prompts": int(n)}
@@ -134,7 +134,7 @@ def measure_tokens(found: Occurrences, min_count: int, num_resamples: int = 2000
     ]
     frequent = np.flatnonzero(counts >= min_count)
     num_prompts = int(found.prompt.max()) + 1
-    for name in ("shift", "shift_in_tokens"):
+    for name in SHIFTS:
         means = np.bincount(entry, getattr(found, name)) / occurrences
         estimates = np.bincount(token, means * occurrences, minlength=len(ids)) / counts
         for row, estimate in zip(rows, estimates, strict=True):
@@ -147,9 +147,7 @@ def measure_tokens(found: Occurrences, min_count: int, num_resamples: int = 2000
             values[place], weights[place] = means[inside], occurrences[inside]
             draws = resampled_means(values, None, weights, num_resamples, seed)
             for k, own in zip(chosen, draws.T, strict=True):
-                interval = percentile_interval(float(estimates[k]), own)
-                if np.isfinite(interval.low):
-                    rows[k][name] |= {"low": interval.low, "high": interval.high}
+                rows[k][name] = as_entry(percentile_interval(float(estimates[k]), own))
     return sorted(rows, key=lambda row: -row["shift"]["estimate"])
 
 
@@ -162,23 +160,14 @@ def find_contexts(
     contexts = []
     for index in np.sort(generator.permutation(places)[: args.contexts]).tolist():
         row, place = int(found.row[index]), int(found.place[index])
-        record = rollouts[row]
-        ids = [*record["prompt_ids"], *record["completion_ids"]]
-        middle = len(record["prompt_ids"]) + place
+        ids = [*rollouts[row]["prompt_ids"], *rollouts[row]["completion_ids"]]
+        middle = len(rollouts[row]["prompt_ids"]) + place
         start = max(0, middle - args.context_tokens)
         shown = ids[start : middle + 1 + args.context_tokens]
         texts = [piece.text for piece in token_pieces(tokenizer, shown, ids[:start])]
-        contexts.append(
-            {
-                "row": row,
-                "place": place,
-                "before": "".join(texts[: middle - start]),
-                "token": texts[middle - start],
-                "after": "".join(texts[middle - start + 1 :]),
-                "shift": float(found.shift[index]),
-                "shift_in_tokens": float(found.shift_in_tokens[index]),
-            }
-        )
+        context = {"row": row, "place": place, "before": "".join(texts[: middle - start])}
+        context |= {"token": texts[middle - start], "after": "".join(texts[middle - start + 1 :])}
+        contexts.append(context | {name: float(getattr(found, name)[index]) for name in SHIFTS})
     return contexts
 
 
@@ -214,12 +203,7 @@ def cloud_words(rows: list[dict], min_count: int, sign: int) -> tuple[dict[str, 
     """Words of a cloud with their weights, count times mean shift; and how many frequent tokens are no words.
 
     Blanks, line ends and tabs alone, and what the font has no signs for, cannot be read in a cloud. Tokens that differ
-    in the blanks around them are one word.
-
-    Args:
-        rows (list of `dict`): all tokens, as [`measure_tokens`] gives them, with their names.
-        min_count (`int`): tokens that occur less often are left out.
-        sign (`int`): 1 for tokens that make completions longer, -1 for those that make them shorter.
+    in the blanks around them are one word. `sign` is 1 for tokens that make completions longer, -1 for shorter.
     """
     weights: dict[str, float] = {}
     unreadable = 0
@@ -243,16 +227,9 @@ def plot_clouds(rows: list[dict], min_count: int, path: Path, seed: int = 0) -> 
         axis.set_axis_off()
         title = f"make it {side}: no words"
         if weights:
-            cloud = WordCloud(
-                width=550,
-                height=420,
-                scale=2,
-                background_color="white",
-                font_path=FONT,
-                color_func=lambda *_, color=color, **__: color,
-                prefer_horizontal=1.0,
-                random_state=seed,
-            )
+            look = {"width": 550, "height": 420, "scale": 2, "background_color": "white", "font_path": FONT}
+            look["color_func"] = lambda *_, color=color, **__: color
+            cloud = WordCloud(prefer_horizontal=1.0, random_state=seed, **look)
             axis.imshow(cloud.generate_from_frequencies(weights).to_array(), interpolation="bilinear")
             # The smallest find no room.
             title = f"make it {side}: {len(cloud.layout_)} of {len(weights)} words"

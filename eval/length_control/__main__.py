@@ -126,7 +126,7 @@ class LengthPrompts:
     answers: list[str] | None = None
 
 
-def read_prompts(args: LengthControlArguments, tokenizer: PreTrainedTokenizerBase) -> LengthPrompts:
+def length_prompts(args: LengthControlArguments, tokenizer: PreTrainedTokenizerBase) -> LengthPrompts:
     """The dataset's prompts with and without each length instruction, or the sandbox's evaluation prompts."""
     if args.dataset_name is None:
         problems = sandbox_problems(args.num_prompts or 320)
@@ -165,7 +165,7 @@ def load_sampler(args: LengthControlArguments, pad_token: str | None) -> tuple[L
     tokenizer = load_tokenizer(args.policy, pad_token)
     if args.dataset_name is None:
         check_sandbox(tokenizer, args.policy, "The prompts are", "Name a LIFEBench file with --dataset_name.")
-    prompts = read_prompts(args, tokenizer)
+    prompts = length_prompts(args, tokenizer)
     policy = load_policy(args.policy)
     ends = end_token_ids(tokenizer, policy.generation_config)
     sampler = LengthSampler(

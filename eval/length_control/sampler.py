@@ -120,17 +120,15 @@ class LengthSampler:
     like acts.
 
     Args:
-        policy (`PreTrainedModel`): in eval mode.
-        length_value_model (`LengthValueModel`): frozen.
+        policy (`PreTrainedModel`), length_value_model (`LengthValueModel`): in eval mode, and frozen.
         prompt_ids (sequence of lists of `int`): each prompt without a length instruction.
         asked_ids (mapping): `(mode, target)` to the ids of each prompt with that instruction.
         caps (mapping): target to the longest completion, end-of-sequence counted; at least ``target + 1``.
         candidates ([`LengthGuidance`]): temperature and candidate rule of every arm.
         rule (`str`), tolerance (`float`, *optional*): see [`LengthGuidance`].
-        eos_token_ids (list of `int`), pad_token_id (`int`): of the policy.
+        eos_token_ids (list of `int`), pad_token_id (`int`), tokenizer (*optional*): of the policy.
         num_samples (`int`), batch_size (`int`): completions per prompt and cell, and per `generate` call.
         seed (`int`): of the whole.
-        tokenizer (*optional*): the policy's, to be compared with the length value model's.
     """
 
     policy: PreTrainedModel
@@ -154,7 +152,7 @@ class LengthSampler:
         )
 
     def plan(self, arms: Sequence[str], modes: Sequence[str]) -> list[list[Request]]:
-        """The requests in batches: those of an arm and a cap together, whatever their mode, sorted by prompt length."""
+        """The requests in batches: an arm's with one cap together, whatever their mode, sorted by prompt length."""
         batches = []
         for arm in arms:
             for cap in [max(self.caps.values())] if arm == BASE else sorted(set(self.caps.values())):
@@ -201,7 +199,7 @@ class LengthSampler:
 
     @torch.no_grad()
     def sample(self, batch: Sequence[Request], seed: int) -> list[Completion]:
-        """The completions of one batch, whose cap is that of its largest target."""
+        """The completions of one batch, whose cap is its largest target's."""
         cap = max(self.caps.values()) if batch[0].target is None else max(self.caps[each.target] for each in batch)
         ids, mask = pad_left([self._prompt(request) for request in batch], self.pad_token_id, self.policy.device)
         torch.manual_seed(seed)
@@ -255,13 +253,8 @@ def cell_completions(completions: Sequence[Completion], arm: str, mode: str, tar
 def completion_nll(
     policy: PreTrainedModel, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]
 ) -> list[list[float]]:
-    """Negative log-probability of each completion's tokens, in nats, at temperature 1 and with all tokens candidates.
-
-    Args:
-        policy (`PreTrainedModel`): in eval mode.
-        prompt_ids (sequence of lists of `int`): what each completion is taken to follow.
-        completion_ids (sequence of lists of `int`): ids, the end-of-sequence token included where there is one.
-    """
+    """Negative log-probability of each completion's tokens after its prompt, in nats, at temperature 1 and with all
+    tokens candidates; the end-of-sequence token is one of them where there is one."""
     width = max(len(row) for row in prompt_ids) + max(len(row) for row in completion_ids)
     size = max(1, SCORED_TOKENS // width)
     found: list[list[float]] = []

@@ -3,12 +3,11 @@
     python -m eval.length_prediction --rollouts held_out.jsonl --length_value_model outputs/length_value_model \
         --domain_column domain --output_dir outputs/length_prediction
 
-The metrics are those of value pretraining (`lenvm_rl.pretraining.metrics`), overall and for each domain, with 95 %
-bootstrap intervals over prompts, beside what needs no model (`lenvm_rl.pretraining.references`): the mean of all
-lengths, a line on the prompt's own length, and as a floor the median of the very completions that are to be predicted.
-Added are the slope of the calibration and the order at each point: Kendall's tau-b, and the pairwise accuracy, which
-is the share of pairs of completions of two different prompts, unequal in length, whose order is predicted (a tie
-counts half).
+Metrics are as in value pretraining (`lenvm_rl.pretraining.metrics`), overall and for each domain, with 95 % bootstrap
+intervals over prompts, beside what needs no model (`lenvm_rl.pretraining.references`): the mean of all lengths, a line
+on the prompt's own length, and as a floor the median of the very completions that are to be predicted. Added are the
+slope of the calibration and the order at each point: Kendall's tau-b, and the pairwise accuracy, which is the share of
+pairs of completions of two different prompts, unequal in length, whose order is predicted (a tie counts half).
 
 Lengths count the end-of-sequence token. Cut completions have no known length: they count in `truncated_share` alone.
 Writes length_prediction.json, .csv and .png. Without `--rollouts`, completions of the sandbox's evaluation prompts are
@@ -113,7 +112,7 @@ class PredictionArguments(RolloutArguments):
 
 
 def split_domains(rollouts: Dataset, column: str | None) -> dict[str, Tensor]:
-    """Rows of each domain, after those of all of them; a prompt belongs to one domain."""
+    """Rows of all domains together, then of each; a prompt belongs to one domain."""
     everything = {ALL: torch.arange(len(rollouts))}
     if column is None:
         return everything

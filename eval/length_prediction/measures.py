@@ -1,6 +1,6 @@
 """What a length value model says along completions, boiled down to metrics with 95 % bootstrap intervals over prompts.
 
-The metrics are those of value pretraining (`lenvm_rl.pretraining.metrics`, `lenvm_rl.pretraining.references`); added
+Metrics are as in value pretraining (`lenvm_rl.pretraining.metrics`, `lenvm_rl.pretraining.references`); added
 are the slope of the calibration, errors against halves of a prompt's completions, and whether completions are put in
 the right order (Kendall's tau-b and pairwise accuracy). Tokens count the end-of-sequence token.
 """

@@ -6,7 +6,7 @@
 - `floor`: per token one forward of the policy for one token and one of the length value model for all candidates, both
   on their caches, with nothing around them: no sampling, no candidate rule, no cache to keep.
 
-Tokens are those of all rows, at prefixes of `prefix` tokens: the prompt is that long less half of the tokens generated,
+Tokens of all rows count, at prefixes of `prefix` tokens: the prompt is that long less half of the tokens generated,
 and the time to read it is taken off.
 """
 

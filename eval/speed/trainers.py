@@ -237,7 +237,7 @@ def make_legacy(sizes: PPOSizes, folder: Path) -> Trainer:
 
 
 def time_updates(trainer: Trainer, sizes: TrainingSizes, steps: int = 1) -> Measurement:
-    """Trains, and measures an update, which takes so many optimiser steps; tokens are those of its completions."""
+    """Trains, and measures an update, which takes so many optimiser steps; its completions' tokens count."""
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()

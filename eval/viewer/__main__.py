@@ -66,14 +66,7 @@ def completion_entry(
     tokenizer: PreTrainedTokenizerBase,
     end_ids: Collection[int] | None = None,
 ) -> dict[str, Any]:
-    """What the page needs of a completion.
-
-    Args:
-        record (`dict`): a rollout record.
-        row (`int`): its row in the file.
-        values ([`~eval.viewer.tokens.TokenValues`]): what the model says along it.
-        tokenizer (`PreTrainedTokenizerBase`): decodes it.
-        end_ids (`Collection[int]`, *optional*, defaults to the tokenizer's end): ids that end a completion.
+    """What the page needs of a completion, a record of the file's `row`, and what the model says along it.
 
     Returns:
         `dict`: `tokens`, L entries `[text, part, parts, special]` as a [`~eval.viewer.tokens.Piece`] has them;

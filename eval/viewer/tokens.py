@@ -33,8 +33,7 @@ class Piece:
 
     Args:
         text (`str`): its text; empty where it holds only a part of a character that later tokens complete.
-        part (`int`): which of the tokens that share a character it is, from 1.
-        parts (`int`): tokens that share the character: 1 for nearly all tokens.
+        part, parts (`int`): which of how many tokens that share a character it is, from 1; nearly always 1 of 1.
         special (`bool`): whether it is no text, and `text` is its name.
     """
 
@@ -61,12 +60,7 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before:
     """The text of each token in its place; the texts together are the text of all tokens.
 
     A character that a byte-level vocabulary spreads over several tokens stands at the last of them: half a character
-    cannot be shown.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): decodes them.
-        ids (`Sequence[int]`): the tokens.
-        before (`Sequence[int]`, *optional*): tokens before them: whether a word begins with a blank can depend on it.
+    cannot be shown. Whether a word begins with a blank can depend on the tokens `before`.
     """
     special = _special_ids(tokenizer)
     pieces: list[Piece] = []

@@ -201,7 +201,7 @@ def test_domains_keep_prompts_whole():
     }  # fmt: skip
     with pytest.raises(ValueError, match="domain_column"):
         split_domains(Dataset.from_list(rows), "subject")
-    with pytest.raises(ValueError, match="Prompt 3 is in the domains 'b' and 'c'"):
+    with pytest.raises(ValueError, match="Prompt 3"):
         split_domains(Dataset.from_list([*rows, {**rows[-1], "domain": "c"}]), "domain")
     with pytest.raises(ValueError, match="'all'"):
         split_domains(Dataset.from_list([{**row, "domain": "all"} for row in rows]), "domain")
@@ -287,5 +287,5 @@ def test_without_rollouts_the_sandbox_is_sampled_once(tmp_path):
     content = (tmp_path / "out" / "rollouts.jsonl").read_bytes()
     assert main(args)["domains"] == report["domains"]
     assert (tmp_path / "out" / "rollouts.jsonl").read_bytes() == content
-    with pytest.raises(ValueError, match="Give --policy to sample"):
+    with pytest.raises(ValueError, match="--policy"):
         main(replace(args, policy=None))
