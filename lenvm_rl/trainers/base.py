@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from lenvm_rl.endings import through_first_end
 from lenvm_rl.files import MetricsFile, check_files, explained_failure
 from lenvm_rl.modeling.backbones import check_embeds
 from lenvm_rl.trainers import checks
-from lenvm_rl.trainers.arguments import trainer_keywords
+from lenvm_rl.trainers.checks import trainer_keywords
 from lenvm_rl.trainers.coefficient import LengthCoefficient
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.frozen import FrozenLengthValues, check_shards, length_value_model_of, place_length_value_model
@@ -33,6 +35,17 @@ from lenvm_rl.trainers.rollouts import (
 )
 from lenvm_rl.trainers.streams import Batch, Processes, Streams
 
+LENVM_CITATION = textwrap.dedent("""\
+    @article{zhang2026length,
+        title        = {{Length Value Model: Scalable Value Pretraining for Token-Level Length Modeling}},
+        author       = {Zhen Zhang and Changyi Yang and Zijie Xia and Zhen Yang and Chengzhi Liu and Zhaotiao Weng and
+                        Yepeng Liu and Haobo Chen and Jin Pan and Chenyang Zhao and Yuheng Bu and Alkesh Patel and
+                        Zhe Gan and Xin Eric Wang},
+        year         = 2026,
+        eprint       = {arXiv:2604.27039},
+    }""")
+# What TRL's template makes of a base model, and of a trained one, without a hub id.
+NO_BASE, NO_NAME = "[None](https://huggingface.co/None)", 'model="None"'
 # Shares of a batch that are not logged: of what was scored, and paid for length.
 SCORED, PAID = "scored", "paid"
 
@@ -262,7 +275,17 @@ class LenVMTrainer(ResumableTrainer):
             self._log_all(self._coefficient.observe(measured, is_paid))
         self._log_all(self._frozen.observe(measured, batch, read.completions, read.outcomes.correct))
 
-    # Checkpoints.
+    # Checkpoints, and the card beside them.
+
+    def create_model_card(self, *arguments, **options):
+        """See TRL, which calls a model `None` that is on no hub."""
+        super().create_model_card(*arguments, **options)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            kind = self.accelerator.unwrap_model(self.model).config.model_type
+            card = path.read_text(encoding="utf-8")
+            card = card.replace(NO_BASE, f"a model of type `{kind}` that is on no hub")
+            path.write_text(card.replace(NO_NAME, 'model="path/to/this/folder"'), encoding="utf-8")
 
     def _check_checkpoint(self, checkpoint: str) -> int:
         step = super()._check_checkpoint(checkpoint)

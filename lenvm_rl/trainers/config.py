@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from trl import GRPOConfig
 
 from lenvm_rl.shaping import check_shaping_gamma
-from lenvm_rl.trainers.arguments import check_config_names
+from lenvm_rl.trainers.checks import check_config_names
 
 # Intervals; infinity is always left out, and so is what is not a number.
 UNIT, POSITIVE, NOT_NEGATIVE, NUMBER = "[0, 1]", "(0, inf)", "[0, inf)", "(-inf, inf)"

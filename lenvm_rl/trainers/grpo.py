@@ -2,8 +2,7 @@
 
 from trl import GRPOTrainer
 
-from lenvm_rl.trainers.base import LenVMTrainer
-from lenvm_rl.trainers.card import LENVM_CITATION
+from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer
 from lenvm_rl.trainers.config import LenVMGRPOConfig
 from lenvm_rl.trainers.streams import Batch, Streams, grpo_streams
 

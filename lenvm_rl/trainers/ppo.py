@@ -2,14 +2,14 @@
 
 import contextlib
 import os
+import textwrap
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lenvm_rl.modeling.critic import TaskCritic
-from lenvm_rl.trainers.base import LenVMTrainer
-from lenvm_rl.trainers.card import LENVM_CITATION, PPO_CITATION
+from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer
 from lenvm_rl.trainers.config import LenVMPPOConfig
 from lenvm_rl.trainers.critic import (
     CRITIC_FOLDER,
@@ -24,6 +24,13 @@ from lenvm_rl.trainers.reading import value_logits
 from lenvm_rl.trainers.streams import Batch, Streams, ppo_streams, value_loss
 
 CRITIC = "task critic"
+PPO_CITATION = textwrap.dedent("""\
+    @article{schulman2017proximal,
+        title        = {{Proximal Policy Optimization Algorithms}},
+        author       = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+        year         = 2017,
+        eprint       = {arXiv:1707.06347},
+    }""")
 
 
 def _counted(read: Batch) -> Tensor:

@@ -32,9 +32,9 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
 
 from lenvm_rl.files import atomic_file, is_complete, last_complete_checkpoint
-from lenvm_rl.trainers.card import CardWritingTrainer
 from lenvm_rl.trainers.rewards import keep_reward_states
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def check_optimizer_fits(optimizer, checkpoint: str) -> None:
         )
 
 
-class ResumableTrainer(CardWritingTrainer):
+class ResumableTrainer(GRPOTrainer):
     """[`trl.GRPOTrainer`] that resumes exactly, see [`lenvm_rl.trainers.resuming`].
 
     Raises:

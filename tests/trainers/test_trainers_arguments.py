@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
-from lenvm_rl.trainers.arguments import _OF_CONFIGS, _OF_TRAINERS
+from lenvm_rl.trainers.checks import _OF_CONFIGS, _OF_TRAINERS
 
 TRAINERS = [(LenVMGRPOTrainer, LenVMGRPOConfig), (LenVMPPOTrainer, LenVMPPOConfig)]
 # By position in TRL 1.16; what a version lacks is left out.
