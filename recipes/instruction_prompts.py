@@ -49,7 +49,7 @@ class PromptArguments:
     seed: int = HfArg(default=0, help="Which prompts are drawn, and in which order they stand.")
 
 
-def read_prompts(data_dir: Path, domain: str) -> list[str]:
+def published_prompts(data_dir: Path, domain: str) -> list[str]:
     """All prompts of a domain, in the order of its file."""
     name, prompt_of = SOURCES[domain]
     path = data_dir / name
@@ -69,7 +69,7 @@ def draw_prompts(args: PromptArguments) -> list[dict[str, str]]:
     """`{"prompt", "domain"}` of the drawn prompts, in random order."""
     drawn = []
     for domain in SOURCES:
-        prompts = read_prompts(Path(args.data_dir), domain)
+        prompts = published_prompts(Path(args.data_dir), domain)
         short = [prompt for prompt in prompts if len(prompt) <= args.max_characters]
         chosen = random.Random(args.seed).sample(short, min(args.per_domain, len(short)))
         logger.info("%s: %d of %d prompts, %d too long", domain, len(chosen), len(prompts), len(prompts) - len(short))

@@ -21,7 +21,7 @@ from lenvm_rl.modeling.loading import ADAPTER_FILE, model_type
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer, checks
 from recipes.arguments import read_arguments
-from recipes.stages import make_run, prepare_process, train_stage
+from recipes.stages import begin_run, prepare_process, train_stage
 
 
 @dataclass
@@ -45,7 +45,7 @@ def main() -> None:
         checks.check_model_path(critic, "the critic")
         model_type(critic, ADAPTER_FILE)
     prepare_process(sandbox=model.model_name_or_path is None)
-    run = make_run(args, config, model, dense=True)
+    run = begin_run(args, config, model, dense=True)
     train_stage("ppo", run, lambda **kwargs: LenVMPPOTrainer(critic=critic, **kwargs), critic=critic)
 
 

@@ -6,8 +6,7 @@
 The rollouts come from recipes/sample_rollouts.py. The model, in output_dir, is loaded with
 `LengthValueModel.from_pretrained`; gamma is fitted to the rollouts unless it is given, and stored with the model. The
 metrics of the held-out prompts are printed beside references on the same rollouts, which are kept in held_out.jsonl
-for other evaluations. Every option of transformers' TrainingArguments is available: `--report_to wandb` or
-`--report_to trackio` logs there, given the package of that name.
+for other evaluations. Every option of transformers' TrainingArguments is available, such as `--report_to wandb`.
 
 Several GPUs take one of recipes/accelerate_configs, before the recipe on the command line:
 
@@ -48,14 +47,11 @@ ROWS = {
     "this model": ("length_mae_at_0", "length_mre_at_0", "consistent_mre", "half_mre"),
     "mean of all": ("reference_mean_length_mae", "reference_mean_length_mre", "reference_mean_consistent_mre", None),
     "line on the prompt's tokens": (
-        "reference_regression_length_mae",
-        "reference_regression_length_mre",
-        "reference_regression_consistent_mre",
-        None,
+        *(f"reference_regression_{name}" for name in ("length_mae", "length_mre", "consistent_mre")), None,
     ),
     "median of the prompt's own": ("reference_median_length_mae", None, None, None),
     "the other half of the samples": (None, None, None, "reference_half_mre"),
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -80,7 +76,9 @@ class PretrainArguments:
 
 
 def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -> dict[str, float]:
-    """Reads the rollouts, pretrains, evaluates and saves; returns the metrics."""
+    """Reads the rollouts, pretrains, evaluates and saves; returns the metrics. The first process says what it does."""
+    level = logging.INFO if training_args.process_index == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
     rollouts, metadata = read_rollouts(args.rollouts)
     if args.eval_rollouts is not None:
         eval_rollouts, _ = read_rollouts(args.eval_rollouts)
@@ -108,12 +106,7 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
 
 
 def print_comparison(metrics: dict[str, float], console: Console) -> None:
-    """Prints the errors at the prompt beside the references, and what they say.
-
-    Args:
-        metrics (`dict[str, float]`): what `pretrain` returned, see docs/metrics.md.
-        console (`rich.console.Console`): where to.
-    """
+    """Prints the errors at the prompt beside the references, and what they say (see docs/metrics.md)."""
     table = Table(title="length predicted at the prompt, held-out prompts")
     table.add_column("predictor")
     for column in COLUMNS:
@@ -145,13 +138,5 @@ def make_parser() -> ProgramParser:
     )
 
 
-def run() -> None:
-    """The program: reads the command line, and says on the first process what it does."""
-    script_args, training_args = make_parser().parse_args_and_config()
-    level = logging.INFO if training_args.process_index == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s")
-    main(script_args, training_args)
-
-
 if __name__ == "__main__":
-    run_program(run, INTERRUPTED)
+    run_program(lambda: main(*make_parser().parse_args_and_config()), INTERRUPTED)

@@ -111,8 +111,8 @@ class SampleArguments:
     )
     eos_token_ids: list[int] | None = HfArg(
         default=None,
-        help="server, vllm: ids that end a completion. Default: the tokenizer's and those of the policy's "
-        "generation config. (transformers always takes these.)",
+        help="server, vllm: ids that end a completion. Default: what the tokenizer and the policy's generation config "
+        "name. (transformers always takes these.)",
     )
 
 

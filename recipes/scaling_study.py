@@ -82,7 +82,7 @@ class ScalingArguments:
     backbone_tokens: int = HfArg(default=1_000_000, help="Tokens of text that each of these decoders is fitted on.")
     prompts: list[int] = HfArg(
         default_factory=lambda: [32, 128, 512],
-        help="Numbers of training prompts, ascending, multiples of 4; the last is that of other axes.",
+        help="Numbers of training prompts, ascending, multiples of 4; the other axes have the last.",
     )
     samples: list[int] = HfArg(
         default_factory=lambda: [1, 2, 4, 8, 16],
@@ -150,7 +150,7 @@ def make_axes(args: ScalingArguments) -> dict[str, dict[str, Cell]]:
 
 
 @dataclass
-class Study:
+class ScalingStudy:
     """What all cells share: the policy, and rollouts of training and of held-out prompts."""
 
     args: ScalingArguments
@@ -231,7 +231,7 @@ def rate_factor(hidden_size: int) -> float:
     return min(10.0, 64 / hidden_size)
 
 
-def prepare_study(args: ScalingArguments) -> Study:
+def prepare_study(args: ScalingArguments) -> ScalingStudy:
     """Samples what the cells share, of a policy that is fitted on first use unless one is given."""
     policy = args.policy or str(Path(args.output_dir) / "policy")
     if args.policy is None:
@@ -239,7 +239,7 @@ def prepare_study(args: ScalingArguments) -> Study:
     train, metadata = _sample(args, policy, "train", args.prompts[-1], args.samples[-1], seed=1)
     held_out, _ = _sample(args, policy, "evaluation", args.held_out_prompts, args.held_out_samples, seed=0)
     gamma, _ = fit_gamma_to_rollouts(train)
-    return Study(args, policy, train, held_out, metadata, gamma)
+    return ScalingStudy(args, policy, train, held_out, metadata, gamma)
 
 
 def fit_decoder(title: str, path: Path, settings: PolicySettings) -> None:
@@ -281,7 +281,7 @@ def _sample(
     return rollouts, metadata
 
 
-def run_cells(study: Study, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def run_cells(study: ScalingStudy, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Yields every cell with its result: read if it is there, else made and written."""
     for number, cell in enumerate(cells, start=1):
         path = result_path(study.args, cell)

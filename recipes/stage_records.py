@@ -29,7 +29,7 @@ def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Cal
         make (callable): writes the artefact, or goes on with what an interrupted run left of it.
     """
     settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
-    found = read_record(artefact)
+    found = stage_record(artefact)
     if found is not None and found["settings"] != settings:
         before = found["settings"]
         changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
@@ -52,7 +52,7 @@ def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Cal
     write_record(artefact, settings, finished=True)
 
 
-def read_record(artefact: Path) -> dict[str, Any] | None:
+def stage_record(artefact: Path) -> dict[str, Any] | None:
     """What the record of a stage says of its artefact, `None` if there is neither that nor a part of it.
 
     A record alone is what a first attempt leaves that failed at once, or an artefact that somebody removed to make it

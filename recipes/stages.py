@@ -38,7 +38,7 @@ from lenvm_rl.trainers.rewards import gate_index
 from recipes.arguments import StageArguments, model_kwargs
 from recipes.reward_trial import try_rewards
 from recipes.sample_rollouts import make_prompts
-from recipes.stage_records import console, read_record, run_stage
+from recipes.stage_records import console, run_stage, stage_record
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def gate_reward_path(args: StageArguments, config: LenVMConfig) -> str:
     return args.reward_funcs[index or 0]
 
 
-class Run:
+class RecipeRun:
     """One run of a recipe: where its artefacts are, and the settings they are made with.
 
     Args:
@@ -228,7 +228,7 @@ class Run:
         if self.args.length_value_model is not None:
             return
         target = self.output_dir / "length_value_model"
-        found = read_record(target)
+        found = stage_record(target)
         # Rollouts are large, and need not stay where they have served.
         if self.rollouts.exists() or found is None or not found["finished"]:
             self.make_rollouts()
@@ -349,24 +349,24 @@ def check_before(args: StageArguments, config: LenVMConfig, model: ModelConfig, 
         )
 
 
-def make_run(args: StageArguments, config: LenVMConfig, model: ModelConfig, dense: bool = False) -> Run:
+def begin_run(args: StageArguments, config: LenVMConfig, model: ModelConfig, dense: bool = False) -> RecipeRun:
     """The run that the arguments describe, with every stage before training done."""
     check_before(args, config, model, dense)
     if args.smoke:
         smoke_sizes(config)
-    run = Run(args, config, model)
+    run = RecipeRun(args, config, model)
     run.check()
     run.make_policy()
     run.make_length_value_model()
     return run
 
 
-def train_stage(algorithm: str, run: Run, make_trainer: Callable[..., Any], **settings: Any) -> None:
+def train_stage(algorithm: str, run: RecipeRun, make_trainer: Callable[..., Any], **settings: Any) -> None:
     """Train a policy into `<output_dir>/<trained_name>`, going on from its last checkpoint if there is one.
 
     Args:
         algorithm (`str`): name of the run's subfolder and of the trained policy in run.json, unless one is given.
-        run ([`~recipes.stages.Run`]): what was made before.
+        run ([`~recipes.stages.RecipeRun`]): what was made before.
         make_trainer (callable): takes the trainer's keyword arguments, returns the trainer.
         settings: further settings that the result depends on.
     """
@@ -396,7 +396,7 @@ def train_stage(algorithm: str, run: Run, make_trainer: Callable[..., Any], **se
             )
         trainer.save_model(str(target))
         if config.refresh_steps > 0 and PartialState().is_main_process:
-            # The run's own is that of the base policy, and stays; this one knows the trained policy.
+            # The run's own knows the base policy, and stays; this one knows the trained policy.
             bare = trainer.accelerator.unwrap_model(trainer.length_value_model)
             bare.save_pretrained(str(target / "length_value_model"))
 

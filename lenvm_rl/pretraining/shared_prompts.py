@@ -4,7 +4,7 @@ A row holds blocks. A block is a prompt without its last token, then siblings, e
 completion. (The last token is repeated, since the state before the first token belongs to every sibling, with another
 length to come in each.) Positions go on from the prompt in every sibling; an attention mask lets a token see the tokens
 before it of the prompt and of its own sibling. What a token sees, and where, is thus what it sees in its completion
-alone, so values and gradients are those of the completions alone.
+alone, and so values and gradients are the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SHARED = 0  # sibling number of a prompt's tokens
 class SharedPromptCollator:
     """Rollouts as rows of blocks: a prompt once, and completions of it.
 
-    Completions share where their prompts have the same tokens and they come in one micro-batch. If those of a prompt
+    Completions share where their prompts have the same tokens and they come in one micro-batch. If a prompt's
     do not fit in a row, the prompt is repeated in another.
 
     Args:

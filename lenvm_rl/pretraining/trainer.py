@@ -162,7 +162,7 @@ class LengthValueTrainer(Trainer):
 
     The mean runs over all states of an optimiser step: its gradient does not depend on how the step is split into
     micro-batches and processes, nor on packing and padding. Steps are drawn at random from all completions (with
-    `share_prompts`, from all prompts); where sequences are padded, those of a step are sorted into micro-batches.
+    `share_prompts`, from all prompts); where sequences are padded, a step is sorted into micro-batches.
 
     Args:
         model ([`LengthValueModel`]): what to fit; its config holds gamma.

@@ -209,7 +209,7 @@ class SamplingJob(ABC):
 
 
 def in_order(steps: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The records of all steps by prompt; those of one prompt in the order of the steps."""
+    """The records of all steps by prompt, for each prompt in the order of the steps."""
     records = [record for step in sorted(steps) for record in steps[step]]
     return sorted(records, key=lambda record: record["group"])
 

@@ -161,7 +161,7 @@ def random_chain(vocab_size: int, seed: int, min_hazard: float = 0.01) -> TokenC
 
 
 class ScriptedConfig(PreTrainedConfig):
-    """Configuration of both scripted models; `gamma` is that of [`ScriptedLengthValue`] and unused by the policy."""
+    """Configuration of both scripted models; `gamma` is used by [`ScriptedLengthValue`] alone."""
 
     model_type = "scripted"
 
@@ -208,7 +208,7 @@ class ScriptedModel(PreTrainedModel):
 
 
 class ScriptedPolicy(ScriptedModel, GenerationMixin):
-    """A causal language model whose next-token distribution is that of a [`TokenChain`].
+    """A causal language model that draws the next token as a [`TokenChain`] does.
 
     The logits of a position are the row of its token, so the policy is tabular: its parameters can be trained, and its
     exact law read back with [`~ScriptedPolicy.chain`].

@@ -8,7 +8,7 @@ from datasets import Dataset
 from lenvm_rl.sandbox import PolicySettings, sandbox_tokenizer
 from lenvm_rl.sandbox.policy import new_policy
 from recipes import scaling_study
-from recipes.scaling_study import Cell, ScalingArguments, Study, make_axes, make_table
+from recipes.scaling_study import Cell, ScalingArguments, ScalingStudy, make_axes, make_table
 
 
 def test_axes_share_their_base_and_differ_in_one_thing():
@@ -42,7 +42,7 @@ def rollouts_of(prompts, samples):
 
 def test_a_cell_trains_on_its_part_of_the_data_for_the_same_tokens():
     args = ScalingArguments(prompts=[8, 16], samples=[1, 4], batch_size=4, train_tokens=220)
-    study = Study(args, "policy", rollouts_of(16, 4), None, None, gamma=0.9)
+    study = ScalingStudy(args, "policy", rollouts_of(16, 4), None, None, gamma=0.9)
     part = study.rollouts_of(Cell(8, 2, seed=0))
     groups = part["group"][:]
     assert len(part) == 16 and all(groups.count(group) == 2 for group in groups)
@@ -72,7 +72,7 @@ def run(tmp_path, policy, *options):
 
 def test_a_smoke_study_is_reported_and_resumed(tmp_path, policy, monkeypatch, capsys):
     trained = []
-    original = Study.run
+    original = ScalingStudy.run
 
     def counted(self, cell):
         if len(trained) == 3:
@@ -80,12 +80,12 @@ def test_a_smoke_study_is_reported_and_resumed(tmp_path, policy, monkeypatch, ca
         trained.append(cell)
         return original(self, cell)
 
-    monkeypatch.setattr(Study, "run", counted)
+    monkeypatch.setattr(ScalingStudy, "run", counted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, policy)
     first = {path: path.read_bytes() for path in (tmp_path / "study" / "cells").iterdir()}
     assert len(first) == 3
-    monkeypatch.setattr(Study, "run", lambda self, cell: trained.append(cell) or original(self, cell))
+    monkeypatch.setattr(ScalingStudy, "run", lambda self, cell: trained.append(cell) or original(self, cell))
     run(tmp_path, policy)
     # 2 sizes, 2 numbers of prompts, 2 of samples, 2 gammas, of which one is in three: 6 distinct ones.
     assert len(trained) == len(set(trained)) == 2 * 6
