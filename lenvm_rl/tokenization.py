@@ -1,7 +1,8 @@
-"""Do two models speak of the same tokens? Fingerprints of tokenizers, and checks that refuse what cannot work.
+"""What a model's token ids stand for, and which ids a prompt becomes: all that depends on the tokenizer alone.
 
 A value model reads token ids and nothing else: what it says about a policy's completion means something only if both
-give every id the same token and stop at the same one.
+give every id the same token and stop at the same one. So tokenizers have fingerprints, which are compared. Prompts are
+text, tokenised as it is, or messages, for the chat template; a data set of them is looked through before time is spent.
 """
 
 from __future__ import annotations
@@ -19,15 +20,24 @@ from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+TokenizerOrFingerprint = PreTrainedTokenizerBase | dict[str, Any] | None
+Prompt = str | list[dict[str, Any]]
+
 SHOWN_DIFFERENCES = 5
+# How the files that data sets come in are read: the builder of `datasets`, and its settings.
+_BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+MIXED = "is of another kind than row 0: one of them is text, the other holds messages"
 
 
-def tokenizer_fingerprint(tokenizer) -> dict:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What has to agree for two tokenizers to be the same vocabulary, small enough to live in a model's config.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Added tokens count as part of the vocabulary.
 
     Returns:
         `dict`: `vocab_size` (the number of tokens, added ones included), `eos_token_id` and `pad_token_id` (`None`
@@ -43,25 +53,22 @@ def tokenizer_fingerprint(tokenizer) -> dict:
     }
 
 
-def check_same_tokenizer(ours, theirs, ours_name="the length value model", theirs_name="the policy") -> None:
-    """Raise unless both name the same tokens by the same ids and end at the same one.
+def check_same_tokenizer(
+    ours: TokenizerOrFingerprint,
+    theirs: TokenizerOrFingerprint,
+    ours_name: str = "the length value model",
+    theirs_name: str = "the policy",
+) -> None:
+    """Raise a `ValueError` unless both name the same tokens by the same ids and end at the same one.
 
     Which token pads may differ, because padding is masked out. A vocabulary with one token more is another vocabulary
     all the same.
 
     Args:
-        ours (`PreTrainedTokenizerBase` or `dict`):
-            A tokenizer, or the fingerprint of one ([`tokenizer_fingerprint`]).
-        theirs (`PreTrainedTokenizerBase` or `dict`):
-            The other one. Where both are tokenizers, the error names the first tokens that differ.
-        ours_name (`str`, *optional*, defaults to `"the length value model"`):
-            What the error calls the first.
-        theirs_name (`str`, *optional*, defaults to `"the policy"`):
-            What the error calls the second.
-
-    Raises:
-        `ValueError`: the vocabularies or the ends of sequence differ; or one of the two is `None` or lacks what a
-            fingerprint holds (a model that was made without a tokenizer carries none).
+        ours, theirs (`PreTrainedTokenizerBase` or `dict`): tokenizers, or what [`tokenizer_fingerprint`] gives (a model
+            that was made without a tokenizer carries none, which is refused). Where both are tokenizers, the error
+            names the first tokens that differ.
+        ours_name, theirs_name (`str`, *optional*): what the error calls them.
     """
     mine, other = _fingerprint_of(ours, ours_name), _fingerprint_of(theirs, theirs_name)
     differences = []
@@ -84,18 +91,11 @@ def check_same_tokenizer(ours, theirs, ours_name="the length value model", their
         )
 
 
-def check_pad_is_not_eos(tokenizer) -> None:
-    """Raise unless the tokenizer has a pad token and an end-of-sequence token, and they are two.
+def check_pad_is_not_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` unless the tokenizer has a pad token and an end-of-sequence token, and they are two.
 
     With one token for both, a mask made from the pad token drops the end of every completion, and with it the decision
     to stop.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer that pads and ends completions.
-
-    Raises:
-        `ValueError`: there is no pad token or no end-of-sequence token, or they are the same.
     """
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     advice = (
@@ -113,7 +113,7 @@ def check_pad_is_not_eos(tokenizer) -> None:
         )
 
 
-def _fingerprint_of(side, name) -> dict:
+def _fingerprint_of(side: TokenizerOrFingerprint, name: str) -> dict[str, Any]:
     if side is not None and not isinstance(side, dict):
         return tokenizer_fingerprint(side)
     if side is None or not {"vocab_size", "eos_token_id", "sha256"} <= side.keys():
@@ -125,7 +125,9 @@ def _fingerprint_of(side, name) -> dict:
     return side
 
 
-def _vocabulary_difference(ours, theirs, ours_name, theirs_name) -> str:
+def _vocabulary_difference(
+    ours: TokenizerOrFingerprint, theirs: TokenizerOrFingerprint, ours_name: str, theirs_name: str
+) -> str:
     if isinstance(ours, dict) or isinstance(theirs, dict):
         return "their (token, id) pairs differ"
     mine, other = ({i: token for token, i in side.get_vocab().items()} for side in (ours, theirs))
@@ -136,20 +138,6 @@ def _vocabulary_difference(ours, theirs, ours_name, theirs_name) -> str:
     ]
     more = ["…"] if len(differing) > SHOWN_DIFFERENCES else []
     return f"{len(differing)} ids differ ({', '.join(shown + more)})"
-
-
-Prompt = str | list[dict[str, Any]]
-
-# How the files that data sets come in are read: the builder of `datasets`, and its settings.
-_BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-MIXED = "is of another kind than row 0: one of them is text, the other holds messages"
 
 
 def load_prompts(
@@ -163,10 +151,6 @@ def load_prompts(
         config (`str`, *optional*): configuration of a data set from the hub.
         split (`str`, *optional*, defaults to `"train"`): split of a data set from the hub; a file has no splits.
         limit (`int`, *optional*): keep the first so many rows.
-
-    Raises:
-        FileNotFoundError: if nothing is there.
-        ValueError: if it cannot be read, or there is no row.
     """
     load = _loader(name_or_path, config, split)
     try:
@@ -262,9 +246,7 @@ def _problem(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, chat: bool)
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt: text as it is, messages through the chat template with the generation prompt.
 
-    Raises:
-        ValueError: `prompts` is one text, or one of them is neither text nor messages, has no tokens, or does not go
-            through the chat template. It is named by its place.
+    A prompt that has no tokens, or of which the template makes none, is refused by its place.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts is one text ({prompts[:40]!r}), and each of its letters would be one: give a list.")

@@ -103,6 +103,7 @@ def test_imports_run_one_way():
     for name, used in rooms.items():
         height = PROGRAMS.index(name) if name in PROGRAMS else -1
         assert not used & set(PROGRAMS[height + 1 :] if height >= 0 else PROGRAMS), name
+    assert "eval" not in rooms["recipes"]
 
 
 def test_the_mathematics_needs_torch_alone():

@@ -24,17 +24,10 @@ PACKING_WINDOW = 512
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """Size of the policy and of its fit.
+    """Size of the policy, and of its fit to `train_tokens` tokens of teacher text, prompts and padding included.
 
-    Args:
-        hidden_size (`int`, *optional*, defaults to `64`): width.
-        num_layers (`int`, *optional*, defaults to `2`): depth.
-        num_heads (`int`, *optional*, defaults to `4`): attention heads.
-        train_tokens (`int`, *optional*, defaults to `5_000_000`): tokens of teacher text, prompts and padding included.
-        row_tokens (`int`, *optional*, defaults to `256`): length of a packed row.
-        batch_rows (`int`, *optional*, defaults to `8`): rows per optimiser step.
-        learning_rate (`float`, *optional*, defaults to `3e-3`): peak of the cosine schedule.
-        seed (`int`, *optional*, defaults to `0`): seed of the weights and of the teacher's text.
+    An optimiser step takes `batch_rows` packed rows of `row_tokens` tokens; `learning_rate` is the peak of a cosine
+    schedule, and `seed` is the seed of the weights and of the teacher's text.
     """
 
     hidden_size: int = 64
@@ -55,7 +48,7 @@ class PolicySettings:
 def new_policy(settings: PolicySettings, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """An untrained policy. Weights start with a standard deviation of 0.1: at this width 0.02 learns far slower."""
     set_seed(settings.seed)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=settings.hidden_size,
@@ -70,7 +63,6 @@ def new_policy(settings: PolicySettings, tokenizer: PreTrainedTokenizerBase) -> 
             bos_token_id=None,
         )
     )
-    return model
 
 
 class TeacherRows(IterableDataset):
@@ -88,10 +80,8 @@ class TeacherRows(IterableDataset):
         rng = random.Random(self.settings.seed)
         problems = stream_problems(self.settings.seed, "train")
         while True:
-            examples = []
-            for _ in range(PACKING_WINDOW):
-                problem = next(problems)
-                examples.append((problem.prompt.split(), draw_completion(rng, problem)))
+            drawn = [next(problems) for _ in range(PACKING_WINDOW)]
+            examples = [(problem.prompt.split(), draw_completion(rng, problem)) for problem in drawn]
             # A completion with very many detours does not fit a row, and its text is not worth a longer one.
             examples = [(p, c) for p, c in examples if len(p) + len(c) <= self.settings.row_tokens]
             lengths = [len(prompt) + len(completion) for prompt, completion in examples]
@@ -101,9 +91,7 @@ class TeacherRows(IterableDataset):
                 yield self._lay_out([examples[index] for index in row])
 
     def _lay_out(self, examples: list[tuple[list[str], list[str]]]) -> dict[str, torch.Tensor]:
-        input_ids: list[int] = []
-        labels: list[int] = []
-        positions: list[int] = []
+        input_ids, labels, positions = [], [], []
         for prompt, completion in examples:
             input_ids += [self.ids[token] for token in (*prompt, *completion)]
             labels += [-100] * len(prompt) + [self.ids[token] for token in completion]
@@ -126,15 +114,12 @@ class PackedTrainer(Trainer):
 
 
 def fit_policy(output_dir: str, settings: PolicySettings, **training_arguments: Any) -> LlamaForCausalLM:
-    """Fit a policy to the teacher and save it with its tokenizer under `output_dir`.
+    """Fit a policy to the teacher and save it with its tokenizer under `output_dir`; it is in evaluation mode.
 
     Args:
         output_dir (`str`): folder to write.
         settings ([`PolicySettings`]): sizes of the policy and of its fit.
         training_arguments: further fields of `transformers.TrainingArguments`, such as `use_cpu`.
-
-    Returns:
-        `LlamaForCausalLM` in evaluation mode.
     """
     tokenizer = sandbox_tokenizer()
     model = new_policy(settings, tokenizer)

@@ -36,10 +36,6 @@ class TokenChain:
             end-of-sequence are not used.
         eos_token_id (`int`, *optional*, defaults to 1): the token that ends a sequence.
         pad_token_id (`int`, *optional*, defaults to 0): the padding token, never chosen.
-
-    Raises:
-        ValueError: if `transition` is not a square matrix of probabilities, a row does not sum to 1, or padding can be
-            chosen.
     """
 
     transition: Tensor
@@ -75,15 +71,10 @@ class TokenChain:
         return continuing
 
     def value(self, gamma: float) -> Tensor:
-        """Exact length value ``V = E[G]`` of each state: the solution of ``(I - gamma P) V = -(1 - gamma)``.
+        """Exact length value ``V = E[G]`` of each state, `(V,)` float64: exactly 0 at end-of-sequence.
 
-        `P` holds the moves that do not end the sequence. The chance-weighted discount is ``E[gamma**n] = 1 + V``.
-
-        Args:
-            gamma (`float`): discount of the length return, in (0, 1).
-
-        Returns:
-            `torch.Tensor` of shape `(V,)`, float64: exactly 0 at end-of-sequence.
+        It solves ``(I - gamma P) V = -(1 - gamma)``, where `P` holds the moves that do not end the sequence. The
+        chance-weighted discount is ``E[gamma**n] = 1 + V``.
         """
         gamma = check_gamma(gamma)
         cost = torch.full((self.vocab_size,), -(1.0 - gamma), dtype=torch.float64)
@@ -111,9 +102,7 @@ class TokenChain:
     def tilted(self, strength: float, values: Tensor) -> TokenChain:
         """The chain with ``p'(j | i)`` proportional to ``p(j | i) * exp(strength * values[j])``.
 
-        Args:
-            strength (`float`): positive leans towards the end.
-            values (`torch.Tensor` of shape `(V,)`): value of the state after each token, 0 at end-of-sequence.
+        `values` `(V,)` is the value after each token, 0 at end-of-sequence; a positive strength leans towards the end.
         """
         logits = self.transition.log() + strength * values.to(torch.float64)
         return TokenChain(logits.softmax(dim=1), self.eos_token_id, self.pad_token_id)
@@ -182,15 +171,10 @@ class ScriptedModel(PreTrainedModel):
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, config: ScriptedConfig):
+    def __init__(self, config: ScriptedConfig, width: int):
         super().__init__(config)
-        self.table = nn.Embedding(config.vocab_size, self.table_width(config))
+        self.table = nn.Embedding(config.vocab_size, width)
         self.post_init()
-
-    @classmethod
-    def table_width(cls, config: ScriptedConfig) -> int:
-        """Entries in each row of the table."""
-        raise TypeError(f"{cls.__name__} has no table: use ScriptedPolicy or ScriptedLengthValue.")
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The table: it has a row for each token, as embeddings have."""
@@ -214,10 +198,8 @@ class ScriptedPolicy(ScriptedModel, GenerationMixin):
     exact law read back with [`~ScriptedPolicy.chain`].
     """
 
-    @classmethod
-    def table_width(cls, config: ScriptedConfig) -> int:
-        """Next-token logits in each row."""
-        return config.vocab_size
+    def __init__(self, config: ScriptedConfig):
+        super().__init__(config, width=config.vocab_size)
 
     @classmethod
     def from_chain(cls, chain: TokenChain) -> ScriptedPolicy:
@@ -246,10 +228,8 @@ class ScriptedPolicy(ScriptedModel, GenerationMixin):
 class ScriptedLengthValue(ScriptedModel):
     """The exact length value of a [`TokenChain`], with the forward of `LengthValueModel`."""
 
-    @classmethod
-    def table_width(cls, config: ScriptedConfig) -> int:
-        """One logit in each row."""
-        return 1
+    def __init__(self, config: ScriptedConfig):
+        super().__init__(config, width=1)
 
     @classmethod
     def from_chain(cls, chain: TokenChain, gamma: float) -> ScriptedLengthValue:
