@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.files import atomic_file
 from lenvm_rl.modeling.backbones import context_of
-from lenvm_rl.modeling.completions import pad_left
+from lenvm_rl.modeling.completions import check_in_eval_mode, pad_left
 from lenvm_rl.modeling.configuration import LengthValueConfig
 from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.returns import remaining_from_logits
@@ -60,12 +60,8 @@ def predict_length(
 
     Returns:
         `torch.Tensor` of shape `(N,)`, float32: tokens, the end-of-sequence token not counted, at least 0.
-
-    Raises:
-        ValueError: if the tokenizers differ or the model's is not known, the model is in training mode or was fitted
-            to another target than the return, or a prompt has no tokens or exceeds the model's context.
     """
-    check_predictor(length_value_model)
+    check_in_eval_mode(length_value_model)
     check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
     logits = boundary_logits(length_value_model, tokenize_prompts(tokenizer, prompts), batch_size)
     return lengths_from_logits(logits, length_value_model.config.gamma)
@@ -83,18 +79,22 @@ def boundary_logits(length_value_model: nn.Module, prompt_ids: Sequence[list[int
     Args:
         length_value_model (`LengthValueModel`): in eval mode.
         prompt_ids (`Sequence[list[int]]`): token ids of each prompt.
-        batch_size (`int`, *optional*, defaults to `256`): prompts per forward; those of similar length share one.
+        batch_size (`int`, *optional*, defaults to `256`): prompts per forward, of similar length.
 
     Returns:
         `torch.Tensor` of shape `(P,)`, float32, on the CPU.
-
-    Raises:
-        ValueError: if a prompt has no tokens or exceeds the model's context, or batch_size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    sizes = [len(row) for row in prompt_ids]
-    _check_sizes(length_value_model, sizes)
+    sizes, context = [len(row) for row in prompt_ids], context_of(length_value_model.config)
+    for index, size in enumerate(sizes):
+        if not size:
+            raise ValueError(f"Prompt {index} has no tokens: the first value is read at its last token.")
+        if context is not None and size > context:
+            raise ValueError(
+                f"Prompt {index} has {size} tokens, but the length value model's context is {context}: leave it out, "
+                "or use another model. Prompts are never cut."
+            )
     logits = torch.zeros(len(sizes))
     order = sorted(range(len(sizes)), key=lambda index: sizes[index])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -120,11 +120,8 @@ def predict_remaining(length_value_model: nn.Module, input_ids: Tensor, attentio
 
     Returns:
         `torch.Tensor` of shape `(B, S)`, float32, on the device of `input_ids`: 0 where no token exists.
-
-    Raises:
-        ValueError: if shapes disagree, or the model is in training mode or was fitted to another target.
     """
-    check_predictor(length_value_model)
+    check_in_eval_mode(length_value_model)
     if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
         raise ValueError(
             f"input_ids and attention_mask have shape (B, S), got {tuple(input_ids.shape)} and "
@@ -138,26 +135,8 @@ def predict_remaining(length_value_model: nn.Module, input_ids: Tensor, attentio
     return torch.where(exists, remaining, 0.0)
 
 
-def check_predictor(length_value_model: nn.Module) -> None:
-    """Raises a `ValueError` if dropout is on, or the model was fitted to another target than the return."""
-    if length_value_model.training:
-        raise ValueError("the length value model is in training mode: call `.freeze()` or `.eval()` before predicting.")
-
-
-def _check_sizes(length_value_model: nn.Module, sizes: Sequence[int]) -> None:
-    context = context_of(length_value_model.config)
-    for index, size in enumerate(sizes):
-        if not size:
-            raise ValueError(f"Prompt {index} has no tokens: the first value is read at its last token.")
-        if context is not None and size > context:
-            raise ValueError(
-                f"Prompt {index} has {size} tokens, but the length value model's context is {context}: leave it out, "
-                "or use another model. Prompts are never cut."
-            )
-
-
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a length value model's weights, those of a shared base included: the same for the same predictions."""
+    """SHA-256 of a model's weights, a shared base's included: the same for the same predictions."""
     weights = dict(model.state_dict())
     if isinstance(model.config, LengthValueConfig) and model.config.form != FULL:
         weights.update({f"base.{name}": weight for name, weight in model.backbone.state_dict().items()})
@@ -187,9 +166,6 @@ def length_aware_batches(
 
     Returns:
         `list[list[int]]`: indices into `predicted_lengths`, each exactly once.
-
-    Raises:
-        ValueError: for a NaN, a batch size below 1, an unknown order, or a seed where none belongs or is missing.
     """
     lengths = torch.as_tensor(predicted_lengths, dtype=torch.double)
     if lengths.dim() != 1 or bool(lengths.isnan().any()):
@@ -214,9 +190,6 @@ def padding_steps(lengths: Sequence[int] | Tensor, batches: Sequence[Sequence[in
     Args:
         lengths (sequence or `torch.Tensor` of shape `(N,)`): tokens that each completion takes.
         batches (`Sequence[Sequence[int]]`): indices, each exactly once.
-
-    Raises:
-        ValueError: if an index is missing or there twice.
     """
     lengths = torch.as_tensor(lengths, dtype=torch.long)
     if sorted(index for batch in batches for index in batch) != list(range(len(lengths))):
@@ -298,11 +271,8 @@ class LengthQuantiles:
                 was cut, the tokens that it has.
             finished (`torch.Tensor` of shape `(N,)`): whether it ended (else it was cut).
             groups (`torch.Tensor` of shape `(N,)`): the prompt that it belongs to.
-            levels (sequence of `float`, *optional*, defaults to `(0.5, 0.9)`): ascending.
-
-        Raises:
-            ValueError: if shapes disagree, a number is not finite or a cut completion is empty, levels do not ascend
-                strictly in (0, 1), or there are too few prompts for a level.
+            levels (sequence of `float`, *optional*, defaults to `(0.5, 0.9)`): ascending; the highest needs enough
+                prompts, 9 for 0.9.
         """
         if predicted.dim() != 1 or not predicted.shape == lengths.shape == finished.shape == groups.shape:
             raise ValueError("predicted, lengths, finished and groups must all be (N,).")
@@ -311,7 +281,7 @@ class LengthQuantiles:
         if not bool((torch.isfinite(n) & torch.isfinite(tokens) & (n >= 1) & (tokens >= 1)).all()):
             raise ValueError("predictions and lengths must be finite and not negative; a cut completion has a token.")
         _, group, count = torch.unique(groups, return_inverse=True, return_counts=True)
-        check_levels(levels, len(count))
+        _check_levels(levels, len(count))
         # A completion of k tokens that was cut has more than k, the end counted: it is lost sight of at k.
         weights = 1.0 / ((len(count) + 1) * count[group].double())
         times, survival = kaplan_meier(tokens.log() - n.log(), ended, weights, beyond=1.0 / (len(count) + 1))
@@ -345,7 +315,7 @@ class LengthQuantiles:
         return cls(**fields)
 
 
-def check_levels(levels: Sequence[float], prompts: int) -> None:
+def _check_levels(levels: Sequence[float], prompts: int) -> None:
     """Raises a `ValueError` unless levels ascend strictly in (0, 1) and there are prompts enough for the highest."""
     levels = list(levels)
     if not levels or levels != sorted(set(levels)) or not 0.0 < levels[0] <= levels[-1] < 1.0:

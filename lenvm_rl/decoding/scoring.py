@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from lenvm_rl.modeling.backbones import context_of, window_sizes
-from lenvm_rl.modeling.completions import position_ids_from_mask
+from lenvm_rl.modeling.completions import check_in_eval_mode, position_ids_from_mask
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 
 MASKABLE_ATTENTION = ("eager", "sdpa")
@@ -39,17 +39,11 @@ REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeEr
 _CHECKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-def check_scorable(length_value_model: nn.Module) -> None:
-    """Raises a `ValueError` if dropout is on."""
-    if length_value_model.training:
-        raise ValueError("the length value model is in training mode: call `.freeze()` or `.eval()` before scoring.")
-
-
 class Scorer:
     """What both scorers share: a model in eval mode, and the most tokens in one forward, all rows together."""
 
     def __init__(self, length_value_model: nn.Module, max_tokens: int = 16384):
-        check_scorable(length_value_model)
+        check_in_eval_mode(length_value_model)
         self.model = length_value_model
         self.max_tokens = max_tokens
         self.vocab_size = length_value_model.get_input_embeddings().weight.shape[0]

@@ -128,6 +128,12 @@ def completion_logits(
     return torch.where(exists, torch.cat(chunks), 0.0)
 
 
+def check_in_eval_mode(model: nn.Module) -> None:
+    """Raises a `ValueError` if a length value model has its dropout on."""
+    if model.training:
+        raise ValueError("the length value model is in training mode: call `.freeze()` or `.eval()` on it first.")
+
+
 @torch.no_grad()
 def state_logits(
     model: nn.Module,

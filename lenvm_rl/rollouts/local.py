@@ -19,15 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lenvm_rl.endings import end_token_ids, strip_completion
 from lenvm_rl.modeling.backbones import context_of
-from lenvm_rl.modeling.completions import pad_left
+from lenvm_rl.modeling.completions import check_in_eval_mode, pad_left
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.prediction import (
-    boundary_logits,
-    check_predictor,
-    length_aware_batches,
-    lengths_from_logits,
-    weights_fingerprint,
-)
+from lenvm_rl.prediction import boundary_logits, length_aware_batches, lengths_from_logits, weights_fingerprint
 from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, batch_seed, in_order, run_to_file
 from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.tokenization import Prompt, check_same_tokenizer
@@ -119,7 +113,7 @@ class RolloutSampler(SamplingJob):
         self._predicted: list[float] | None = None
         self.check_room(context_of(model.config))
         if length_value_model is not None:
-            check_predictor(length_value_model)
+            check_in_eval_mode(length_value_model)
             check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
 
     def description(self):
