@@ -5,10 +5,13 @@ A model has adapters if it is a `peft.PeftModel`, or if somebody has put their l
 or inactive, are as if they were not there.
 """
 
+from __future__ import annotations
+
 import copy
 import enum
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 from peft import PeftModel, get_peft_config, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -23,12 +26,12 @@ _SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern", "modul
 _ELSEWHERE = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
 
 
-def bare_model(model) -> nn.Module:
+def bare_model(model: nn.Module) -> nn.Module:
     """The model under a `PeftModel`, its layers being what they are; any other model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def adapted_layers(module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def adapted_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """`(parent, name, layer)` for every layer with adapters, the outer one where they are nested."""
     for name, child in module.named_children():
         if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -37,16 +40,11 @@ def adapted_layers(module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
             yield from adapted_layers(child)
 
 
-def merged_copy(model) -> nn.Module:
+def merged_copy(model: nn.Module) -> nn.Module:
     """The decoder of a model as it computes, with no adapters: itself if there are none, else a float32 copy.
 
-    Adapters that cannot be merged (a prompt in front of the tokens, routed ones) are left out, which is logged.
-
-    Args:
-        model (`PreTrainedModel` or `peft.PeftModel`): it is left as it was.
-
-    Raises:
-        `ValueError`: adapters have taken the place of layers and cannot be taken out.
+    Adapters that cannot be merged (a prompt in front of the tokens, routed ones) are left out, which is logged; an
+    error is raised where they cannot be taken out either. The model is left as it was.
     """
     decoder, left_out = bare_model(model).base_model, []
     for config in adapter_configs(model).values():
@@ -87,26 +85,16 @@ def _merged(layer: nn.Module, left_out: list[str]) -> nn.Module:
     return layer
 
 
-def adapter_configs(model) -> dict:
+def adapter_configs(model: nn.Module) -> dict:
     """PEFT's configs of the adapters in a model, by name; empty if there are none."""
     if isinstance(model, PeftModel):
         return model.peft_config
     return vars(model).get("peft_config", {}) if any(adapted_layers(model)) else {}
 
 
-def keep_active(model, configs: dict) -> dict:
+def keep_active(model: nn.Module, configs: dict) -> dict:
     """Reduce a model, in place, to the adapters that are active; modules that were copied to be trained take the place
-    of what they are a copy of.
-
-    Args:
-        model (`nn.Module`): with layers of adapters.
-        configs (`dict`): of [`adapter_configs`].
-
-    Returns:
-        `dict`: the configs of the adapters that remain.
-
-    Raises:
-        `ValueError`: an adapter is merged into the weights that it was put around.
+    of what they are a copy of. Gives back which of the `configs` (of [`adapter_configs`]) remain.
     """
     remaining = set()
     for parent, name, layer in [*adapted_layers(model)]:
@@ -127,13 +115,8 @@ def keep_active(model, configs: dict) -> dict:
     return {name: config for name, config in configs.items() if name in remaining}
 
 
-def adapter_settings(model, configs: dict) -> dict[str, dict]:
-    """Settings of the adapters in a model as JSON, which [`add_adapters`] puts them into a like model by.
-
-    Args:
-        model (`nn.Module`): with the adapters of `configs`.
-        configs (`dict`): by name, PEFT's config.
-    """
+def adapter_settings(model: nn.Module, configs: dict) -> dict[str, dict]:
+    """Settings of the adapters in a model, whose configs are given by name, as JSON for [`add_adapters`]."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     found = {}
     for name, config in configs.items():
@@ -158,13 +141,8 @@ def adapter_settings(model, configs: dict) -> dict[str, dict]:
     return found
 
 
-def add_adapters(model, settings: dict[str, dict]) -> None:
-    """Put adapters into a model, in place, with random weights, all of them active.
-
-    Args:
-        model (`nn.Module`): without them.
-        settings (`dict`): of [`adapter_settings`].
-    """
+def add_adapters(model: nn.Module, settings: dict[str, dict]) -> None:
+    """Put adapters into a model, in place, with random weights, all of them active; see [`adapter_settings`]."""
     for name, each in settings.items():
         inject_adapter_in_model(get_peft_config(copy.deepcopy(each)), model, name)
     for layer in model.modules():
@@ -176,7 +154,7 @@ def _holds(layer: BaseTunerLayer, adapter: str) -> bool:
     return any(adapter in getattr(layer, weights) for weights in layer.adapter_layer_names)
 
 
-def as_json(value):
+def as_json(value: Any) -> Any:
     """A field of a config of PEFT as JSON."""
     if isinstance(value, enum.Enum):
         return value.value

@@ -25,16 +25,7 @@ def default_device() -> torch.device:
 
 
 def load_policy(path: str | os.PathLike, **load_kwargs: Any) -> PreTrainedModel:
-    """A causal language model at a path, or adapters of one, in eval mode.
-
-    Args:
-        path (`str` or path): a folder or a hub id.
-        load_kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`.
-
-    Raises:
-        `FileNotFoundError`: nothing is there, or a folder without a model.
-        `ValueError`: it is a length value model.
-    """
+    """A causal language model at a path, or adapters of one, in eval mode."""
     check_policy(path)
     return load_model(AutoModelForCausalLM.from_pretrained, path, **load_kwargs).to(default_device()).eval()
 
@@ -54,17 +45,7 @@ def has_tokenizer(path: str | os.PathLike) -> bool:
 def load_tokenizer(
     path: str | os.PathLike, pad_token: str | None = None, **load_kwargs: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer at a path.
-
-    Args:
-        path (`str` or path): a folder or a hub id.
-        pad_token (`str`, *optional*): pads instead of the tokenizer's own.
-        load_kwargs: further arguments of `AutoTokenizer.from_pretrained`.
-
-    Raises:
-        `FileNotFoundError`: nothing is there, or a folder without a tokenizer.
-        `ValueError`: the pad token is not in the vocabulary.
-    """
+    """The tokenizer at a path; `pad_token`, one of its vocabulary, pads instead of its own."""
     if not has_tokenizer(path):
         raise FileNotFoundError(
             f"'{path}' has no tokenizer ({' or '.join(TOKENIZER_FILES)}): save the policy's there, "
@@ -98,12 +79,7 @@ def load_length_value_model(
             fingerprint; compared before weights are read.
         tokenizer_name (`str`, *optional*): whose that is, in the error.
         device (*optional*, defaults to [`default_device`]): where the model goes.
-        load_kwargs: further arguments of `LengthValueModel.from_pretrained`.
-
-    Raises:
-        `FileNotFoundError`: nothing is there.
-        `ValueError`: the form needs a base and none is given, tokenizers differ, or see
-            [`~lenvm_rl.modeling.LengthValueModel.from_pretrained`].
+        load_kwargs: further arguments of [`~lenvm_rl.modeling.LengthValueModel.from_pretrained`].
     """
     config = read_config(path)
     if config.form != FULL and base is None:
@@ -120,12 +96,7 @@ def load_length_value_model(
 
 
 def read_config(path: str | os.PathLike) -> LengthValueConfig:
-    """The config of the length value model at a path.
-
-    Raises:
-        `FileNotFoundError`: nothing is there.
-        `ValueError`: it is another model's.
-    """
+    """The config of the length value model at a path; a `ValueError` if it is another model's."""
     kind = model_type(path)
     if kind != LengthValueConfig.model_type:
         raise ValueError(
@@ -136,11 +107,7 @@ def read_config(path: str | os.PathLike) -> LengthValueConfig:
 
 
 def model_type(path: str | os.PathLike, *other_files: str) -> str | None:
-    """What the config at a path calls its model; `None` where one of the other files stands for it.
-
-    Raises:
-        `FileNotFoundError`: nothing is there, or a folder with none of these files.
-    """
+    """What the config at a path calls its model; `None` where one of the other files stands for it."""
     folder, names = os.path.expanduser(os.fspath(path)), (CONFIG_FILE, *other_files)
     if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
         raise FileNotFoundError(f"'{path}' holds no model (no {' or '.join(names)}): check the path.")

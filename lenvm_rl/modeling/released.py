@@ -10,13 +10,16 @@ A released checkpoint is the folder of a causal language model with the value he
 `V = -sigmoid(z)` in both. The discount gamma is not stored, though values mean nothing without it: it has to be known.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from lenvm_rl.modeling.backbones import fitting_fingerprint, load_decoder, load_model
@@ -30,42 +33,40 @@ FULL_HEAD = LINEAR_HEAD | {"v_head.fc.weight", "v_head.fc.bias"}
 
 
 def load_released_checkpoint(
-    path, gamma, tokenizer=None, generator=None, gamma_fit=None, truncated_share=None, dtype="float32", **load_kwargs
+    path: str | os.PathLike,
+    gamma: float,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    generator: str | None = None,
+    gamma_fit: dict | None = None,
+    truncated_share: float | None = None,
+    dtype: str | torch.dtype = "float32",
+    **load_kwargs: Any,
 ) -> LengthValueModel:
     """A length value model from a checkpoint of the paper's released code.
 
     Args:
-        path (`str` or `os.PathLike`):
-            The checkpoint's folder, or its hub id; only safetensors are loaded.
-        gamma (`float`):
-            The discount that the checkpoint was trained with, in (0, 1). The checkpoint does not say; the training
-            settings released with it do: 0.997 for the models of Qwen2.5, 0.9998 for those of Qwen3.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*, defaults to the checkpoint's own):
-            Its fingerprint is kept in the config. Without a tokenizer here or in the checkpoint, no policy can be
-            checked against the model.
-        generator (`str`, *optional*):
-            The policy whose completions the checkpoint was trained on.
-        gamma_fit (`dict`, *optional*):
-            What gamma was fitted on, see [`~lenvm_rl.modeling.length_value_model.LengthValueConfig`].
-        truncated_share (`float`, *optional*):
-            Share of those completions that were cut. The released code trained on them as if they had finished.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            Dtype of the decoder. The head is float32 in any case.
-        load_kwargs:
-            Further arguments of `AutoModel.from_pretrained`.
+        path (`str` or `os.PathLike`): the checkpoint's folder, or its hub id; only safetensors are loaded.
+        gamma (`float`): the discount that the checkpoint was trained with, in (0, 1). The checkpoint does not say; the
+            training settings released with it do: 0.997 for the models of Qwen2.5, 0.9998 for the models of Qwen3.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*, defaults to the checkpoint's own): its fingerprint is kept in
+            the config. Without a tokenizer here or in the checkpoint, no policy can be checked against the model.
+        generator, gamma_fit, truncated_share (*optional*): for the config, see [`LengthValueConfig`]. (The released
+            code trained on completions that were cut as if they had finished.)
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): of the decoder. The head is float32.
+        load_kwargs: further arguments of `AutoModel.from_pretrained`.
 
     Returns:
         [`~lenvm_rl.modeling.LengthValueModel`]: in eval mode; saved by `save_pretrained`, it loads like any other.
 
     Raises:
         `FileNotFoundError`: nothing is at the path, or it has no `value_head.safetensors`.
-        `ValueError`: gamma is not in (0, 1), the head has other weights than those above, weights of the decoder are
-            missing, or the tokenizer does not fit.
+        `ValueError`: gamma is not in (0, 1), weights are missing or others than named above, or the tokenizer does not
+            fit.
     """
     if gamma is None:
         raise ValueError(
-            "gamma is not stored in a released checkpoint, and values mean nothing without it: give that of its "
-            "training (the released training settings have 0.997 for Qwen2.5 and 0.9998 for Qwen3)."
+            "gamma is not stored in a released checkpoint, and values mean nothing without it: give the one of "
+            "its training (the released training settings have 0.997 for Qwen2.5 and 0.9998 for Qwen3)."
         )
     weights = load_file(_head_file(path))
     decoder = load_decoder(path, dtype, **load_kwargs)

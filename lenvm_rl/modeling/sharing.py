@@ -5,17 +5,20 @@ gradient reaches them, and outside of the length value model's own forward nothi
 others on the same decoder are out of action during that forward.
 """
 
+from __future__ import annotations
+
 import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lenvm_rl.modeling.adapters import adapted_layers, as_json, bare_model
 from lenvm_rl.modeling.backbones import check_decoder, copy_decoder, load_decoder
@@ -31,11 +34,7 @@ SAME_ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_atte
 
 
 def check_form(form: str, lora: dict | None) -> None:
-    """Raise unless the form is known, and has settings of LoRA if and only if it is the adapter.
-
-    Raises:
-        `ValueError`: see above.
-    """
+    """Raise a `ValueError` unless the form is known, and has settings of LoRA if and only if it is the adapter."""
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
     if (form == ADAPTER) != (lora is not None):
@@ -47,12 +46,11 @@ def check_form(form: str, lora: dict | None) -> None:
 def lora_settings(lora: LoraConfig | dict | None = None) -> dict:
     """Settings of LoRA as JSON: those that differ from PEFT's defaults.
 
-    Args:
-        lora (`peft.LoraConfig` or `dict`, *optional*):
-            The settings. By default rank 16, alpha 32, on all linear layers of the decoder.
+    Refused is what would change the shared decoder itself, or train more than low-rank updates of its layers.
 
-    Raises:
-        `ValueError`: they would change the shared decoder itself, or train more than low-rank updates of its layers.
+    Args:
+        lora (`peft.LoraConfig` or `dict`, *optional*, defaults to rank 16, alpha 32, on all linear layers): the
+            settings.
     """
     if lora is None:
         lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -73,15 +71,15 @@ def lora_settings(lora: LoraConfig | dict | None = None) -> dict:
     }
 
 
-def decoder_for(form: str, model_or_path, dtype=None, **load_kwargs) -> PreTrainedModel:
+def decoder_for(
+    form: str,
+    model_or_path: PreTrainedModel | str | os.PathLike,
+    dtype: str | torch.dtype | None = None,
+    **load_kwargs: Any,
+) -> PreTrainedModel:
     """The decoder of a new length value model: its own, copied or loaded, or in the other forms one to share.
 
-    Args:
-        form, model_or_path, dtype, load_kwargs:
-            See [`~lenvm_rl.modeling.LengthValueModel.from_backbone`].
-
-    Raises:
-        `ValueError`: see [`shared_decoder`] and [`~lenvm_rl.modeling.backbones.check_decoder`].
+    Arguments as in [`~lenvm_rl.modeling.LengthValueModel.from_backbone`].
     """
     if form != FULL or isinstance(model_or_path, (str, os.PathLike)):
         return shared_decoder(model_or_path, dtype, **load_kwargs)
@@ -90,19 +88,12 @@ def decoder_for(form: str, model_or_path, dtype=None, **load_kwargs) -> PreTrain
     return copy_decoder(model_or_path, "float32" if dtype is None else dtype)
 
 
-def shared_decoder(model_or_path, dtype=None, **load_kwargs) -> PreTrainedModel:
-    """The decoder of a model, the very one and not a copy; or one that is loaded from a path.
+def shared_decoder(
+    model_or_path: PreTrainedModel | str | os.PathLike, dtype: str | torch.dtype | None = None, **load_kwargs: Any
+) -> PreTrainedModel:
+    """The decoder of a model, with adapters or without, the very one and not a copy; or one loaded from a path.
 
-    Args:
-        model_or_path (`PreTrainedModel`, `peft.PeftModel`, `str` or `os.PathLike`):
-            A model, with adapters or without, or where to load one from.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            For a path.
-        load_kwargs:
-            Further arguments of `AutoModel.from_pretrained`, for a path.
-
-    Raises:
-        `ValueError`: the model cannot be shared, or it is given together with settings for loading it.
+    The other arguments are for a path alone: `dtype`, float32 by default, and more of `AutoModel.from_pretrained`.
     """
     if isinstance(model_or_path, (str, os.PathLike)):
         return load_decoder(model_or_path, "float32" if dtype is None else dtype, **load_kwargs)
@@ -114,18 +105,8 @@ def shared_decoder(model_or_path, dtype=None, **load_kwargs) -> PreTrainedModel:
     return model.base_model
 
 
-def check_same_architecture(config, decoder: PreTrainedModel) -> None:
-    """Raise unless a decoder has the architecture that a length value model was fitted on.
-
-    Args:
-        config ([`~lenvm_rl.modeling.length_value_model.LengthValueConfig`]):
-            The length value model's.
-        decoder (`PreTrainedModel`):
-            What it is to share.
-
-    Raises:
-        `ValueError`: says what differs.
-    """
+def check_same_architecture(config: PretrainedConfig, decoder: PreTrainedModel) -> None:
+    """Raise a `ValueError` unless a decoder has the architecture that the model of a config was fitted on."""
     ours, theirs = (each.get_text_config(decoder=True).to_dict() for each in (config, decoder.config))
     differing = [
         f"{name} {ours.get(name)} there and {theirs.get(name)} here"
@@ -147,18 +128,13 @@ class SharedDecoder:
     model (`train`, `freeze`, a cast) is done to the decoder.
 
     Args:
-        decoder (`PreTrainedModel`):
-            The decoder.
-        lora (`dict`, *optional*):
-            Settings of the adapter, see [`lora_settings`]; without them, there is none.
+        decoder (`PreTrainedModel`): the decoder.
+        lora (`dict`, *optional*): settings of the adapter, see [`lora_settings`]; without them, there is none.
 
     Attributes:
         adapter ([`~lenvm_rl.modeling.value_model.Float32Module`] or `None`): the adapter's weights, under the names of
             the decoder's layers.
         lora (`dict` or `None`): the settings, `target_modules` being resolved.
-
-    Raises:
-        `ValueError`: LoRA finds none of its layers, or layers that are not linear; or as [`SharedDecoder.seen_alone`].
     """
 
     def __init__(self, decoder: PreTrainedModel, lora: dict | None = None):
@@ -176,12 +152,12 @@ class SharedDecoder:
     def seen_alone(self) -> Iterator[PreTrainedModel]:
         """The decoder without dropout, gradients or adapters but one's own; afterwards, all is as it was before.
 
-        Raises:
-            `ValueError`: an adapter is merged into the decoder's weights, or a layer was replaced.
+        An adapter that is merged into the decoder's weights, or a layer that was replaced, is a `ValueError`.
         """
         # A policy in the middle of a generation needs its own.
         offsets = vars(self.decoder).get("rope_deltas")
-        with _bare(self.decoder), _in_eval_mode(self.decoder), _without_gradients(self.decoder):
+        still = _switched_off(self.decoder.modules(), "training")
+        with _bare(self.decoder), still, _switched_off(self.decoder.parameters(), "requires_grad"):
             try:
                 for path, layer in self._layers.items():
                     self._put(path, layer.base_layer, layer)
@@ -193,13 +169,8 @@ class SharedDecoder:
                 if "rope_deltas" in vars(self.decoder):
                     self.decoder.rope_deltas = offsets
 
-    def copy(self, dtype) -> PreTrainedModel:
-        """A decoder of one's own with what is seen here: the shared weights, and one's adapter merged into them.
-
-        Args:
-            dtype (`str` or `torch.dtype`):
-                Dtype of the copy.
-        """
+    def copy(self, dtype: str | torch.dtype) -> PreTrainedModel:
+        """A decoder of one's own with what is seen here: the shared weights, and one's adapter merged into them."""
         with _bare(self.decoder), torch.no_grad():
             copied = copy_decoder(self.decoder, dtype)
             for path, layer in self._layers.items():
@@ -225,8 +196,8 @@ def _bare(decoder) -> Iterator[None]:
     for _, _, layer in adapted:
         if isinstance(layer, BaseTunerLayer) and layer.merged:
             raise ValueError(
-                "An adapter is merged into the weights of the shared base, so the values would be those of another "
-                "model: unmerge it (`unmerge_adapter`) before asking for values."
+                "An adapter is merged into the weights of the shared base, so another model's values would come out: "
+                "unmerge it (`unmerge_adapter`) before asking for values."
             )
     try:
         for parent, name, layer in adapted:
@@ -239,34 +210,23 @@ def _bare(decoder) -> Iterator[None]:
 
 
 @contextmanager
-def _in_eval_mode(decoder) -> Iterator[None]:
-    training = [module for module in decoder.modules() if module.training]
+def _switched_off(things, flag: str) -> Iterator[None]:
+    """A flag of modules or parameters off where it is on."""
+    on = [thing for thing in things if getattr(thing, flag)]
     try:
-        for module in training:
-            module.training = False
+        for thing in on:
+            setattr(thing, flag, False)
         yield
     finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _without_gradients(decoder) -> Iterator[None]:
-    trainable = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad = False
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad = True
+        for thing in on:
+            setattr(thing, flag, True)
 
 
 def _wrapped_layers(decoder, config: LoraConfig) -> dict[str, LoraLayer]:
     """New LoRA layers around layers of a bare decoder, by path; the decoder itself is left as it was."""
     known = vars(decoder).pop("peft_config", None)
     layers = {}
-    with _without_gradients(decoder):
+    with _switched_off(decoder.parameters(), "requires_grad"):
         try:
             inject_adapter_in_model(config, decoder, ADAPTER_NAME)
         finally:
