@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lenvm_rl.decoding.scoring import check_scorable
-from lenvm_rl.modeling.completions import state_logits
+from lenvm_rl.modeling.completions import check_in_eval_mode, state_logits
 from lenvm_rl.modeling.loading import has_tokenizer, load_tokenizer
 from lenvm_rl.returns import horizon_shift, remaining_from_logits
 from lenvm_rl.rollouts.record import RolloutMetadata
@@ -167,7 +166,7 @@ def token_values(
     Returns:
         `list[TokenValues]`: one for each completion, in the order given.
     """
-    check_scorable(model)
+    check_in_eval_mode(model)
     counts = [len(prompt_ids), len(completion_ids), len(finished)]
     if len(set(counts)) > 1:
         raise ValueError(f"prompt_ids, completion_ids and finished have {counts} entries: give one per completion.")
