@@ -254,9 +254,7 @@ def report_tokens(
     args: TokenArguments, rollouts: Dataset, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """[`main`] with everything loaded; returns what length_tokens.json holds."""
-    finished = [reason == "stop" for reason in rollouts["finish_reason"][:]]
-    columns = (rollouts["prompt_ids"][:], rollouts["completion_ids"][:])
-    values = token_values(model, *columns, finished=finished, max_tokens=args.forward_tokens)
+    values = token_values(model, rollouts, args.forward_tokens)
     found = find_occurrences(rollouts, values)
     rows = measure_tokens(found, args.min_count, seed=args.seed)
     for row in rows:
@@ -270,7 +268,7 @@ def report_tokens(
         "gamma": model.config.gamma,
         "prompts": len(set(rollouts["group"][:])),
         "completions": len(rollouts),
-        "cut": len(finished) - sum(finished),
+        "cut": sum(reason != "stop" for reason in rollouts["finish_reason"][:]),
         "occurrences": len(found.token),
         "tokens": len(rows),
         "below_min_count": {"tokens": len(rare), "occurrences": sum(rare)},

@@ -89,15 +89,17 @@ REFERENCES: dict[str, tuple[str | None, ...]] = {
     "prompt's other half (noise)": (None, None, None, None, "reference_half_mre"),
     "the model's error over that": (None, None, None, None, "half_ratio"),
 }
-# Title, decimals and scale of the columns along the way.
-ALONG_COLUMNS = (
-    ("MAE, tokens", 1, 1),
-    ("MRE, %", 1, 100),
-    ("bias, tokens", 1, 1),
-    ("explained", 2, 1),
-    ("slope", 2, 1),
-)
-ALONG_COLUMNS += (("tau-b", 2, 1), ("pairs in order, %", 1, 100))
+ALONG_COLUMNS = [
+    Column("domain", "domain"),
+    Column("point", "point"),
+    Column("MAE, tokens", "length_mae"),
+    Column("MRE, %", "length_mre", scale=100),
+    Column("bias, tokens", "length_bias"),
+    Column("explained", "explained_variance", 2),
+    Column("slope", "calibration_slope", 2),
+    Column("tau-b", "kendall_tau", 2),
+    Column("pairs in order, %", "pairwise_accuracy", scale=100),
+]
 
 
 @dataclass
@@ -136,24 +138,17 @@ def print_tables(domains: Mapping[str, Mapping[str, Entry]], console: Console) -
     boundary, along = [], []
     for domain, found in domains.items():
         count, cut = (found[name]["estimate"] for name in ("completions", "truncated_share"))
-        boundary.append({"section": domain, "label": f"{domain}: {count:.0f} completions, {100 * cut:.1f}% cut"})
+        boundary.append({"domain": domain, "label": f"{domain}: {count:.0f} completions, {100 * cut:.1f}% cut"})
         for label, names in REFERENCES.items():
             cells = {title: found.get(name) for title, name in zip(BOUNDARY, names, strict=False)}
-            boundary.append({"section": domain, "label": f"  {label}", **cells})
+            boundary.append({"domain": domain, "label": f"  {label}", **cells})
         for percent in POINTS:
-            entries = [found.get(f"{name}_at_{percent}") for name in ALONG]
-            cells = {title: entry for (title, _, _), entry in zip(ALONG_COLUMNS, entries, strict=True)}
-            along.append({"section": domain, "domain": "" if percent else domain, "point": f"{percent}%", **cells})
+            cells = {name: found.get(f"{name}_at_{percent}") for name in ALONG}
+            along.append({"domain": domain, "point": f"{percent}%", **cells})
     columns = [Column(title, title, scale=100 if place else 1) for place, title in enumerate(BOUNDARY)]
-    print_table(console, boundary, [Column("predicted from", "label"), *columns], "at the prompt", _section)
-    columns = [Column(title, title, digits, scale) for title, digits, scale in ALONG_COLUMNS]
-    print_table(
-        console, along, [Column("domain", "domain"), Column("point", "point"), *columns], "along the way", _section
-    )
-
-
-def _section(row: Mapping[str, Any]) -> str:
-    return row["section"]
+    columns = [Column("predicted from", "label"), *columns]
+    for title, rows, shown in (("at the prompt", boundary, columns), ("along the way", along, ALONG_COLUMNS)):
+        print_table(console, rows, shown, title, sections=lambda row: row["domain"])
 
 
 def plot_prediction(

@@ -116,13 +116,7 @@ def main(args: ViewerArguments) -> dict[str, Any]:
         args.length_value_model, args.base, tokenizer=metadata.tokenizer_fingerprint, tokenizer_name="the rollouts"
     )
     records = [rollouts[row] for row in args.rows]
-    found = token_values(
-        model,
-        [record["prompt_ids"] for record in records],
-        [record["completion_ids"] for record in records],
-        finished=[record["finish_reason"] == "stop" for record in records],
-        max_tokens=args.forward_tokens,
-    )
+    found = token_values(model, records, args.forward_tokens)
     entries = [
         completion_entry(record, row, values, tokenizer, metadata.end_ids)
         for record, row, values in zip(records, args.rows, found, strict=True)

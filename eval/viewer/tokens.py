@@ -8,8 +8,9 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,41 +147,29 @@ class TokenValues:
 
 
 @torch.no_grad()
-def token_values(
-    model: nn.Module,
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    finished: Sequence[bool],
-    max_tokens: int = 16384,
-) -> list[TokenValues]:
-    """Runs the model once along every completion.
+def token_values(model: nn.Module, records: Iterable[Mapping[str, Any]], max_tokens: int = 16384) -> list[TokenValues]:
+    """Runs a length value model in eval mode once along every completion.
 
     Args:
-        model (`LengthValueModel`): in eval mode.
-        prompt_ids, completion_ids (sequences of sequences of `int`): each completion, the end-of-sequence token of a
-            finished one included, and its prompt.
-        finished (`Sequence[bool]`): whether the last token is end-of-sequence (else the completion was cut).
+        model (`LengthValueModel`): what reads them.
+        records (iterable of mappings): rollouts, of which `prompt_ids`, `completion_ids` and `finish_reason` count.
         max_tokens (`int`, *optional*, defaults to `16384`): see `state_logits`.
 
     Returns:
         `list[TokenValues]`: one for each completion, in the order given.
     """
     check_in_eval_mode(model)
-    counts = [len(prompt_ids), len(completion_ids), len(finished)]
-    if len(set(counts)) > 1:
-        raise ValueError(f"prompt_ids, completion_ids and finished have {counts} entries: give one per completion.")
-    for name, rows in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
-        empty = [index for index, row in enumerate(rows) if not len(row)]
+    rows = [(each["prompt_ids"], each["completion_ids"], each["finish_reason"] == "stop") for each in records]
+    for place, name in enumerate(("prompt_ids", "completion_ids")):
+        empty = [index for index, row in enumerate(rows) if not len(row[place])]
         if empty:
             raise ValueError(f"The {name} of completions {empty[:10]} have no tokens, so there is no state to read.")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+    prompts, completions, finished = zip(*rows, strict=True)
     found: dict[int, TokenValues] = {}
-    for batch, states in state_logits(model, prompt_ids, completion_ids, finished=finished, max_tokens=max_tokens):
+    for batch, states in state_logits(model, prompts, completions, finished=finished, max_tokens=max_tokens):
         for index, logits in zip(batch, states, strict=True):
-            found[index] = _values(logits.double(), bool(finished[index]), model.config.gamma)
-    return [found[index] for index in range(len(completion_ids))]
+            found[index] = _values(logits.double(), finished[index], model.config.gamma)
+    return [found[index] for index in range(len(rows))]
 
 
 def _values(logits: Tensor, finished: bool, gamma: float) -> TokenValues:

@@ -81,8 +81,8 @@ def refused(call, arguments):
 @pytest.mark.parametrize("form", SHARED)
 def test_the_viewer_and_length_tokens_show_its_values(place, form, tmp_path):
     files = {"rollouts": str(place / "rollouts.jsonl"), "length_value_model": str(place / form)}
-    prompts, completions = columns_of(place)
-    expected = token_values(by_hand(place, form), prompts, completions, finished=[True] * len(prompts))
+    completions = columns_of(place)[1]
+    expected = token_values(by_hand(place, form), read_rollouts(place / "rollouts.jsonl")[0])
     args = viewer.ViewerArguments(**files, rows=[3], output=str(tmp_path / "v.html"), base=str(place / "base"))
     (shown,) = viewer.main(args)["completions"]
     assert shown["remaining"][:-1] == pytest.approx(expected[3].remaining.tolist(), rel=1e-4)
@@ -105,8 +105,8 @@ def test_length_prediction_measures_it(place, form, tmp_path):
     files = {"rollouts": str(place / "rollouts.jsonl"), "length_value_model": str(place / form)}
     settings = {"output_dir": str(tmp_path), "base": str(place / "base")}
     report = length_prediction.main(length_prediction.PredictionArguments(**files, **settings, num_resamples=20))
-    prompts, completions = columns_of(place)
-    values = token_values(by_hand(place, form), prompts, completions, finished=[True] * len(prompts))
+    completions = columns_of(place)[1]
+    values = token_values(by_hand(place, form), read_rollouts(place / "rollouts.jsonl")[0])
     errors = [abs(float(one.remaining[0]) - len(ids)) for one, ids in zip(values, completions, strict=True)]
     found = report["domains"]["all"]["length_mae_at_0"]["estimate"]
     assert found == pytest.approx(sum(errors) / len(errors), rel=1e-4)

@@ -159,8 +159,7 @@ def test_ranking_takes_the_sign_and_the_count_into_account():
 def test_occurrences_keep_the_order_of_the_rollouts():
     rollouts = Dataset.from_list([record([SO, EOS], 7), record([WAIT, SOON, SO, EOS], 3)])
     model = ScriptedLengthValue.from_chain(countdown_chain([0.5, 0.0, 0.5]), GAMMA)
-    columns = rollouts["prompt_ids"][:], rollouts["completion_ids"][:]
-    found = find_occurrences(rollouts, token_values(model, *columns, finished=[True, True]))
+    found = find_occurrences(rollouts, token_values(model, rollouts))
     assert found.token.tolist() == [SO, EOS, WAIT, SOON, SO, EOS]
     assert found.row.tolist() == [0, 0, 1, 1, 1, 1] and found.place.tolist() == [0, 1, 0, 1, 2, 3]
     assert found.prompt.tolist() == [1, 1, 0, 0, 0, 0]

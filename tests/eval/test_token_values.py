@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ragged import make_rollout
 from tiny import EOS, tiny_gpt2, tiny_length_value_model, tokens
 
 from eval.viewer.tokens import token_values
@@ -14,6 +15,12 @@ from lenvm_rl.sandbox.scripted import START, ScriptedLengthValue, countdown_chai
 GAMMA = 0.9
 
 
+def read(model, prompts, completions, *, finished, **settings):
+    ends = ["stop" if end else "length" for end in finished]
+    rows = zip(prompts, completions, ends, strict=True)
+    return token_values(model, [make_rollout(*row) for row in rows], **settings)
+
+
 def three():
     return ScriptedLengthValue.from_chain(countdown_chain([0.5, 0.0, 0.5]), GAMMA)
 
@@ -21,7 +28,7 @@ def three():
 def test_a_countdown_by_hand():
     # One or three tokens are written before the end, with equal chance.
     long, short = [START + 3, START + 2, START + 1, EOS], [START + 1, EOS]
-    found = token_values(three(), [[START]] * 2, [long, short], finished=[True, True])
+    found = read(three(), [[START]] * 2, [long, short], finished=[True, True])
     value = -(1 - (GAMMA**4 + GAMMA**2) / 2)
     at_start = math.log(1 + value) / math.log(GAMMA)
     torch.testing.assert_close(found[0].remaining, torch.tensor([at_start, 3, 2, 1]).double(), atol=1e-4, rtol=0)
@@ -48,11 +55,11 @@ class Constant(torch.nn.Module):
 
 
 def test_the_value_after_the_end_is_zero_whatever_the_model_says():
-    (ended,) = token_values(Constant().eval(), [[3]], [[4, EOS]], finished=[True])
+    (ended,) = read(Constant().eval(), [[3]], [[4, EOS]], finished=[True])
     assert ended.horizon_shift[-1] == pytest.approx((1 - GAMMA) - 0.5)
     assert ended.shift_in_tokens[-1] == pytest.approx(1 - math.log(0.5) / math.log(GAMMA))
     # A cut one goes on: nothing that the model says of the state after it is known to be wrong.
-    (cut,) = token_values(Constant().eval(), [[3]], [[4, 5]], finished=[False])
+    (cut,) = read(Constant().eval(), [[3]], [[4, 5]], finished=[False])
     assert cut.horizon_shift[-1] == pytest.approx((1 - GAMMA) + GAMMA * 0.5 - 0.5)
     assert cut.shift_in_tokens[-1] == pytest.approx(1.0)
 
@@ -67,7 +74,7 @@ def test_batches_of_any_size_give_what_each_row_gives_alone(max_tokens):
     finished = [n % 2 == 0 for n in range(len(pairs))]
     completions = [[*c[:-1], EOS] if end else c for (_, c), end in zip(pairs, finished, strict=True)]
     prompts = [prompt for prompt, _ in pairs]
-    found = token_values(model, prompts, completions, finished=finished, max_tokens=max_tokens)
+    found = read(model, prompts, completions, finished=finished, max_tokens=max_tokens)
     for prompt, completion, end, own in zip(prompts, completions, finished, found, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 :].double()
@@ -90,24 +97,22 @@ def test_rows_of_similar_length_share_a_forward(monkeypatch):
                         or forward(input_ids, **rest))  # fmt: skip
     long = [START + 3, START + 2, START + 1]
     rows = [long * 4, [START + 1], long * 4, [START + 2], [START + 1]]
-    token_values(model, [[START]] * 5, rows, finished=[False] * 5, max_tokens=26)
+    read(model, [[START]] * 5, rows, finished=[False] * 5, max_tokens=26)
     assert shapes == [(2, 13), (3, 2)]
 
 
 @pytest.mark.parametrize(
     ("prompts", "completions", "finished", "settings", "problem"),
     [
-        ([[3]], [[4], [5]], [True], {}, "finished"),
         ([[]], [[4]], [True], {}, "prompt_ids of completions \\[0\\]"),
         ([[3], [3]], [[4], []], [True, True], {}, "completion_ids of completions \\[1\\]"),
-        ([[3]], [[4]], [True], {"max_tokens": 0}, "max_tokens"),
     ],
 )
 def test_what_cannot_be_read_is_refused(prompts, completions, finished, settings, problem):
     with pytest.raises(ValueError, match=problem):
-        token_values(three(), prompts, completions, finished=finished, **settings)
+        read(three(), prompts, completions, finished=finished, **settings)
 
 
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match="training mode"):
-        token_values(tiny_length_value_model().train(), [[3]], [[4]], finished=[True])
+        read(tiny_length_value_model().train(), [[3]], [[4]], finished=[True])
