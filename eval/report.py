@@ -30,6 +30,8 @@ from lenvm_rl.files import atomic_file
 
 Entry = dict[str, float | None]
 ENDS = ("estimate", "low", "high")
+# Share of completions that may be cut without a word.
+MANY_CUT = 0.1
 # Decades of an axis that take labels at 1, 2 and 5 without one running into the next.
 FULL_DECADES = 3
 

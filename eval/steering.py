@@ -5,8 +5,8 @@
 Nothing pays here but length, so nothing brings back what overshoots, and Adam makes steps of full size of any
 coefficient: the hardest case for steering. A policy is a small Llama that starts out writing every token with the same
 chance, one of them ending the completion: 30 tokens on average at a vocabulary of 46 and a cap of 48. The length value
-model says the constant value of that. Every learning rate, target and seed is one run of `LenVMGRPOTrainer` with the
-defaults of steering. Asked of each:
+model says the constant value of such a policy. Every learning rate, target and seed is one run of `LenVMGRPOTrainer`
+with the defaults of steering. Asked of each:
 
 - the mean of `length/mean` over the last 30 steps is within 10 % of the target;
 - after the target was first reached, the longest stretch below nine tenths of it takes no more steps than the way there
@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 LAST, TOLERANCE, WINDOW = 30, 0.1, 5
 PROMPTS = 100
+# A small run on a processor that leaves nothing behind.
+QUIET = {"gradient_checkpointing": False, "use_cpu": True, "bf16": False}
+QUIET |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 COLUMNS = (
     Column("learning rate", lambda row: f"{row['learning_rate']:g}"),
     Column("target", "target", left=True),
@@ -125,14 +128,9 @@ def train(args: SteeringArguments, learning_rate: float, target: float, seed: in
             per_device_train_batch_size=args.completions,
             num_generations=4,
             max_completion_length=args.max_new_tokens,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
             logging_steps=1,
-            disable_tqdm=True,
             seed=seed,
+            **QUIET,
         )
         trainer = LenVMGRPOTrainer(
             policy,

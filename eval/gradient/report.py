@@ -25,6 +25,7 @@ from eval.gradient.estimators import (
 )
 from eval.gradient.gradients import GradientStatistics
 from eval.report import (
+    MANY_CUT,
     Column,
     as_entry,
     cell_text,
@@ -36,8 +37,6 @@ from eval.report import (
     save_figure,
 )
 
-# Share of the completions that may be cut without a word.
-MANY_CUT = 0.1
 # What the kinds are called in the figure, and their colours.
 KIND_LOOKS = {
     TASK: ("task", "#000000"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.report import (
+    MANY_CUT,
     Column,
     Entry,
     as_entry,
@@ -26,8 +28,6 @@ from eval.style_frontier import StyleFrontier
 from eval.tradeoff.arms import KINDS
 from eval.tradeoff.sampler import Arm
 
-# Share of the base policy's completions that may be cut without a word.
-MANY_CUT = 0.1
 TRAINED_COLORS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
@@ -156,29 +156,19 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
 
 def _draw_arms(rows: list[dict[str, Any]], key: str, axis: Axes) -> None:
     """Every kind of arm, the base policy over the others; each trained policy has a colour, which its tilts share."""
-    looks = [
-        (kind, look.label, look.color, look.marker, look.line) for kind, look in KINDS.items() if kind != "trained"
-    ]
-    looks.append(looks.pop(0))
-    for row, color in zip((row for row in rows if row["kind"] == "trained"), cycle(TRAINED_COLORS), strict=False):
-        name = as_label(row["name"])
-        looks.append((f"tilt of {row['name']}", f"{name}, tilted", color, "o", True))
-        looks.append((row["name"], f"{KINDS['trained'].label}: {name}", color, KINDS["trained"].marker, False))
-    for kind, label, color, marker, line in looks:
-        own = [row for row in rows if kind == (row["name"] if row["kind"] == "trained" else row["kind"])]
+    trained, colors = [row for row in rows if row["kind"] == "trained"], cycle(TRAINED_COLORS)
+    looks = {kind: look for kind, look in KINDS.items() if kind not in ("base", "trained")} | {"base": KINDS["base"]}
+    drawn = [([row for row in rows if row["kind"] == kind], look) for kind, look in looks.items()]
+    for row, color in zip(trained, colors, strict=False):
+        name, tilts = as_label(row["name"]), [other for other in rows if other["kind"] == f"tilt of {row['name']}"]
+        drawn.append((tilts, replace(KINDS["tilt"], label=f"{name}, tilted", color=color)))
+        drawn.append(([row], replace(KINDS["trained"], label=f"trained: {name}", color=color)))
+    for own, look in drawn:
         own = sorted((row for row in own if is_known(row[key])), key=lambda row: row[key]["estimate"])
-        draw_intervals(
-            axis,
-            [row[key] for row in own],
-            [row["accuracy"] for row in own],
-            color=color,
-            marker=marker,
-            markersize=13 if marker == "*" else 6,
-            linestyle="-" if line else "none",
-            linewidth=1,
-            label=label,
-            zorder=3,
-        )
+        points = [row[key] for row in own], [row["accuracy"] for row in own]
+        size, line = 13 if look.marker == "*" else 6, "-" if look.line else "none"
+        shape = {"color": look.color, "marker": look.marker, "markersize": size, "linestyle": line, "linewidth": 1}
+        draw_intervals(axis, *points, label=look.label, zorder=3, **shape)
 
 
 def _write_divergences(rows: list[dict[str, Any]], axis: Axes) -> None:
