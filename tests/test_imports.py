@@ -129,8 +129,7 @@ def test_every_package_imported_is_required():
         *(optional[name] for name in ("eval", "math", "reasoning-gym", "smollm2", "wandb"))
     )
     for path in SOURCES:
-        distribution = {"yaml": "pyyaml", "math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
-        used = {distribution.get(name, name) for name in outside(imports_of(path))}
+        used = {{"yaml": "pyyaml"}.get(name, name.replace("_", "-")) for name in outside(imports_of(path))}
         allowed = required if path.is_relative_to(LIBRARY) else allowed_in_programs
         # A server is a program, too, and is installed as one.
         allowed = allowed | optional["serving"] if path.is_relative_to(LIBRARY / "serve") else allowed
