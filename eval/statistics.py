@@ -29,10 +29,6 @@ class Interval:
     high: float
     confidence: float = 0.95
 
-    def __str__(self) -> str:
-        ends = f" [{self.low:.3f}, {self.high:.3f}]" if np.isfinite([self.low, self.high]).all() else ""
-        return f"{self.estimate:.3f}{ends}"
-
 
 def quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """NaN where there is nothing to divide by, as in a resample of one prompt only."""

@@ -91,10 +91,6 @@ class StyleFrontier:
         """Best accuracy at a mean number of tokens (>= 0); flat beyond the last corner."""
         return np.interp(tokens, self.tokens, self.accuracies)
 
-    def gap(self, tokens: float, accuracy: float) -> float:
-        """How far an arm's accuracy lies below the frontier at its own mean tokens; negative if above."""
-        return float(self.accuracy(tokens)) - accuracy
-
 
 def measure_points(
     difficulties: Sequence[int], styles: Sequence[str], clean_tokens: Sequence[int], correct: Sequence[bool]

@@ -59,7 +59,7 @@ def test_too_few_weighted_entries_give_an_estimate_without_an_interval():
 def test_one_prompt_has_no_interval_however_many_completions_it_has():
     lengths, prompt = [3.0, 5.0, 10.0, 2.0], [7, 7, 7, 7]
     interval = mean_interval(lengths, prompt)
-    assert interval.estimate == 5.0 and np.isnan([interval.low, interval.high]).all() and str(interval) == "5.000"
+    assert interval.estimate == 5.0 and np.isnan([interval.low, interval.high]).all()
     assert np.isnan(mean_interval([3.0]).low)
     # With two prompts there is one again: from 4, both times the first, to 6.
     two = mean_interval([3.0, 5.0, 10.0, 2.0], [0, 0, 1, 1])
@@ -87,7 +87,6 @@ def test_the_seed_decides_and_chunks_change_nothing_else(monkeypatch):
 
 def test_percentiles_by_hand():
     assert percentile_interval(50.0, np.arange(101.0), 0.5) == Interval(50.0, 25.0, 75.0, 0.5)
-    assert str(Interval(0.5, 0.05, 0.95)) == "0.500 [0.050, 0.950]"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ def test_frontier_by_hand():
     assert frontier.floors == {1: 2.0, 7: 10.0}
     assert frontier.accuracy(3.5) == pytest.approx(0.75)
     assert frontier.accuracy(100.0) == pytest.approx(1.0)
-    assert frontier.gap(6.0, 0.9) == pytest.approx(0.1)
 
 
 def test_no_mixture_lies_above_the_frontier():
