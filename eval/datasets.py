@@ -13,8 +13,8 @@ from transformers.hf_argparser import HfArg
 from eval.runs import OUTPUTS, check_sandbox, is_sandbox, output_folder, set_threads
 from lenvm_rl.modeling.loading import load_policy, load_tokenizer, read_config
 from lenvm_rl.reward_functions import BY_TRL, NO_COLUMNS
-from lenvm_rl.rollouts.job import SamplingSettings
-from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
+from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts
 from lenvm_rl.sandbox import DIFFICULTIES, Problem, distinct_problems
 from lenvm_rl.tokenization import check_same_tokenizer, find_prompt_problem, load_prompts
@@ -169,13 +169,12 @@ def find_rollouts(args: RolloutArguments) -> tuple[Dataset, RolloutMetadata]:
     set_threads(sandbox=True)
     problems = sandbox_problems(args.num_prompts, args.seed)
     settings = SamplingSettings(args.num_samples, args.max_new_tokens, args.batch_size, args.temperature)
-    return sample_to_file(
-        Path(args.output_dir) / "rollouts.jsonl",
+    job = TransformersJob(
         load_policy(args.policy),
         tokenizer,
         [problem.prompt for problem in problems],
         settings,
         seed=args.seed,
         extra_columns={"difficulty": [problem.difficulty for problem in problems]},
-        generator=args.policy,
     )
+    return sample_to_file(Path(args.output_dir) / "rollouts.jsonl", job, args.policy)

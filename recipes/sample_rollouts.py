@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
@@ -31,11 +30,11 @@ from lenvm_rl.endings import end_token_ids
 from lenvm_rl.modeling.backbones import load_model
 from lenvm_rl.modeling.loading import load_length_value_model, load_tokenizer
 from lenvm_rl.programs import run_program
-from lenvm_rl.rollouts.job import SamplingSettings
-from lenvm_rl.rollouts.local import sample_to_file
-from lenvm_rl.rollouts.record import RolloutMetadata, described
-from lenvm_rl.rollouts.server import SERVERS, connect, sample_from_server
-from lenvm_rl.rollouts.vllm import sample_with_vllm
+from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, sample_to_file
+from lenvm_rl.rollouts.local import TransformersJob
+from lenvm_rl.rollouts.record import described
+from lenvm_rl.rollouts.server import SERVERS, ServerJob, connect
+from lenvm_rl.rollouts.vllm import VLLMJob
 from lenvm_rl.tokenization import check_prompts, load_prompts
 from recipes.command_line import ProgramParser
 
@@ -138,23 +137,21 @@ def find_eos_ids(args: SampleArguments, tokenizer: PreTrainedTokenizerBase) -> l
     return end_token_ids(tokenizer, config)
 
 
-def sample_with_transformers(
-    args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *job: Any, **options: Any
-) -> tuple[Dataset, RolloutMetadata]:
-    """Loads the policy and samples in this process."""
+def transformers_job(
+    args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *given: Any, **options: Any
+) -> SamplingJob:
+    """A job in this process; the policy is loaded."""
     device = args.device or torch.accelerator.current_accelerator() or "cpu"
     model = load_model(AutoModelForCausalLM.from_pretrained, args.model_name_or_path, dtype=args.dtype).to(device)
     if args.length_value_model is not None:
         options["length_value_model"] = load_length_value_model(
             args.length_value_model, args.model_name_or_path, tokenizer=tokenizer, device=device, dtype=args.dtype
         )
-    return sample_to_file(args.output, model, tokenizer, *job, **options)
+    return TransformersJob(model, tokenizer, *given, **options)
 
 
-def sample_with_server(
-    args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *job: Any, **options: Any
-) -> tuple[Dataset, RolloutMetadata]:
-    """Samples from a server."""
+def server_job(args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *given: Any, **options: Any) -> SamplingJob:
+    """A job for a server."""
     if args.server_url is None:
         raise ValueError("--backend server needs --server_url, e.g. http://localhost:8000/v1.")
     name = args.server_key_variable
@@ -169,13 +166,11 @@ def sample_with_server(
         max_retries=args.server_retries,
     )
     options.update(eos_token_ids=find_eos_ids(args, tokenizer), retokenize=args.retokenize)
-    return sample_from_server(args.output, server, tokenizer, *job, **options)
+    return ServerJob(server, tokenizer, *given, **options)
 
 
-def sample_with_engine(
-    args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *job: Any, **options: Any
-) -> tuple[Dataset, RolloutMetadata]:
-    """Samples with vLLM in this process."""
+def vllm_job(args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *given: Any, **options: Any) -> SamplingJob:
+    """A job for vLLM in this process."""
     try:
         engine = json.loads(args.engine_arguments or "{}")
     except json.JSONDecodeError as error:
@@ -183,10 +178,10 @@ def sample_with_engine(
     if not isinstance(engine, dict):
         raise ValueError(f"--engine_arguments must be a JSON object, got {args.engine_arguments}.")
     options["eos_token_ids"] = find_eos_ids(args, tokenizer)
-    return sample_with_vllm(args.output, args.model_name_or_path, tokenizer, *job, **options, **engine)
+    return VLLMJob(args.model_name_or_path, tokenizer, *given, engine_arguments=engine, **options)
 
 
-BACKENDS = {"transformers": sample_with_transformers, "server": sample_with_server, "vllm": sample_with_engine}
+JOBS = {"transformers": transformers_job, "server": server_job, "vllm": vllm_job}
 
 
 def main(args: SampleArguments, settings: SamplingSettings) -> None:
@@ -205,15 +200,10 @@ def main(args: SampleArguments, settings: SamplingSettings) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, args.pad_token)
     column = dataset[args.prompt_column][:]
     check_prompts(column, f"{args.dataset_name}, column {args.prompt_column!r}", tokenizer, args.chat)
-    rollouts, metadata = BACKENDS[args.backend](
-        args,
-        tokenizer,
-        make_prompts(column, args.chat, args.system_prompt),
-        settings,
-        seed=args.seed,
-        extra_columns={name: dataset[name][:] for name in args.keep_columns},
-        generator=args.model_name_or_path,
-    )
+    prompts = make_prompts(column, args.chat, args.system_prompt)
+    columns = {name: dataset[name][:] for name in args.keep_columns}
+    job = JOBS[args.backend](args, tokenizer, prompts, settings, seed=args.seed, extra_columns=columns)
+    rollouts, metadata = sample_to_file(args.output, job, args.model_name_or_path)
     logger.info("%s: %s", args.output, described(rollouts, metadata))
 
 

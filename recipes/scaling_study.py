@@ -34,8 +34,8 @@ from lenvm_rl.pretraining.trainer import (
     sequence_lengths,
 )
 from lenvm_rl.programs import choose_threads, run_program
-from lenvm_rl.rollouts.job import SamplingSettings
-from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
+from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 from recipes.command_line import ProgramParser
@@ -267,15 +267,14 @@ def fit_backbones(args: ScalingArguments) -> None:
 def _sample(
     args: ScalingArguments, policy: str, split: str, prompts: int, samples: int, seed: int
 ) -> tuple[Dataset, RolloutMetadata]:
-    rollouts, metadata = sample_to_file(
-        Path(args.output_dir) / f"{split}.jsonl",
+    job = TransformersJob(
         AutoModelForCausalLM.from_pretrained(policy),
         AutoTokenizer.from_pretrained(policy),
         [problem.prompt for problem in distinct_problems(prompts, seed, split)],
         SamplingSettings(samples, args.max_new_tokens, batch_size=256),
         seed=seed,
-        generator=policy,
     )
+    rollouts, metadata = sample_to_file(Path(args.output_dir) / f"{split}.jsonl", job, policy)
     if metadata.sampling["set_aside"]:
         raise ValueError(f"{metadata.sampling['set_aside']} completions of {policy} are no valid rollouts.")
     return rollouts, metadata

@@ -26,8 +26,8 @@ from lenvm_rl.modeling.loading import ADAPTER_FILE, check_policy, load_tokenizer
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import choose_threads
 from lenvm_rl.reward_functions import are_correct, call_reward, check_golds, load_reward, name_of
-from lenvm_rl.rollouts.job import SamplingSettings, find_column_problem
-from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.job import SamplingSettings, find_column_problem, sample_to_file
+from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts, split_by_prompt
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
 from lenvm_rl.sandbox.task import sandbox_tokenizer
@@ -187,16 +187,15 @@ class RecipeRun:
             dataset = self.prompts(self.args.sample_prompts, ROLLOUT_SEED)
             device = "cuda" if torch.cuda.is_available() and not self.config.use_cpu else "cpu"
             model = load_model(AutoModelForCausalLM.from_pretrained, self.policy, **self.load_kwargs)
-            sample_to_file(
-                self.rollouts,
+            job = TransformersJob(
                 model.to(device).eval(),
                 self.tokenizer,
                 dataset["prompt"][:],
                 self.sampling(),
                 seed=self.config.seed,
                 extra_columns=self._kept_columns(dataset),
-                generator=self.policy,
             )
+            sample_to_file(self.rollouts, job, self.policy)
 
         run_stage("sampling rollouts of the policy", self.rollouts, self.rollout_settings(), make)
 

@@ -50,8 +50,8 @@ from eval.runs import OUTPUTS, output_folder, run_evaluation, set_threads
 from lenvm_rl.endings import own_length
 from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.prediction import weights_fingerprint
-from lenvm_rl.rollouts.job import SamplingSettings
-from lenvm_rl.rollouts.local import sample_to_file
+from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
+from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.sandbox import stream_problems
 
@@ -143,16 +143,11 @@ def sample(
     Raises:
         ValueError: some completion makes no valid record, or is not graded, so that batches would not be whole.
     """
-    rollouts, metadata = sample_to_file(
-        Path(args.output_dir) / "rollouts.jsonl",
-        policy,
-        tokenizer,
-        data.prompts,
-        SamplingSettings(args.group_size, args.max_new_tokens, args.sampling_batch_size, args.temperature),
-        seed=args.seed,
-        # A policy trained again under the same name is another one.
-        generator=f"{args.policy} {weights_fingerprint(policy)[:12]}",
-    )
+    settings = SamplingSettings(args.group_size, args.max_new_tokens, args.sampling_batch_size, args.temperature)
+    job = TransformersJob(policy, tokenizer, data.prompts, settings, seed=args.seed)
+    # A policy trained again under the same name is another one.
+    generator = f"{args.policy} {weights_fingerprint(policy)[:12]}"
+    rollouts, metadata = sample_to_file(Path(args.output_dir) / "rollouts.jsonl", job, generator)
     if len(rollouts) != args.num_batches * args.batch_size:
         raise ValueError(
             f"{len(rollouts)} of {args.num_batches * args.batch_size} completions are valid; see the rejected ones "

@@ -1,7 +1,11 @@
-"""A sampling job in steps that survive being killed, wherever its completions come from.
+"""Sampling rollouts, wherever their completions come from, in steps that survive being killed.
 
 [`SamplingJob`] is what every engine shares: which completions there are to sample, in which steps, what the metadata
-says about them, and the progress bar. [`run_to_file`] runs one into a rollout file.
+says about them, and the progress bar. The engines are [`~lenvm_rl.rollouts.local.TransformersJob`],
+[`~lenvm_rl.rollouts.vllm.VLLMJob`] and [`~lenvm_rl.rollouts.server.ServerJob`]:
+
+    job = TransformersJob(model, tokenizer, prompts, SamplingSettings(num_samples=4), seed=0)
+    rollouts, metadata = sample_to_file("rollouts.jsonl", job)
 """
 
 from __future__ import annotations
@@ -90,6 +94,8 @@ class SamplingJob(ABC):
 
     engine = ""
     depends_on_batch_size = False
+    # What the metadata calls the policy unless it is said.
+    policy_name = ""
 
     def __init__(
         self,
@@ -214,7 +220,14 @@ def in_order(steps: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: record["group"])
 
 
-def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tuple[Dataset, RolloutMetadata]:
+def sample_rollouts(job: SamplingJob) -> list[dict[str, Any]]:
+    """Runs a job: rollout records, `num_samples` for each prompt, in the order of the prompts."""
+    return in_order(dict(job.run()))
+
+
+def sample_to_file(
+    path: str | os.PathLike, job: SamplingJob, generator: str | None = None
+) -> tuple[Dataset, RolloutMetadata]:
     """Runs a job into a rollout file; killed at any moment and started again, it goes on where it was.
 
     Every finished step is appended to `<name>.journal` as one line; a half-written last line is done again. What the
@@ -225,14 +238,14 @@ def run_to_file(path: str | os.PathLike, job: SamplingJob, generator: str) -> tu
     Args:
         path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
         job ([`SamplingJob`]): what to sample.
-        generator (`str`): what the metadata calls the policy.
+        generator (`str`, *optional*, defaults to `job.policy_name`): what the metadata calls the policy.
 
     Returns:
         `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them. A completion that makes no valid
         record is set aside in `<name>.rejected.jsonl`, logged, and counted in `sampling["set_aside"]`.
     """
     path = check_suffix(path)
-    metadata = job.metadata(generator)
+    metadata = job.metadata(generator or job.policy_name)
     plan = metadata.sampling["plan"]
     journal = Journal(path.with_suffix(".journal"), plan)
     if path.exists():

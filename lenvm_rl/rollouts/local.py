@@ -1,20 +1,18 @@
 """Rollouts from a policy in this process, with transformers; the token ids are kept exactly as sampled.
 
 The work is cut into batches by a plan that depends on the prompts and the settings only, and every batch has a seed of
-its own. So a run gives the same records every time, and [`sample_to_file`], killed at any moment and started again,
-ends with the records of an unbroken run. That holds too where a length value model groups the prompts: its weights
-belong to the settings, and its predictions are kept in the journal.
+its own. So a run gives the same records every time, and one that is killed at any moment and started again ends with
+the records of an unbroken run. That holds too where a length value model groups the prompts: its weights belong to the
+settings, and its predictions are kept in the journal.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lenvm_rl.endings import end_token_ids, strip_completion
@@ -22,63 +20,11 @@ from lenvm_rl.modeling.backbones import context_of
 from lenvm_rl.modeling.completions import check_in_eval_mode, pad_left
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import boundary_logits, length_aware_batches, lengths_from_logits, weights_fingerprint
-from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, batch_seed, in_order, run_to_file
-from lenvm_rl.rollouts.record import RolloutMetadata
+from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, batch_seed
 from lenvm_rl.tokenization import Prompt, check_same_tokenizer
 
 
-def sample_rollouts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    seed: int,
-    extra_columns: dict[str, Sequence[Any]] | None = None,
-    length_value_model: LengthValueModel | None = None,
-    **settings: Any,
-) -> list[dict[str, Any]]:
-    """Samples completions with transformers' `generate`; arguments as in [`RolloutSampler`].
-
-    Args:
-        settings: the fields of [`~lenvm_rl.rollouts.SamplingSettings`], by name.
-
-    Returns:
-        `list[dict]`: rollout records (see `lenvm_rl.rollouts.record`), `num_samples` for each prompt, in the order of
-        the prompts. `group` is the index of the prompt.
-    """
-    given = SamplingSettings(**settings)
-    return in_order(
-        dict(RolloutSampler(model, tokenizer, prompts, given, seed, extra_columns, length_value_model).run())
-    )
-
-
-def sample_to_file(
-    path: str | os.PathLike,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    settings: SamplingSettings,
-    *,
-    seed: int,
-    generator: str | None = None,
-    **job: Any,
-) -> tuple[Dataset, RolloutMetadata]:
-    """[`sample_rollouts`] into a file, in steps that survive being killed (see [`~lenvm_rl.rollouts.job.run_to_file`]).
-
-    Args:
-        path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
-        model, tokenizer, prompts, settings, seed, job (`extra_columns`, `length_value_model`): as in
-            [`RolloutSampler`].
-        generator (`str`, *optional*, defaults to the model's `name_or_path`): what the metadata calls the policy.
-
-    Returns:
-        `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them.
-    """
-    sampler = RolloutSampler(model, tokenizer, prompts, settings, seed, **job)
-    return run_to_file(path, sampler, generator or model.config.name_or_path or f"{type(model).__name__} in memory")
-
-
-class RolloutSampler(SamplingJob):
+class TransformersJob(SamplingJob):
     """A sampling job with transformers' `generate`; a step is a batch, whose completions share a random stream.
 
     The settings given here are the only ones: what the model's generation config holds (a repetition penalty, top-k
@@ -110,6 +56,7 @@ class RolloutSampler(SamplingJob):
         ends = end_token_ids(tokenizer, model.generation_config)
         super().__init__(tokenizer, prompts, settings, seed=seed, extra_columns=extra_columns, eos_token_ids=ends)
         self.model, self.length_value_model = model, length_value_model
+        self.policy_name = model.config.name_or_path or f"{type(model).__name__} in memory"
         self._predicted: list[float] | None = None
         self.check_room(context_of(model.config))
         if length_value_model is not None:

@@ -7,7 +7,6 @@ checked against the number of tokens that the server counts, and is reported (se
 from __future__ import annotations
 
 import json
-import os
 import queue
 import threading
 import time
@@ -16,15 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import requests
-from datasets import Dataset
 from requests.adapters import HTTPAdapter
 from transformers import PreTrainedTokenizerBase
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
 from lenvm_rl.endings import strip_completion
-from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, run_to_file
-from lenvm_rl.rollouts.record import RolloutMetadata
+from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings
 from lenvm_rl.rollouts.text import retokenization_columns, retokenization_report, retokenize
 from lenvm_rl.tokenization import Prompt
 
@@ -34,45 +31,21 @@ RETRIED_STATUSES = (408, 409, 423, 425, 429, *range(500, 600))
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0
 
 
-def sample_from_server(
-    path: str | os.PathLike,
-    server: CompletionServer,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    settings: SamplingSettings,
-    *,
-    seed: int,
-    generator: str | None = None,
-    retokenize: bool = False,
-    **job: Any,
-) -> tuple[Dataset, RolloutMetadata]:
-    """Samples completions of a server's model into a rollout file, as `read_rollouts` gives it.
-
-    Killed at any moment and started again with the same arguments (the address and `batch_size` may change), it asks
-    for no finished completion again. A [`ServerError`] keeps what was finished before.
-
-    Args:
-        path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
-        server ([`CompletionServer`]): as [`connect`] makes it.
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the server's model.
-        prompts, settings, job (`extra_columns`, `eos_token_ids`): see [`~lenvm_rl.rollouts.job.SamplingJob`];
-            `batch_size` is the number of requests under way at once.
-        seed (`int`): decides the seed of every request. The same completions come back only from a server that keeps
-            to seeds, and few do whatever else they are computing at the time.
-        generator (`str`, *optional*, defaults to the model's name on the server): what the metadata calls the policy.
-        retokenize (`bool`, *optional*, defaults to `False`): make token ids from text if the server gives none. The
-            records then have the columns `completion_text`, `length_error` and `text_changed`.
-    """
-    sampling = ServerJob(server, tokenizer, prompts, settings, seed=seed, retokenize=retokenize, **job)
-    return run_to_file(path, sampling, generator or server.model)
-
-
 class ServerJob(SamplingJob):
     """A sampling job whose completions come from a server.
 
+    It goes on with another address or `batch_size`, too, and asks for no finished completion again; a [`ServerError`]
+    keeps what was finished before.
+
     Args:
-        server, retokenize: see [`sample_from_server`].
-        tokenizer, prompts, settings, job: see [`~lenvm_rl.rollouts.job.SamplingJob`].
+        server ([`CompletionServer`]): as [`connect`] makes it.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the server's model.
+        prompts, settings, job (`seed`, `extra_columns`, `eos_token_ids`): see
+            [`~lenvm_rl.rollouts.job.SamplingJob`]. `batch_size` is the number of requests under way at once. The same
+            completions come back only from a server that keeps to seeds, and few do whatever else they are computing at
+            the time.
+        retokenize (`bool`, *optional*, defaults to `False`): make token ids from text if the server gives none. The
+            records then have the columns `completion_text`, `length_error` and `text_changed`.
     """
 
     engine = "server"
@@ -88,7 +61,7 @@ class ServerJob(SamplingJob):
         **job: Any,
     ):
         super().__init__(tokenizer, prompts, settings, **job)
-        self.server = server
+        self.server, self.policy_name = server, server.model
         if not server.gives_token_ids and not retokenize:
             raise ValueError(
                 f"A server of the kind {server.kind!r} gives text, not the token ids that were sampled, and labels "

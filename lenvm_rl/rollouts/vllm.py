@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,53 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lenvm_rl.endings import strip_completion
-from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, run_to_file
-from lenvm_rl.rollouts.record import RolloutMetadata
+from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings
 from lenvm_rl.tokenization import Prompt
 
 logger = logging.getLogger(__name__)
-
-
-def sample_with_vllm(
-    path: str | os.PathLike,
-    model: str,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    settings: SamplingSettings,
-    *,
-    seed: int,
-    extra_columns: dict[str, Sequence[Any]] | None = None,
-    eos_token_ids: Sequence[int] | None = None,
-    generator: str | None = None,
-    **engine_arguments: Any,
-) -> tuple[Dataset, RolloutMetadata]:
-    """Samples completions with vLLM's offline engine into a rollout file.
-
-    Killed at any moment and started again with the same arguments, it loses what was under way: `batch_size`
-    completions at most.
-
-    Args:
-        path (`str` or `os.PathLike`): a name that ends in `.jsonl` or `.parquet`.
-        model (`str`): folder or hub id of the policy.
-        tokenizer, prompts, settings, seed, extra_columns, eos_token_ids: see
-            [`~lenvm_rl.rollouts.job.SamplingJob`]. `batch_size` is the number of completions per call; some thousands
-            keep the engine busy.
-        generator (`str`, *optional*, defaults to `model`): what the metadata calls the policy.
-        engine_arguments: further arguments of `vllm.LLM` (`tensor_parallel_size`, `dtype`, `max_model_len`, ...). Left
-            to itself, vLLM computes in 16 bits where the checkpoint has 32.
-
-    Returns:
-        `tuple[datasets.Dataset, RolloutMetadata]`: as `read_rollouts` gives them. The metadata's `sampling` says with
-        which version of vLLM (`vllm_version`) and in which `dtype` they were sampled; a job that was begun in one dtype
-        goes on in no other.
-    """
-    own = {"seed": seed, "extra_columns": extra_columns, "eos_token_ids": eos_token_ids}
-    job = VLLMJob(model, tokenizer, prompts, settings, engine_arguments, **own)
-    return run_to_file(path, job, generator or model)
 
 
 def import_vllm():
@@ -81,9 +40,17 @@ def import_vllm():
 class VLLMJob(SamplingJob):
     """A sampling job whose completions come from `vllm.LLM`, which is loaded when the first is needed.
 
+    Killed, it loses what was under way: `batch_size` completions at most. The metadata's `sampling` says with which
+    version of vLLM (`vllm_version`) and in which `dtype` they were sampled; what was begun in one dtype goes on in no
+    other.
+
     Args:
-        model, engine_arguments: see [`sample_with_vllm`].
-        tokenizer, prompts, settings, others: see [`~lenvm_rl.rollouts.job.SamplingJob`].
+        model (`str`): folder or hub id of the policy.
+        tokenizer, prompts, settings, job (`seed`, `extra_columns`, `eos_token_ids`): see
+            [`~lenvm_rl.rollouts.job.SamplingJob`]. `batch_size` is the number of completions per call; some thousands
+            keep the engine busy.
+        engine_arguments (`dict`, *optional*): further arguments of `vllm.LLM` (`tensor_parallel_size`, `dtype`,
+            `max_model_len`, ...). Left to itself, vLLM computes in 16 bits where the checkpoint has 32.
     """
 
     engine = "vllm"
@@ -95,10 +62,11 @@ class VLLMJob(SamplingJob):
         prompts: Sequence[Prompt],
         settings: SamplingSettings,
         engine_arguments: dict[str, Any] | None = None,
-        **others: Any,
+        **job: Any,
     ):
-        super().__init__(tokenizer, prompts, settings, **others)
-        self.model, self.engine_arguments = model, dict(engine_arguments or {})
+        super().__init__(tokenizer, prompts, settings, **job)
+        self.model = self.policy_name = model
+        self.engine_arguments = dict(engine_arguments or {})
         # What is asked for, before the engine takes its minutes to load; without a word, it says itself what it takes.
         asked = self.engine_arguments.get("max_model_len")
         self.check_room(asked if isinstance(asked, int) and asked > 0 else None)

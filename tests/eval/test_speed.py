@@ -17,7 +17,7 @@ from eval.speed.pretraining import PRETRAINING, make_rollouts
 from eval.speed.trainers import CRITIC, CRITIC_RUNS, held_numbers, make_critic_run
 from lenvm_rl.prediction import padding_steps, predict_length
 from lenvm_rl.rollouts.job import SamplingSettings
-from lenvm_rl.rollouts.local import RolloutSampler
+from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
 from lenvm_rl.tokenization import tokenizer_fingerprint
 
@@ -180,7 +180,7 @@ def test_the_orders_are_those_of_the_sampler(tmp_path):
     costs = batching.measure_batching(args)
     lengths = np.array([len(each["completion_ids"]) for each in rollouts])
     for name, option in (("prompt length", None), ("predicted length", model)):
-        sampler = RolloutSampler(
+        sampler = TransformersJob(
             tiny_llama(), tokenizer, prompts, SamplingSettings(3, 50, 7), 0, length_value_model=option
         )
         batches = sampler.plan()

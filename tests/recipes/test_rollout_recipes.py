@@ -139,16 +139,16 @@ def test_vllm_is_a_backend(tmp_path, policy, monkeypatch):
     class Called(Exception):
         pass
 
-    def stand_in(path, model, tokenizer, prompts, settings, **options):
-        given.update(path=path, model=model, prompts=prompts, settings=settings, **options)
+    def stand_in(model, tokenizer, prompts, settings, **options):
+        given.update(model=model, prompts=prompts, settings=settings, **options)
         raise Called
 
-    monkeypatch.setattr(sample_rollouts, "sample_with_vllm", stand_in)
+    monkeypatch.setattr(sample_rollouts, "VLLMJob", stand_in)
     engine = '{"tensor_parallel_size": 2, "dtype": "bfloat16"}'
     with pytest.raises(Called):
         sample(tmp_path, policy, "--backend", "vllm", "--engine_arguments", engine, "--limit", "2", "--top_k", "5")
-    assert given["model"] == given["generator"] == str(policy)
-    assert (given["tensor_parallel_size"], given["dtype"], given["eos_token_ids"]) == (2, "bfloat16", [EOS])
+    assert given["model"] == str(policy) and given["eos_token_ids"] == [EOS]
+    assert given["engine_arguments"] == {"tensor_parallel_size": 2, "dtype": "bfloat16"}
     assert given["prompts"] == ["w7", "w7 w7"] and given["extra_columns"] == {"answer": [0, 1]}
     assert (given["settings"].top_k, given["settings"].num_samples) == (5, 3)
 

@@ -14,13 +14,23 @@ from transformers import GenerationConfig
 
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.prediction import predict_length, weights_fingerprint
+from lenvm_rl.rollouts import job as jobs
 from lenvm_rl.rollouts import local as sampling
 from lenvm_rl.rollouts.job import SamplingSettings
-from lenvm_rl.rollouts.local import RolloutSampler, sample_rollouts, sample_to_file
+from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import find_problem, read_rollouts
 from lenvm_rl.tokenization import load_prompts
 
 PROMPTS = ["w6 w7 w8 w9 w10 w11", "w12", "w20 w21 w22", "w30 w31 w32 w33"]
+
+
+def sample_rollouts(model, tokenizer, prompts, seed, extra_columns=None, length_value_model=None, **settings):
+    own = extra_columns, length_value_model
+    return jobs.sample_rollouts(TransformersJob(model, tokenizer, prompts, SamplingSettings(**settings), seed, *own))
+
+
+def sample_to_file(path, *policy, **options):
+    return jobs.sample_to_file(path, TransformersJob(*policy, **options))
 
 
 @pytest.fixture
@@ -91,7 +101,7 @@ def test_batching_and_left_padding_do_not_change_greedy_completions():
 
 
 def test_prompts_of_similar_length_share_a_batch(policy):
-    sampler = RolloutSampler(*policy, PROMPTS, SamplingSettings(2, 8, 3), seed=0)
+    sampler = TransformersJob(*policy, PROMPTS, SamplingSettings(2, 8, 3), seed=0)
     # Numbers 2 and 3 are the samples of prompt 1.
     assert sampler.plan() == [[2, 3, 4], [5, 6, 7], [0, 1]]
 
@@ -104,7 +114,7 @@ def predictor():
 def test_without_a_length_value_model_a_job_is_the_one_that_it_was(policy):
     """A job that was begun by a version that knew of no length value model goes on: its name has not changed."""
     columns = {"answer": [1, 2, 3, 4]}
-    metadata = RolloutSampler(*policy, PROMPTS, SamplingSettings(4, 40, 5), 1, columns).metadata("policy")
+    metadata = TransformersJob(*policy, PROMPTS, SamplingSettings(4, 40, 5), 1, columns).metadata("policy")
     assert metadata.sampling == {
         **{"num_samples": 4, "max_new_tokens": 40, "batch_size": 5, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
         "backend": "transformers",
@@ -116,7 +126,7 @@ def test_prompts_of_similar_predicted_length_share_a_batch(policy, predictor):
     predicted = predict_length(predictor, policy[1], PROMPTS).tolist()
     order = sorted(range(4), key=lambda index: -predicted[index])
     assert len(set(predicted)) == 4 and order not in ([1, 2, 3, 0], [0, 3, 2, 1])
-    sampler = RolloutSampler(*policy, PROMPTS, SamplingSettings(2, 8, 3), 0, length_value_model=predictor)
+    sampler = TransformersJob(*policy, PROMPTS, SamplingSettings(2, 8, 3), 0, length_value_model=predictor)
     numbers = [2 * prompt + sample for prompt in order for sample in range(2)]
     assert sampler.plan() == [numbers[:3], numbers[3:6], numbers[6:]]
     assert sampler.step_sizes() == [3, 3, 2]
@@ -144,7 +154,7 @@ def test_a_job_goes_on_with_the_predictions_that_it_was_begun_with(policy, predi
     settings = SamplingSettings(num_samples=4, max_new_tokens=40, batch_size=5)
     path = tmp_path / "r.jsonl"
     whole = sample(policy, length_value_model=predictor)
-    original = RolloutSampler._sample_batch
+    original = TransformersJob._sample_batch
 
     def killed(self, index, batch):
         if index == 2:
@@ -152,7 +162,7 @@ def test_a_job_goes_on_with_the_predictions_that_it_was_begun_with(policy, predi
         return original(self, index, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RolloutSampler, "_sample_batch", killed)
+        patch.setattr(TransformersJob, "_sample_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             sample_to_file(path, *policy, PROMPTS, settings, seed=1, length_value_model=predictor)
     # Other batches, and batches by another model, are other jobs.
@@ -247,7 +257,7 @@ def test_a_file_is_sampled_once_and_goes_on_from_its_journal(policy, tmp_path, m
     whole = sample(policy)
 
     calls = []
-    original = RolloutSampler._sample_batch
+    original = TransformersJob._sample_batch
 
     def counted(self, index, batch):
         if len(calls) == 2:
@@ -255,7 +265,7 @@ def test_a_file_is_sampled_once_and_goes_on_from_its_journal(policy, tmp_path, m
         calls.append(index)
         return original(self, index, batch)
 
-    monkeypatch.setattr(RolloutSampler, "_sample_batch", counted)
+    monkeypatch.setattr(TransformersJob, "_sample_batch", counted)
     with pytest.raises(KeyboardInterrupt):
         sample_to_file(path, *policy, PROMPTS, settings, seed=1)
     journal = path.with_suffix(".journal")
@@ -266,7 +276,7 @@ def test_a_file_is_sampled_once_and_goes_on_from_its_journal(policy, tmp_path, m
         sample_to_file(path, *policy, PROMPTS, settings, seed=2)
 
     calls.clear()
-    monkeypatch.setattr(RolloutSampler, "_sample_batch", lambda *a: calls.append(a[1]) or original(*a))
+    monkeypatch.setattr(TransformersJob, "_sample_batch", lambda *a: calls.append(a[1]) or original(*a))
     dataset, metadata = sample_to_file(path, *policy, PROMPTS, settings, seed=1)
     assert calls == [2, 3]
     assert dataset.to_list() == whole
@@ -285,13 +295,14 @@ import sys, time
 
 sys.path[:0] = {paths!r}
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
-from lenvm_rl.rollouts.job import SamplingSettings
-from lenvm_rl.rollouts.local import RolloutSampler, sample_to_file
-original = RolloutSampler._sample_batch
-RolloutSampler._sample_batch = lambda *a: (time.sleep(0.2), original(*a))[1]
+from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
+from lenvm_rl.rollouts.local import TransformersJob
+original = TransformersJob._sample_batch
+TransformersJob._sample_batch = lambda *a: (time.sleep(0.2), original(*a))[1]
 policy = tiny_llama(initializer_range=0.02), tiny_tokenizer()
 predictor = tiny_length_value_model(tokenizer=policy[1]) if {predicted} else None
-sample_to_file({path!r}, *policy, {prompts!r}, SamplingSettings(4, 40, 1), seed=1, length_value_model=predictor)
+job = TransformersJob(*policy, {prompts!r}, SamplingSettings(4, 40, 1), seed=1, length_value_model=predictor)
+sample_to_file({path!r}, job)
 """
 
 

@@ -19,10 +19,10 @@ from tiny import EOS, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig
 
 from lenvm_rl.rollouts import server as server_module
-from lenvm_rl.rollouts.job import SamplingSettings
-from lenvm_rl.rollouts.local import sample_rollouts
+from lenvm_rl.rollouts.job import SamplingSettings, sample_rollouts, sample_to_file
+from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import find_problem, read_rollouts, rejected_path
-from lenvm_rl.rollouts.server import ServerError, ServerJob, connect, sample_from_server
+from lenvm_rl.rollouts.server import ServerError, ServerJob, connect
 
 PROMPTS = ["w6 w7 w8 w9 w10 w11", "w12", "w20 w21 w22"]
 SETTINGS = SamplingSettings(num_samples=4, max_new_tokens=8, batch_size=3)
@@ -44,7 +44,7 @@ def sample(path, server, kind="vllm", **changes):
     arguments = {"seed": 1, "retokenize": kind in ("openai", "transformers"), **changes}
     settings = arguments.pop("settings", SETTINGS)
     client = connect(kind, server.url, "m", **QUICK)
-    return sample_from_server(path, client, tiny_tokenizer(), PROMPTS, settings, **arguments)
+    return sample_to_file(path, ServerJob(client, tiny_tokenizer(), PROMPTS, settings, **arguments))
 
 
 def expected_records(job, most):
@@ -119,8 +119,9 @@ KILLED = """
 import sys
 
 sys.path[:0] = {paths!r}
-from test_server_sampling import PROMPTS, SETTINGS, connect, sample_from_server, tiny_tokenizer
-sample_from_server({path!r}, connect("vllm", {url!r}, "m"), tiny_tokenizer(), PROMPTS, SETTINGS, seed=1)
+from test_server_sampling import PROMPTS, SETTINGS, ServerJob, connect, sample_to_file, tiny_tokenizer
+job = ServerJob(connect("vllm", {url!r}, "m"), tiny_tokenizer(), PROMPTS, SETTINGS, seed=1)
+sample_to_file({path!r}, job)
 """
 
 
@@ -333,10 +334,8 @@ def test_a_real_server_gives_the_tokens_of_a_local_run(transformers_server, tmp_
     policy, folder, url = transformers_server
     tokenizer, settings = tiny_tokenizer(), SamplingSettings(8, 12, 1)
     client = connect("transformers", url, folder)
-    dataset, metadata = sample_from_server(
-        tmp_path / "r.jsonl", client, tokenizer, PROMPTS, settings, seed=1, retokenize=True, generator="tiny"
-    )
     job = ServerJob(client, tokenizer, PROMPTS, settings, seed=1, retokenize=True)
+    dataset, metadata = sample_to_file(tmp_path / "r.jsonl", job, "tiny")
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=13, eos_token_id=[EOS], pad_token_id=0)
     wrong = 0
     for number, row in enumerate(dataset.to_list()):
@@ -359,9 +358,10 @@ def test_a_real_server_under_many_requests_gives_each_its_own_completion(transfo
     tokenizer, settings = tiny_tokenizer(), SamplingSettings(1, 12, 4, temperature=0.0)
     prompts = [f"w{i} w{i + 1}" for i in range(6, 30)]
     client = connect("transformers", url, folder)
-    dataset, _ = sample_from_server(tmp_path / "r.jsonl", client, tokenizer, prompts, settings, seed=1, retokenize=True)
+    job = ServerJob(client, tokenizer, prompts, settings, seed=1, retokenize=True)
+    dataset, _ = sample_to_file(tmp_path / "r.jsonl", job)
     local = sample_rollouts(
-        policy, tokenizer, prompts, num_samples=1, max_new_tokens=12, temperature=0.0, batch_size=1, seed=1
+        TransformersJob(policy, tokenizer, prompts, SamplingSettings(1, 12, 1, temperature=0.0), seed=1)
     )
     exact = 0
     for ours, theirs in zip(dataset.to_list(), local, strict=True):

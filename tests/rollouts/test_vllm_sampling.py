@@ -11,11 +11,15 @@ import torch
 from scripted_server import sampled
 from tiny import EOS, tiny_tokenizer
 
-from lenvm_rl.rollouts.job import SamplingSettings
-from lenvm_rl.rollouts.vllm import VLLMJob, import_vllm, sample_with_vllm
+from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
+from lenvm_rl.rollouts.vllm import VLLMJob, import_vllm
 
 PROMPTS = ["w6 w7", "w12", "w20 w21 w22"]
 SETTINGS = SamplingSettings(num_samples=3, max_new_tokens=8, batch_size=4, temperature=0.7, top_p=0.9, top_k=5)
+
+
+def sample(path, *job, seed=1, **engine_arguments):
+    return sample_to_file(path, VLLMJob(*job, engine_arguments, seed=seed))
 
 
 @pytest.fixture
@@ -54,7 +58,7 @@ def engine(monkeypatch):
 
 
 def test_ids_are_as_sampled_and_every_setting_is_named(engine, tmp_path):
-    dataset, metadata = sample_with_vllm(
+    dataset, metadata = sample(
         tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1, tensor_parallel_size=2
     )
     assert engine.engines == [{"model": "m", "seed": 1, "tensor_parallel_size": 2}]
@@ -73,31 +77,31 @@ def test_ids_are_as_sampled_and_every_setting_is_named(engine, tmp_path):
 
 def test_a_broken_run_goes_on_where_it_was_in_batches_of_another_size(engine, tmp_path):
     path, tokenizer = tmp_path / "r.jsonl", tiny_tokenizer()
-    whole, _ = sample_with_vllm(tmp_path / "whole.jsonl", "m", tokenizer, PROMPTS, SETTINGS, seed=1)
+    whole, _ = sample(tmp_path / "whole.jsonl", "m", tokenizer, PROMPTS, SETTINGS, seed=1)
     engine.batches.clear()
     engine.fail_after = 1
     with pytest.raises(RuntimeError, match="out of memory"):
-        sample_with_vllm(path, "m", tokenizer, PROMPTS, SETTINGS, seed=1)
+        sample(path, "m", tokenizer, PROMPTS, SETTINGS, seed=1)
     engine.fail_after = None
     smaller = SamplingSettings(3, 8, 2, temperature=0.7, top_p=0.9, top_k=5)
-    dataset, _ = sample_with_vllm(path, "m", tokenizer, PROMPTS, smaller, seed=1)
+    dataset, _ = sample(path, "m", tokenizer, PROMPTS, smaller, seed=1)
     assert [len(prompts) for prompts, _ in engine.batches] == [4, 2, 2, 1]
     assert dataset.to_list() == whole.to_list()
     assert len(engine.engines) == 3
     # What is complete needs no engine.
     engines = len(engine.engines)
-    sample_with_vllm(path, "m", tokenizer, PROMPTS, SETTINGS, seed=1)
+    sample(path, "m", tokenizer, PROMPTS, SETTINGS, seed=1)
     assert len(engine.engines) == engines
 
 
 def test_the_metadata_say_what_the_engine_made_of_the_settings(engine, tmp_path):
-    sample = (tiny_tokenizer(), PROMPTS, SETTINGS)
-    _, metadata = sample_with_vllm(tmp_path / "r.jsonl", "m", *sample, seed=1)
+    given = (tiny_tokenizer(), PROMPTS, SETTINGS)
+    _, metadata = sample(tmp_path / "r.jsonl", "m", *given, seed=1)
     assert (metadata.sampling["dtype"], metadata.sampling["vllm_version"]) == ("bfloat16", "0.32.0")
-    assert sample_with_vllm(tmp_path / "r.jsonl", "m", *sample, seed=1)[1] == metadata
+    assert sample(tmp_path / "r.jsonl", "m", *given, seed=1)[1] == metadata
     # Another dtype by request is another job, and one that came about by itself is no other plan.
     engine.config.dtype = torch.float32
-    _, other = sample_with_vllm(tmp_path / "s.jsonl", "m", *sample, seed=1)
+    _, other = sample(tmp_path / "s.jsonl", "m", *given, seed=1)
     assert other.sampling["dtype"] == "float32" and other.sampling["plan"] == metadata.sampling["plan"]
 
 
@@ -106,16 +110,16 @@ def test_a_job_goes_on_in_the_dtype_that_it_was_begun_in(engine, tmp_path, chang
     path, job = tmp_path / "r.jsonl", ("m", tiny_tokenizer(), PROMPTS, SETTINGS)
     engine.fail_after = 1
     with pytest.raises(RuntimeError):
-        sample_with_vllm(path, *job, seed=1)
+        sample(path, *job, seed=1)
     engine.fail_after = None
     if change == "dtype":
         engine.config.dtype = torch.float16
         with pytest.raises(ValueError, match="dtype='bfloat16'"):
-            sample_with_vllm(path, *job, seed=1)
+            sample(path, *job, seed=1)
         return
     monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.33.0")
     with caplog.at_level(logging.WARNING):
-        _, metadata = sample_with_vllm(path, *job, seed=1)
+        _, metadata = sample(path, *job, seed=1)
     assert "0.32.0" in caplog.text and "0.33.0" in caplog.text and metadata.sampling["vllm_version"] == "0.32.0"
 
 
@@ -124,11 +128,11 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_sampled(engi
     engine.config.max_model_len = 10
     options = {} if asked is None else {"max_model_len": asked}
     with pytest.raises(ValueError, match="Prompt 2 has 3 tokens.*context of 10"):
-        sample_with_vllm(tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1, **options)
+        sample(tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1, **options)
     # What is known from the arguments takes no engine.
     assert len(engine.engines) == (0 if asked == 10 else 1) and not engine.batches
     engine.config.max_model_len = 11
-    sample_with_vllm(tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1)
+    sample(tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1)
 
 
 def test_the_callers_random_numbers_are_left_alone(engine, tmp_path):
@@ -143,12 +147,12 @@ def test_the_callers_random_numbers_are_left_alone(engine, tmp_path):
     seeded()
     expected = draw()
     seeded()
-    sample_with_vllm(tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1)
+    sample(tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1)
     assert engine.engines and draw() == expected
 
 
 def test_without_top_k_every_token_is_kept(engine, tmp_path):
-    sample_with_vllm(tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SamplingSettings(1, 8, 4), seed=1)
+    sample(tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SamplingSettings(1, 8, 4), seed=1)
     assert engine.batches[0][1][0].top_k == -1
 
 
