@@ -8,12 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from lenvm_rl.endings import through_first_end
 from lenvm_rl.files import MetricsFile, check_files, explained_failure
 from lenvm_rl.modeling.backbones import check_embeds
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.checks import trainer_keywords
 from lenvm_rl.trainers.coefficient import LengthCoefficient
@@ -74,14 +79,14 @@ class LenVMTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
+        model: PreTrainedModel | PeftModel | str,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: LenVMConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         *further,
-        length_value_model=None,
+        length_value_model: LengthValueModel | str | None = None,
         **grpo_arguments,
     ):
         grpo_arguments = trainer_keywords(type(self).__name__, model, 6, further, grpo_arguments)

@@ -1,5 +1,7 @@
 """What the trainers refuse at construction, each with what to change, and what stands for arguments of older ones."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 import os
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from lenvm_rl.modeling.backbones import check_embeds
@@ -22,7 +24,7 @@ LENGTH_NORMALISED_LOSSES = ("grpo", "sapo")
 CLOSED_OPTIMIZERS = ("lomo", "adalomo", "layerwise")
 
 
-def check_model_path(name_or_path, what: str) -> None:
+def check_model_path(name_or_path: Any, what: str) -> None:
     """Raise a `FileNotFoundError` if `name_or_path` can only be a local folder and is none.
 
     Args:
@@ -37,7 +39,7 @@ def check_model_path(name_or_path, what: str) -> None:
         raise FileNotFoundError(f"There is no folder '{path}' for {what} (looked from {os.getcwd()}): check the path.")
 
 
-def check_not_tokenized(dataset, what: str) -> None:
+def check_not_tokenized(dataset: Any, what: str) -> None:
     """Raise a `ValueError` if a set of prompts holds token ids, as older PPO trainers take them.
 
     Args:
@@ -53,7 +55,7 @@ def check_not_tokenized(dataset, what: str) -> None:
             )
 
 
-def check_dataset(train_dataset, args, has_environment: bool = False) -> None:
+def check_dataset(train_dataset: Any, args: GRPOConfig, has_environment: bool = False) -> None:
     """Raise a `ValueError` if the training set holds too few prompts for a single step.
 
     Args:
@@ -76,7 +78,7 @@ def check_dataset(train_dataset, args, has_environment: bool = False) -> None:
         )
 
 
-def check_loss(args) -> None:
+def check_loss(args: GRPOConfig) -> None:
     """Raise a `ValueError` where TRL's loss gives advantages per token no meaning.
 
     - `importance_sampling_level="sequence"`: the ratio is one number per completion, so its gradient spreads the mean
@@ -117,7 +119,7 @@ def check_loss(args) -> None:
         )
 
 
-def check_config_class(args, config_class) -> None:
+def check_config_class(args: Any, config_class: type) -> None:
     """Raise a `ValueError` unless `args` is of `config_class`: a plain `GRPOConfig` lacks what the trainer reads."""
     if not isinstance(args, config_class):
         raise ValueError(
@@ -126,7 +128,7 @@ def check_config_class(args, config_class) -> None:
         )
 
 
-def check_optimizer(args) -> None:
+def check_optimizer(args: GRPOConfig) -> None:
     """Raise a `ValueError` if the optimizer takes no second model, as a learned critic is."""
     name = args.optim.value
     if any(part in name for part in CLOSED_OPTIMIZERS):
@@ -136,7 +138,7 @@ def check_optimizer(args) -> None:
         )
 
 
-def check_no_critic(args) -> None:
+def check_no_critic(args: GRPOConfig) -> None:
     """Raise a `ValueError` if something is set that a learned critic reads, where there is none (`LenVMPPOConfig`)."""
     fields = ("critic_lam", "length_adaptive_alpha", "critic_warmup_steps", "kl_reward_coef")
     changed = [name for name in fields if getattr(args, name) != type(args).__dataclass_fields__[name].default]
@@ -147,7 +149,7 @@ def check_no_critic(args) -> None:
 _SHOWN = 3
 
 
-def check_reference_path(policy, args, keywords: dict[str, Any]) -> None:
+def check_reference_path(policy: Any, args: GRPOConfig, keywords: dict[str, Any]) -> None:
     """Raise unless the reference can be loaded, before TRL tries.
 
     Args:
@@ -171,7 +173,7 @@ def check_reference_path(policy, args, keywords: dict[str, Any]) -> None:
     check_model_path(path, "the reference policy, which beta > 0 loads from where the policy came from")
 
 
-def warn_of_another_reference(policy, trainer) -> None:
+def warn_of_another_reference(policy: Any, trainer: GRPOTrainer) -> None:
     """Warn if the reference that TRL has loaded is not the policy that was handed over.
 
     Weights that are cut into shards are not compared.
@@ -286,7 +288,7 @@ _OF_CONFIGS = {
 }
 
 
-def trainer_keywords(trainer: str, model, first: int, further: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
+def trainer_keywords(trainer: str, model: Any, first: int, further: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments for `trl.GRPOTrainer`: those given, and those given by their position there.
 
     Args:

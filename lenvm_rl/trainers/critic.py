@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType
@@ -26,8 +27,12 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
+from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from lenvm_rl.modeling.adapters import adapted_layers, adapter_configs, adapter_settings, bare_model, keep_active
@@ -58,7 +63,13 @@ _SCORERS = {
 _OF_TASK = {TaskType.SEQ_CLS: AutoModelForSequenceClassification, TaskType.TOKEN_CLS: AutoModelForTokenClassification}
 
 
-def make_critic(critic, critic_init: str, policy, length_value_model, trust_remote_code: bool = False):
+def make_critic(
+    critic: PreTrainedModel | PeftModel | str,
+    critic_init: str,
+    policy: PreTrainedModel | PeftModel,
+    length_value_model: LengthValueModel | None,
+    trust_remote_code: bool = False,
+):
     """The task critic that `LenVMPPOTrainer(…, critic=)` asks for.
 
     Args:
@@ -284,7 +295,7 @@ def hold_dtypes(critic: TaskCritic) -> None:
             weight.data = weight.data.float()
 
 
-def check_settings(critic, trainer) -> None:
+def check_settings(critic: Any, trainer: GRPOTrainer) -> None:
     """Raise a `ValueError` if a run with this critic, or without one, could not do what its settings say.
 
     Args:
@@ -337,7 +348,7 @@ def _check_without(args) -> None:
         )
 
 
-def place_critic(critic, trainer):
+def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
     """A critic on the device of the run, without dropout, wrapped as what is trained or as what is only read.
 
     Args:
@@ -498,8 +509,8 @@ class CriticGradientReset(TrainerCallback):
         critic (`torch.nn.Module`): the task critic, as it is trained.
     """
 
-    def __init__(self, critic):
+    def __init__(self, critic: nn.Module):
         self.critic = critic
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.critic.zero_grad()

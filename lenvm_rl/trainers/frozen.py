@@ -20,14 +20,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import strtobool
+from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
 from lenvm_rl.modeling.backbones import check_embeds
 from lenvm_rl.modeling.length_value_model import LengthValueModel, is_shared
 from lenvm_rl.modeling.sharing import HEAD, shared_decoder
 from lenvm_rl.tokenization import check_same_tokenizer
+from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.reading import check_finite, check_sees_pictures, check_text_only_arguments, value_logits
 from lenvm_rl.trainers.refresh import LengthValueRefresh
 from lenvm_rl.trainers.streams import Completions
@@ -42,7 +45,7 @@ HALF_LIFE, FIRST_VERDICT = 5.0, 5
 STALE_EXPLAINED_VARIANCE, STALE_FACTOR = 0.0, 2.0
 
 
-def length_value_model_of(model_or_path, args):
+def length_value_model_of(model_or_path: LengthValueModel | str | os.PathLike | None, args: LenVMConfig):
     """The length value model of a run, loaded if it is a path, or `None` where none is needed and none is given.
 
     A path to one that shares its decoder is left a path: see [`on_shared_base`].
@@ -72,7 +75,7 @@ def length_value_model_of(model_or_path, args):
     return model_or_path
 
 
-def place_length_value_model(model_or_path, trainer):
+def place_length_value_model(model_or_path: LengthValueModel | str | os.PathLike, trainer: GRPOTrainer):
     """The length value model of a run, frozen, on its device, wrapped or sharded as TRL does it with its reference.
 
     Args:
@@ -107,7 +110,7 @@ class FrozenLengthValues:
         gamma (`float`): of the length return.
     """
 
-    def __init__(self, model, trainer):
+    def __init__(self, model: nn.Module, trainer: GRPOTrainer):
         self._model, self._trainer = model, trainer
         bare: LengthValueModel = trainer.accelerator.unwrap_model(model)
         self.gamma = bare.config.gamma
@@ -116,7 +119,7 @@ class FrozenLengthValues:
         if trainer.args.refresh_steps > 0:
             self.refresh = LengthValueRefresh(bare, trainer.args, trainer.accelerator)
 
-    def reading(self, model, logits_to_keep: int) -> contextlib.AbstractContextManager:
+    def reading(self, model: nn.Module, logits_to_keep: int) -> contextlib.AbstractContextManager:
         """A context for a forward of TRL's: inside, a head alone reads along if `model` runs as the reference."""
         if self._reference is None or not is_reference_forward(model, self._trainer):
             return contextlib.nullcontext()
@@ -149,7 +152,7 @@ class FrozenLengthValues:
 
 
 @contextmanager
-def loaded_whole(args) -> Iterator[None]:
+def loaded_whole(args: TrainingArguments) -> Iterator[None]:
     """Inside, models are loaded whole: ZeRO-3 would cut them up as they are loaded, and cast a head with the rest.
 
     Args:
@@ -167,7 +170,7 @@ def loaded_whole(args) -> Iterator[None]:
         set_hf_deepspeed_config(config)
 
 
-def place_sharded(model, trainer):
+def place_sharded(model: LengthValueModel, trainer: GRPOTrainer):
     """Place a frozen length value model of form `"full"` in a run under FSDP or DeepSpeed.
 
     Args:
@@ -191,7 +194,7 @@ def place_sharded(model, trainer):
     return model
 
 
-def check_shards(trainer) -> None:
+def check_shards(trainer: GRPOTrainer) -> None:
     """Raise a `ValueError` if the run was launched to be sharded and is not: accelerate says nothing on a CPU.
 
     Args:
@@ -214,7 +217,7 @@ _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 _ROUNDING_OF_HALF = 5e-2
 
 
-def on_shared_base(model_or_path, trainer) -> LengthValueModel:
+def on_shared_base(model_or_path: LengthValueModel | str | os.PathLike, trainer: GRPOTrainer) -> LengthValueModel:
     """A length value model of the form `"adapter"` or `"head"`, on a decoder that this run keeps frozen.
 
     Args:
@@ -299,7 +302,7 @@ class ReferenceStates:
         """Reads the last `states` positions of every forward of the decoder that is made inside."""
         self._logits = []
 
-        def read(module, inputs, outputs) -> None:
+        def read(module: nn.Module, inputs: tuple, outputs: Any) -> None:
             self._logits.append(self._model.from_hidden_states(outputs.last_hidden_state[:, -states:]).logits)
 
         hook = self._model.backbone.register_forward_hook(read)
@@ -314,7 +317,7 @@ class ReferenceStates:
         return torch.cat(logits) if logits else None
 
 
-def reference_states(model, trainer) -> ReferenceStates | None:
+def reference_states(model: LengthValueModel, trainer: GRPOTrainer) -> ReferenceStates | None:
     """Where a length value model can read the reference's forward; `None` where it makes one of its own.
 
     It can if it is a head alone on the decoder that the reference runs, and that forward is what its own would be: no
@@ -343,7 +346,7 @@ def reference_states(model, trainer) -> ReferenceStates | None:
     return None
 
 
-def is_reference_forward(model, trainer) -> bool:
+def is_reference_forward(model: nn.Module, trainer: GRPOTrainer) -> bool:
     """Whether TRL asks a model for probabilities as the reference: by its own model, or with adapters switched off."""
     if trainer.ref_model is not None:
         return model is trainer.ref_model

@@ -28,10 +28,11 @@ from __future__ import annotations
 import copy
 import logging
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.shaping import length_potential, value_potential
@@ -74,12 +75,21 @@ class ShapedOutput(NamedTuple):
 class _Decoders(nn.Module):
     """The critic's decoder and the frozen length value model, side by side."""
 
-    def __init__(self, decoder, length_value_model, eos_token_id: int, potential: str, max_length: int | None):
+    def __init__(
+        self,
+        decoder: nn.Module,
+        length_value_model: LengthValueModel,
+        eos_token_id: int,
+        potential: str,
+        max_length: int | None,
+    ):
         super().__init__()
         self.decoder, self.length_value_model = decoder, length_value_model
         self._eos, self._potential, self._max_length = eos_token_id, potential, max_length
 
-    def forward(self, input_ids, attention_mask, position_ids=None, **decoder_kwargs) -> ShapedOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None, **decoder_kwargs
+    ) -> ShapedOutput:
         decoder_kwargs["output_hidden_states"] = True
         outputs = self.decoder(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **decoder_kwargs
@@ -99,7 +109,7 @@ class _Decoders(nn.Module):
 class _Score(nn.Module):
     """The critic's score of its hidden state, and the potential beside it."""
 
-    def __init__(self, score, shaping_coef: float):
+    def __init__(self, score: nn.Module, shaping_coef: float):
         super().__init__()
         self.score, self.shaping_coef = score, shaping_coef
 
@@ -152,9 +162,9 @@ class ShapedValueModel(nn.Module):
 
     def __init__(
         self,
-        critic,
+        critic: PreTrainedModel,
         length_value_model: LengthValueModel,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         shaping_coef: float,
         shaping_potential: str = "value",
@@ -185,7 +195,7 @@ class ShapedValueModel(nn.Module):
         self.score = _Score(critic.score, shaping_coef)
 
 
-def check_legacy_ppo(args, policy, tokenizer) -> None:
+def check_legacy_ppo(args: Any, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse settings with which TRL's PPO trainer would do something else than they say, see the module.
 
     Args:

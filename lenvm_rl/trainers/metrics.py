@@ -95,7 +95,7 @@ class BatchMetrics:
         Targets that float32 rounding alone tells apart count as equal.
         """
 
-        def read(errors, targets) -> float:
+        def read(errors: list[float], targets: list[float]) -> float:
             count, x, xx, *_ = targets
             return 1.0 - _variance(*errors) / _variance(*targets) if _varies(count, x, xx) else math.nan
 

@@ -1,14 +1,21 @@
 """PPO on the hooks of TRL's GRPO trainer: a learned task critic, and a frozen length value model beside it."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import textwrap
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.grpo_trainer import RewardFunc
 
 from lenvm_rl.modeling.critic import TaskCritic
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer
 from lenvm_rl.trainers.config import LenVMPPOConfig
 from lenvm_rl.trainers.critic import (
@@ -101,15 +108,15 @@ class LenVMPPOTrainer(LenVMTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
+        model: PreTrainedModel | PeftModel | str,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: LenVMPPOConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         *further,
-        length_value_model=None,
-        critic="learned",
+        length_value_model: LengthValueModel | str | None = None,
+        critic: PreTrainedModel | PeftModel | str = "learned",
         **grpo_arguments,
     ):
         super().__init__(
@@ -224,7 +231,7 @@ class LenVMPPOTrainer(LenVMTrainer):
                 for name, value in found.items():
                     self._metrics[mode][name].append(value)
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None):
         self._read_value_losses()
         super().log(logs, start_time)
 
@@ -232,7 +239,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         self._read_value_losses()
         super()._write_state(folder)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: nn.Module | None = None):
         """As `Trainer.create_optimizer`, with parameter groups of the critic's own learning rate."""
         optimizer = super().create_optimizer(model)
         if not self._critic_learns:

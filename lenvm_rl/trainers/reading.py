@@ -5,15 +5,20 @@ a row (Qwen-VL), one row per picture, per tile or per completion. A value model 
 takes the same fields, so its values are what they are of what the policy has seen.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from lenvm_rl.modeling.backbones import embedding_rows
 from lenvm_rl.modeling.completions import completion_logits
+from lenvm_rl.trainers.config import LenVMConfig
 
 # How many pictures and tiles each row has: they say where to cut, and are no inputs of a model.
 _COUNTS = ("num_images", "num_tiles")
@@ -29,7 +34,9 @@ _PICTURES = (
 )
 
 
-def value_logits(model, what: str, batch: dict, trainer, chunk_size: int | None = None) -> torch.Tensor:
+def value_logits(
+    model: nn.Module, what: str, batch: dict, trainer: GRPOTrainer, chunk_size: int | None = None
+) -> torch.Tensor:
     """Logits of a value model at every state of a batch: `(B, T + 1)`.
 
     Args:
@@ -77,7 +84,7 @@ def picture_inputs(batch: dict) -> Callable[[slice], dict] | None:
     return of_rows
 
 
-def check_sees_pictures(model, trainer, what: str) -> None:
+def check_sees_pictures(model: nn.Module, trainer: GRPOTrainer, what: str) -> None:
     """Raise a `ValueError` if a value model could not read what a policy with pictures has read.
 
     Args:
@@ -99,7 +106,7 @@ def check_sees_pictures(model, trainer, what: str) -> None:
         )
 
 
-def check_text_only_arguments(args) -> None:
+def check_text_only_arguments(args: LenVMConfig) -> None:
     """Raise a `ValueError` where an argument of a run with a multimodal processor would lose the pictures.
 
     Args:
@@ -126,7 +133,7 @@ def _check_none_is_masked(batch: dict) -> None:
             )
 
 
-def check_ids(model, what: str, batch: dict, trainer) -> None:
+def check_ids(model: nn.Module, what: str, batch: dict, trainer: GRPOTrainer) -> None:
     """Raise a `ValueError` if a completion holds a token that a value model does not embed.
 
     Looked for only where the policy has more rows than the model, as models of one family but of several sizes do.
@@ -150,7 +157,7 @@ def check_ids(model, what: str, batch: dict, trainer) -> None:
         )
 
 
-def check_finite(values: torch.Tensor, what: str, batch: dict, trainer) -> None:
+def check_finite(values: torch.Tensor, what: str, batch: dict, trainer: GRPOTrainer) -> None:
     """Stop the step on every process if any process got NaN or infinity from a value model, and keep its batch.
 
     The batch is written to `output_dir` as safetensors: prompt and completion ids, their masks, and the values.

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from lenvm_rl.files import atomic_file
@@ -66,7 +67,9 @@ def rollouts_of(batch: dict, completions: Completions, correct: Tensor) -> list[
     ]
 
 
-def squared_errors(placed: Callable, rollouts: list[Rollout], gamma: float, device) -> tuple[Tensor, Tensor]:
+def squared_errors(
+    placed: Callable, rollouts: list[Rollout], gamma: float, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """The sum of ``(V(s_t) - G_t)^2`` over the tokens that the policy chose, and how many there are.
 
     ``G_t`` is the realised return; after a cut it goes on with ``V(s_L)``, without gradient.
@@ -145,7 +148,7 @@ class LengthValueRefresh:
             in float16.
     """
 
-    def __init__(self, model: LengthValueModel, args: LenVMConfig, accelerator):
+    def __init__(self, model: LengthValueModel, args: LenVMConfig, accelerator: Accelerator):
         check_can_refresh(model, args, accelerator)
         self.model, self.args, self._accelerator = model, args, accelerator
         share = -(-args.refresh_completions // accelerator.num_processes)
@@ -159,7 +162,7 @@ class LengthValueRefresh:
     def _sum(self, sums: Tensor) -> Tensor:
         return self._accelerator.reduce(sums, reduction="sum")
 
-    def run_if_due(self, placed, step: int, chunk_size: int) -> dict[str, float]:
+    def run_if_due(self, placed: Callable, step: int, chunk_size: int) -> dict[str, float]:
         """Re-fit the model if `refresh_steps` have passed since the last time.
 
         Args:
@@ -240,7 +243,7 @@ class LengthValueRefresh:
         return os.path.join(folder, f"completions_rank{self._accelerator.process_index}.parquet")
 
 
-def check_can_refresh(model: LengthValueModel, args: LenVMConfig, accelerator) -> None:
+def check_can_refresh(model: LengthValueModel, args: LenVMConfig, accelerator: Accelerator) -> None:
     """Raise a `ValueError` where a re-fit between phases is not possible, see [`LengthValueRefresh`]."""
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError(

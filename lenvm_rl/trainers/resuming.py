@@ -16,6 +16,8 @@ Beyond reach are the random numbers of another program (vLLM), and what is asked
 an epoch over, `dataloader_persistent_workers` gives every evaluation another order.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import logging
@@ -28,11 +30,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from datasets import IterableDataset
 from safetensors.torch import load_model, save_model
+from transformers import TrainerControl, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.files import atomic_file, is_complete, last_complete_checkpoint
 from lenvm_rl.trainers.rewards import keep_reward_states
@@ -86,7 +89,7 @@ class Generations:
         return next(larger for larger in itertools.count(every + 1) if self.fits(larger, end))
 
 
-def check_save_steps(args, generations: Generations, end: int) -> None:
+def check_save_steps(args: GRPOConfig, generations: Generations, end: int) -> None:
     """Raise a `ValueError` if the settings would write checkpoints that no run can go on from exactly.
 
     TRL's default, which nobody chose, is moved to the next number of steps that fits.
@@ -127,7 +130,7 @@ def check_save_steps(args, generations: Generations, end: int) -> None:
         )
 
 
-def check_optimizer_fits(optimizer, checkpoint: str) -> None:
+def check_optimizer_fits(optimizer: torch.optim.Optimizer, checkpoint: str) -> None:
     """Raise a `ValueError` if the state of the optimizer in a checkpoint belongs to other weights.
 
     Args:
@@ -178,7 +181,7 @@ class ResumableTrainer(GRPOTrainer):
         steps = self.args.max_steps
         return steps if steps > 0 else math.ceil(self.args.num_train_epochs * self._generations.epoch)
 
-    def train(self, resume_from_checkpoint=None, *arguments, **options):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **options):
         """As `Trainer.train`; with `True` it goes on from the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -349,20 +352,20 @@ class StopBetweenGenerations(JITCheckpointCallback):
         trainer ([`~lenvm_rl.trainers.resuming.ResumableTrainer`]): knows where completions are used up.
     """
 
-    def __init__(self, replaced: JITCheckpointCallback, trainer):
+    def __init__(self, replaced: JITCheckpointCallback, trainer: GRPOTrainer):
         super().__init__()
         self.trainer, self.jit_manager = trainer, replaced.jit_manager
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Not here: the step goes on to its end."""
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Not here: the step before may have left completions over."""
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Not here: the last step of the epoch has ended already."""
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer, on every process; they stop together, whenever each got the signal."""
         asked = torch.tensor([self.jit_manager.is_checkpoint_requested], device=self.trainer.accelerator.device)
         everywhere = self.trainer.accelerator.gather(asked)
@@ -370,7 +373,7 @@ class StopBetweenGenerations(JITCheckpointCallback):
             control.should_save = control.should_training_stop = True
 
 
-def stop_between_generations(trainer) -> None:
+def stop_between_generations(trainer: GRPOTrainer) -> None:
     """Replace the callback of `enable_jit_checkpoint`, if there is one, by [`StopBetweenGenerations`]."""
     replaced = trainer.pop_callback(JITCheckpointCallback)
     if replaced is not None:

@@ -31,8 +31,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
 
 from lenvm_rl.files import atomic_file
 from lenvm_rl.reward_functions import (
@@ -58,7 +59,7 @@ LONG = 20
 
 
 @contextlib.contextmanager
-def watched_rewards(trainer, tool_mask: Sequence[Sequence[int]] | None = None) -> Iterator[None]:
+def watched_rewards(trainer: GRPOTrainer, tool_mask: Sequence[Sequence[int]] | None = None) -> Iterator[None]:
     """A context in which TRL calls the reward functions of `trainer` through [`watched`]; reward models are left alone.
 
     Args:
@@ -78,7 +79,7 @@ def watched_rewards(trainer, tool_mask: Sequence[Sequence[int]] | None = None) -
         trainer.reward_funcs = functions
 
 
-def watched(function: Callable, name: str, trainer, further: Mapping[str, Any] | None = None) -> Callable:
+def watched(function: Callable, name: str, trainer: GRPOTrainer, further: Mapping[str, Any] | None = None) -> Callable:
     """A reward function whose errors say that they are its own, and which returns one number or `None` each.
 
     Its error on one process ends the others too, unless it is asynchronous: those are in no order.
@@ -110,7 +111,7 @@ def watched(function: Callable, name: str, trainer, further: Mapping[str, Any] |
     return call_asynchronously if is_asynchronous(function) else call
 
 
-def check_rewards(rewards: Tensor, trainer) -> None:
+def check_rewards(rewards: Tensor, trainer: GRPOTrainer) -> None:
     """Raise a `ValueError` if a reward is infinite, or a reward model gave NaN: TRL takes that for "not scored".
 
     A completion that no function scored has no advantage, as in TRL, which warns of it.
@@ -341,7 +342,7 @@ class RewardStates(TrainerCallback):
         """Called by the trainers of `lenvm_rl` before training goes on from a checkpoint, wherever that lies."""
         self._resumed_from = checkpoint
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer: begins anew, or takes up the states of the checkpoint that the run goes on from."""
         resumed_from, self._resumed_from = self._resumed_from, None
         if not self.rewards:
@@ -353,11 +354,11 @@ class RewardStates(TrainerCallback):
             self._load(Path(self.checkpoint or resumed_from or _folder(args, state)))
         self._kept = self._states()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer after each optimiser step: notes the states, for when an evaluation is over."""
         self._kept = self._states()
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer after each evaluation: back to before it."""
         for name, reward in self.rewards.items():
             reward.load_state_dict(copy.deepcopy(self._kept[name]))
@@ -365,7 +366,7 @@ class RewardStates(TrainerCallback):
     # After a prediction as after an evaluation.
     on_predict = on_evaluate
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer when it has written a checkpoint; the first process adds the file."""
         if state.is_world_process_zero:
             self.save_in_checkpoint(_folder(args, state))
@@ -408,7 +409,7 @@ class RewardStates(TrainerCallback):
             reward.load_state_dict(saved[name])
 
 
-def keep_reward_states(trainer) -> RewardStates:
+def keep_reward_states(trainer: GRPOTrainer) -> RewardStates:
     """The callback of a trainer that keeps the states of all its reward functions: the one it was given, or a new one.
 
     Args:

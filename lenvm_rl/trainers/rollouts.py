@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from trl import GRPOTrainer
 
 from lenvm_rl.decoding import GuidanceReport, LengthGuidance, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length
+from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.streams import Completions, read_completions
 
 # Truncation of the importance ratio that each token of a guided rollout is weighed by.
@@ -41,7 +43,7 @@ class Sampled:
     finished: list[bool] | None
 
 
-def run_end_ids(trainer) -> list[int]:
+def run_end_ids(trainer: GRPOTrainer) -> list[int]:
     """Every id that ends a completion of a run: from the tokenizer, the policy and `generation_kwargs`.
 
     Args:
@@ -55,7 +57,7 @@ def run_end_ids(trainer) -> list[int]:
     return end_token_ids(trainer._tokenizer, policy.generation_config, *further)
 
 
-def check_ends(trainer) -> None:
+def check_ends(trainer: GRPOTrainer) -> None:
     """Raise a `ValueError` where completions would be cut and nobody could tell.
 
     Args:
@@ -98,7 +100,7 @@ def read_sampled(generated: tuple, end_ids: Sequence[int]) -> Sampled:
     return Sampled(lengths, tool_mask, finished)
 
 
-def collect_completions(trainer, batch: dict, sampled: Sampled) -> Completions:
+def collect_completions(trainer: GRPOTrainer, batch: dict, sampled: Sampled) -> Completions:
     """The completions of a generation batch: which tokens are the policy's, and how each row ended.
 
     Args:
@@ -114,7 +116,7 @@ def collect_completions(trainer, batch: dict, sampled: Sampled) -> Completions:
     return read_completions(batch, trainer.eos_token_ids, budget, said, lengths)
 
 
-def completion_budget(trainer, prompt_lengths: Tensor, sampled: Sampled | None) -> Tensor | None:
+def completion_budget(trainer: GRPOTrainer, prompt_lengths: Tensor, sampled: Sampled | None) -> Tensor | None:
     """Tokens at which each completion is cut, `(B,)`; `None` where an end id alone tells that one finished.
 
     Args:
@@ -144,7 +146,7 @@ def completion_budget(trainer, prompt_lengths: Tensor, sampled: Sampled | None) 
     return None if budget is None else torch.full_like(prompt_lengths, budget)
 
 
-def ends_in_stop_string(trainer, completion_ids: Tensor, mask: Tensor) -> Tensor:
+def ends_in_stop_string(trainer: GRPOTrainer, completion_ids: Tensor, mask: Tensor) -> Tensor:
     """Whether the text of each completion holds a stop string of vLLM, which ended it then: `(B,)`."""
     stop = (trainer.args.generation_kwargs or {}).get("stop") if trainer.use_vllm else None
     strings = [stop] if isinstance(stop, str) else list(stop or ())
@@ -156,7 +158,7 @@ def ends_in_stop_string(trainer, completion_ids: Tensor, mask: Tensor) -> Tensor
     return torch.tensor(found, device=mask.device)
 
 
-def read_guidance(args) -> LengthGuidance | None:
+def read_guidance(args: LenVMConfig) -> LengthGuidance | None:
     """The guidance of a run's rollouts, `None` where there is none.
 
     Temperature and candidate rule are the run's, as for rollouts without guidance.
@@ -181,7 +183,7 @@ def read_guidance(args) -> LengthGuidance | None:
     return LengthGuidance(**args.rollout_guidance, **owned)
 
 
-def check_guided_rollouts(trainer) -> None:
+def check_guided_rollouts(trainer: GRPOTrainer) -> None:
     """Raise a `ValueError` where completions do not come from `generate` in this process, which alone can be guided."""
     args = trainer.args
     if args.use_vllm:
@@ -211,7 +213,7 @@ def guided_generation(
     """
     reports: list[GuidanceReport] = []
 
-    def generate(input_ids: Tensor, attention_mask: Tensor, generation_config, **arguments) -> Tensor:
+    def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, **arguments) -> Tensor:
         # The class's own method, which generate_guided is to find.
         del model.generate
         try:
