@@ -86,7 +86,9 @@ def run_trainer(sizes: PretrainingSizes, share_prompts: bool) -> tuple[list[floa
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = LengthValueTrainingArguments(
-            **common_arguments(sizes, folder), max_steps=sizes.updates + WARM_UP, share_prompts=share_prompts
+            **common_arguments(sizes, folder) | {"bf16": False},
+            max_steps=sizes.updates + WARM_UP,
+            share_prompts=share_prompts,
         )
         trainer = _MeteredTrainer(
             LengthValueModel.from_backbone(make_policy(sizes), gamma=GAMMA),
