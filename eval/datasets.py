@@ -117,22 +117,29 @@ def dataset_prompts(
 
 
 @dataclass
-class RolloutArguments:
-    """Which length value model is measured, and against which completions."""
+class ReadingArguments:
+    """Which length value model reads which completions."""
 
     length_value_model: str = HfArg(help="Pretrained length value model: folder or hub id.")
     rollouts: str | None = HfArg(
         default=None,
-        help="Rollouts (.jsonl or .parquet, see recipes/sample_rollouts.py) of prompts that the model was not fitted "
-        "on. Default: sample the sandbox's evaluation prompts of --policy.",
-    )
-    policy: str | None = HfArg(
-        default=None, help="A policy of the built-in sandbox to sample, without --rollouts: folder."
+        help="Rollouts (.jsonl or .parquet, see recipes/sample_rollouts.py), of prompts that the model was not fitted "
+        "on where it is measured. Default, where there is a --policy: completions of the sandbox's evaluation prompts.",
     )
     base: str | None = HfArg(
         default=None,
         help="The model that a length value model of form adapter or head was fitted on: folder or hub id. Default: "
-        "--policy.",
+        "--policy, where there is one.",
+    )
+    forward_tokens: int = HfArg(default=16384, help="Most tokens in a forward, padding counted.")
+
+
+@dataclass
+class RolloutArguments(ReadingArguments):
+    """The same, of completions that are sampled of the sandbox's prompts where none are named."""
+
+    policy: str | None = HfArg(
+        default=None, help="A policy of the built-in sandbox to sample, without --rollouts: folder."
     )
     num_prompts: int = HfArg(default=120, help="Sandbox prompts to sample; by fours, one of each kind.")
     num_samples: int = HfArg(default=64, help="Completions to sample per prompt.")
@@ -152,7 +159,7 @@ class RolloutArguments:
         return replace(self, output_dir=str(folder))
 
 
-def find_rollouts(args: RolloutArguments) -> tuple[Dataset, RolloutMetadata]:
+def find_rollouts(args: ReadingArguments) -> tuple[Dataset, RolloutMetadata]:
     """The rollouts that the arguments name, or completions of the sandbox's evaluation prompts."""
     fingerprint = read_config(args.length_value_model).tokenizer_fingerprint
     if args.rollouts is not None:

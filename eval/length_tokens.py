@@ -69,7 +69,6 @@ class TokenArguments(RolloutArguments):
     top: int = HfArg(default=25, help="Tokens shown on either side.")
     contexts: int = HfArg(default=3, help="Occurrences shown of each, drawn at random.")
     context_tokens: int = HfArg(default=12, help="Tokens of text before and after an occurrence.")
-    forward_tokens: int = HfArg(default=16384, help="Most tokens in a forward, padding counted.")
 
     def __post_init__(self) -> None:
         if min(self.min_count, self.top, self.forward_tokens) < 1:

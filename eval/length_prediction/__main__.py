@@ -110,7 +110,6 @@ class PredictionArguments(RolloutArguments):
         default=None, help="Column of the rollouts whose values are measured apart, e.g. domain, or difficulty."
     )
     num_resamples: int = HfArg(default=2000, help="Bootstrap resamples of the prompts.")
-    forward_tokens: int = HfArg(default=16384, help="Most tokens in a forward, padding counted.")
 
 
 def split_domains(rollouts: Dataset, column: str | None) -> dict[str, Tensor]:

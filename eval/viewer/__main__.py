@@ -20,12 +20,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from eval.runs import STARTS_OVER, check_writable, is_sandbox, run_evaluation, set_threads
+from eval.datasets import ReadingArguments, find_rollouts
+from eval.runs import STARTS_OVER, check_writable, run_evaluation
 from eval.viewer.tokens import TokenValues, token_pieces, token_values, tokenizer_of_rollouts
 from lenvm_rl.endings import end_token_ids, own_length
 from lenvm_rl.files import atomic_file
 from lenvm_rl.modeling.loading import load_length_value_model
-from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts
+from lenvm_rl.rollouts.record import REQUIRED_COLUMNS
 
 TEMPLATE, SCRIPT = Path(__file__).with_name("template.html"), Path(__file__).with_name("page.js")
 # Further columns of a record are shown if they are no longer than this.
@@ -33,13 +34,9 @@ SHORT = 60
 
 
 @dataclass
-class ViewerArguments:
+class ViewerArguments(ReadingArguments):
     """Which completions are shown, as which model sees them."""
 
-    rollouts: str = HfArg(
-        help="Rollout file that holds the completions: .jsonl or .parquet, see recipes/sample_rollouts.py."
-    )
-    length_value_model: str = HfArg(help="Pretrained length value model: folder or hub id.")
     rows: list[int] = HfArg(
         default_factory=lambda: [0, 1], help="Completions to put on the page, as rows of the file, from 0."
     )
@@ -48,13 +45,10 @@ class ViewerArguments:
         default=None,
         help="Tokenizer of the rollouts: folder or hub id. Default: what lies with the length value model or --base.",
     )
-    base: str | None = HfArg(
-        default=None,
-        help="The model that a length value model of form adapter or head was fitted on: folder or hub id.",
-    )
-    forward_tokens: int = HfArg(default=16384, help="Most tokens in a forward, padding counted.")
 
     def __post_init__(self) -> None:
+        if self.rollouts is None:
+            raise ValueError("Give --rollouts, the file that holds the completions.")
         if not self.rows or len(set(self.rows)) < len(self.rows):
             raise ValueError(f"rows must name at least one row, each once, got {self.rows}.")
 
@@ -105,16 +99,13 @@ def render_page(completions: Sequence[dict[str, Any]], title: str, about: str) -
 
 def main(args: ViewerArguments) -> dict[str, Any]:
     """Reads, runs the model along the completions, and writes the page; returns its completions and its path."""
-    rollouts, metadata = read_rollouts(args.rollouts)
+    rollouts, metadata = find_rollouts(args)
     outside = [row for row in args.rows if not 0 <= row < len(rollouts)]
     if outside:
         raise ValueError(f"{args.rollouts} has rows 0 to {len(rollouts) - 1}, so there is no {outside}: change --rows.")
     check_writable(Path(args.output).parent)
-    set_threads(is_sandbox(metadata.tokenizer_fingerprint))
     tokenizer = tokenizer_of_rollouts(metadata, args.tokenizer_name_or_path, args.length_value_model, args.base)
-    model = load_length_value_model(
-        args.length_value_model, args.base, tokenizer=metadata.tokenizer_fingerprint, tokenizer_name="the rollouts"
-    )
+    model = load_length_value_model(args.length_value_model, args.base)
     records = [rollouts[row] for row in args.rows]
     found = token_values(model, records, args.forward_tokens)
     entries = [

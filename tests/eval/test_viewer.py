@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_the_program_writes_the_page(tmp_path, capsys):
         rows.append(record | {"finish_reason": "stop" if n else "length", "correct": float(n)})
     write_rollouts(tmp_path / "r.jsonl", rows, RolloutMetadata("gen", tokenizer_fingerprint(tokenizer), {}, 0, [EOS]))
     paths = str(tmp_path / "r.jsonl"), str(tmp_path / "lenvm")
-    args = ViewerArguments(*paths, [2, 0], str(tmp_path / "v" / "page.html"))
+    args = ViewerArguments(*paths[::-1], rows=[2, 0], output=str(tmp_path / "v" / "page.html"))
     found = main(args)
     _, data = data_of((tmp_path / "v" / "page.html").read_text(encoding="utf-8"))
     assert data["completions"] == found["completions"]
@@ -167,9 +168,11 @@ def test_the_program_writes_the_page(tmp_path, capsys):
     assert "sampled of gen" in data["about"] and "13 tokens" in capsys.readouterr().out
     for wrong in ([3], [-1]):
         with pytest.raises(ValueError, match="rows"):
-            main(ViewerArguments(args.rollouts, args.length_value_model, wrong, args.output))
+            main(replace(args, rows=wrong))
     with pytest.raises(ValueError, match="rows"):
-        ViewerArguments("r", "m", [1, 1])
+        ViewerArguments("m", "r", rows=[1, 1])
+    with pytest.raises(ValueError, match="rollouts"):
+        ViewerArguments("m")
 
 
 # Points, clicks and types; the answers are left in an attribute, and the browser prints the page.
