@@ -1,7 +1,7 @@
 """What ends a completion, and what counts as its length: the one place that the whole library asks.
 
-- A completion *ends* with one of several ids: the tokenizer's end of sequence, those of the policy's generation
-  settings, and those that a run adds ([`end_token_ids`]). Chat models have two as a rule, one of a turn and one of a
+- A completion *ends* with one of several ids: the tokenizer's end of sequence, what the policy's generation
+  settings name, and what a run adds ([`end_token_ids`]). Chat models have two as a rule, one of a turn and one of a
   document.
 - It is *finished* if its last token is such an id and the policy chose it; if who sampled it says so (a stop string, an
   environment whose episode is over); or if it stopped short of its budget, because then something ended it. It is *cut*
@@ -14,12 +14,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def end_token_ids(tokenizer, *settings) -> list[int]:
+def end_token_ids(tokenizer: Any, *settings: Any) -> list[int]:
     """Every id that ends a completion, ascending.
 
     Args:
@@ -35,7 +36,7 @@ def end_token_ids(tokenizer, *settings) -> list[int]:
     return sorted(ids)
 
 
-def padding_id(tokenizer, end_ids: Sequence[int]) -> int:
+def padding_id(tokenizer: Any, end_ids: Sequence[int]) -> int:
     """What fills a batch: the tokenizer's pad token, or an end where it has none.
 
     One token may be both, as in most base models: what exists is said by masks, and a completion is over at its first
@@ -43,10 +44,7 @@ def padding_id(tokenizer, end_ids: Sequence[int]) -> int:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): of the policy.
-        end_ids (`Sequence[int]`): ids that end a completion.
-
-    Raises:
-        ValueError: nothing ends a completion.
+        end_ids (`Sequence[int]`): ids that end a completion, at least one.
     """
     if not end_ids:
         raise ValueError("Nothing ends a completion: set `tokenizer.eos_token`, or name the ids that do.")
@@ -62,10 +60,8 @@ def strip_completion(row: Sequence[int], end_ids: Collection[int], max_new_token
         max_new_tokens (`int`): width of a row that was cut.
 
     Returns:
-        `tuple[list[int], str]`: the ids as sampled, and `"stop"` or `"length"`.
-
-    Raises:
-        ValueError: a row without an end is shorter than `max_new_tokens`: something else stopped it.
+        `tuple[list[int], str]`: the ids as sampled, and `"stop"` or `"length"`. An error, where a row without an end is
+        shorter than `max_new_tokens`: something else stopped it.
     """
     ids = through_first_end(row, end_ids)
     if ids and ids[-1] in end_ids:

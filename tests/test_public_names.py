@@ -7,7 +7,7 @@ import pytest
 
 import lenvm_rl
 
-# Module, name, and the arguments that are promised, in order; those of "*" by keyword.
+# Module, name, and the arguments that are promised, in order; after "*" by keyword.
 NAMES = {
     "returns.discounted_return": "remaining gamma",
     "returns.remaining_from_logits": "logits gamma",

@@ -53,34 +53,27 @@ class LengthGuidance:
     """How decoding is guided.
 
     Args:
-        mode (`str`, *optional*, defaults to `"tilt"`):
-            `"tilt"`, `"equal_to"`, `"at_most"` or `"at_least"`.
-        strength (`float`, *optional*, defaults to `0.0`):
-            For `"tilt"`: positive leans towards the end, negative away from it; 0 leaves the policy as it is. A natural
-            unit is one over the standard deviation of `V` among the candidates of a state.
-        target_length (`int`, *optional*):
-            For the other modes: tokens, end-of-sequence not counted. Generation needs room for one token more.
-        rule (`str`, *optional*, defaults to `"feasible"`):
-            For the other modes: `"feasible"`, `"paper"` or, for `"equal_to"`, `"patient"`: see
-            `lenvm_rl.decoding.guidance`.
-        tolerance (`float`, *optional*, defaults to `0.1`):
-            For `"equal_to"` with `"feasible"` or `"patient"`: how far the predicted rest may be from the rest that is
-            asked for, as a share of the latter, in [0, 1).
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of the policy, before the guidance. 0 means greedy: the most probable token of the guided
-            distribution, formed at temperature 1. Anything else lies in [1e-9, 1e9].
-        top_k (`int`, *optional*, defaults to `0`):
-            Only the `top_k` most probable tokens are candidates; 0 for all.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Only the smallest set of most probable tokens with at least this probability; 1 for all.
-        min_p (`float`, *optional*, defaults to `0.0`):
-            Only tokens with at least this share of the probability of the most probable one; 0 for all.
-        enforce (`bool`, *optional*, defaults to `False`):
-            For the other modes: make the bound hard. The end is barred before `target_length` (`"equal_to"`,
-            `"at_least"`) and put there (`"equal_to"`, `"at_most"`). Without it, nothing is forced.
+        mode (`str`, *optional*, defaults to `"tilt"`): `"tilt"`, `"equal_to"`, `"at_most"` or `"at_least"`.
+        strength (`float`, *optional*, defaults to `0.0`): for `"tilt"`: positive leans towards the end, negative away
+            from it; 0 leaves the policy as it is. A natural unit is one over the standard deviation of `V` among the
+            candidates of a state.
+        target_length (`int`, *optional*): for the other modes: tokens, end-of-sequence not counted. Generation needs
+            room for one token more.
+        rule (`str`, *optional*, defaults to `"feasible"`): for the other modes: `"feasible"`, `"paper"` or, for
+            `"equal_to"`, `"patient"`: see `lenvm_rl.decoding.guidance`.
+        tolerance (`float`, *optional*, defaults to `0.1`): for `"equal_to"` with `"feasible"` or `"patient"`: how far
+            the predicted rest may be from the rest that is asked for, as a share of the latter, in [0, 1).
+        temperature (`float`, *optional*, defaults to `1.0`): of the policy, before the guidance. 0 means greedy: the
+            most probable token of the guided distribution, formed at temperature 1. Else it lies in [1e-9, 1e9].
+        top_k (`int`, *optional*, defaults to `0`): only so many most probable tokens are candidates; 0 for all.
+        top_p (`float`, *optional*, defaults to `1.0`): only the smallest set of most probable tokens with at least this
+            probability; 1 for all.
+        min_p (`float`, *optional*, defaults to `0.0`): only tokens with at least this share of the probability of the
+            most probable one; 0 for all.
+        enforce (`bool`, *optional*, defaults to `False`): for the other modes: make the bound hard. The end is barred
+            before `target_length` (`"equal_to"`, `"at_least"`) and put there (`"equal_to"`, `"at_most"`).
 
-    Raises:
-        ValueError: on an unknown mode or rule, a field that means nothing to the mode, or a number out of range.
+    A field that means nothing to the mode is a `ValueError`.
     """
 
     mode: str = TILT
@@ -270,7 +263,7 @@ def as_list(guidance: LengthGuidance | Sequence[LengthGuidance]) -> list[LengthG
     return several
 
 
-def check_temperature(name: str, temperature, greedy: bool) -> None:
+def check_temperature(name: str, temperature: float, greedy: bool) -> None:
     """Raises a `ValueError` unless scores can be divided by a temperature; 0 is allowed where it means greedy."""
     if greedy and _is_number(temperature) and temperature == 0:
         return

@@ -21,7 +21,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-EOS, CRITERION, LENGTH = FINISH_REASONS = ("eos", "criterion", "length")
+_EOS, _CRITERION, _LENGTH = "eos", "criterion", "length"
 
 
 @dataclass
@@ -107,7 +107,7 @@ class RowLog:
         """The report, with the reason why each row is over."""
         by_id, finished = self._ended_by_id.tolist(), self.finished.tolist()
         self.report.finish_reason = [
-            EOS if ended else CRITERION if over else LENGTH for ended, over in zip(by_id, finished, strict=True)
+            _EOS if ended else _CRITERION if over else _LENGTH for ended, over in zip(by_id, finished, strict=True)
         ]
         return self.report
 

@@ -30,11 +30,11 @@ from lenvm_rl.modeling.length_value_model import LengthValueModel
 
 MASKABLE_ATTENTION = ("eager", "sdpa")
 # Tokens before the candidates where cached scoring is compared with full rows, and rows that are no longer short.
-PREFIX, SHORT = 6, 16
+_PREFIX, _SHORT = 6, 16
 # Candidates side by side, and which of them are compared: slots of the cache matter more the further they are.
-CANDIDATES, COMPARED = 32, [0, 15, 31]
+_CANDIDATES, _COMPARED = 32, [0, 15, 31]
 # How a decoder says that it cannot do what it is asked for.
-REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 # Up to how many tokens cached scoring is known to be right, for each model.
 _CHECKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -112,25 +112,25 @@ class CandidateScorer(Scorer):
         if tokens <= checked:
             return
         # Twice as far if that is right, so that rows which grow token by token are compared a few times only.
-        limit = max(tokens, 2 * checked, SHORT)
+        limit = max(tokens, 2 * checked, _SHORT)
         limit = limit if self.context is None else min(limit, self.context)
         while True:
             try:
                 self._compare(checked, limit)
                 break
             except ValueError:
-                if limit <= max(tokens, SHORT):
+                if limit <= max(tokens, _SHORT):
                     raise
-                limit = (max(tokens, SHORT) + limit) // 2
+                limit = (max(tokens, _SHORT) + limit) // 2
         _CHECKED[self.model] = limit
 
     def _compare(self, checked: int, limit: int) -> None:
         """Compares with full rows what may differ between rows of `checked` and of `limit` tokens."""
         if not checked:
-            _compare_with_full_rows(self, PREFIX, PREFIX)
-        if limit > SHORT:
+            _compare_with_full_rows(self, _PREFIX, _PREFIX)
+        if limit > _SHORT:
             # A few tokens, then a leap to the end: no position in between has to be computed.
-            _compare_with_full_rows(self, PREFIX, limit - 2)
+            _compare_with_full_rows(self, _PREFIX, limit - 2)
         for window in window_sizes(self.model.config):
             # Siblings lie further out in the cache than they stand.
             if checked < 2 * window and window < 2 * limit:
@@ -356,8 +356,8 @@ def _compare_with_full_rows(scorer: CandidateScorer, prefix: int, position: int)
     ids = (7 * torch.arange(2 * prefix, device=device) + 1).view(2, prefix) % vocabulary
     exists = torch.ones_like(ids)
     exists[1, : prefix // 3] = 0
-    candidates = (torch.arange(2 * CANDIDATES, device=device).view(2, CANDIDATES) + 3) % vocabulary
-    compared, chosen = candidates[:, COMPARED], candidates[:, 0]
+    candidates = (torch.arange(2 * _CANDIDATES, device=device).view(2, _CANDIDATES) + 3) % vocabulary
+    compared, chosen = candidates[:, _COMPARED], candidates[:, 0]
     full, noise = [], 0.0
     for rows in (ids, torch.cat([ids, chosen.unsqueeze(1)], dim=1)):
         mask = torch.cat([exists, exists.new_ones(2, rows.shape[1] - prefix)], dim=1)
@@ -369,7 +369,7 @@ def _compare_with_full_rows(scorer: CandidateScorer, prefix: int, position: int)
         cached = torch.stack(list(_cached(copy.copy(scorer), ids, exists, candidates, position - prefix)))
     except torch.OutOfMemoryError:
         raise
-    except REFUSALS as error:
+    except _REFUSALS as error:
         # Full rows went through, so it is the cache that cannot be shared.
         raise ValueError(
             f"candidates cannot be scored against a cache of {_name(model)} ({error}): score with scoring='full'."
@@ -377,7 +377,7 @@ def _compare_with_full_rows(scorer: CandidateScorer, prefix: int, position: int)
     if position > prefix:
         # Frequencies that grow with the furthest position seen are put back by a near one.
         model(input_ids=ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]))
-    difference = float((cached[:, :, COMPARED] - full).abs().max())
+    difference = float((cached[:, :, _COMPARED] - full).abs().max())
     if difference > max(8 * noise, max(1e-3, 16 * _rounding(model)) * float(full.std())) + 1e-5:
         raise ValueError(
             f"candidates scored against a cache of {_name(model)} get other values than in full rows (at position "

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # `temperature` and `top_p` are OpenAI's own and stay at the top of the request.
 KNOBS = tuple(field.name for field in fields(LengthGuidance) if field.name not in ("temperature", "top_p"))
 # Below this, float32 scores overflow; the distribution has been on one token for long.
-MIN_TEMPERATURE = 1e-6
+COLDEST = 1e-6
 MAX_INTEGER = 2**63 - 1
 # Characters of an error, which may quote what it is about.
 MAX_MESSAGE = 400
@@ -189,7 +189,7 @@ class GenerationRequest(Body):
             raise RequestError("max_tokens and max_completion_tokens differ: give one of them.", "max_tokens")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is for streams: set stream to true, or leave it out.", "stream_options")
-        if 0 < self.temperature < MIN_TEMPERATURE:
+        if 0 < self.temperature < COLDEST:
             raise RequestError(f"temperature is {self.temperature}: say 0 for greedy decoding.", "temperature")
         return self
 

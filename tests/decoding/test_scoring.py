@@ -129,7 +129,7 @@ def test_the_cache_holds_the_prefix_once():
 
 
 def test_tokens_that_were_not_scored_wait_for_the_next_forward():
-    """Whatever rows wait, and however long: values are those of separate forwards, with a forward for each scoring."""
+    """Whatever rows wait, and however long: values are as in separate forwards, with a forward for each scoring."""
     model = length_value_model()
     ids, mask = prompts()
     scorer, calls = CandidateScorer(model), count_forwards(model)

@@ -143,7 +143,7 @@ def test_a_policy_with_its_own_adapter_is_unaffected(form, order):
 
 @pytest.mark.parametrize("form", SHARED)
 def test_a_policy_learns_as_if_it_were_alone(form, tmp_path):
-    """Modes, trainable weights, gradients, checkpointing and what is saved are those of a policy without a critic."""
+    """Modes, trainable weights, gradients, checkpointing and what is saved are as in a policy without a critic."""
     runs = []
     for shared in (False, True):
         torch.manual_seed(0)
