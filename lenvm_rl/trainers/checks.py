@@ -152,11 +152,6 @@ _SHOWN = 3
 def check_reference_path(policy: Any, args: GRPOConfig, keywords: dict[str, Any]) -> None:
     """Raise unless the reference can be loaded, before TRL tries.
 
-    Args:
-        policy (`PreTrainedModel`, `peft.PeftModel` or `str`): as given to the trainer.
-        args (`trl.GRPOConfig`): of the run.
-        keywords (`dict`): of the trainer.
-
     Raises:
         `ValueError`: `beta` is above 0 and the policy comes from nowhere.
         `FileNotFoundError`: the folder that it came from is gone.
@@ -291,13 +286,6 @@ _OF_CONFIGS = {
 def trainer_keywords(trainer: str, model: Any, first: int, further: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments for `trl.GRPOTrainer`: those given, and those given by their position there.
 
-    Args:
-        trainer (`str`): name of the class, for the error.
-        model (any): the first argument.
-        first (`int`): arguments of `trl.GRPOTrainer` that come before `further`.
-        further (`tuple`): what was given by position.
-        keywords (`dict`): what was given by name.
-
     Raises:
         `TypeError`: an argument is one of an older trainer, is given twice or in its old place, or there are too many.
     """
@@ -321,12 +309,7 @@ def trainer_keywords(trainer: str, model: Any, first: int, further: tuple, keywo
 
 
 def check_config_names(config: str, names: Iterable[str]) -> None:
-    """Raise a `TypeError` if a field is one of an older trainer's config, saying what stands for it.
-
-    Args:
-        config (`str`): name of the class, for the error.
-        names (`Iterable[str]`): of the keyword arguments.
-    """
+    """Raise a `TypeError` if a field is one of an older trainer's config, saying what stands for it."""
     _refuse(f"{config} has no", _OF_CONFIGS, names)
 
 

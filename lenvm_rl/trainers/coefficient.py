@@ -19,9 +19,6 @@ class LengthCoefficient:
     """`length_coef` of a run, see [`~lenvm_rl.trainers.config.LenVMConfig`].
 
     All processes hold the same, since each sees what all of them measured.
-
-    Args:
-        args ([`LenVMConfig`]): of the run.
     """
 
     def __init__(self, args: LenVMConfig):

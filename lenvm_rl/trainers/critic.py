@@ -296,12 +296,7 @@ def hold_dtypes(critic: TaskCritic) -> None:
 
 
 def check_settings(critic: Any, trainer: GRPOTrainer) -> None:
-    """Raise a `ValueError` if a run with this critic, or without one, could not do what its settings say.
-
-    Args:
-        critic (any): what was given as `critic=`.
-        trainer ([`LenVMPPOTrainer`]): constructed but for its critic.
-    """
+    """Raise a `ValueError` if a run with this critic, or without one, could not do what its settings say."""
     if isinstance(critic, str) and critic == "lenvm":
         _check_without(trainer.args)
         return
@@ -350,10 +345,6 @@ def _check_without(args) -> None:
 
 def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
     """A critic on the device of the run, without dropout, wrapped as what is trained or as what is only read.
-
-    Args:
-        critic ([`TaskCritic`]): of the run.
-        trainer ([`LenVMPPOTrainer`]): constructed but for it.
 
     Raises:
         `ValueError`: the critic cannot read what the policy writes, or there is nothing in it that learns.
@@ -503,11 +494,7 @@ def read_critic(checkpoint: str, critic: TaskCritic) -> None:
 
 
 class CriticGradientReset(TrainerCallback):
-    """Clears the critic's gradients after each step: `Trainer` clears the gradients of the model that it knows.
-
-    Args:
-        critic (`torch.nn.Module`): the task critic, as it is trained.
-    """
+    """Clears the critic's gradients after each step: `Trainer` clears the gradients of the model that it knows."""
 
     def __init__(self, critic: nn.Module):
         self.critic = critic

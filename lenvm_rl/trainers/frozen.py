@@ -78,11 +78,6 @@ def length_value_model_of(model_or_path: LengthValueModel | str | os.PathLike | 
 def place_length_value_model(model_or_path: LengthValueModel | str | os.PathLike, trainer: GRPOTrainer):
     """The length value model of a run, frozen, on its device, wrapped or sharded as TRL does it with its reference.
 
-    Args:
-        model_or_path ([`LengthValueModel`] or `str`):
-            What [`length_value_model_of`] gave.
-        trainer (`trl.GRPOTrainer`): constructed.
-
     Raises:
         `ValueError`: it does not fit the policy (its tokenizer, its pictures), or has no frozen base in this run.
     """
@@ -101,10 +96,6 @@ def place_length_value_model(model_or_path: LengthValueModel | str | os.PathLike
 
 class FrozenLengthValues:
     """What a run asks of its length value model: its logits of a batch, its re-fits, and how far it has drifted.
-
-    Args:
-        model (`torch.nn.Module`): as [`place_length_value_model`] gives it.
-        trainer ([`~lenvm_rl.trainers.base.LenVMTrainer`]): constructed but for what needs this.
 
     Attributes:
         gamma (`float`): of the length return.
@@ -153,11 +144,7 @@ class FrozenLengthValues:
 
 @contextmanager
 def loaded_whole(args: TrainingArguments) -> Iterator[None]:
-    """Inside, models are loaded whole: ZeRO-3 would cut them up as they are loaded, and cast a head with the rest.
-
-    Args:
-        args (`transformers.TrainingArguments`): of the run.
-    """
+    """Inside, models are loaded whole: ZeRO-3 would cut them up as they are loaded, and cast a head with the rest."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -195,11 +182,7 @@ def place_sharded(model: LengthValueModel, trainer: GRPOTrainer):
 
 
 def check_shards(trainer: GRPOTrainer) -> None:
-    """Raise a `ValueError` if the run was launched to be sharded and is not: accelerate says nothing on a CPU.
-
-    Args:
-        trainer (`trl.GRPOTrainer`): constructed.
-    """
+    """Raise a `ValueError` if the run was launched to be sharded and is not: accelerate says nothing on a CPU."""
     for engine, variable, enabled in (
         ("FSDP", "ACCELERATE_USE_FSDP", trainer.is_fsdp_enabled),
         ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", trainer.is_deepspeed_enabled),
@@ -323,10 +306,6 @@ def reference_states(model: LengthValueModel, trainer: GRPOTrainer) -> Reference
     It can if it is a head alone on the decoder that the reference runs, and that forward is what its own would be: no
     dropout, and positions that count from anywhere (TRL gives none, so in rows padded on the left they start late,
     which rotary positions do not see).
-
-    Args:
-        model ([`LengthValueModel`]): of the run, unwrapped.
-        trainer (`trl.GRPOTrainer`): constructed.
     """
     if model.config.form != HEAD or trainer.beta == 0.0:
         return None
@@ -397,9 +376,6 @@ class Drift:
 
     def observe(self, metrics: dict[str, float]) -> dict[str, float]:
         """Take in what a training batch measured.
-
-        Args:
-            metrics (`dict[str, float]`): of [`~lenvm_rl.trainers.metrics.add_values`]; NaN is left out.
 
         Returns:
             `dict[str, float]`: `lenvm/stale`, 1 while the model counts as stale; a warning is logged when it begins to.

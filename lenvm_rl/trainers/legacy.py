@@ -198,11 +198,6 @@ class ShapedValueModel(nn.Module):
 def check_legacy_ppo(args: Any, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse settings with which TRL's PPO trainer would do something else than they say, see the module.
 
-    Args:
-        args (`trl.experimental.ppo.PPOConfig`): of the run.
-        policy (`PreTrainedModel`): the policy.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-
     Raises:
         `ValueError`: naming the setting and what to change.
     """

@@ -85,13 +85,7 @@ def picture_inputs(batch: dict) -> Callable[[slice], dict] | None:
 
 
 def check_sees_pictures(model: nn.Module, trainer: GRPOTrainer, what: str) -> None:
-    """Raise a `ValueError` if a value model could not read what a policy with pictures has read.
-
-    Args:
-        model (`PreTrainedModel`): unwrapped, with `config.backbone_config`.
-        trainer (`trl.GRPOTrainer`): constructed.
-        what (`str`): what the error calls the model.
-    """
+    """Raise a `ValueError` if a value model could not read what a policy with pictures has read."""
     config, policy = model.config.backbone_config, trainer.accelerator.unwrap_model(trainer.model).config
     if config.get_text_config(decoder=True) is config:
         raise ValueError(
@@ -107,11 +101,7 @@ def check_sees_pictures(model: nn.Module, trainer: GRPOTrainer, what: str) -> No
 
 
 def check_text_only_arguments(args: LenVMConfig) -> None:
-    """Raise a `ValueError` where an argument of a run with a multimodal processor would lose the pictures.
-
-    Args:
-        args (`LenVMConfig`): of the run.
-    """
+    """Raise a `ValueError` where an argument of a run with a multimodal processor would lose the pictures."""
     if args.refresh_steps > 0:
         raise ValueError(
             "refresh_steps keeps the tokens of completions and not their pictures, which the policy has: set "

@@ -138,11 +138,6 @@ def refit(
 class LengthValueRefresh:
     """The refresh of a run: its recent completions, when a re-fit is due, and its state in checkpoints.
 
-    Args:
-        model ([`LengthValueModel`]): of the run, unwrapped.
-        args ([`~lenvm_rl.trainers.config.LenVMConfig`]): of the run.
-        accelerator (`accelerate.Accelerator`): of the run.
-
     Raises:
         `ValueError`: the model's weights are not float32, in which small steps would be lost; or the run is sharded, or
             in float16.
@@ -164,11 +159,6 @@ class LengthValueRefresh:
 
     def run_if_due(self, placed: Callable, step: int, chunk_size: int) -> dict[str, float]:
         """Re-fit the model if `refresh_steps` have passed since the last time.
-
-        Args:
-            placed (`Callable`): the model as the run calls it.
-            step (`int`): optimizer steps of the run so far.
-            chunk_size (`int`): completions per forward.
 
         Returns:
             `dict[str, float]`: empty if it is not due; otherwise `refresh/completions`, `refresh/loss_first` and

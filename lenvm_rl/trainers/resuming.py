@@ -131,12 +131,7 @@ def check_save_steps(args: GRPOConfig, generations: Generations, end: int) -> No
 
 
 def check_optimizer_fits(optimizer: torch.optim.Optimizer, checkpoint: str) -> None:
-    """Raise a `ValueError` if the state of the optimizer in a checkpoint belongs to other weights.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): of the run.
-        checkpoint (`str`): a folder.
-    """
+    """Raise a `ValueError` if the state of the optimizer in a checkpoint belongs to other weights."""
     path = os.path.join(checkpoint, OPTIMIZER_NAME)
     if not os.path.isfile(path):
         return

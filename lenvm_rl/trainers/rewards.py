@@ -410,11 +410,7 @@ class RewardStates(TrainerCallback):
 
 
 def keep_reward_states(trainer: GRPOTrainer) -> RewardStates:
-    """The callback of a trainer that keeps the states of all its reward functions: the one it was given, or a new one.
-
-    Args:
-        trainer (`trl.GRPOTrainer`): gets the callback if it has none.
-    """
+    """The callback of a trainer that keeps the states of its reward functions: the one it was given, or a new one."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RewardStates):
             break

@@ -44,11 +44,7 @@ class Sampled:
 
 
 def run_end_ids(trainer: GRPOTrainer) -> list[int]:
-    """Every id that ends a completion of a run: from the tokenizer, the policy and `generation_kwargs`.
-
-    Args:
-        trainer (`trl.GRPOTrainer`): constructed.
-    """
+    """Every id that ends a completion of a run: from the tokenizer, the policy and `generation_kwargs`."""
     given = trainer.args.generation_kwargs or {}
     if trainer.use_vllm and given.get("ignore_eos"):
         return end_token_ids(None, given.get("stop_token_ids"))
@@ -162,9 +158,6 @@ def read_guidance(args: LenVMConfig) -> LengthGuidance | None:
     """The guidance of a run's rollouts, `None` where there is none.
 
     Temperature and candidate rule are the run's, as for rollouts without guidance.
-
-    Args:
-        args (`LenVMConfig`): `rollout_guidance` and TRL's settings of sampling.
 
     Raises:
         `ValueError`: the settings make no guidance, or set what the run sets.
