@@ -16,7 +16,7 @@ def test_a_journal_gives_back_what_was_finished(tmp_path):
     journal.append(0, [{"text": "a\u2028\n"}])
     journal.append(2, [])
     assert Journal(path, "job 1").open() == {0: [{"text": "a\u2028\n"}], 2: []}
-    with pytest.raises(ValueError, match="begun with other prompts or settings"):
+    with pytest.raises(ValueError, match="job.journal"):
         Journal(path, "job 2").open()
     journal.remove()
     assert not path.exists()
@@ -69,7 +69,7 @@ def test_a_damaged_line_is_named(tmp_path):
     lines = path.read_bytes().split(b"\n")
     lines[1] = lines[1][:5]
     path.write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match="job.journal is damaged in line 2"):
+    with pytest.raises(ValueError, match="job.journal.*line 2"):
         Journal(path, "job").open()
 
 

@@ -123,7 +123,7 @@ def test_an_empty_prompt_is_one_where_something_is_put_before_it(text):
 
 def test_messages_that_make_no_tokens_are_named():
     tokenizer = tiny_tokenizer()
-    with pytest.raises(ValueError, match="Prompt 1 is a list of messages.*chat_template"):
+    with pytest.raises(ValueError, match="Prompt 1 .*chat_template"):
         tokenize_prompts(tokenizer, ["w7", GOOD[0]])
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}w7"
@@ -176,9 +176,9 @@ class Job(SamplingJob):
 
 @pytest.mark.parametrize("bad", [b"bytes", {1: 2}, {"a": [object()]}])
 def test_a_column_that_no_file_of_rollouts_holds_is_refused_before_sampling(bad):
-    with pytest.raises(ValueError, match="Column 'c' holds a .* at prompt 1"):
+    with pytest.raises(ValueError, match="'c' .* at prompt 1"):
         Job(tiny_tokenizer(), ["w7", "w8"], SamplingSettings(1, 4, 1), seed=0, extra_columns={"c": [None, bad]})
-    with pytest.raises(ValueError, match="Column 'c' mixes types"):
+    with pytest.raises(ValueError, match="'c'"):
         Job(tiny_tokenizer(), ["w7", "w8"], SamplingSettings(1, 4, 1), seed=0, extra_columns={"c": [1, "1"]})
     for good in (None, 1.5, {"a": [True, False]}):
         Job(tiny_tokenizer(), ["w7", "w8"], SamplingSettings(1, 4, 1), seed=0, extra_columns={"c": [None, good]})

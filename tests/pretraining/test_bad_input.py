@@ -114,7 +114,7 @@ def test_a_half_written_last_line_is_set_aside_and_the_rest_is_fitted(tmp_path):
 
 def test_a_parquet_file_that_is_none_is_named(tmp_path):
     path = write(tmp_path / "rollouts.parquet", GOOD)
-    with pytest.raises(ValueError, match="rollouts.parquet is no parquet file"):
+    with pytest.raises(ValueError, match="rollouts.parquet"):
         read_rollouts(path)
 
 
@@ -123,7 +123,7 @@ def test_an_evaluation_without_a_finished_completion_is_refused_before_training(
         raise AssertionError("training began, and its result would be lost")
 
     monkeypatch.setattr(LengthValueTrainer, "train", trained)
-    with pytest.raises(ValueError, match="None of the 4 completions is both finished"):
+    with pytest.raises(ValueError, match="only_correct"):
         args = make_args(tmp_path)
         metadata = make_metadata(TOKENIZER)
         pretrain(tiny_llama(), Dataset.from_list(GOOD), metadata, args, TOKENIZER, Dataset.from_list(CUT))

@@ -64,11 +64,11 @@ def test_a_domain_of_which_nothing_ended_is_said_to_have_no_metrics(tmp_path, ca
 def test_a_column_that_is_missing_or_contradicts_itself(tmp_path):
     model = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA)
     args = make_args(tmp_path, domain_column="topic")
-    with pytest.raises(ValueError, match="domain_column='topic' is no column"):
+    with pytest.raises(ValueError, match="domain_column"):
         LengthValueTrainer(model, args, eval_dataset=Dataset.from_list(rollouts_of_two_domains()))
     mixed = rollouts_of_two_domains()
     mixed[1]["domain"] = "math"
-    with pytest.raises(ValueError, match="group 0 are of different domains"):
+    with pytest.raises(ValueError, match="group 0"):
         args = make_args(tmp_path, domain_column="domain")
         LengthValueTrainer(model, args, eval_dataset=Dataset.from_list(mixed))
 

@@ -51,7 +51,7 @@ def test_a_backbone_that_mixes_packed_sequences_is_refused(tmp_path, monkeypatch
     model = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA)
     original = model.backbone.forward
     monkeypatch.setattr(model.backbone, "forward", lambda position_ids=None, **kwargs: original(**kwargs))
-    with pytest.raises(ValueError, match="does not keep packed sequences apart.*packing=False"):
+    with pytest.raises(ValueError, match="packing=False"):
         LengthValueTrainer(model, make_args(tmp_path))
     LengthValueTrainer(model, make_args(tmp_path, packing=False))
 
@@ -253,9 +253,9 @@ def test_the_selection_of_completions(tmp_path):
         [9, EOS],
     ]
     assert len(prepare_rollouts(rollouts, make_args(tmp_path, only_correct=True))) == 2
-    with pytest.raises(ValueError, match="None of the 1 completions is both finished and selected"):
+    with pytest.raises(ValueError, match="only_correct"):
         prepare_rollouts(rollouts.select([1]), make_args(tmp_path))
-    with pytest.raises(ValueError, match="needs a column `correct`"):
+    with pytest.raises(ValueError, match="only_correct.*`correct`"):
         prepare_rollouts(rollouts.remove_columns("correct"), make_args(tmp_path, only_correct=True))
 
 
@@ -277,11 +277,11 @@ def test_bad_arguments_are_refused(tmp_path, change, problem):
 def test_bad_rollouts_and_models_are_refused(tmp_path):
     model = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA)
     args = make_args(tmp_path)
-    with pytest.raises(ValueError, match="Rollout 1 holds token 64, but the backbone knows 64 tokens"):
+    with pytest.raises(ValueError, match="Rollout 1 .*token 64"):
         LengthValueTrainer(model, args, Dataset.from_list([make_rollout([6], [EOS]), make_rollout([6], [64, EOS])]))
-    with pytest.raises(ValueError, match="Rollout 0 has 513 tokens, but the backbone's context is 512"):
+    with pytest.raises(ValueError, match="Rollout 0 .*513.*512"):
         LengthValueTrainer(model, args, eval_dataset=Dataset.from_list([make_rollout([6], [7] * 511 + [EOS])]))
-    with pytest.raises(ValueError, match="not a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM"):
         LengthValueTrainer(tiny_llama(), args)
     rollouts = Dataset.from_list([make_rollout([6], [EOS])])
     with pytest.raises(ValueError, match="tokenizer"):
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     trainer = LengthValueTrainer(model, make_args(tmp_path), Dataset.from_list(random_rollouts(4)))
     with torch.no_grad():
         model.head.output.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="loss is nan after 0 steps"):
+    with pytest.raises(FloatingPointError, match="nan"):
         trainer.train()
 
 
@@ -342,11 +342,11 @@ def test_a_run_is_saved_measured_and_resumed_exactly(tmp_path, layout):
         patch.setattr(LengthValueTrainer, "training_step", dies_at_step_11)
         with pytest.raises(Killed):
             run("broken")
-    with pytest.raises(ValueError, match="There is a checkpoint already"):
+    with pytest.raises(ValueError, match="output_dir"):
         run("broken")
     # As if it had died while it wrote its second checkpoint: the trainer state comes last.
     (tmp_path / "broken" / "checkpoint-10" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="begun with other settings .learning_rate 0.001, now 0.002"):
+    with pytest.raises(ValueError, match="learning_rate 0.001, now 0.002"):
         run("broken", resume=True, learning_rate=2e-3)
     resumed, _ = run("broken", resume=True)
     for name, weight in whole.state_dict().items():

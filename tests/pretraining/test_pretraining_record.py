@@ -124,7 +124,7 @@ def test_the_recipe_leaves_the_held_out_prompts_of_the_run_alone(tmp_path):
     run("--eval_share", "0.2")
     held_out = (tmp_path / "out" / pretrain_lenvm.HELD_OUT).read_bytes()
     shutil.rmtree(tmp_path / "out" / "checkpoint-2")
-    with pytest.raises(ValueError, match="begun with other settings .rollouts"):
+    with pytest.raises(ValueError, match=".rollouts"):
         run("--eval_share", "0.5")
     assert (tmp_path / "out" / pretrain_lenvm.HELD_OUT).read_bytes() == held_out
     run("--eval_share", "0.2")

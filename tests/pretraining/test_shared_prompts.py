@@ -100,14 +100,14 @@ def test_a_step_is_that_of_the_completions_alone(tmp_path, backbone, attention, 
 def test_what_is_not_tested_is_refused_by_name(tmp_path, monkeypatch):
     args = make_args(tmp_path, share_prompts=True)
     windows = tiny_qwen2(use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    with pytest.raises(ValueError, match="without sliding windows; this is qwen2 with sdpa and windows"):
+    with pytest.raises(ValueError, match="share_prompts.*qwen2 with sdpa and windows"):
         LengthValueTrainer(LengthValueModel.from_backbone(windows, gamma=GAMMA), args)
     model = LengthValueModel.from_backbone(tiny_llama(attn_implementation="eager"), gamma=GAMMA)
     model.backbone.config.model_type = "mixtral"
-    with pytest.raises(ValueError, match="this is mixtral with eager: set share_prompts=False"):
+    with pytest.raises(ValueError, match="mixtral.*share_prompts"):
         LengthValueTrainer(model, args)
     model = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA)
     original = model.backbone.forward
     monkeypatch.setattr(model.backbone, "forward", lambda attention_mask=None, **kwargs: original(**kwargs))
-    with pytest.raises(ValueError, match="a logit of this backbone moved by"):
+    with pytest.raises(ValueError, match="share_prompts=False"):
         LengthValueTrainer(model, args)

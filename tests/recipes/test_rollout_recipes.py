@@ -79,14 +79,14 @@ def test_a_length_value_model_makes_the_batches(tmp_path, policy):
     (tmp_path / "rollouts.jsonl").unlink()
     assert "length_value_model" not in sample(tmp_path, policy, "--chat")[1].sampling
     for backend in ("server", "vllm"):
-        with pytest.raises(ValueError, match=f"of --backend transformers; {backend} makes its own"):
+        with pytest.raises(ValueError, match=f"length_value_model.*{backend}"):
             sample(tmp_path, policy, *options, "--backend", backend)
 
 
 def test_mistakes_are_named(tmp_path, policy):
-    with pytest.raises(ValueError, match="has no column .'solution'."):
+    with pytest.raises(ValueError, match="'solution'"):
         sample(tmp_path, policy, "--keep_columns", "solution")
-    with pytest.raises(ValueError, match="system_prompt needs --chat"):
+    with pytest.raises(ValueError, match="system_prompt.*--chat"):
         sample(tmp_path, policy, "--system_prompt", "w9")
     with pytest.raises(ValueError, match="Unknown arguments"):
         config = tmp_path / "c.yaml"
@@ -128,7 +128,7 @@ def test_every_end_of_the_generation_config_ends_a_servers_completion(tmp_path, 
     assert server.requests[0]["stop_token_ids"] == metadata.eos_token_ids == [EOS, 9]
     assert rollouts["finish_reason"][:] == ["stop"] * 3
     (policy / "generation_config.json").unlink()
-    with pytest.raises(ValueError, match="not known which tokens end a completion: give --eos_token_ids"):
+    with pytest.raises(ValueError, match="--eos_token_ids"):
         sample(tmp_path, policy, *options, "--server_url", server.url)
 
 
@@ -156,7 +156,7 @@ def test_vllm_is_a_backend(tmp_path, policy, monkeypatch):
 def test_mistakes_about_backends_are_named(tmp_path, policy):
     with pytest.raises(ValueError, match="needs --server_url"):
         sample(tmp_path, policy, "--backend", "server")
-    with pytest.raises(ValueError, match="NO_SUCH_KEY, which should hold the server.s API key, is not set"):
+    with pytest.raises(ValueError, match="NO_SUCH_KEY"):
         sample(
             tmp_path, policy, "--backend", "server", "--server_url", "http://h", "--server_key_variable", "NO_SUCH_KEY"
         )

@@ -96,7 +96,7 @@ def test_a_smoke_study_is_reported_and_resumed(tmp_path, policy, monkeypatch, ca
     assert (tmp_path / "study" / "scaling.png").exists()
     run(tmp_path, policy, "--report", "true")
     assert len(trained) == 12
-    with pytest.raises(ValueError, match="was made with other settings"):
+    with pytest.raises(ValueError, match="other settings"):
         run(tmp_path, policy, "--batch_size", "16")
 
 

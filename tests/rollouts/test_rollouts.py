@@ -188,7 +188,7 @@ def test_the_writer_refuses_bad_records_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "r.jsonl"
     write_rollouts(path, RECORDS, make_metadata())
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="Record 2 cannot be written.*completion_ids is empty"):
+    with pytest.raises(ValueError, match="Record 2 .*completion_ids"):
         write_rollouts(path, [RECORDS[0], make_record(completion=())], make_metadata())
     with pytest.raises(ValueError, match="no record to write"):
         write_rollouts(path, [], make_metadata())
@@ -212,7 +212,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_a_column_that_changes_its_type_is_named(tmp_path):
-    with pytest.raises(ValueError, match="Column 'answer' mixes types"):
+    with pytest.raises(ValueError, match="'answer'"):
         write_rollouts(
             tmp_path / "r.parquet", [make_record(0, answer="x"), make_record(1, answer=[1])], make_metadata()
         )

@@ -110,7 +110,7 @@ def test_what_a_failing_server_answered_before_is_kept(tmp_path):
         assert len(server.requests) == 5
         assert sample(path, server)[0].to_list() == dataset.to_list()
         assert len(server.requests) == 5
-        with pytest.raises(ValueError, match="sampled with other arguments"):
+        with pytest.raises(ValueError, match="r.jsonl"):
             sample(path, server, seed=2)
     assert dataset.to_list() == expected_records(job_of("vllm"), 8)
 
@@ -222,7 +222,7 @@ def test_an_end_at_the_last_token_is_told_from_a_cut():
 
 
 def test_a_completion_that_the_servers_context_cut_is_refused():
-    with pytest.raises(ServerError, match="cut a completion after 3 tokens, though 5 were allowed"):
+    with pytest.raises(ServerError, match="max_new_tokens"):
         from_text("w7 w8 w9", "length", 3)
     with pytest.raises(ServerError, match="usage"):
         from_text("w7 w8 w9", "length", None)
@@ -238,7 +238,7 @@ def test_ids_end_where_one_of_the_ends_is_or_the_server_says_why():
 
     assert from_ids([7, 8, 9]) == ([7, 8, 9], "stop")
     assert from_ids([7, 8, 6, 6]) == ([7, 8, 6, 6], "length")
-    with pytest.raises(ValueError, match="stopped after 2 of 4 tokens"):
+    with pytest.raises(ValueError, match="2 of 4 tokens"):
         from_ids([7, 8], stop_reason=33)
     with pytest.raises(ServerError, match="token ids"):
         from_ids(None)
@@ -253,7 +253,7 @@ def test_another_tokenizer_than_the_servers_is_noticed(tmp_path):
     def adds_a_token(request):
         return openai_answer([7, EOS], len(request["prompt"]) + 1, token_ids=[7, EOS])
 
-    with scripted_server(adds_a_token) as server, pytest.raises(ValueError, match="counts 7 tokens in prompt 0, the t"):
+    with scripted_server(adds_a_token) as server, pytest.raises(ValueError, match="7 tokens in prompt 0"):
         sample(tmp_path / "r.jsonl", server, settings=SamplingSettings(1, 8, 1))
 
 
@@ -283,7 +283,7 @@ def test_a_server_of_text_is_not_made_to_begin_twice():
     job = job_of("openai", tokenizer=tokenizer, prompts=[messages])
     assert job.prompt_ids == [[5, 3, 6, 4]] and job.requested == ["<|user|> w6 <|assistant|>"]
     tokenizer = with_bos(tiny_tokenizer(chat=True), "")
-    with pytest.raises(ValueError, match="cannot be sent as text"):
+    with pytest.raises(ValueError, match="Prompt 0"):
         job_of("openai", tokenizer=tokenizer, prompts=[messages])
 
 
