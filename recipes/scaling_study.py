@@ -5,7 +5,7 @@
 Along model size, prompts, samples per prompt and gamma (arXiv 2604.27039, section 5), every model sees the same number
 of tokens: what differs is what an axis is named after, not the time in training. All are measured on the same held-out
 prompts, in the same space. Each result is kept in `<output_dir>/cells`; killed and started again, the study goes on.
-At the end, and at any time with `--report true`, `results.md` and a figure are written.
+At the end, `results.md` and a figure are written.
 """
 
 from __future__ import annotations
@@ -100,7 +100,6 @@ class ScalingArguments:
     learning_rate: float = HfArg(
         default=2e-3, help="Peak learning rate at a width of 64; for others it goes with 1 / width, up to ten times."
     )
-    report: bool = HfArg(default=False, help="Only write the report of what is there already.")
     smoke: bool = HfArg(default=False, help="A size that only shows that it runs.")
 
     def __post_init__(self) -> None:
@@ -283,7 +282,7 @@ def _sample(
 def run_cells(study: ScalingStudy, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Yields every cell with its result: read if it is there, else made and written."""
     for number, cell in enumerate(cells, start=1):
-        path = result_path(study.args, cell)
+        path = Path(study.args.output_dir) / "cells" / f"{cell.name}.json"
         if path.exists():
             result = read_json(path)
             if result["settings"] != study.settings_of(cell):
@@ -299,15 +298,8 @@ def run_cells(study: ScalingStudy, cells: Sequence[Cell]) -> Iterator[tuple[Cell
         yield cell, result
 
 
-def result_path(args: ScalingArguments, cell: Cell) -> Path:
-    """Where the result of a cell is kept."""
-    return Path(args.output_dir) / "cells" / f"{cell.name}.json"
-
-
 def write_report(rows: Rows, folder: Path) -> str:
     """Writes `results.md` and `scaling.png` into a folder, and returns the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = {axis: {label: results for label, results in row.items() if results} for axis, row in rows.items()}
     table = make_table(rows)
     (folder / "results.md").write_text(table, encoding="utf-8")
     plot_sizes(rows).savefig(folder / "scaling.png", dpi=150)
@@ -357,17 +349,14 @@ def plot_sizes(rows: Rows) -> Figure:
 def main(args: ScalingArguments) -> None:
     """Runs what is missing, and writes the report."""
     study = prepare_study(args)
-    if not args.report:
-        fit_backbones(args)
-    axes = make_axes(args)
-    cells = [replace(c, seed=seed) for seed in range(args.seeds) for axis in axes.values() for c in axis.values()]
-    cells = [cell for cell in dict.fromkeys(cells) if not args.report or result_path(args, cell).exists()]
-    results = dict(run_cells(study, cells))
-    rows: Rows = {}
-    for axis, labelled in axes.items():
-        for label, cell in labelled.items():
-            of_seeds = [results.get(replace(cell, seed=seed)) for seed in range(args.seeds)]
-            rows.setdefault(axis, {})[label] = [result for result in of_seeds if result is not None]
+    fit_backbones(args)
+    axes, seeds = make_axes(args), range(args.seeds)
+    cells = [replace(cell, seed=seed) for seed in seeds for axis in axes.values() for cell in axis.values()]
+    results = dict(run_cells(study, list(dict.fromkeys(cells))))
+    rows = {
+        axis: {label: [results[replace(cell, seed=seed)] for seed in seeds] for label, cell in labelled.items()}
+        for axis, labelled in axes.items()
+    }
     console.print(write_report(rows, Path(args.output_dir)), soft_wrap=True)
 
 

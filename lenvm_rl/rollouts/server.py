@@ -11,8 +11,8 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -176,22 +176,14 @@ class ServerError(RuntimeError):
     """The server refused a request, or kept failing it: what it said, and what to change."""
 
 
-@dataclass(frozen=True)
-class ServerAnswer:
-    """One completion, as a server tells it.
-
-    Args:
-        text (`str`): the completion, special tokens left out.
-        finish_reason (`str`): `"stop"` or `"length"`.
-        token_ids (`list[int]`, *optional*): the sampled ids, if the server gives them.
-        prompt_tokens, completion_tokens (`int`, *optional*): as the server counts, the end of sequence among them.
-    """
+class ServerAnswer(NamedTuple):
+    """One completion, as a server tells it: special tokens are left out of the text, and counted in the numbers."""
 
     text: str
     finish_reason: str
-    token_ids: list[int] | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    token_ids: list[int] | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
 
 
 class CompletionServer:
@@ -258,11 +250,7 @@ class CompletionServer:
         }
 
     def complete(self, request: dict[str, Any]) -> ServerAnswer:
-        """Sends a request, as [`CompletionServer.request`] makes it, until it is answered.
-
-        Raises:
-            ServerError: the server refuses the request, or failed it `max_retries + 1` times.
-        """
+        """Sends a request, as [`CompletionServer.request`] makes it, until it is answered; else a [`ServerError`]."""
         for repeated in range(self.max_retries + 1):
             # The session repeats what fails before an answer has begun; this loop, an answer that is spoiled.
             if repeated:
@@ -320,13 +308,8 @@ class CompletionServer:
 def _read(answer: dict[str, Any]) -> ServerAnswer:
     """An answer's contents; a `KeyError`, `TypeError` or `IndexError` where it is not what was asked for."""
     choice, usage = answer["choices"][0], answer.get("usage") or {}
-    return ServerAnswer(
-        text=choice["text"],
-        finish_reason=choice["finish_reason"],
-        token_ids=choice.get("token_ids"),
-        prompt_tokens=usage.get("prompt_tokens"),
-        completion_tokens=usage.get("completion_tokens"),
-    )
+    counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return ServerAnswer(choice["text"], choice["finish_reason"], choice.get("token_ids"), *counts)
 
 
 class VLLMServer(CompletionServer):
@@ -367,13 +350,8 @@ class TransformersServer(CompletionServer):
         if settings.temperature > 0:
             config |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
             config |= {"min_p": 0.0, "typical_p": 1.0}
-        return {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "seed": seed,
-            "generation_config": json.dumps(config),
-        }
+        given = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "seed": seed}
+        return {**given, "generation_config": json.dumps(config)}
 
 
 SERVERS = {server.kind: server for server in (VLLMServer, TransformersServer, CompletionServer)}

@@ -50,12 +50,10 @@ def retokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int]
 
 
 def retokenization_columns(text: str, length_error: int | None, text_changed: bool) -> dict[str, Any]:
-    """Further columns of a record whose ids were made from text.
+    """Further columns of a record whose ids were made from text, which is kept so that nothing is lost.
 
-    Args:
-        text (`str`): the text, so that nothing is lost.
-        length_error (`int`, *optional*): tokens made minus tokens sampled; `None` if the latter are not known.
-        text_changed (`bool`): whether the ids decode to another text.
+    The error is tokens made minus tokens sampled, `None` if the latter are not known; the text is changed where the ids
+    decode to another one.
     """
     return {TEXT_COLUMN: text, ERROR_COLUMN: length_error, CHANGED_COLUMN: text_changed}
 
@@ -201,18 +199,15 @@ def read_traces(
     reader.set_aside(rejected_beside)
     if others:
         logger.warning("%s: objects of other models are not read: %s", path, dict(others))
-    answered, unanswered, cut = (ends[name] for name in ("answered", "cut_while_thinking", "cut_at_max_tokens"))
+    counts = {name: ends[name] for name in ("answered", "cut_while_thinking", "cut_at_max_tokens")}
     logger.warning(
-        "which completions ended is not in the file; assumed: the %d with an answer did, the %d without one were cut "
-        "while thinking",
-        answered,
-        unanswered,
+        "which completions ended is not in the file; assumed: the %(answered)d with an answer did, the "
+        "%(cut_while_thinking)d without one were cut while thinking",
+        counts,
     )
     if max_tokens is not None:
-        logger.warning(
-            "%d completions have more than %d tokens: the rest is left out and they are marked as cut", cut, max_tokens
-        )
-    counts = {"answered": answered, "cut_while_thinking": unanswered, "cut_at_max_tokens": cut}
+        cut = counts["cut_at_max_tokens"]
+        logger.warning("%d completions have more than %d tokens, and are cut: their rest is left out", cut, max_tokens)
     assumed = {"assumed": "finished_if_answered", "max_tokens": max_tokens, **counts}
     return reader.result(", ".join(kept), {"backend": "text", "finish_reason": assumed})
 
@@ -297,15 +292,11 @@ class _Reader:
         """The records, and where they come from."""
         report = retokenization_report(self.records)
         dataset = Dataset.from_list(self.records)
+        known = {"token_ids": "retokenized", "retokenization": report, "set_aside": len(self.rejected)}
         return dataset, RolloutMetadata(
             generator=generator,
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
-            sampling={
-                **sampling,
-                "token_ids": "retokenized",
-                "retokenization": report,
-                "set_aside": len(self.rejected),
-            },
+            sampling={**sampling, **known},
             seed=None,
             eos_token_ids=[self.eos_token_id],
             **count_rollouts(dataset),

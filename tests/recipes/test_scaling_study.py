@@ -94,7 +94,7 @@ def test_a_smoke_study_is_reported_and_resumed(tmp_path, policy, monkeypatch, ca
     table = (tmp_path / "study" / "results.md").read_text()
     assert table in shown and table.count("\n") == 2 + 2 + 2 + 2 + 2
     assert (tmp_path / "study" / "scaling.png").exists()
-    run(tmp_path, policy, "--report", "true")
+    run(tmp_path, policy)
     assert len(trained) == 12
     with pytest.raises(ValueError, match="other settings"):
         run(tmp_path, policy, "--batch_size", "16")
