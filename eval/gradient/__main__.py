@@ -123,10 +123,9 @@ def complete(args: GradientArguments) -> tuple[GradientArguments, EvaluationProm
     args, source = read_run(args, among_trained=True)
     data = args.load_prompts(args.num_batches * args.batch_size // args.group_size)
     trained, base = source.trained.get(args.policy), source.model("policy")
-    # Its constructor refuses a temperature of 0, whoever said so.
-    args = args.as_fitted()
     args = replace(
-        args,
+        # A temperature of 0 is refused, whoever said so.
+        args.as_fitted(),
         policy=trained or args.policy,
         # A trained policy is no longer what its run's length value model was fitted on.
         base=args.base or (base if trained else args.policy),
@@ -138,11 +137,7 @@ def complete(args: GradientArguments) -> tuple[GradientArguments, EvaluationProm
 def sample(
     args: GradientArguments, data: EvaluationPrompts, policy: PreTrainedModel, tokenizer: Any, reward: Callable
 ) -> tuple[Dataset, RolloutMetadata]:
-    """Completions of all batches with their grades, `rollouts.jsonl` in the output folder; reused if it is there.
-
-    Raises:
-        ValueError: some completion makes no valid record, or is not graded, so that batches would not be whole.
-    """
+    """Completions of all batches with their grades, `rollouts.jsonl` in the output folder; reused if it is there."""
     settings = SamplingSettings(args.group_size, args.max_new_tokens, args.sampling_batch_size, args.temperature)
     job = TransformersJob(policy, tokenizer, data.prompts, settings, seed=args.seed)
     # A policy trained again under the same name is another one.

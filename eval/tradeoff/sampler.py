@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -253,7 +254,7 @@ class Sampler:
     seed: int
     kept: SampleStore | None = None
 
-    @property
+    @cached_property
     def prompt_ids(self) -> list[list[int]]:
         """The prompts as a policy reads them."""
         return tokenize_prompts(self.tokenizer, self.prompts)
