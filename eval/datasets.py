@@ -1,119 +1,30 @@
-"""What programs evaluate on: prompts of the sandbox, of named tasks or of a dataset of one's own; and rollouts."""
+"""What programs read length value models on: rollouts of one's own, or completions of the sandbox's problems."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from eval.runs import OUTPUTS, check_sandbox, is_sandbox, output_folder, set_threads
 from lenvm_rl.modeling.loading import load_policy, load_tokenizer, read_config
-from lenvm_rl.reward_functions import BY_TRL, NO_COLUMNS
 from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts
 from lenvm_rl.sandbox import DIFFICULTIES, Problem, distinct_problems
-from lenvm_rl.tokenization import check_same_tokenizer, find_prompt_problem, load_prompts
-
-logger = logging.getLogger(__name__)
+from lenvm_rl.tokenization import check_same_tokenizer
 
 # Seed of the sandbox's evaluation prompts: the same for every run.
 EVALUATION_SEED = 0
-
-
-@dataclass(frozen=True)
-class Task:
-    """How a known dataset is put to a policy and graded: columns, dotted path of the reward, whether it is a chat."""
-
-    prompt_column: str
-    answer_column: str
-    reward: str
-    chat: bool
-
-
-TASKS = {
-    "gsm8k": Task("question", "answer", "reward.gsm8k.gsm8k_reward", chat=True),
-    "math500": Task("problem", "answer", "reward.mathematics.math_reward", chat=True),
-}
-
-
-@dataclass(frozen=True)
-class EvaluationPrompts:
-    """Prompts with what grading them needs.
-
-    Args:
-        prompts (list): texts or lists of messages.
-        columns (`dict`): one list per column of the reward function, an entry per prompt.
-        difficulties (list of `int`, *optional*): of the sandbox's prompts.
-    """
-
-    prompts: list[Any]
-    columns: dict[str, list[Any]]
-    difficulties: list[int] | None = None
 
 
 def sandbox_problems(count: int, seed: int = EVALUATION_SEED, split: str = "evaluation") -> list[Problem]:
     """The first `count` problems of a split of the sandbox; as many of each difficulty, but for a rest below four."""
     whole = -(-count // len(DIFFICULTIES)) * len(DIFFICULTIES)
     return distinct_problems(whole, seed, split)[:count]
-
-
-def sandbox_prompts(count: int, split: str = "evaluation") -> EvaluationPrompts:
-    """`count` prompts of a split of the sandbox, always the same."""
-    problems = sandbox_problems(count, split=split)
-    return EvaluationPrompts(
-        [problem.prompt for problem in problems],
-        {"answer": [problem.answer for problem in problems]},
-        [problem.difficulty for problem in problems],
-    )
-
-
-def dataset_prompts(
-    name: str,
-    config: str | None,
-    split: str,
-    count: int,
-    prompt_column: str,
-    answer_column: str | None = None,
-    chat: bool = False,
-) -> EvaluationPrompts:
-    """The first `count` rows of a dataset, read as [`~lenvm_rl.tokenization.load_prompts`] does.
-
-    Args:
-        name (`str`), config (`str`, *optional*), split (`str`), count (`int`): which rows.
-        prompt_column (`str`): column with the prompt.
-        answer_column (`str`, *optional*): handed to the reward function as `answer`.
-        chat (`bool`, *optional*, defaults to `False`): wrap prompts as a user's message.
-    """
-    dataset = load_prompts(name, config, split)
-    for option, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
-        if column is not None and column not in dataset.column_names:
-            raise ValueError(f"{name} has no column {column!r}; it has {dataset.column_names}. Set --{option}.")
-    if len(dataset) > count:
-        logger.info("%s: the first %d of %d prompts", name, count, len(dataset))
-        dataset = dataset.select(range(count))
-    prompts = dataset[prompt_column][:]
-    for row, prompt in enumerate(prompts):
-        problem = find_prompt_problem(prompt)
-        if problem is None and chat and not isinstance(prompt, str):
-            problem = "holds messages already, which --chat would wrap once more: give --chat false"
-        if problem is not None:
-            raise ValueError(
-                f"{name}, column {prompt_column!r}: row {row} (the first is 0) {problem}. Mend or remove such rows, or "
-                "name another column with --prompt_column."
-            )
-    # What a trainer would not hand to a reward function either, or hands it of its own.
-    kept = set(dataset.column_names) - {prompt_column} - NO_COLUMNS - BY_TRL
-    columns = {column: dataset[column][:] for column in dataset.column_names if column in kept}
-    if answer_column is not None:
-        columns["answer"] = dataset[answer_column][:]
-    return EvaluationPrompts(
-        [[{"role": "user", "content": prompt}] for prompt in prompts] if chat else prompts, columns
-    )
 
 
 @dataclass

@@ -11,14 +11,64 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from eval.datasets import TASKS, EvaluationPrompts, dataset_prompts, sandbox_prompts
+from eval.datasets import sandbox_problems
 from eval.runs import RecipeRun, RunArguments, check_sandbox, find_run
-from lenvm_rl.reward_functions import call_reward, check_columns, correctness_values, load_reward, name_of
+from lenvm_rl.reward_functions import (
+    BY_TRL,
+    NO_COLUMNS,
+    call_reward,
+    check_columns,
+    correctness_values,
+    load_reward,
+    name_of,
+)
+from lenvm_rl.tokenization import find_prompt_problem, load_prompts
 
 logger = logging.getLogger(__name__)
 
 SANDBOX_TASK = "sandbox"
 SANDBOX_REWARD = "reward.sandbox.sandbox_reward"
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a known dataset is put to a policy and graded: columns, dotted path of the reward, whether it is a chat."""
+
+    prompt_column: str
+    answer_column: str
+    reward: str
+    chat: bool
+
+
+TASKS = {
+    "gsm8k": Task("question", "answer", "reward.gsm8k.gsm8k_reward", chat=True),
+    "math500": Task("problem", "answer", "reward.mathematics.math_reward", chat=True),
+}
+
+
+@dataclass(frozen=True)
+class EvaluationPrompts:
+    """Prompts with what grading them needs.
+
+    Args:
+        prompts (list): texts or lists of messages.
+        columns (`dict`): one list per column of the reward function, an entry per prompt.
+        difficulties (list of `int`, *optional*): of the sandbox's prompts.
+    """
+
+    prompts: list[Any]
+    columns: dict[str, list[Any]]
+    difficulties: list[int] | None = None
+
+
+def sandbox_prompts(count: int, split: str = "evaluation") -> EvaluationPrompts:
+    """`count` prompts of a split of the sandbox, always the same."""
+    problems = sandbox_problems(count, split=split)
+    return EvaluationPrompts(
+        [problem.prompt for problem in problems],
+        {"answer": [problem.answer for problem in problems]},
+        [problem.difficulty for problem in problems],
+    )
 
 
 @dataclass
@@ -75,8 +125,33 @@ class GradedArguments(RunArguments):
         """The first `count` prompts of the dataset, or as many of the sandbox's; the arguments must be complete."""
         if self.dataset_name is None:
             return sandbox_prompts(count)
-        where = self.dataset_name, self.dataset_config, self.dataset_split
-        return dataset_prompts(*where, count, self.prompt_column, self.answer_column, self.chat)
+        name, prompt_column = self.dataset_name, self.prompt_column
+        dataset = load_prompts(name, self.dataset_config, self.dataset_split)
+        for option in ("prompt_column", "answer_column"):
+            column = getattr(self, option)
+            if column is not None and column not in dataset.column_names:
+                raise ValueError(f"{name} has no column {column!r}; it has {dataset.column_names}. Set --{option}.")
+        if len(dataset) > count:
+            logger.info("%s: the first %d of %d prompts", name, count, len(dataset))
+            dataset = dataset.select(range(count))
+        prompts = dataset[prompt_column][:]
+        for row, prompt in enumerate(prompts):
+            problem = find_prompt_problem(prompt)
+            if problem is None and self.chat and not isinstance(prompt, str):
+                problem = "holds messages already, which --chat would wrap once more: give --chat false"
+            if problem is not None:
+                raise ValueError(
+                    f"{name}, column {prompt_column!r}: row {row} (the first is 0) {problem}. Mend or remove such "
+                    "rows, or name another column with --prompt_column."
+                )
+        # What a trainer would not hand to a reward function either, or hands it of its own.
+        kept = set(dataset.column_names) - {prompt_column} - NO_COLUMNS - BY_TRL
+        columns = {column: dataset[column][:] for column in dataset.column_names if column in kept}
+        if self.answer_column is not None:
+            columns["answer"] = dataset[self.answer_column][:]
+        if self.chat:
+            prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return EvaluationPrompts(prompts, columns)
 
 
 def read_run(args: GradedArguments, among_trained: bool = False) -> tuple[Any, RecipeRun]:

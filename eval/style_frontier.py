@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedModel
 
-from eval.datasets import sandbox_prompts
+from eval.graded import sandbox_prompts
 from eval.tradeoff.sampler import Sampler
 from lenvm_rl.sandbox import clean_length, read_completion
 

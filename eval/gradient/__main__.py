@@ -32,8 +32,7 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
-from eval.datasets import EvaluationPrompts
-from eval.graded import GradedArguments, find_reward, grade, read_run
+from eval.graded import EvaluationPrompts, GradedArguments, find_reward, grade, read_run
 from eval.gradient.estimators import GradedBatch, estimators
 from eval.gradient.gradients import (
     GradientStatistics,

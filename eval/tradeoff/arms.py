@@ -18,8 +18,7 @@ import numpy as np
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from eval.datasets import TASKS, EvaluationPrompts
-from eval.graded import GradedArguments, find_reward
+from eval.graded import TASKS, EvaluationPrompts, GradedArguments, find_reward
 from eval.runs import CandidateArguments, RecipeRun
 from eval.style_frontier import StyleFrontier, fit_frontier
 from eval.tradeoff.sampler import Arm, Sampler, SampleStore, policy_divergence, value_scale
