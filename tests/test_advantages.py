@@ -181,5 +181,5 @@ def test_combine_adds_gated_streams():
 
 @pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(2, 4)])
 def test_per_step_arguments_must_have_the_shape_of_the_values(bad):
-    with pytest.raises(ValueError, match="gamma must be a float or have shape"):
+    with pytest.raises(ValueError, match="gamma"):
         gae(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), bad, 1.0)

@@ -79,7 +79,7 @@ class TestCalibration:
         assert mean_length(chain, found.strength, chain.value(0.9)) == pytest.approx(target, rel=0.12)
 
     def test_only_a_tilt_has_a_strength(self):
-        with pytest.raises(ValueError, match="no strength to be found"):
+        with pytest.raises(ValueError, match="mode"):
             mean_length_at(None, None, None, LengthGuidance(mode="at_most", target_length=3), seed=0)
 
     @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ class TestController:
         assert controller.setting == 0.0 and controller.updates == 0
 
     def test_refusals(self):
-        with pytest.raises(ValueError, match="target must be positive"):
+        with pytest.raises(ValueError, match="target"):
             TargetController(0.0, 1.0)
-        with pytest.raises(ValueError, match="must lie in"):
+        with pytest.raises(ValueError, match="initial"):
             TargetController(1.0, 1.0, initial=2.0, maximum=1.0)
-        with pytest.raises(ValueError, match="proportional must be 0 or more"):
+        with pytest.raises(ValueError, match="proportional"):
             TargetController(1.0, 1.0, proportional=-1.0)
-        with pytest.raises(ValueError, match="horizon must be 0 or more"):
+        with pytest.raises(ValueError, match="horizon"):
             TargetController(1.0, 1.0, horizon=-1.0)
         controller = TargetController(10.0, 0.3)
         for wrong in (math.nan, math.inf, -1.0):
@@ -256,11 +256,11 @@ class TestFloor:
         assert second.update(0.6) == first.update(0.6) and second.average == first.average and second.updates == 3
 
     def test_refusals(self):
-        with pytest.raises(ValueError, match="half_life must be positive"):
+        with pytest.raises(ValueError, match="half_life"):
             FloorController(0.5, 0.1, 0.0)
-        with pytest.raises(ValueError, match="rate must be positive"):
+        with pytest.raises(ValueError, match="rate"):
             FloorController(0.5, -0.1, 1.0)
-        with pytest.raises(ValueError, match="must lie in"):
+        with pytest.raises(ValueError, match="initial"):
             FloorController(0.5, 0.1, 1.0, initial=-0.1)
         controller = FloorController(0.5, 0.1, 1.0)
         with pytest.raises(ValueError, match="measurement is nan"):

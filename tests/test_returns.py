@@ -85,7 +85,7 @@ def test_gamma_refuses_lengths_without_meaning(lengths):
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, -0.5, 1.5, float("nan")])
 def test_gamma_outside_the_unit_interval_is_refused(gamma):
-    with pytest.raises(ValueError, match="gamma must lie strictly between 0 and 1"):
+    with pytest.raises(ValueError, match="gamma"):
         discounted_return(torch.tensor([1]), gamma)
 
 

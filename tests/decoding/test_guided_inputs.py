@@ -170,7 +170,7 @@ class TestWhatOnlyThePolicyWouldSee:
 
     def test_what_is_given_twice(self):
         ids = torch.tensor([[7, 8, 9]])
-        with pytest.raises(ValueError, match="attention_mask is given twice"):
+        with pytest.raises(ValueError, match="attention_mask"):
             generate_guided(
                 *models(),
                 {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
@@ -266,7 +266,7 @@ class TestRoom:
             guidance = LengthGuidance(mode="equal_to", target_length=target, enforce=True)
             out, report = generate_guided(policy, value, ids, guidance, return_report=True)
             assert report.lengths.tolist() == [target, target]
-        with pytest.raises(ValueError, match="target_length=20 needs max_new_tokens of at least 21.*got 20"):
+        with pytest.raises(ValueError, match="target_length=20.*max_new_tokens"):
             generate_guided(policy, value, ids, LengthGuidance(mode="equal_to", target_length=20))
         assert generate_guided(policy, value, ids, LengthGuidance(strength=-1e4)).shape[1] == 3 + 20
 

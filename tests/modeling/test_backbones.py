@@ -122,7 +122,7 @@ def test_a_decoder_that_could_not_be_loaded_again_is_refused():
 
     policy = tiny_llama()
     policy.model = OtherModel(policy.config)
-    with pytest.raises(ValueError, match="is a OtherModel, but `AutoModel` makes a LlamaModel"):
+    with pytest.raises(ValueError, match="OtherModel.*LlamaModel"):
         LengthValueModel.from_backbone(policy, gamma=0.9)
 
 
@@ -222,7 +222,7 @@ def test_adapters_merged_into_a_policy_are_in_the_decoder():
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="ids up to 64, but the model embeds 64 tokens"):
+    with pytest.raises(ValueError, match="64"):
         LengthValueModel.from_backbone(tiny_llama(), gamma=0.9, tokenizer=tiny_tokenizer(vocab_size=65))
 
 
@@ -250,7 +250,7 @@ def test_the_home_folder_is_understood(tmp_path, monkeypatch):
 
 
 def test_a_decoder_of_a_type_nobody_knows_is_called_by_its_name():
-    with pytest.raises(ValueError, match="no decoder config of type 'nonsense'"):
+    with pytest.raises(ValueError, match="nonsense"):
         LengthValueConfig(backbone_config={"model_type": "nonsense"}, gamma=0.9)
-    with pytest.raises(ValueError, match="names no `model_type`"):
+    with pytest.raises(ValueError, match="model_type"):
         LengthValueConfig(backbone_config={"hidden_size": 3}, gamma=0.9)

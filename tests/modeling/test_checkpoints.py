@@ -117,7 +117,7 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
         load_released_checkpoint(tmp_path / "nothing", gamma=0.9)
     folder = released(tmp_path / "a", tiny_llama(), head_weights())
     os.rename(folder / HEAD_FILE, folder / "value_head.bin")
-    with pytest.raises(FileNotFoundError, match="It has value_head.bin, but only safetensors are loaded"):
+    with pytest.raises(FileNotFoundError, match="value_head.bin"):
         load_released_checkpoint(folder, gamma=0.9)
 
 
@@ -147,5 +147,5 @@ def test_the_tokenizer_is_the_given_one_or_the_checkpoints_or_none(tmp_path):
 
     bare = released(tmp_path / "b", tiny_llama(), head_weights(), tokenizer=False)
     assert load_released_checkpoint(bare, gamma=0.9).config.tokenizer_fingerprint is None
-    with pytest.raises(ValueError, match="has ids up to 99"):
+    with pytest.raises(ValueError, match="99"):
         load_released_checkpoint(bare, gamma=0.9, tokenizer=tiny_tokenizer(100))

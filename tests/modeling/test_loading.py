@@ -65,7 +65,7 @@ def test_a_form_without_a_base_says_which_option_names_it(folder, form):
 def test_tokenizers_are_compared_before_weights_are_read(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "full" / "config.json").read_text())
     other = tokenizer_fingerprint(tiny_tokenizer(63))
-    with pytest.raises(ValueError, match="tokenizers of the length value model and the rollouts differ"):
+    with pytest.raises(ValueError, match="tokenizers.*the rollouts"):
         load_length_value_model(tmp_path, tokenizer=other, tokenizer_name="the rollouts")
 
 

@@ -88,7 +88,7 @@ def test_packed_sequences_do_not_see_each_other(model):
 def test_a_mask_that_positions_cannot_be_read_off_needs_positions(model):
     ids = tokens(1, 4)
     causal = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
-    with pytest.raises(ValueError, match="give `position_ids`"):
+    with pytest.raises(ValueError, match="position_ids"):
         model(ids, attention_mask=causal)
     given = model(ids, attention_mask=causal, position_ids=torch.arange(4)[None]).values
     torch.testing.assert_close(given, model(ids).values, rtol=0, atol=1e-5)
@@ -256,7 +256,7 @@ def test_a_model_without_gamma_does_not_load_until_it_is_given_one(tmp_path):
     model.config.gamma = None
     model.save_pretrained(tmp_path)
     for load in (LengthValueModel.from_pretrained, AutoModel.from_pretrained):
-        with pytest.raises(ValueError, match="no gamma, and values mean nothing"):
+        with pytest.raises(ValueError, match="gamma"):
             load(tmp_path)
     config = LengthValueConfig.from_pretrained(tmp_path, gamma=0.997)
     loaded = LengthValueModel.from_pretrained(tmp_path, config=config)
@@ -266,15 +266,15 @@ def test_a_model_without_gamma_does_not_load_until_it_is_given_one(tmp_path):
 
 def test_gamma_cannot_be_changed_while_loading(tmp_path):
     tiny_length_value_model(gamma=0.9).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="gamma belongs to the weights"):
+    with pytest.raises(ValueError, match="gamma"):
         LengthValueModel.from_pretrained(tmp_path, gamma=0.99)
 
 
 @pytest.mark.parametrize("gamma", [0, 1, 0.0, 1.0, 1.5, -0.5, math.nan, math.inf, True, "0.9", 1 - 1e-17])
 def test_gamma_is_a_number_strictly_between_0_and_1(gamma, tmp_path):
-    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+    with pytest.raises(ValueError, match="gamma"):
         LengthValueConfig(gamma=gamma)
-    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+    with pytest.raises(ValueError, match="gamma"):
         LengthValueModel.from_backbone(tiny_llama(layers=1), gamma=gamma)
 
 
@@ -295,14 +295,14 @@ def test_a_checkpoint_that_lacks_weights_is_refused_instead_of_filled_at_random(
 
 def test_a_policy_is_not_loaded_as_a_value_model(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not a length value model"):
+    with pytest.raises(ValueError, match="backbone_config"):
         LengthValueModel.from_pretrained(tmp_path)
 
 
 def test_only_safetensors_are_loaded(tmp_path):
     model = tiny_length_value_model()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Only safetensors"):
+    with pytest.raises(ValueError, match="use_safetensors"):
         LengthValueModel.from_pretrained(tmp_path, use_safetensors=False)
     os.remove(tmp_path / "model.safetensors")
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")

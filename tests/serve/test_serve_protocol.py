@@ -334,23 +334,23 @@ class TestStart:
 
     def test_tokenizers(self):
         value = tiny_length_value_model(tokenizer=tiny_tokenizer()).freeze()
-        with pytest.raises(ValueError, match="tokenizers of the length value model and the policy differ"):
+        with pytest.raises(ValueError, match="tokenizers"):
             Engine(tiny_llama(), value, tiny_tokenizer(60), "tiny")
-        with pytest.raises(ValueError, match="tokenizer of the length value model is not known"):
+        with pytest.raises(ValueError, match="tokenizer_fingerprint"):
             Engine(tiny_llama(), tiny_length_value_model().freeze(), tiny_tokenizer(), "tiny")
 
     def test_settings(self):
         tokenizer = tiny_tokenizer()
         models = tiny_llama(), tiny_length_value_model(tokenizer=tokenizer).freeze(), tokenizer, "tiny"
         for name in ("max_new_tokens_limit", "max_choices", "max_waiting"):
-            with pytest.raises(ValueError, match=f"{name}.* at least"):
+            with pytest.raises(ValueError, match=name):
                 Engine(*models, **{name: -1})
-        with pytest.raises(ValueError, match="scoring must be one of"):
+        with pytest.raises(ValueError, match="scoring"):
             Engine(*models, scoring="quick")
         chain = geometric_chain(0.5)
         scripted = ScriptedPolicy.from_chain(chain), ScriptedLengthValue.from_chain(chain, 0.9)
         scripted[1].config.tokenizer_fingerprint = models[1].config.tokenizer_fingerprint
-        with pytest.raises(ValueError, match="give max_new_tokens_limit"):
+        with pytest.raises(ValueError, match="max_new_tokens_limit"):
             Engine(*scripted, tokenizer, "tiny")
         models[1].train()
         unfrozen = tiny_length_value_model(tokenizer=tokenizer).train()
