@@ -16,31 +16,36 @@ from recipes.command_line import ProgramParser, read_yaml
 CONFIGS = Path(__file__).parent / "configs"
 
 
-@dataclass
-class StageArguments:
-    """What comes before training: data, rewards, rollouts of the policy, and its length value model."""
+@dataclass(kw_only=True)
+class DataArguments:
+    """Which prompts there are, and how they become tokens."""
 
-    length_value_model: str | None = HfArg(
-        default=None,
-        help="Pretrained length value model (folder or hub id). Default: sample rollouts and pretrain one.",
-    )
     dataset_name: str | None = HfArg(
         default=None, help="Prompts: a hub id or a .jsonl, .json, .parquet or .csv file. Default: the built-in sandbox."
     )
     dataset_config: str | None = HfArg(default=None, help="Configuration of a hub dataset.")
     dataset_split: str = HfArg(default="train", help="Split of a hub dataset.")
-    prompt_column: str = HfArg(
-        default="prompt", help="Column with the prompt, text or messages; other columns go to the rewards."
-    )
+    prompt_column: str = HfArg(default="prompt", help="Column with the prompt: text, or a list of messages.")
     chat: bool = HfArg(default=False, help="Wrap text prompts as a user's message, for the model's chat template.")
     pad_token: str | None = HfArg(
         default=None,
         help="Pad token, for a tokenizer that has none or pads with its end-of-sequence token: a token that the "
         "model never writes.",
     )
+
+
+@dataclass(kw_only=True)
+class StageArguments(DataArguments):
+    """What comes before training: data, rewards, rollouts of the policy, and its length value model."""
+
+    length_value_model: str | None = HfArg(
+        default=None,
+        help="Pretrained length value model (folder or hub id). Default: sample rollouts and pretrain one.",
+    )
     reward_funcs: list[str] = HfArg(
         default_factory=lambda: ["reward.sandbox.sandbox_reward"],
-        help="Dotted paths of reward functions. gate_reward names the one that says what is correct.",
+        help="Dotted paths of reward functions, which get the other columns of the data. gate_reward names the one "
+        "that says what is correct.",
     )
     policy_tokens: int = HfArg(default=5_000_000, help="Sandbox: tokens the policy is fitted on.")
     sample_prompts: int = HfArg(default=480, help="Prompts to sample rollouts for.")

@@ -36,39 +36,29 @@ from lenvm_rl.rollouts.record import described
 from lenvm_rl.rollouts.server import SERVERS, ServerJob, connect
 from lenvm_rl.rollouts.vllm import VLLMJob
 from lenvm_rl.tokenization import check_prompts, load_prompts
+from recipes.arguments import DataArguments
 from recipes.command_line import ProgramParser
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class SampleArguments:
+@dataclass(kw_only=True)
+class SampleArguments(DataArguments):
     """What to sample, from whom, and where to."""
 
     model_name_or_path: str = HfArg(
         help="The policy: a folder or a hub id of a causal language model. A server's is loaded there; here its "
         "tokenizer and its generation config are read."
     )
-    dataset_name: str = HfArg(
-        help="The prompts: a local .jsonl, .json, .parquet or .csv file, or the hub id of a data set."
-    )
+    dataset_name: str = HfArg(help="The prompts: a hub id or a .jsonl, .json, .parquet or .csv file.")
     output: str = HfArg(help="The rollout file to write: a path that ends in .jsonl or .parquet.")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of a data set from the hub.")
-    dataset_split: str = HfArg(default="train", help="Split of a data set from the hub.")
-    prompt_column: str = HfArg(default="prompt", help="Column of the prompts: text, or lists of messages.")
     keep_columns: list[str] = HfArg(
         default_factory=list, help="Further columns to keep with every completion, e.g. the answer."
     )
     limit: int | None = HfArg(default=None, help="Use only the first so many prompts.")
-    chat: bool = HfArg(
-        default=False, help="Put a text prompt into a user message, so that the chat template is applied."
-    )
     system_prompt: str | None = HfArg(default=None, help="A system message before it (with --chat).")
     seed: int = HfArg(
         default=0, help="Seed. The same arguments give the same rollouts, as far as a server or vLLM keeps to seeds."
-    )
-    pad_token: str | None = HfArg(
-        default=None, help="Pad token, for a tokenizer that has none or pads with its end-of-sequence token."
     )
     backend: str = HfArg(
         default="transformers",
