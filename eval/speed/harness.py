@@ -101,7 +101,7 @@ class Program:
         rows = []
         for case, found in measured.items():
             row = {"title": self.cases[case], "speed": 1 / median(times[case])}
-            row |= {name: median(getattr(each, name) for each in found) for name in ("count", "peak_bytes")}
+            row |= {name: float(median(getattr(each, name) for each in found)) for name in ("count", "peak_bytes")}
             for title, baseline in self.baselines.items():
                 below = baseline if isinstance(baseline, str) else baseline.get(case)
                 row[title] = None if below in (None, case) else median_ratio(times[case], times[below], seed)

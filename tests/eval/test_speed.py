@@ -99,7 +99,8 @@ def test_cases_take_turns_in_processes_of_their_own(monkeypatch, capsys):
 
     def fake(command, **options):
         asked.append(command[command.index("--case") + 1])
-        return subprocess.CompletedProcess(command, 0, f"said\n{MARK}" + json.dumps({"tokens": 4, "seconds": 2.0}), "")
+        found = {"tokens": 4, "seconds": 2.0, "count": 1_500_000, "peak_bytes": 5 * 2**20}
+        return subprocess.CompletedProcess(command, 0, f"said\n{MARK}" + json.dumps(found), "")
 
     monkeypatch.setattr(subprocess, "run", fake)
     speed.main(["pretraining", "--repetitions", "3"])
@@ -109,6 +110,8 @@ def test_cases_take_turns_in_processes_of_their_own(monkeypatch, capsys):
     speed.main(["critic", "--repetitions", "2"])
     told = capsys.readouterr().out
     assert all(title in told for title in CRITIC.cases.values()) and "1.000 [1.000, 1.000]" in told
+    # In mebibytes and millions.
+    assert " 5 " in told and " 1.50 " in told
 
 
 def test_a_case_is_measured_where_it_is_asked_for_with_its_peak(monkeypatch, capsys):
