@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -136,13 +136,13 @@ class MetricsFile(TrainerCallback):
     before it with a larger step belong to what was lost. NaN and infinity are null, JSON has no other word for them.
     """
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Called by the Trainer; only the first process writes."""
         if state.is_world_process_zero:
             self._cut_half_line(args)
             self._append(args, {"event": "train_begin", "step": state.global_step})
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Called by the Trainer; only the first process writes."""
         if state.is_world_process_zero:
             # Not the argument `logs`: other callbacks take entries out of it.

@@ -8,7 +8,7 @@ import difflib
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import yaml
@@ -63,7 +63,9 @@ class ProgramParser(TrlParser):
             **{name: _as_typed(known[name], value) if name in known else value for name, value in config.items()}
         )
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """As in argparse, with the defaults that hold beside what is given."""
         if self._conditional is not None:
             # argparse leaves alone what a namespace holds already, unless it is given.

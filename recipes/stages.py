@@ -57,7 +57,7 @@ def gate_reward_path(args: StageArguments, config: LenVMConfig) -> str:
     return args.reward_funcs[index or 0]
 
 
-class RecipeRun:
+class StagedRun:
     """One run of a recipe: where its artefacts are, and the settings they are made with.
 
     Args:
@@ -348,24 +348,24 @@ def check_before(args: StageArguments, config: LenVMConfig, model: ModelConfig, 
         )
 
 
-def begin_run(args: StageArguments, config: LenVMConfig, model: ModelConfig, dense: bool = False) -> RecipeRun:
+def begin_run(args: StageArguments, config: LenVMConfig, model: ModelConfig, dense: bool = False) -> StagedRun:
     """The run that the arguments describe, with every stage before training done."""
     check_before(args, config, model, dense)
     if args.smoke:
         smoke_sizes(config)
-    run = RecipeRun(args, config, model)
+    run = StagedRun(args, config, model)
     run.check()
     run.make_policy()
     run.make_length_value_model()
     return run
 
 
-def train_stage(algorithm: str, run: RecipeRun, make_trainer: Callable[..., Any], **settings: Any) -> None:
+def train_stage(algorithm: str, run: StagedRun, make_trainer: Callable[..., Any], **settings: Any) -> None:
     """Train a policy into `<output_dir>/<trained_name>`, going on from its last checkpoint if there is one.
 
     Args:
         algorithm (`str`): name of the run's subfolder and of the trained policy in run.json, unless one is given.
-        run ([`~recipes.stages.RecipeRun`]): what was made before.
+        run ([`~recipes.stages.StagedRun`]): what was made before.
         make_trainer (callable): takes the trainer's keyword arguments, returns the trainer.
         settings: further settings that the result depends on.
     """

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 from accelerate import DistributedType
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
@@ -220,7 +220,13 @@ class LengthValueTrainer(Trainer):
             )
         return super().train(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """As in `Trainer`, which counts the items of the optimiser step and corrects for the number of processes."""
         self._endings = inputs["endings"]
         inputs = {**model_inputs(inputs, self._unwrapped), "labels": inputs["labels"]}
@@ -263,7 +269,13 @@ class LengthValueTrainer(Trainer):
     def _gamma(self) -> float:
         return self._unwrapped.config.gamma
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One row of statistics per completion instead of logits, so that nothing padded crosses processes."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():

@@ -63,13 +63,13 @@ class TransformersJob(SamplingJob):
             check_in_eval_mode(length_value_model)
             check_same_tokenizer(length_value_model.config.tokenizer_fingerprint, tokenizer)
 
-    def description(self):
+    def description(self) -> dict[str, Any]:
         """See [`~lenvm_rl.rollouts.job.SamplingJob.description`]."""
         if self.length_value_model is None:
             return {}
         return {"batches_by": "predicted length", "length_value_model": weights_fingerprint(self.length_value_model)}
 
-    def prepare(self, kept=None):
+    def prepare(self, kept: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
         """The prompts' predicted lengths, if batches are made by them.
 
         Two forwards of one model agree but for the last bits, which is enough to swap two prompts.

@@ -72,12 +72,12 @@ class ServerJob(SamplingJob):
         if not server.gives_token_ids:
             self.requested = [self._prompt_text(index) for index in range(len(self.prompts))]
 
-    def description(self):
+    def description(self) -> dict[str, Any]:
         """See [`~lenvm_rl.rollouts.job.SamplingJob.description`]."""
         token_ids = "sampled" if self.server.gives_token_ids else "retokenized"
         return {"server": self.server.kind, "model": self.server.model, "token_ids": token_ids}
 
-    def report(self, records):
+    def report(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """See [`~lenvm_rl.rollouts.job.SamplingJob.report`]."""
         return {} if self.server.gives_token_ids else {"retokenization": retokenization_report(records)}
 
@@ -318,7 +318,14 @@ class VLLMServer(CompletionServer):
     kind = "vllm"
     gives_token_ids = True
 
-    def request(self, prompt, settings, max_tokens, seed, eos_token_ids):
+    def request(
+        self,
+        prompt: str | list[int],
+        settings: SamplingSettings,
+        max_tokens: int,
+        seed: int,
+        eos_token_ids: Sequence[int],
+    ) -> dict[str, Any]:
         """See [`CompletionServer.request`]."""
         return {
             **super().request(prompt, replace(settings, top_k=0), max_tokens, seed, eos_token_ids),
@@ -342,7 +349,14 @@ class TransformersServer(CompletionServer):
 
     kind = "transformers"
 
-    def request(self, prompt, settings, max_tokens, seed, eos_token_ids):
+    def request(
+        self,
+        prompt: str | list[int],
+        settings: SamplingSettings,
+        max_tokens: int,
+        seed: int,
+        eos_token_ids: Sequence[int],
+    ) -> dict[str, Any]:
         """See [`CompletionServer.request`]."""
         # What is left open here is filled from the model's own generation config.
         config = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_new_tokens": max_tokens}

@@ -73,11 +73,11 @@ class VLLMJob(SamplingJob):
         self._llm: Any = None
         self._facts: dict[str, str] | None = None
 
-    def description(self):
+    def description(self) -> dict[str, Any]:
         """See [`~lenvm_rl.rollouts.job.SamplingJob.description`]."""
         return {"model": self.model, "token_ids": "sampled", "engine_arguments": self.engine_arguments}
 
-    def prepare(self, kept=None):
+    def prepare(self, kept: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
         """What the engine made of the settings: of no influence on the steps, but known only once it is loaded."""
         if kept is None:
             self._load()
@@ -85,7 +85,7 @@ class VLLMJob(SamplingJob):
             [self._facts] = kept
         return [self._facts]
 
-    def report(self, records):
+    def report(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """See [`~lenvm_rl.rollouts.job.SamplingJob.report`]."""
         return dict(self._facts or {})
 

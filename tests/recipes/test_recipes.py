@@ -17,7 +17,7 @@ from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
 from recipes import grpo_shaped, ppo_shaped
 from recipes.arguments import StageArguments, check_setup
 from recipes.stage_records import run_stage
-from recipes.stages import RecipeRun, show_progress
+from recipes.stages import StagedRun, show_progress
 from reward.length_reward import LengthReward
 
 CONFIGS = Path(ppo_shaped.__file__).parent / "configs"
@@ -27,7 +27,7 @@ def make_run(tmp_path, model=None, settings=None, **arguments):
     config = LenVMGRPOConfig(
         output_dir=str(tmp_path), max_completion_length=16, use_cpu=True, bf16=False, **(settings or {})
     )
-    return RecipeRun(StageArguments(**arguments), config, ModelConfig(model_name_or_path=model))
+    return StagedRun(StageArguments(**arguments), config, ModelConfig(model_name_or_path=model))
 
 
 def test_a_stage_is_made_once_and_refused_with_other_settings(tmp_path):
