@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from lenvm_rl.files import atomic_file
 from lenvm_rl.modeling.backbones import context_of
 from lenvm_rl.modeling.completions import check_in_eval_mode, pad_left
-from lenvm_rl.modeling.configuration import LengthValueConfig
+from lenvm_rl.modeling.length_value_model import LengthValueConfig
 from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.returns import remaining_from_logits
 from lenvm_rl.tokenization import Prompt, check_same_tokenizer, tokenize_prompts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 
 if TYPE_CHECKING:
-    from lenvm_rl.modeling.configuration import LengthValueConfig
+    from lenvm_rl.modeling.length_value_model import LengthValueConfig
 
 _MARK = "<!-- This card is written when the model is saved: delete this line to keep your own changes. -->"
 # What transformers puts in the card of a model that it knows nothing about.

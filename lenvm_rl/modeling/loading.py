@@ -10,8 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lenvm_rl.modeling.backbones import load_model
-from lenvm_rl.modeling.configuration import LengthValueConfig
-from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.modeling.length_value_model import LengthValueConfig, LengthValueModel
 from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.tokenization import check_same_tokenizer
 
