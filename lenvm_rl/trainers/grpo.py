@@ -1,10 +1,22 @@
 """GRPO with the length stream of a frozen length value model, and with potential-based shaping."""
 
+from __future__ import annotations
+
+import torch
 from trl import GRPOTrainer
 
 from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer
 from lenvm_rl.trainers.config import LenVMGRPOConfig
-from lenvm_rl.trainers.streams import Batch, Streams, grpo_streams
+from lenvm_rl.trainers.streams import Batch, Streams, length_stream, shaping_advantage, with_length
+
+
+def grpo_streams(args: LenVMGRPOConfig, batch: Batch) -> Streams:
+    """``A_t = A_task + length_coef * A_len,t + shaping_coef * A_shaping,t`` (arXiv 2604.27039, appendices C.2, C.3)."""
+    task = torch.where(batch.completions.actions, batch.relative.unsqueeze(1), 0.0)
+    if args.shaping_coef != 0.0:
+        shaping = shaping_advantage(args, batch)
+        task = task + torch.where(batch.outcomes.scored.unsqueeze(1), shaping, 0.0)
+    return with_length(args, batch, task, *length_stream(args, batch))
 
 
 class LenVMGRPOTrainer(LenVMTrainer):

@@ -28,7 +28,18 @@ from lenvm_rl.trainers.critic import (
 )
 from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_kl_reward
 from lenvm_rl.trainers.reading import value_logits
-from lenvm_rl.trainers.streams import Batch, Streams, ppo_streams, value_loss
+from lenvm_rl.trainers.streams import (
+    Batch,
+    Streams,
+    baseline_stream,
+    critic_streams,
+    gated,
+    length_stream,
+    token_rewards,
+    value_loss,
+    whiten,
+    with_length,
+)
 
 CRITIC = "task critic"
 PPO_CITATION = textwrap.dedent("""\
@@ -43,6 +54,31 @@ PPO_CITATION = textwrap.dedent("""\
 def _counted(read: Batch) -> Tensor:
     """Which tokens the critic learns from, `(B, T)`: actions of completions that were scored."""
     return read.completions.actions & read.outcomes.scored.unsqueeze(1)
+
+
+def ppo_streams(args: LenVMPPOConfig, batch: Batch) -> Streams:
+    """The streams of PPO: ``A_task`` is GAE of what each token is paid, or without a critic the reward less a baseline.
+
+    What is whitened, and where, is `args.whiten`.
+    """
+    reduce = batch.processes.reduce
+    scored = batch.outcomes.scored.unsqueeze(1)
+    counted = _counted(batch)
+    targets = errors = None
+    if batch.critic_values_bt1 is None:
+        task = baseline_stream(args, batch)
+    else:
+        task, targets, errors = critic_streams(args, batch, token_rewards(args, batch))
+        targets = targets + batch.critic_values_bt1[:, :-1]
+    task = torch.where(scored, task, 0.0)
+    if args.whiten in ("task", "streams"):
+        task = whiten(task, counted, reduce)
+    length, gate = length_stream(args, batch)
+    if length is not None and args.whiten == "streams":
+        length, gate = whiten(gated(length, gate), counted, reduce), None
+    streams = with_length(args, batch, task, length, gate)
+    advantages = whiten(streams.advantages, counted, reduce) if args.whiten == "sum" else streams.advantages
+    return Streams(task, streams.length, advantages, targets, errors)
 
 
 class LenVMPPOTrainer(LenVMTrainer):

@@ -1,10 +1,7 @@
 """From a batch to advantages: the streams of task and length, the gate, shaping and whitening, as pure functions.
 
-The line, for which the trainers put a [`Batch`] together and take its [`Streams`] up:
-
-    task      TRL's group-relative advantage, or GAE of rewards, shaping and divergence from a critic's values
-    length    GAE of the length return, gated by what is correct                              `length_stream`
-    A         task + length_coef * length                                                     `lenvm_rl.combine`
+The trainers put a [`Batch`] together, make [`Streams`] of it, each by the function of its own file (`grpo_streams`,
+`ppo_streams`), and set what the policy learns from. Here are the parts that those functions are made of.
 
 Shapes and conventions as in [`lenvm_rl.returns`]: arrays are `(B, T)` and aligned with the completion, entry
 ``t`` of ``values`` is read before token ``t`` was chosen; value models give `(B, T + 1)`, named `…_bt1`, the last entry
@@ -141,49 +138,18 @@ class Streams:
     critic_errors: Tensor | None = None
 
 
-def grpo_streams(args: LenVMConfig, batch: Batch) -> Streams:
-    """``A_t = A_task + length_coef * A_len,t + shaping_coef * A_shaping,t`` (arXiv 2604.27039, appendices C.2, C.3)."""
-    task = torch.where(batch.completions.actions, batch.relative.unsqueeze(1), 0.0)
-    if args.shaping_coef != 0.0:
-        shaping = shaping_advantage(args, batch)
-        task = task + torch.where(batch.outcomes.scored.unsqueeze(1), shaping, 0.0)
-    length, gate = length_stream(args, batch)
-    return _combined(args, batch, task, length, gate)
-
-
-def ppo_streams(args: LenVMPPOConfig, batch: Batch) -> Streams:
-    """The streams of PPO: ``A_task`` is GAE of what each token is paid, or without a critic the reward less a baseline.
-
-    What is whitened, and where, is `args.whiten`.
-    """
-    completions, reduce = batch.completions, batch.processes.reduce
-    scored = batch.outcomes.scored.unsqueeze(1)
-    counted = completions.actions & scored
-    targets = errors = None
-    if batch.critic_values_bt1 is None:
-        task = baseline_stream(args, batch)
-    else:
-        task, targets, errors = critic_streams(args, batch, token_rewards(args, batch))
-        targets = targets + batch.critic_values_bt1[:, :-1]
-    task = torch.where(scored, task, 0.0)
-    if args.whiten in ("task", "streams"):
-        task = whiten(task, counted, reduce)
-    length, gate = length_stream(args, batch)
-    if length is not None and args.whiten == "streams":
-        length, gate = whiten(_gated(length, gate), counted, reduce), None
-    streams = _combined(args, batch, task, length, gate)
-    advantages = whiten(streams.advantages, counted, reduce) if args.whiten == "sum" else streams.advantages
-    return Streams(task, streams.length, advantages, targets, errors)
-
-
-def _combined(args: LenVMConfig, batch: Batch, task: Tensor, length: Tensor | None, gate: Tensor | None) -> Streams:
+def with_length(
+    args: LenVMConfig, batch: Batch, task: Tensor, length: Tensor | None, gate: Tensor | None = None
+) -> Streams:
+    """The streams, ``A = A_task + length_coef * gate * A_len`` among them, of a task stream and a length stream."""
     advantages = task
     if args.has_length_stream:
         advantages = combine(task, length, batch.completions.mask, batch.length_coef, gate)
-    return Streams(task, None if length is None else _gated(length, gate), advantages)
+    return Streams(task, None if length is None else gated(length, gate), advantages)
 
 
-def _gated(length: Tensor, gate: Tensor | None) -> Tensor:
+def gated(length: Tensor, gate: Tensor | None) -> Tensor:
+    """The length stream as each row is paid it."""
     return length if gate is None else gate.to(length.dtype).unsqueeze(1) * length
 
 
