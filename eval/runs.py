@@ -52,14 +52,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def run_evaluation(
     arguments: type, main: Callable[[Any], Any], program: str, description: str, interrupted: str = GOES_ON
 ) -> None:
-    """Reads the command line and calls `main` with what it says; what is refused ends in a sentence.
-
-    Args:
-        arguments (`type`): dataclass of the arguments.
-        main (callable): takes them.
-        program (`str`), description (`str`): the program's module and its docstring.
-        interrupted (`str`, *optional*): what Ctrl-C leaves.
-    """
+    """Reads the command line and calls `main` with what it says; what is refused ends in a sentence."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = HfArgumentParser(
         arguments, prog=f"python -m {program}", description=description, formatter_class=HelpFormatter

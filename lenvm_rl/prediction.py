@@ -76,11 +76,6 @@ def lengths_from_logits(logits: Tensor, gamma: float) -> Tensor:
 def boundary_logits(length_value_model: nn.Module, prompt_ids: Sequence[list[int]], batch_size: int = 256) -> Tensor:
     """The logit at the last token of each prompt.
 
-    Args:
-        length_value_model (`LengthValueModel`): in eval mode.
-        prompt_ids (`Sequence[list[int]]`): token ids of each prompt.
-        batch_size (`int`, *optional*, defaults to `256`): prompts per forward, of similar length.
-
     Returns:
         `torch.Tensor` of shape `(P,)`, float32, on the CPU.
     """

@@ -78,11 +78,7 @@ def run_program(main: Callable[[], Any], interrupted: str = INTERRUPTED) -> None
 
 
 def sentence_of(error: Exception) -> str | None:
-    """What a person needs to know of an error, or `None` if it is a defect, of which the traceback tells more.
-
-    Args:
-        error (`Exception`): as it was caught.
-    """
+    """What a person needs to know of an error, or `None` if it is a defect, of which the traceback tells more."""
     if isinstance(error, OSError):
         return _sentence_of_the_system(error)
     if isinstance(error, (ValueError, TypeError)) and _while_arguments_were_read(error):
@@ -119,9 +115,6 @@ def _raised_on_purpose(trace: TracebackType | None) -> bool:
 def choose_threads(threads: int | None = None) -> int:
     """Set with how many threads torch computes on a CPU. What the environment says about it holds.
 
-    Args:
-        threads (`int`, *optional*, defaults to [`usable_cores`]): how many, if the environment says nothing.
-
     Returns:
         `int`: with how many it computes now.
     """
@@ -139,11 +132,7 @@ def choose_threads(threads: int | None = None) -> int:
 
 
 def usable_cores(root: str | os.PathLike = "/") -> int:
-    """Cores that this process can keep busy: those it may run on, and no more than its control groups give time for.
-
-    Args:
-        root (path, *optional*, defaults to `"/"`): what `/proc` and `/sys` lie in.
-    """
+    """Cores that this process can keep busy: those it may run on, and no more than its control groups give time for."""
     # macOS tells nobody on which cores a process may run.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Of a broken number the whole cores: the last thread would make all others wait.

@@ -257,10 +257,6 @@ def check_golds(reward_funcs: Iterable[Any], columns: Dataset | Mapping[str, Seq
     Asked are functions with two attributes, `gold_columns`, the columns that it reads gold answers from (the first that
     is there), and `unreadable_golds`, a function of such a column that returns its bad entries as texts; of length
     penalties, the task reward inside them.
-
-    Args:
-        reward_funcs (iterable): what TRL takes for `reward_funcs`.
-        columns (`datasets.Dataset`, or mapping of `str` to sequences): the dataset, or its columns by name.
     """
     names = columns.column_names if isinstance(columns, Dataset) else list(columns)
     for reward in reward_funcs:

@@ -279,10 +279,6 @@ def check_context(
 
     Those alone are tokenised that are long enough: a token stands for a byte at least, but for what a chat template
     puts around, which is taken to be no more than four times the tokens of the first prompt.
-
-    Args:
-        prompts, source, tokenizer: as in [`check_prompts`].
-        max_new_tokens, context: as in [`check_room`].
     """
     if context is None:
         return

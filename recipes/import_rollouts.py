@@ -24,7 +24,7 @@ from lenvm_rl.modeling.loading import load_tokenizer
 from lenvm_rl.programs import AGAIN, run_program
 from lenvm_rl.rollouts.record import RolloutMetadata, check_suffix, described, write_rollouts
 from lenvm_rl.rollouts.text import ASSUMPTIONS, read_sharegpt, read_traces
-from recipes.command_line import ProgramParser
+from recipes.arguments import ProgramParser
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from lenvm_rl.files import atomic_file
 from lenvm_rl.programs import AGAIN, run_program
-from recipes.command_line import ProgramParser
+from recipes.arguments import ProgramParser
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from lenvm_rl.modeling.loading import load_tokenizer
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import run_program
 from lenvm_rl.rollouts.record import read_rollouts, split_by_prompt, write_rollouts
-from recipes.command_line import ProgramParser
+from recipes.arguments import ProgramParser
 
 logger = logging.getLogger(__name__)
 

@@ -36,8 +36,7 @@ from lenvm_rl.rollouts.record import described
 from lenvm_rl.rollouts.server import SERVERS, ServerJob, connect
 from lenvm_rl.rollouts.vllm import VLLMJob
 from lenvm_rl.tokenization import check_prompts, load_prompts
-from recipes.arguments import DataArguments
-from recipes.command_line import ProgramParser
+from recipes.arguments import DataArguments, ProgramParser
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
-from recipes.command_line import ProgramParser
+from recipes.arguments import ProgramParser
 from recipes.stage_records import console, run_stage
 
 logger = logging.getLogger(__name__)

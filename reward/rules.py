@@ -124,9 +124,6 @@ def l1_exact(
     L1 (LCPO-Exact), arXiv 2503.04697, `alpha` from there; the prompt names `n`. The paper's form,
     ``C - alpha * |n - L|``, lets wrong answers pay, too. ``n = 100``, ``alpha = 0.01``: 100, 80 and 300 tokens earn 1,
     0.8 and 0 (-1 with `penalize_wrong`), a wrong answer of 80 tokens 0 (-0.2).
-
-    Args:
-        alpha (`float`, *optional*, defaults to 3e-4): cost of a token.
     """
     _check("alpha", alpha, 0)
     cost = alpha * (_checked_target(target_length, lengths) - lengths).abs()
@@ -224,10 +221,6 @@ def shorter_better(
     `L*` is the length of the prompt's shortest correct completion, or the mean of all where none is correct.
     ShorterBetter, arXiv 2504.21370, `alpha` (1 or 2) and `beta` from there; there all answers pay,
     ``alpha * C - beta * |L - L*|``. ``beta = 0.01``, 100 and 150 tokens correct, 50 wrong: 2, 1.5 and 0 (-0.5).
-
-    Args:
-        alpha (`float`, *optional*, defaults to 2): what being correct is worth.
-        beta (`float`, *optional*, defaults to 1e-3): price of a token.
     """
     _check("alpha", alpha, 0)
     _check("beta", beta, 0)
@@ -258,9 +251,6 @@ def laser(
 
     LASER, arXiv 2505.15612, `bonus` from there; `L_T` is 2048, 4096 or 8192 tokens in its runs. ``L_T = 100``: 100 and
     101 tokens earn 1.5 and 1.
-
-    Args:
-        bonus (`float`, *optional*, defaults to 0.5): what staying within the target is worth.
     """
     _check("bonus", bonus, 0)
     return correct * (1.0 + bonus * (lengths <= _checked_target(target_length, lengths)))
@@ -468,9 +458,6 @@ def leash(
     Leash, arXiv 2512.21540: reward as great as can be with a mean length of at most `L_t`; `lam` is the constraint's
     multiplier, as a reward function from [`LeashMultiplier`]. One-sided: shorter than `L_t` earns nothing, and a wrong
     answer has -1 already. ``L_t = 100``, ``lam = 0.5``: correct answers of 100, 200 and 700 tokens earn 1, 0.5 and -1.
-
-    Args:
-        multiplier (`float`): `lam`, at least 0.
     """
     _check("multiplier", multiplier, 0)
     over = (lengths / _checked_target(target_length, lengths) - 1.0).clamp(min=0.0)

@@ -202,6 +202,43 @@ def test_files_and_functions_stay_small():
     assert wrong == []
 
 
+def public_definitions(tree):
+    """Public functions and classes at the top of a module, and constants."""
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names = [node.name] if isinstance(node, DOCUMENTED[1:]) else [t.id for t in targets if isinstance(t, ast.Name)]
+        yield from ((name, node) for name in names if not name.startswith("_"))
+
+
+def test_a_public_name_means_one_thing():
+    """No class or function is defined twice in the project, and no constant in the library. (Every program has a
+    `main`, and may have a `make_parser`; modules that log have a `logger`.)"""
+    places = {}
+    for path in SOURCES:
+        for name, node in public_definitions(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, DOCUMENTED) or path.is_relative_to(LIBRARY):
+                places.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert set(shared) <= {"main", "make_parser", "logger"}, shared
+
+
+def test_public_parameters_have_types():
+    wrong = []
+
+    def look(path, body):
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                look(path, node.body)
+            elif isinstance(node, DOCUMENTED[2:]) and (not node.name.startswith("_") or node.name == "__init__"):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                untyped = [one.arg for one in given if one.annotation is None and one.arg not in ("self", "cls")]
+                wrong.extend(f"{path.relative_to(ROOT)}:{node.lineno} {name}" for name in untyped)
+
+    for path in SOURCES:
+        look(path, ast.parse(path.read_text(encoding="utf-8")).body)
+    assert wrong == []
+
+
 def test_the_library_does_not_print():
     for path in LIBRARY.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

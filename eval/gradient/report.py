@@ -61,11 +61,6 @@ COLUMNS = (
 def summarise_gradients(found: Sequence[Estimator], statistics: GradientStatistics, batch_size: int) -> dict[str, Any]:
     """The numbers of all estimators.
 
-    Args:
-        found (sequence of [`~eval.gradient.estimators.Estimator`]): as their gradients are numbered.
-        statistics ([`~eval.gradient.gradients.GradientStatistics`]): of these gradients.
-        batch_size (`int`): completions in a batch.
-
     Returns:
         `dict`: `estimators`, one dictionary each, the highest signal-to-noise ratio first; `penalties`, the ratio of
         the frozen model at lambda 1 over the best sequence-level penalty, of all and of those in tokens; `cosines` of

@@ -76,10 +76,6 @@ def length_deviation(lengths: ArrayLike, target: ArrayLike) -> np.ndarray:
 def length_score(lengths: ArrayLike, target: ArrayLike, mode: str) -> np.ndarray:
     """Length score of each output, in [0, 100].
 
-    Args:
-        lengths, target: as in [`length_deviation`].
-        mode (`str`): `"equal_to"`, `"at_most"` or `"at_least"`.
-
     Returns:
         Array of shape `(N,)`.
     """
@@ -161,11 +157,6 @@ def plot_length_control(
     """Length score of each arm against the target, a panel per mode, above the lengths themselves.
 
     Completions that were cut are hollow triangles: they would have been longer.
-
-    Args:
-        rows (sequence of `dict`): the cells, as `eval.length_control` summarises them.
-        cells (mapping): `(arm, mode, target)` to the completions.
-        path (`pathlib.Path`): where to write the PNG.
     """
     modes, arms = (list(dict.fromkeys(row[name] for row in rows)) for name in ("mode", "arm"))
     targets = sorted({target for _, _, target in cells})

@@ -77,13 +77,7 @@ class CompletionStatistics:
 
 
 def read_statistics(model: LengthValueModel, rollouts: Dataset, forward_tokens: int = 16384) -> CompletionStatistics:
-    """Runs a model in eval mode along every completion.
-
-    Args:
-        model (`LengthValueModel`): what is measured.
-        rollouts (`datasets.Dataset`): as `read_rollouts` gives them.
-        forward_tokens (`int`, *optional*, defaults to `16384`): see `state_logits`.
-    """
+    """Runs a model in eval mode along every completion."""
     prompts, completions = rollouts["prompt_ids"][:], rollouts["completion_ids"][:]
     prompt_tokens, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, completions))
     finished = torch.tensor([reason == "stop" for reason in rollouts["finish_reason"][:]])
@@ -191,11 +185,6 @@ def half_intervals(data: CompletionStatistics, **bootstrap: int) -> dict[str, In
 
 def length_metrics(data: CompletionStatistics, num_resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
     """Every metric, with an interval where one is bootstrapped and NaN for its ends elsewhere.
-
-    Args:
-        data ([`CompletionStatistics`]): of one domain, or all.
-        num_resamples (`int`, *optional*, defaults to `2000`), seed (`int`, *optional*, defaults to `0`): of the
-            bootstrap over prompts.
 
     Returns:
         `dict[str, Interval]`: see [`~lenvm_rl.pretraining.length_value_metrics`] (without `loss`, which depends on

@@ -97,7 +97,7 @@ class Clock(TrainerCallback):
     def __init__(self):
         self.ends: list[float] = []
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
         """Called by every trainer."""
         self.ends.append(now())
 

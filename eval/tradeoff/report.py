@@ -123,11 +123,6 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
 
     In the left panel, points that are away from the base policy have their divergence from it beside them, in nats. An
     arm whose accuracy is not known is left out.
-
-    Args:
-        rows (list of `dict`): the arms, as [`summarise_arm`] gives them.
-        frontier ([`~eval.style_frontier.StyleFrontier`], *optional*): drawn in the left panel.
-        path (`pathlib.Path`): where to write the PNG.
     """
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)

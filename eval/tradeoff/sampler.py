@@ -140,11 +140,6 @@ class DivergenceMeter(LogitsProcessor):
     Both are over the candidates of the guidance's own rule, at its temperature: what is sampled, and what would be
     sampled at strength 0.
 
-    Args:
-        processor ([`~lenvm_rl.decoding.generation.LengthGuidedLogitsProcessor`]): the tilt, for one call of `generate`.
-        guidance ([`~lenvm_rl.decoding.generation.LengthGuidance`]): its guidance, the same for all rows.
-        eos_token_ids (sequence of `int`): tokens that end a completion.
-
     Attributes:
         total (`torch.Tensor` of shape `(rows,)`): in float64, each completion's sum so far.
     """

@@ -181,7 +181,7 @@ class LengthGuidance:
             `torch.Tensor` of shape `(B, V)`: log-probabilities up to a constant, ``-inf`` where barred.
         """
         if self.mode == TILT:
-            return scores + self.strength * values if self.strength else scores
+            return tilt(scores, values, self.strength) if self.strength else scores
         left = self.target_length - written
         if self.rule == PAPER:
             return select_nearest(scores, remaining, self.mode, left)
@@ -190,7 +190,7 @@ class LengthGuidance:
 
 
 def tilt(log_probs: Tensor, values: Tensor, strength: float) -> Tensor:
-    """Log-probabilities of the tilted distribution ``p'(x) ∝ p(x) * exp(strength * V(s + x))``.
+    """The tilted distribution ``p'(x) ∝ p(x) * exp(strength * V(s + x))``, as log-probabilities up to a constant.
 
     It maximises ``strength * E_p'[V] - KL(p' || p)``, and its derivative ``dE_p'[V] / dstrength = Var_p'(V)`` is not
     negative (arXiv 2604.27039, appendix G).
@@ -201,9 +201,9 @@ def tilt(log_probs: Tensor, values: Tensor, strength: float) -> Tensor:
         strength (`float`): positive leans towards the end.
 
     Returns:
-        `torch.Tensor` of shape `(..., V)`: normalised, ``-inf`` where barred.
+        `torch.Tensor` of shape `(..., V)`: ``-inf`` where barred.
     """
-    return (log_probs + strength * values).log_softmax(dim=-1)
+    return log_probs + strength * values
 
 
 def select_nearest(scores: Tensor, remaining: Tensor, mode: str, left: int, patient: bool = False) -> Tensor:

@@ -79,11 +79,6 @@ def load_model(loader: Callable, path: str | os.PathLike, *args: Any, **kwargs: 
 def load_decoder(path: str | os.PathLike, dtype: str | torch.dtype, **load_kwargs: Any) -> PreTrainedModel:
     """The decoder of the model at a path, every weight of it and no language-model head. Only safetensors are loaded.
 
-    Args:
-        path (`str` or `os.PathLike`): a folder or a hub id.
-        dtype (`str` or `torch.dtype`): of the weights.
-        load_kwargs: further arguments of `AutoModel.from_pretrained`.
-
     Raises:
         `FileNotFoundError`: see [`load_model`].
         `ValueError`: see [`check_decoder`]; or weights are missing, which would be random.

@@ -58,12 +58,7 @@ _MEANING = (
 
 
 def model_card(config: LengthValueConfig, name: str = "path/or/hub-id") -> str:
-    """The text of a model card, Markdown with a YAML header; everything in it stands in the config.
-
-    Args:
-        config ([`~lenvm_rl.modeling.LengthValueConfig`]): the model's.
-        name (`str`, *optional*, defaults to `"path/or/hub-id"`): what the example loads.
-    """
+    """The text of a model card, Markdown with a YAML header; everything in it stands in the config."""
     base, gamma, share = config.backbone_config.name_or_path, config.gamma, config.truncated_share
     # A folder of one's own machine would be taken for a hub id.
     is_hub_id = base and base.count("/") == 1 and not base.startswith((".", "/", "~"))
@@ -95,13 +90,7 @@ def model_card(config: LengthValueConfig, name: str = "path/or/hub-id") -> str:
 
 
 def write_model_card(folder: str | os.PathLike, config: LengthValueConfig, name: str | None = None) -> None:
-    """Write the card as `README.md`, unless somebody wrote one there by hand.
-
-    Args:
-        folder (`str` or `os.PathLike`): the saved model's.
-        config ([`~lenvm_rl.modeling.LengthValueConfig`]): the model's.
-        name (`str`, *optional*, defaults to the folder's): what the card's example loads.
-    """
+    """Write the card as `README.md`, unless somebody wrote one there by hand."""
     path = Path(folder) / "README.md"
     if path.exists():
         text = path.read_text(encoding="utf-8")

@@ -198,10 +198,6 @@ def unset_like(critic: TaskCritic) -> TaskCritic:
 def renew_buffers(critic: TaskCritic, like: TaskCritic) -> None:
     """Take over, in place, what is computed from the settings and never saved, such as the frequencies of rotary
     positions: loading leaves such buffers of adapters unset, and a cast of the whole model rounds them.
-
-    Args:
-        critic ([`TaskCritic`]): changed in place.
-        like ([`TaskCritic`]): of [`unset_like`].
     """
     saved = like.state_dict().keys()
     for name, buffer in like.named_buffers():

@@ -47,10 +47,6 @@ def lora_settings(lora: LoraConfig | dict | None = None) -> dict:
     """Settings of LoRA as JSON: those that differ from PEFT's defaults.
 
     Refused is what would change the shared decoder itself, or train more than low-rank updates of its layers.
-
-    Args:
-        lora (`peft.LoraConfig` or `dict`, *optional*, defaults to rank 16, alpha 32, on all linear layers): the
-            settings.
     """
     if lora is None:
         lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}

@@ -7,6 +7,7 @@ config that holds the decoder's, and the model with what is common in making, lo
 from __future__ import annotations
 
 import math
+import os
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -76,12 +77,7 @@ class LengthValueHead(Float32Module):
 
 
 class ScoreHead(Float32Module):
-    """`v = w h + b`, float32: the head of a reward model, whose score of a whole text is read at its last token.
-
-    Args:
-        hidden_size (`int`): size of h.
-        bias (`bool`): whether there is a b.
-    """
+    """`v = w h + b`, float32: the head of a reward model, whose score of a whole text is read at its last token."""
 
     def __init__(self, hidden_size: int, bias: bool):
         super().__init__()
@@ -154,7 +150,7 @@ class ValueModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
         """Load a model, in eval mode; see the classes for what they add.
 
         Raises:
@@ -176,7 +172,7 @@ class ValueModel(PreTrainedModel):
             )
         return (model, info) if with_info else model
 
-    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
         """As for any model of transformers."""
         if is_main_process and "backbone" in self._modules:
             save_code(self.backbone, save_directory)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lenvm_rl.returns import discounted_return, remaining_from_value
 
-SPLITS = 16  # random halvings that are averaged
+HALVINGS = 16  # random halvings that are averaged
 
 
 def mean_by_group(column: Tensor, group: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def mean_by_group(column: Tensor, group: Tensor) -> Tensor:
     return total.index_add(0, group, column.double()) / count
 
 
-def half_returns(lengths: Tensor, group: Tensor, gamma: float, splits: int = SPLITS) -> Tensor:
+def half_returns(lengths: Tensor, group: Tensor, gamma: float, splits: int = HALVINGS) -> Tensor:
     """Mean returns of disjoint halves of each prompt's samples, in random halvings.
 
     Halves are of equal size, one sample of an odd number is left out. The halvings depend on the lengths but not on the
@@ -33,7 +33,7 @@ def half_returns(lengths: Tensor, group: Tensor, gamma: float, splits: int = SPL
         lengths (`torch.Tensor` of shape `(N,)`): tokens of each completion.
         group (`torch.Tensor` of shape `(N,)`, int64): index of its prompt, in 0 … P - 1.
         gamma (`float`): discount of the length return.
-        splits (`int`, *optional*, defaults to `SPLITS`): halvings.
+        splits (`int`, *optional*, defaults to `HALVINGS`): halvings.
 
     Returns:
         `torch.Tensor` of shape `(splits, 2, P)`, float64: NaN for prompts with a single completion.

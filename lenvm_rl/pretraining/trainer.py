@@ -55,12 +55,7 @@ _PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
 
 
 def prepare_rollouts(rollouts: Dataset, args: LengthValueTrainingArguments) -> Dataset:
-    """The completions that values are fitted on; says by logging what was left out, and why.
-
-    Args:
-        rollouts (`datasets.Dataset`): as `read_rollouts` gives them.
-        args (`LengthValueTrainingArguments`): `only_correct` and `truncated` decide.
-    """
+    """The completions that values are fitted on; says by logging what was left out, and why."""
     keep = [True] * len(rollouts)
     finished = [reason == "stop" for reason in rollouts["finish_reason"][:]]
     if args.only_correct:

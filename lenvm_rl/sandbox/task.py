@@ -103,14 +103,7 @@ def stream_problems(seed: int, split: str, difficulties: Sequence[int] = DIFFICU
 
 
 def distinct_problems(count: int, seed: int, split: str, difficulties: Sequence[int] = DIFFICULTIES) -> list[Problem]:
-    """The first `count` distinct problems of [`stream_problems`], still stratified by difficulty.
-
-    Args:
-        count (`int`): how many; a multiple of ``len(difficulties)``.
-        seed (`int`): seed of the stream.
-        split (`str`): `"train"`, `"validation"` or `"evaluation"`.
-        difficulties (sequence of `int`, *optional*): numbers of operations to draw from.
-    """
+    """The first `count` distinct problems of [`stream_problems`], still stratified by difficulty."""
     if count % len(difficulties):
         raise ValueError(f"count must be a multiple of the {len(difficulties)} difficulties, got {count}.")
     rng = random.Random(f"{seed}-{split}")

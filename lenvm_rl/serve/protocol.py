@@ -39,14 +39,7 @@ TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
 class RequestError(Exception):
-    """A request that is not served, told in OpenAI's words.
-
-    Args:
-        message (`str`): what to change.
-        param (`str`, *optional*): the field at fault.
-        code (`str`, *optional*): a name for programs.
-        status (`int`, *optional*, defaults to `400`): HTTP status.
-    """
+    """A request that is not served, told in OpenAI's words."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
         super().__init__(message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 1] + "…")
@@ -257,12 +250,7 @@ def check_model(name: str, served: str) -> None:
 
 
 class Answer:
-    """Writes the answer to one job, whole, or in chunks: the first ones, then what is new, then the last ones.
-
-    Args:
-        job ([`~lenvm_rl.serve.engine.Job`]): what is answered.
-        model (`str`): the model's name.
-    """
+    """Writes the answer to one job, whole, or in chunks: the first ones, then what is new, then the last ones."""
 
     def __init__(self, job: Job, model: str):
         self.job, self.request, self.chat = job, job.request, isinstance(job.request, ChatRequest)

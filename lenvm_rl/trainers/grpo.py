@@ -7,7 +7,7 @@ from trl import GRPOTrainer
 
 from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer
 from lenvm_rl.trainers.config import LenVMGRPOConfig
-from lenvm_rl.trainers.streams import Batch, Streams, length_stream, shaping_advantage, with_length
+from lenvm_rl.trainers.streams import Batch, Streams, length_stream, shaping_advantage, with_length_stream
 
 
 def grpo_streams(args: LenVMGRPOConfig, batch: Batch) -> Streams:
@@ -16,7 +16,7 @@ def grpo_streams(args: LenVMGRPOConfig, batch: Batch) -> Streams:
     if args.shaping_coef != 0.0:
         shaping = shaping_advantage(args, batch)
         task = task + torch.where(batch.outcomes.scored.unsqueeze(1), shaping, 0.0)
-    return with_length(args, batch, task, *length_stream(args, batch))
+    return with_length_stream(args, batch, task, *length_stream(args, batch))
 
 
 class LenVMGRPOTrainer(LenVMTrainer):

@@ -33,15 +33,15 @@ from lenvm_rl.trainers.streams import (
     Streams,
     baseline_stream,
     critic_streams,
-    gated,
     length_stream,
+    paid,
     token_rewards,
     value_loss,
     whiten,
-    with_length,
+    with_length_stream,
 )
 
-CRITIC = "task critic"
+_CRITIC = "task critic"
 PPO_CITATION = textwrap.dedent("""\
     @article{schulman2017proximal,
         title        = {{Proximal Policy Optimization Algorithms}},
@@ -75,8 +75,8 @@ def ppo_streams(args: LenVMPPOConfig, batch: Batch) -> Streams:
         task = whiten(task, counted, reduce)
     length, gate = length_stream(args, batch)
     if length is not None and args.whiten == "streams":
-        length, gate = whiten(gated(length, gate), counted, reduce), None
-    streams = with_length(args, batch, task, length, gate)
+        length, gate = whiten(paid(length, gate), counted, reduce), None
+    streams = with_length_stream(args, batch, task, length, gate)
     advantages = whiten(streams.advantages, counted, reduce) if args.whiten == "sum" else streams.advantages
     return Streams(task, streams.length, advantages, targets, errors)
 
@@ -182,7 +182,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         if self.critic is None:
             return read
         with torch.no_grad():
-            values_bt1 = value_logits(self.critic, CRITIC, batch, self, self._chunk_size)
+            values_bt1 = value_logits(self.critic, _CRITIC, batch, self, self._chunk_size)
             log_ratio = None
             if self.args.kl_reward_coef > 0.0:
                 log_ratio = torch.where(read.completions.actions, self._log_ratio(batch), 0.0)
@@ -247,7 +247,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         # As Trainer does for the policy: processes exchange gradients once per optimizer step.
         defer = not self.accelerator.sync_gradients
         with self.accelerator.no_sync(self.critic) if defer else contextlib.nullcontext():
-            values = value_logits(self.critic, CRITIC, inputs, self)[:, :-1]
+            values = value_logits(self.critic, _CRITIC, inputs, self)[:, :-1]
         losses, clipped = value_loss(values, old, returns, mask, self.args.cliprange_value)
         metrics = BatchMetrics(self._sum_over_processes)
         metrics.mean("critic/value_loss", losses, mask)

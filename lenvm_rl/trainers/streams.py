@@ -138,17 +138,17 @@ class Streams:
     critic_errors: Tensor | None = None
 
 
-def with_length(
+def with_length_stream(
     args: LenVMConfig, batch: Batch, task: Tensor, length: Tensor | None, gate: Tensor | None = None
 ) -> Streams:
     """The streams, ``A = A_task + length_coef * gate * A_len`` among them, of a task stream and a length stream."""
     advantages = task
     if args.has_length_stream:
         advantages = combine(task, length, batch.completions.mask, batch.length_coef, gate)
-    return Streams(task, None if length is None else gated(length, gate), advantages)
+    return Streams(task, None if length is None else paid(length, gate), advantages)
 
 
-def gated(length: Tensor, gate: Tensor | None) -> Tensor:
+def paid(length: Tensor, gate: Tensor | None) -> Tensor:
     """The length stream as each row is paid it."""
     return length if gate is None else gate.to(length.dtype).unsqueeze(1) * length
 

@@ -96,7 +96,7 @@ class TestGenerate:
                 assert set(kept.tolist()) == set(logits.topk(7).indices.tolist())
                 states = torch.stack([torch.cat([prefix, candidate.view(1)]) for candidate in kept])
                 values = value(states).values[:, -1].masked_fill(kept == EOS, 0.0)
-                expected = tilt(logits[kept], values, 8.0)
+                expected = tilt(logits[kept], values, 8.0).log_softmax(-1)
                 torch.testing.assert_close(out.scores[step][row, kept].log_softmax(-1), expected, rtol=0, atol=1e-4)
                 prefix = torch.cat([prefix, token.view(1)])
                 checked += 1

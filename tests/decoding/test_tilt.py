@@ -46,13 +46,13 @@ class TestTilt:
 
     @pytest.mark.parametrize("strength", [-3.0, 0.7, 20.0])
     def test_nothing_near_or_far_is_better(self, strength):
-        best = self.objective(tilt(self.log_probs, self.values, strength), strength)
+        best = self.objective(tilt(self.log_probs, self.values, strength).log_softmax(-1), strength)
         # The maximum is known too: the log of the normaliser.
         normaliser = (self.log_probs + strength * self.values).logsumexp(-1)
         torch.testing.assert_close(best, normaliser)
         for scale in (1e-3, 0.1, 1.0, 10.0):
             noise = scale * torch.randn(200, 4, 9, dtype=torch.float64)
-            others = (tilt(self.log_probs, self.values, strength) + noise).log_softmax(-1)
+            others = (tilt(self.log_probs, self.values, strength).log_softmax(-1) + noise).log_softmax(-1)
             assert bool((self.objective(others, strength) < best).all())
 
     def test_a_numeric_optimiser_finds_it(self):
@@ -66,13 +66,13 @@ class TestTilt:
             return loss
 
         optimiser.step(closure)
-        expected = tilt(self.log_probs, self.values, 2.0).exp()
+        expected = tilt(self.log_probs, self.values, 2.0).log_softmax(-1).exp()
         torch.testing.assert_close(logits.detach().softmax(-1), expected, rtol=0, atol=1e-6)
 
     def test_the_expected_value_rises_at_the_rate_of_its_variance(self):
         strength = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
         mean = expectation((self.log_probs + strength * self.values).log_softmax(-1), self.values)
-        log_probs = tilt(self.log_probs, self.values, 1.3)
+        log_probs = tilt(self.log_probs, self.values, 1.3).log_softmax(-1)
         variance = expectation(log_probs, self.values**2) - expectation(log_probs, self.values) ** 2
         for row in range(4):
             (slope,) = torch.autograd.grad(mean[row], strength, retain_graph=True)
@@ -81,7 +81,7 @@ class TestTilt:
     def test_it_tends_to_the_candidate_nearest_the_end(self):
         self.log_probs[:, 3] = -math.inf
         self.values[:, 3] = 0.0
-        log_probs = tilt(self.log_probs, self.values, 1e5)
+        log_probs = tilt(self.log_probs, self.values, 1e5).log_softmax(-1)
         nearest = self.values.index_fill(1, torch.tensor([3]), -math.inf).argmax(-1)
         torch.testing.assert_close(log_probs.exp().gather(1, nearest[:, None]), torch.ones(4, 1, dtype=torch.float64))
 

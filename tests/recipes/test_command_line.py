@@ -9,8 +9,7 @@ import torch
 from lenvm_rl.programs import sentence_of
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
 from recipes import import_rollouts, pretrain_lenvm, sample_rollouts
-from recipes.arguments import read_arguments
-from recipes.command_line import ProgramParser
+from recipes.arguments import ProgramParser, read_arguments
 
 
 @pytest.fixture(autouse=True)

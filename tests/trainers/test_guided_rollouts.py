@@ -33,7 +33,7 @@ class TestLogProbabilities:
                 kept = logits.topk(5).indices
                 states = torch.stack([torch.cat([prefix, candidate.view(1)]) for candidate in kept])
                 values = value(states).values[:, -1].masked_fill(kept == 1, 0.0)
-                guided = tilt(logits[kept], values, 6.0)[kept == token]
+                guided = tilt(logits[kept], values, 6.0).log_softmax(-1)[kept == token]
                 torch.testing.assert_close(report.log_probs[row, step : step + 1], guided, rtol=0, atol=1e-4)
                 plain = logits.log_softmax(dim=0)[token]
                 torch.testing.assert_close(report.policy_log_probs[row, step], plain, rtol=0, atol=1e-4)
@@ -61,7 +61,7 @@ def test_token_weights_turn_guided_samples_into_the_policys_gradient():
     logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
     values, advantage = -torch.rand(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     policy = logits.log_softmax(dim=0)
-    guided = tilt(policy.detach(), values, 4.0)
+    guided = tilt(policy.detach(), values, 4.0).log_softmax(-1)
     report = GuidanceReport(*[torch.zeros(6)] * 3, guided.unsqueeze(1), policy.detach().unsqueeze(1))
     ratio, _ = importance_ratio(report, torch.ones(6, 1))
     weighed = (guided.exp() * ratio.squeeze(1) * advantage * policy).sum()
