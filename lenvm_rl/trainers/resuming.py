@@ -37,7 +37,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
-from lenvm_rl.files import atomic_file, is_complete, last_complete_checkpoint
+from lenvm_rl.files import is_complete, last_complete_checkpoint, write_json
 from lenvm_rl.trainers.rewards import keep_reward_states
 
 logger = logging.getLogger(__name__)
@@ -266,8 +266,7 @@ class ResumableTrainer(GRPOTrainer):
     def _write_state(self, folder: str) -> None:
         """Write what TRL does not: every process calls this, and what follows makes the checkpoint complete."""
         state = {name: part.state_dict() for name, part in self._moving_parts().items()}
-        with atomic_file(self._state_file(folder)) as file:
-            file.write(json.dumps(state | {"log": self._pending()}, indent=2).encode())
+        write_json(self._state_file(folder), state | {"log": self._pending()})
         if not self.args.should_save:
             return
         for callback in self.callback_handler.callbacks:
