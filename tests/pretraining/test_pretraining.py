@@ -147,6 +147,7 @@ if args.process_index == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path):
     path = tmp_path / "result.pt"
     script = tmp_path / "run.py"
