@@ -130,7 +130,8 @@ def combine(task: Tensor, length: Tensor, mask: Tensor, coef: float, gate: Tenso
     exists = check_mask(mask)
     if task.dim() == 1:
         task = task.unsqueeze(1)
-    weight = coef if gate is None else coef * gate.to(length.dtype).unsqueeze(1)
     zero = torch.zeros_like(length)
     clean = torch.where(exists, length, zero)
-    return torch.where(exists, task.to(length.dtype) + weight * clean, zero)
+    if gate is not None:
+        clean = gate.to(length.dtype).unsqueeze(1) * clean
+    return torch.where(exists, task.to(length.dtype) + coef * clean, zero)

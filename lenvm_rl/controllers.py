@@ -239,7 +239,7 @@ class FloorController(_IntegralController):
     [`TargetController`].
 
     Args:
-        floor (`float`): what the measurement is to stay above, margin included.
+        floor (`float`): what the measurement is to stay above.
         rate (`float`): change of the integral where the average is 1 above the floor.
         half_life (`float`): measurements after which one counts half in the average, above 0.
         initial, minimum, maximum, proportional (`float`, *optional*): as in [`TargetController`], from 0 up.

@@ -183,3 +183,10 @@ def test_combine_adds_gated_streams():
 def test_per_step_arguments_must_have_the_shape_of_the_values(bad):
     with pytest.raises(ValueError, match="gamma"):
         gae(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), bad, 1.0)
+
+
+def test_a_gate_weighs_the_length_stream_before_the_coefficient_does():
+    """To the last bit, whatever share a row is paid."""
+    task, length, mask = torch.randn(4, 5), torch.randn(4, 5), torch.ones(4, 5)
+    gate = torch.tensor([0.0, 1 / 3, 0.7, 1.0])
+    assert torch.equal(combine(task, length, mask, 0.3, gate), combine(task, gate.unsqueeze(1) * length, mask, 0.3))

@@ -267,9 +267,22 @@ class LenVMPPOTrainer(LenVMTrainer):
                 for name, value in found.items():
                     self._metrics[mode][name].append(value)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None):
+    # Where all processes are at once: `log` may be called by one of them alone.
+
+    def _maybe_log_save_evaluate(self, *arguments, **options):
+        if self.control.should_log:
+            self._read_value_losses()
+        return super()._maybe_log_save_evaluate(*arguments, **options)
+
+    def evaluation_loop(self, *arguments, **options):
+        """See `Trainer`."""
+        measured = super().evaluation_loop(*arguments, **options)
         self._read_value_losses()
-        super().log(logs, start_time)
+        return measured
+
+    def _run_epoch(self, *arguments, **options):
+        super()._run_epoch(*arguments, **options)
+        self._read_value_losses()
 
     def _write_state(self, folder: str) -> None:
         self._read_value_losses()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from array import array
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ BATCH_SIZE = 64
 COLLATE = LengthValueCollator(truncated="bootstrap", packing=False)
 
 Rollout = dict[str, Any]
+# What is held in arrays, by their type code.
+_TOKENS = {"prompt_ids": "i", "completion_ids": "i", "action_mask": "b"}
 
 
 def rollouts_of(batch: dict, completions: Completions, correct: Tensor) -> list[Rollout]:
@@ -51,20 +54,27 @@ def rollouts_of(batch: dict, completions: Completions, correct: Tensor) -> list[
 
     Returns:
         `list[dict]`: the columns of a rollout that [`~lenvm_rl.pretraining.LengthValueCollator`] reads, and `correct`.
+        Tokens are arrays of 4 bytes each, since many completions are kept.
     """
-    mask, exists = completions.mask, batch["prompt_mask"].bool()
+    prompts, exists, ids = (batch[name].cpu() for name in ("prompt_ids", "prompt_mask", "completion_ids"))
+    mask, actions = completions.mask.cpu(), completions.actions.cpu()
+    finished, correct = completions.finished.tolist(), correct.tolist()
     return [
         {
-            "prompt_ids": batch["prompt_ids"][row][exists[row]].tolist(),
-            "completion_ids": batch["completion_ids"][row][mask[row]].tolist(),
-            "action_mask": completions.actions[row][mask[row]].long().tolist(),
-            "finish_reason": "stop" if completions.finished[row] else "length",
+            "prompt_ids": array("i", prompts[row][exists[row].bool()].tolist()),
+            "completion_ids": array("i", ids[row][mask[row]].tolist()),
+            "action_mask": array("b", actions[row][mask[row]].tolist()),
+            "finish_reason": "stop" if finished[row] else "length",
             "group": 0,
             "correct": bool(correct[row]),
         }
         for row in range(len(mask))
         if bool(mask[row].any())
     ]
+
+
+def _stored(rollout: Rollout) -> Rollout:
+    return {name: list(value) if name in _TOKENS else value for name, value in rollout.items()}
 
 
 def squared_errors(
@@ -197,7 +207,7 @@ class LengthValueRefresh:
         """Write the model (once) and the completions (of every process) into a checkpoint."""
         folder = os.path.join(checkpoint, REFRESH_FOLDER)
         with atomic_file(self._rollouts_file(folder)) as file:
-            pq.write_table(pa.Table.from_pylist(list(self.rollouts)), file)
+            pq.write_table(pa.Table.from_pylist([_stored(one) for one in self.rollouts]), file)
         if is_main_process:
             self.model.save_pretrained(os.path.join(folder, MODEL_FOLDER))
 
@@ -227,7 +237,10 @@ class LengthValueRefresh:
         saved = LengthValueModel.from_pretrained(os.path.join(folder, MODEL_FOLDER), base=base)
         self.model.load_state_dict(saved.state_dict())
         self.rollouts.clear()
-        self.rollouts.extend(pq.read_table(path).to_pylist())
+        self.rollouts.extend(
+            {name: array(_TOKENS[name], value) if name in _TOKENS else value for name, value in one.items()}
+            for one in pq.read_table(path).to_pylist()
+        )
 
     def _rollouts_file(self, folder: str) -> str:
         return os.path.join(folder, f"completions_rank{self._accelerator.process_index}.parquet")

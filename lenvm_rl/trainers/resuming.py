@@ -43,6 +43,8 @@ from lenvm_rl.trainers.rewards import keep_reward_states
 logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference.safetensors"
+# What held the state of a run before there was one file for it.
+_OF_EARLIER = ("pending_log_rank*.json", "length_coef.json", "length_value_drift.json", "refresh/state.json")
 
 
 @runtime_checkable
@@ -293,6 +295,12 @@ class ResumableTrainer(GRPOTrainer):
         """Take up what `_write_state` wrote."""
         self._reward_states.resume_from(checkpoint)
         path = self._state_file(checkpoint)
+        old = [name for pattern in _OF_EARLIER for name in Path(checkpoint).glob(pattern)]
+        if old and not path.exists():
+            raise ValueError(
+                f"The checkpoint '{checkpoint}' was written by an earlier version ({old[0].name}), whose state this "
+                "one does not read: resume with that version, or start a new run from its weights (`model=`)."
+            )
         # One that was written by a trainer of TRL has none.
         state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for name, part in self._moving_parts().items():

@@ -381,3 +381,13 @@ def test_evaluation_and_kl_run(tmp_path):
     trainer.train()
     assert math.isfinite(trainer.evaluate(prompts(4))["eval_loss"]) and len(logged(trainer, "kl")) == 3
     assert "eval_critic/explained_variance" in trainer.state.log_history[-1]
+
+
+def test_one_process_may_log_by_itself(tmp_path):
+    """What is logged out of turn waits for nobody: metrics of the value loss stay unread until all processes log."""
+    trainer = scripted_ppo(tmp_path)
+    batch = batch_of(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._value_loss({**batch, "num_items_in_batch": torch.tensor(10.0)})
+    trainer.log({"mine": 1.0})
+    assert len(trainer._unread) == 1

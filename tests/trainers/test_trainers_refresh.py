@@ -1,5 +1,7 @@
 """Refresh: what a re-fit fits, when it happens, that nothing else moves, and that a checkpoint holds it."""
 
+from array import array
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -28,7 +30,8 @@ from lenvm_rl.trainers.streams import Completions
 
 def row(prompt, completion, finished=True, correct=True, actions=None):
     return {
-        "prompt_ids": prompt, "completion_ids": completion, "action_mask": actions or [1] * len(completion), "group": 0,
+        "prompt_ids": array("i", prompt), "completion_ids": array("i", completion), "group": 0,
+        "action_mask": array("b", actions or [1] * len(completion)),
         "finish_reason": "stop" if finished else "length", "correct": correct,
     }  # fmt: skip
 

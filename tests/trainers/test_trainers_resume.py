@@ -190,6 +190,13 @@ def test_a_moving_reference_that_was_not_saved_is_refused(tmp_path):
         saving(tmp_path / "run", max_steps=4, **common, **moving).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_an_earlier_layout_is_refused(tmp_path):
+    saving(tmp_path, max_steps=2, save_steps=1).train()
+    (tmp_path / "checkpoint-1" / "lenvm_state_rank0.json").rename(tmp_path / "checkpoint-1" / "length_coef.json")
+    with pytest.raises(ValueError, match="checkpoint-1.*length_coef.json"):
+        saving(tmp_path, max_steps=2, save_steps=1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_half_a_checkpoint_is_passed_over(tmp_path):
     assert last_complete_checkpoint(tmp_path / "nothing") is None and last_complete_checkpoint(tmp_path) is None
     for step, text in ((2, "{}"), (10, '{"global_step": 10}'), (12, '{"global_st'), (20, "")):
