@@ -75,7 +75,7 @@ def find_rollouts(args: ReadingArguments) -> tuple[Dataset, RolloutMetadata]:
     fingerprint = read_config(args.length_value_model).tokenizer_fingerprint
     if args.rollouts is not None:
         rollouts, metadata = read_rollouts(args.rollouts)
-        check_same_tokenizer(fingerprint, metadata.tokenizer_fingerprint)
+        check_same_tokenizer(fingerprint, metadata.tokenizer_fingerprint, theirs_name="the rollouts")
         set_threads(is_sandbox(metadata.tokenizer_fingerprint))
         return rollouts, metadata
     if args.policy is None:

@@ -278,9 +278,7 @@ def report_tokens(
     save_report(folder, "length_tokens", report, [{name: row[name] for name in columns} for row in rows])
     plot_clouds(rows, args.min_count, folder / "length_tokens.png", args.seed)
     console = Console(width=150, highlight=False)
-    title = (
-        f"{report['completions']} completions of {report['prompts']} prompts, {report['cut']} of them cut; positive: "
-    )
+    title = f"{report['completions']} completions of {report['prompts']} prompts, {report['cut']} of them cut"
     shown = [{"side": side, **row} for side, chosen in ranked.items() for row in chosen]
     print_table(console, shown, COLUMNS, f"{title}; positive: longer than expected", lambda row: row["side"])
     console.print(

@@ -7,15 +7,16 @@ checked against the number of tokens that the server counts, and is reported (se
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 from transformers import PreTrainedTokenizerBase
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
@@ -24,6 +25,8 @@ from lenvm_rl.endings import strip_completion
 from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings
 from lenvm_rl.rollouts.text import retokenization_columns, retokenization_report, retokenize
 from lenvm_rl.tokenization import Prompt
+
+logger = logging.getLogger(__name__)
 
 # Too early, too much, or a gateway's trouble: the same request may succeed later.
 RETRIED_STATUSES = (408, 409, 423, 425, 429, *range(500, 600))
@@ -96,7 +99,7 @@ class ServerJob(SamplingJob):
                 except queue.Empty:
                     return
                 try:
-                    answers.put((number, self.server.complete(self._request(number))))
+                    answers.put((number, self.server.complete(self._request(number), abandoned)))
                 except Exception as error:  # raised again below, by the thread that consumes
                     answers.put((number, error))
 
@@ -170,6 +173,27 @@ class ServerJob(SamplingJob):
         # looks like a special token left out of the text and is marked as an error, rather than miss those.
         error = len(ids) + (answer.finish_reason == "stop") - count
         return ids[:limit], "length", retokenization_columns(answer.text, error, changed)
+
+
+class _ToldRetry(Retry):
+    """Repetitions that the log tells of, and that end once a job is abandoned."""
+
+    def __init__(self, abandoned: threading.Event, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._abandoned = abandoned
+
+    def new(self, **options: Any) -> Retry:
+        """See urllib3, which makes the state of each repetition of the one before."""
+        return super().new(abandoned=self._abandoned, **options)
+
+    def increment(self, method=None, url=None, response=None, error=None, _pool=None, _stacktrace=None) -> Retry:
+        """See urllib3."""
+        left = super().increment(method, url, response, error, _pool, _stacktrace)
+        if self._abandoned.is_set():
+            raise MaxRetryError(_pool, url, error)
+        problem = f"it answered {response.status}" if error is None and response is not None else error
+        logger.warning("%s: %s. Trying again (%s more times at most)", url, problem, left.total)
+        return left
 
 
 class ServerError(RuntimeError):
@@ -249,16 +273,22 @@ class CompletionServer:
             "seed": seed,
         }
 
-    def complete(self, request: dict[str, Any]) -> ServerAnswer:
-        """Sends a request, as [`CompletionServer.request`] makes it, until it is answered; else a [`ServerError`]."""
+    def complete(self, request: dict[str, Any], abandoned: threading.Event | None = None) -> ServerAnswer:
+        """Sends a request, as [`CompletionServer.request`] makes it, until it is answered; else a [`ServerError`].
+
+        Once `abandoned` is set, nothing is repeated any more.
+        """
+        abandoned = threading.Event() if abandoned is None else abandoned
         for repeated in range(self.max_retries + 1):
             # The session repeats what fails before an answer has begun; this loop, an answer that is spoiled.
-            if repeated:
-                time.sleep(FIRST_DELAY)
+            if repeated and abandoned.wait(FIRST_DELAY):
+                break
             try:
-                response = self._session().post(
+                response = self._session(abandoned).post(
                     self.address, json=request, headers=self._headers, timeout=(min(10.0, self.timeout), self.timeout)
                 )
+            except (InvalidURL, InvalidSchema, MissingSchema) as error:
+                raise ServerError(f"{self.address} is no address: {error}. Check the server's url.") from error
             except requests.RequestException as error:
                 if isinstance(error.args[0], MaxRetryError):
                     raise self._given_up(f"it gave no answer: {error}") from error
@@ -288,9 +318,10 @@ class CompletionServer:
             "log; lower batch_size if it is overloaded, or raise the timeout."
         )
 
-    def _session(self) -> requests.Session:
+    def _session(self, abandoned: threading.Event) -> requests.Session:
         if not hasattr(self._local, "session"):
-            retries = Retry(
+            retries = _ToldRetry(
+                abandoned,
                 total=self.max_retries,
                 allowed_methods=None,
                 status_forcelist=RETRIED_STATUSES,

@@ -101,6 +101,12 @@ def create_app(engine: Engine) -> FastAPI:
         headers = {"Retry-After": "1"} if error.status == 429 else {}
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def no_such_endpoint(request: Request, error: Exception) -> Response:
+        message = f"There is no {request.method} {request.url.path} here: see GET /v1/models, and POST /v1/completions "
+        return await refused(request, RequestError(f"{message}and /v1/chat/completions.", status=error.status_code))
+
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=NOBODY_READS)

@@ -261,6 +261,7 @@ class Engine:
         self.pad_token_id = padding_id(tokenizer, self.eos_token_ids)
         # A prompt is read by both.
         self.vocab_size = min(one.get_input_embeddings().weight.shape[0] for one in both)
+        self._longest_token = max(len(token) for token in tokenizer.get_vocab())
         self.max_new_tokens_limit, self.max_waiting, self.max_choices = max_new_tokens_limit, max_waiting, max_choices
         self.scoring = scoring
         self.max_body_bytes = max(SMALLEST_BODY_LIMIT, BODY_BYTES_PER_TOKEN * (self.context or TOKENS_WITHOUT_CONTEXT))
@@ -332,6 +333,11 @@ class Engine:
         if chat and self.tokenizer.chat_template is None:
             raise RequestError("This model's tokenizer has no chat template: use /v1/completions.", place)
         if chat or isinstance(prompt, str):
+            characters = sum(len(message["content"]) for message in prompt) if chat else len(prompt)
+            # A million take seconds to read. The longest tokens that there are would not make more of them fit.
+            if self.context is not None and characters > (most := self.context * self._longest_token):
+                message = f"The prompt has {characters} characters, the context holds {most} at most: shorten {place}."
+                raise RequestError(message, place, "context_length_exceeded")
             try:
                 prompt = tokenize_prompts(self.tokenizer, [prompt])[0]
             except ValueError as error:

@@ -79,7 +79,9 @@ def _joined(content: Any) -> Any:
     texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
     if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
         raise ValueError("may hold parts of type text only, each with its text")
-    return "".join(texts)
+    joined = "".join(texts)
+    joined.encode()
+    return joined
 
 
 def _as_list(stop: Any) -> Any:
@@ -235,8 +237,14 @@ def read_request(body: bytes, kind: type[GenerationRequest], served: str) -> Gen
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
+        if not place:
+            raise RequestError("The request's body must be a JSON object.") from error
+        if first["type"] == "extra_forbidden" and place in KNOBS:
+            message = f"{place} is a knob of length guidance: write it into length_guidance."
+            raise RequestError(message, place, "unknown_parameter") from error
+        code = "unknown_parameter" if first["type"] == "extra_forbidden" else None
         shown = json.dumps(first["input"], default=str)[:80]
-        raise RequestError(f"{place[:80]}: {first['msg']} (got {shown}).", place or None) from error
+        raise RequestError(f"{place[:80]}: {first['msg']} (got {shown}).", place, code) from error
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The request's body is not JSON ({error}): send a JSON object.") from error
     check_model(request.model, served)

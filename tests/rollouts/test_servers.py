@@ -1,6 +1,7 @@
 """Clients of servers: failures that pass are outlasted, others are told; each kind is asked in its own words."""
 
 import json
+import threading
 
 import pytest
 from scripted_server import sampled, scripted_server, text_answer
@@ -49,6 +50,22 @@ def test_a_server_that_keeps_failing_is_given_up():
         with pytest.raises(ServerError, match="4 times.* 500.*scripted"):
             client.complete(ask(client))
         assert len(server.requests) == 4
+
+
+def test_no_address_is_told_at_once_and_an_abandoned_job_repeats_nothing(caplog):
+    with pytest.raises(ServerError, match="http://\\["):
+        (broken := connect("vllm", "http://[::1", "m", **QUICK)).complete(ask(broken))
+    abandoned = threading.Event()
+    abandoned.set()
+    with scripted_server(script=lambda number, times: (500, {})) as server:
+        client = connect("vllm", server.url, "m", max_retries=3, **QUICK)
+        with pytest.raises(ServerError):
+            client.complete(ask(client), abandoned)
+        assert len(server.requests) == 1
+        with pytest.raises(ServerError):
+            (again := connect("vllm", server.url, "m", max_retries=3, **QUICK)).complete(ask(again))
+    # Who waits is told why.
+    assert caplog.text.count("answered 500. Trying again") == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])

@@ -234,11 +234,24 @@ def test_bad_prompts_are_refused(client, prompt):
     assert (status, error["param"], error["code"]) == (400, "prompt", None)
 
 
-@pytest.mark.parametrize("words", [497, 5000])
-def test_a_prompt_that_does_not_fit_is_refused(client, words):
+@pytest.mark.parametrize(("words", "told"), [(497, "497 tokens"), (5000, "15000 characters")])
+def test_a_prompt_that_does_not_fit_is_refused(client, words, told):
+    """Far too long a one before it is read, which takes seconds."""
     status, error = post(client, {"prompt": "w6 " * words})
     assert (status, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
-    check_sentence(error["message"], f"{words} tokens")
+    check_sentence(error["message"], told)
+
+
+def test_a_knob_of_guidance_in_the_wrong_place_is_told_where_it_belongs(client):
+    status, error = post(client, {"prompt": "w6", "top_k": 5})
+    assert (status, error["param"], error["code"]) == (400, "top_k", "unknown_parameter")
+    check_sentence(error["message"], "length_guidance")
+
+
+def test_a_text_part_that_is_no_unicode_is_refused_where_it_stands(client):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]
+    status, error = post(client, {"messages": messages}, "chat/completions")
+    assert status == 400 and error["param"].startswith("messages[0].content")
 
 
 def test_a_prompt_that_just_fits_is_served(client):
@@ -305,7 +318,8 @@ def test_other_models_and_places_are_not_found(client):
         client.models.retrieve("some/other")
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="tiny", input="w6")
-    assert requests.get(f"{client.base_url}completions", timeout=20).status_code == 405
+    refused = requests.get(f"{client.base_url}completions", timeout=20)
+    assert refused.status_code == 405 and "POST /v1/completions" in refused.json()["error"]["message"]
 
 
 def test_a_vocabulary_too_large_to_score_needs_truncation():
