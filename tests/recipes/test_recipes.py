@@ -373,6 +373,7 @@ def run_recipe(recipe, monkeypatch, *arguments):
     recipe.main()
 
 
+@pytest.mark.slow
 def test_smoke_run_leaves_every_artefact_and_is_reused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
