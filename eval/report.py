@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eval.statistics import Interval
-from lenvm_rl.files import atomic_file
+from lenvm_rl.files import atomic_file, write_json
 
 Entry = dict[str, float | None]
 ENDS = ("estimate", "low", "high")
@@ -131,8 +130,7 @@ def save_report(
 
 def save_json(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
     """A report as JSON, atomically."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(report, indent=1, allow_nan=False).encode())
+    write_json(path, report, allow_nan=False)
 
 
 def save_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:

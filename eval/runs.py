@@ -8,7 +8,6 @@ sandbox's is taken for it.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from lenvm_rl.decoding.guidance import LengthGuidance
+from lenvm_rl.files import read_json
 from lenvm_rl.modeling.loading import read_config
 from lenvm_rl.programs import choose_threads, run_program
 from lenvm_rl.sandbox import sandbox_tokenizer
@@ -222,12 +222,10 @@ def find_run(
 
 def read_report(path: Path) -> dict[str, Any] | None:
     """What a program wrote as JSON; `None` if the file is not there."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): move it away; what wrote it writes it anew.") from error
+    remedy = "move it away; what wrote it writes it anew"
+    record = read_json(path, remedy) if path.is_file() else None
     if not isinstance(record, dict | None):
-        raise ValueError(f"{path} holds no record: move it away; what wrote it writes it anew.")
+        raise ValueError(f"{path} holds no record: {remedy}.")
     return record
 
 

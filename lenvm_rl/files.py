@@ -44,18 +44,20 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes a small file of JSON, atomically."""
+def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
+    """Writes a small file of JSON, atomically; `options` are further ones of `json.dumps`."""
+    # Before the file is opened: content that is no JSON leaves what was there.
+    text = json.dumps(content, indent=1, **options)
     with atomic_file(path) as file:
-        file.write(json.dumps(content, indent=1).encode("ascii") + b"\n")
+        file.write(text.encode("ascii") + b"\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """What a small file of this library holds; a `ValueError` names one that is damaged."""
+def read_json(path: str | os.PathLike, remedy: str = "remove it, and what it describes") -> Any:
+    """What a small file of this library holds; a `ValueError` names one that is damaged, and what to do with it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and what it describes.") from error
+        raise ValueError(f"{path} is damaged ({error}): {remedy}.") from error
 
 
 class Journal:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lenvm_rl.files import atomic_file
+from lenvm_rl.files import write_json
 from lenvm_rl.modeling.backbones import context_of
 from lenvm_rl.modeling.completions import check_in_eval_mode, pad_left
 from lenvm_rl.modeling.length_value_model import LengthValueConfig
@@ -298,8 +298,7 @@ class LengthQuantiles:
         """Writes everything as JSON, atomically; an infinite quantile is null."""
         fields = asdict(self)
         fields["log_ratios"] = [None if ratio == math.inf else ratio for ratio in self.log_ratios]
-        with atomic_file(path) as file:
-            file.write(json.dumps(fields, indent=2, allow_nan=False).encode() + b"\n")
+        write_json(path, fields, allow_nan=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LengthQuantiles:

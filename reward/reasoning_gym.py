@@ -8,7 +8,7 @@ settings, and its index. [`reasoning_gym_rows`] writes such rows:
 
     Dataset.from_list(reasoning_gym_rows("chain_sum", 1000, seed=0)).to_json("chain_sum.jsonl")
 
-Scorers run in processes that end with an answer that takes too long (`reward.timed_calls`). Those of some tasks parse
+Scorers run in processes that end with an answer that takes too long (`reward.timed_calls`). Some tasks' scorers parse
 the answer as an expression with sympy, which evaluates it: train on such tasks only where running what the policy
 writes is acceptable.
 """

@@ -78,7 +78,7 @@ class TradeoffArguments(GradedArguments, CandidateArguments):
             )
 
     def defaults(self, run: RecipeRun) -> dict[str, Any]:
-        """Those of the task and the run, with the baselines that a task adds."""
+        """Defaults by the task and the run, with the baselines that a task adds."""
         task = self.task in TASKS
         counts = [count for count in (2, 4, 8) if task and self.num_samples % count == 0]
         return {**super().defaults(run), "prompt_only": task, "best_of": counts}

@@ -176,20 +176,20 @@ class ServerJob(SamplingJob):
 
 
 class _ToldRetry(Retry):
-    """Repetitions that the log tells of, and that end once a job is abandoned."""
+    """Repetitions that the log tells of, and that end once the job of the thread's request is `abandoned`."""
 
-    def __init__(self, abandoned: threading.Event, *arguments: Any, **options: Any):
+    def __init__(self, local: threading.local, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self._abandoned = abandoned
+        self._local = local
 
     def new(self, **options: Any) -> Retry:
         """See urllib3, which makes the state of each repetition of the one before."""
-        return super().new(abandoned=self._abandoned, **options)
+        return super().new(local=self._local, **options)
 
     def increment(self, method=None, url=None, response=None, error=None, _pool=None, _stacktrace=None) -> Retry:
         """See urllib3."""
         left = super().increment(method, url, response, error, _pool, _stacktrace)
-        if self._abandoned.is_set():
+        if self._local.abandoned.is_set():
             raise MaxRetryError(_pool, url, error)
         problem = f"it answered {response.status}" if error is None and response is not None else error
         logger.warning("%s: %s. Trying again (%s more times at most)", url, problem, left.total)
@@ -257,20 +257,21 @@ class CompletionServer:
             seed (`int`): the completion's seed.
             eos_token_ids (`Sequence[int]`): ids that end the completion, for servers that can be told.
         """
+        given = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "seed": seed}
+        return given | self._sampling(settings, max_tokens, eos_token_ids)
+
+    def _sampling(self, settings: SamplingSettings, max_tokens: int, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+        """How to sample, in the words of this kind of server."""
         if settings.top_k:
             raise ValueError(
                 "The OpenAI completions endpoint has no top_k: set it to 0, or name the kind of server (vllm, "
                 "transformers)."
             )
         return {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "frequency_penalty": 0.0,
             "presence_penalty": 0.0,
-            "seed": seed,
         }
 
     def complete(self, request: dict[str, Any], abandoned: threading.Event | None = None) -> ServerAnswer:
@@ -284,7 +285,8 @@ class CompletionServer:
             if repeated and abandoned.wait(FIRST_DELAY):
                 break
             try:
-                response = self._session(abandoned).post(
+                self._local.abandoned = abandoned
+                response = self._session().post(
                     self.address, json=request, headers=self._headers, timeout=(min(10.0, self.timeout), self.timeout)
                 )
             except (InvalidURL, InvalidSchema, MissingSchema) as error:
@@ -318,10 +320,10 @@ class CompletionServer:
             "log; lower batch_size if it is overloaded, or raise the timeout."
         )
 
-    def _session(self, abandoned: threading.Event) -> requests.Session:
+    def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):
             retries = _ToldRetry(
-                abandoned,
+                self._local,
                 total=self.max_retries,
                 allowed_methods=None,
                 status_forcelist=RETRIED_STATUSES,
@@ -349,17 +351,9 @@ class VLLMServer(CompletionServer):
     kind = "vllm"
     gives_token_ids = True
 
-    def request(
-        self,
-        prompt: str | list[int],
-        settings: SamplingSettings,
-        max_tokens: int,
-        seed: int,
-        eos_token_ids: Sequence[int],
-    ) -> dict[str, Any]:
-        """See [`CompletionServer.request`]."""
+    def _sampling(self, settings: SamplingSettings, max_tokens: int, eos_token_ids: Sequence[int]) -> dict[str, Any]:
         return {
-            **super().request(prompt, replace(settings, top_k=0), max_tokens, seed, eos_token_ids),
+            **super()._sampling(replace(settings, top_k=0), max_tokens, eos_token_ids),
             # -1 is every token.
             "top_k": settings.top_k or -1,
             "min_p": 0.0,
@@ -380,23 +374,14 @@ class TransformersServer(CompletionServer):
 
     kind = "transformers"
 
-    def request(
-        self,
-        prompt: str | list[int],
-        settings: SamplingSettings,
-        max_tokens: int,
-        seed: int,
-        eos_token_ids: Sequence[int],
-    ) -> dict[str, Any]:
-        """See [`CompletionServer.request`]."""
+    def _sampling(self, settings: SamplingSettings, max_tokens: int, eos_token_ids: Sequence[int]) -> dict[str, Any]:
         # What is left open here is filled from the model's own generation config.
         config = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_new_tokens": max_tokens}
         config |= {"eos_token_id": list(eos_token_ids), "do_sample": settings.temperature > 0}
         if settings.temperature > 0:
             config |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
             config |= {"min_p": 0.0, "typical_p": 1.0}
-        given = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "seed": seed}
-        return {**given, "generation_config": json.dumps(config)}
+        return {"generation_config": json.dumps(config)}
 
 
 SERVERS = {server.kind: server for server in (VLLMServer, TransformersServer, CompletionServer)}

@@ -156,7 +156,7 @@ def read_traces(
 ) -> tuple[Dataset, RolloutMetadata]:
     """Reads a file of answers; `write_rollouts(new_path, *read_traces(…))` makes a rollout file of it.
 
-    The files are those of the MisguidedAttention evaluation (github.com/cpldcpu/MisguidedAttention, CC0): JSON with a
+    The files come from the MisguidedAttention evaluation (github.com/cpldcpu/MisguidedAttention, CC0): JSON with a
     list `results`, one object per prompt and model: `prompt_id`, `prompt`, `llm`, `output` (one text per sample) and,
     for models that think, `thinking` (as many, or null). The thinking is put between ``<think>`` and ``</think>``, as
     the models' templates have it. A completion with an answer is taken for finished, one that thinks and never answers

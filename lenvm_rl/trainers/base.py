@@ -123,10 +123,9 @@ class LenVMTrainer(ResumableTrainer):
         if length_value_model is not None:
             self.length_value_model = place_length_value_model(length_value_model, self)
             self._frozen = FrozenLengthValues(self.length_value_model, self)
-            self.length_gamma = self._frozen.gamma
         # TRL cuts what stands behind an end off by these: it knows none of `generation_kwargs`, and before 1.16 the
         # tokenizer's only.
-        self.eos_token_ids = self._ends = run_end_ids(self)
+        self.eos_token_ids = run_end_ids(self)
         if self._sets_advantages:
             check_ends(self)
         self._sampled: Sampled | None = None
@@ -168,13 +167,13 @@ class LenVMTrainer(ResumableTrainer):
 
     def _generate(self, prompts):
         generated = super()._generate(prompts)
-        self._sampled = read_sampled(generated, self._ends)
+        self._sampled = read_sampled(generated, self.eos_token_ids)
         return generated
 
     def _generate_single_turn(self, *args, **kwargs):
         completion_ids, logprobs = self._sample_turn(*args, **kwargs)
         if not self.use_vllm:
-            completion_ids = [through_first_end(ids, self._ends) for ids in completion_ids]
+            completion_ids = [through_first_end(ids, self.eos_token_ids) for ids in completion_ids]
         return completion_ids, logprobs
 
     def _sample_turn(self, *args, **kwargs):

@@ -334,7 +334,7 @@ def is_reference_forward(model: nn.Module, trainer: GRPOTrainer) -> bool:
 
 
 def _has_dropout(decoder) -> bool:
-    # That of adapters is off with them.
+    # Dropout in adapters is off with them.
     adapters = {
         id(part)
         for layer in decoder.modules()

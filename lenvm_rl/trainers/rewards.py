@@ -35,7 +35,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from lenvm_rl.files import atomic_file
+from lenvm_rl.files import write_json
 from lenvm_rl.reward_functions import (
     FLAG_THRESHOLD,
     StatefulReward,
@@ -153,9 +153,8 @@ def _keep(name: str, arguments: dict[str, Any], trainer) -> Path:
     path = Path(
         trainer.args.output_dir, f"failed_reward_{re.sub(r'[^A-Za-z0-9]+', '_', name)}_step{step}_rank{rank}.json"
     )
-    with atomic_file(path) as file:
-        # Pictures and the like are named, not written.
-        file.write(json.dumps(rows, indent=1, default=repr).encode())
+    # Pictures and the like are named, not written.
+    write_json(path, rows, default=repr)
     return path
 
 
@@ -374,8 +373,7 @@ class RewardStates(TrainerCallback):
     def save_in_checkpoint(self, folder: str | PathLike) -> None:
         """Called by the trainers of `lenvm_rl` before a checkpoint counts as complete; it then has the file."""
         if self.rewards:
-            with atomic_file(Path(folder) / FILE_NAME) as file:
-                file.write((json.dumps(self._states(), indent=2, allow_nan=False) + "\n").encode())
+            write_json(Path(folder) / FILE_NAME, self._states(), allow_nan=False)
 
     def _add(self, reward: StatefulReward) -> None:
         if any(known is reward for known in self.rewards.values()):
@@ -422,7 +420,7 @@ def keep_reward_states(trainer: GRPOTrainer) -> RewardStates:
 
 
 def stateful_among(reward_funcs: Iterable[Callable]) -> list[StatefulReward]:
-    """Those of the reward functions that have a state; the weights of a reward model, which is frozen, are none."""
+    """The reward functions that have a state; the weights of a reward model, which is frozen, are none."""
     found = [unwrapped(function) for function in reward_funcs]
     return [one for one in found if isinstance(one, StatefulReward) and not isinstance(one, nn.Module)]
 
