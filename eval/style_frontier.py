@@ -1,6 +1,6 @@
 """The style frontier of the sandbox: the best accuracy at each mean length over mixtures of the policy's own styles.
 
-Each difficulty offers a few points: tokens without detours, and accuracy of the fitted policy when it writes in that
+Each difficulty offers a few points: tokens without waste, and accuracy of the fitted policy when it writes in that
 style. Every mixture of them per difficulty is a point of the plot; the frontier is the upper edge of all of these
 mixtures. It says what the *fitted* policy could reach by choosing well and wasting nothing. Training may move the
 accuracies themselves, so a trained policy can lie above it.
@@ -23,7 +23,7 @@ from lenvm_rl.sandbox import clean_length, read_completion
 logger = logging.getLogger(__name__)
 
 # Prompts that the frontier is measured on, 8 completions each.
-FRONTIER_PROMPTS = 480
+FRONTIER_PROMPTS = 240
 # A style counts as good enough for a difficulty if its accuracy is within this of the difficulty's best style.
 FLOOR_TOLERANCE = 0.02
 
@@ -95,7 +95,7 @@ class StyleFrontier:
 def measure_points(
     difficulties: Sequence[int], styles: Sequence[str], clean_tokens: Sequence[int], correct: Sequence[bool]
 ) -> dict[int, dict[str, Point]]:
-    """Tokens and mean accuracy of each style at each difficulty, from completions without detours.
+    """Tokens and mean accuracy of each style at each difficulty, from completions without waste.
 
     Args: of each completion, its difficulty and style, the style's tokens at that difficulty (end-of-sequence not
         counted), and whether it is correct.
@@ -114,7 +114,7 @@ def measure_points(
 def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier | None:
     """The style frontier of the sandbox's base policy, under the same candidate rule as every arm.
 
-    From completions without detours on *validation* prompts: picking the best style on the evaluation prompts
+    From completions without waste on *validation* prompts: picking the best style on the evaluation prompts
     themselves would flatter it. `None` if the policy writes no readable style at some difficulty (a smoke run's).
     """
     data = sandbox_prompts(FRONTIER_PROMPTS, "validation")
@@ -123,12 +123,12 @@ def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier | N
     rows = []
     for ids, right, prompt in zip(found.completions, found.correct, found.prompt, strict=True):
         reading = read_completion(sampler.tokenizer.convert_ids_to_tokens(ids))
-        if reading.style != "mixed" and reading.detour_tokens == 0:
+        if reading.style != "mixed" and reading.waste_tokens == 0:
             difficulty = data.difficulties[prompt]
             rows.append((difficulty, reading.style, clean_length(difficulty, reading.style), right))
     missing = set(data.difficulties) - {row[0] for row in rows}
     if missing:
         missed = sorted(missing)
-        logger.warning("no style frontier: the policy writes no style without detours at difficulty %s", missed)
+        logger.warning("no style frontier: the policy writes no style without waste at difficulty %s", missed)
         return None
     return StyleFrontier.from_points(measure_points(*zip(*rows, strict=True)))

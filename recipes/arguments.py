@@ -18,6 +18,8 @@ import yaml
 from transformers.hf_argparser import HfArg
 from trl import ModelConfig, TrlParser
 
+from lenvm_rl.sandbox import PolicySettings
+
 CONFIG_HELP = "--config FILE reads any of these options from YAML; the command line overrides it."
 
 
@@ -155,7 +157,18 @@ class StageArguments(DataArguments):
         help="Dotted paths of reward functions, which get the other columns of the data. gate_reward names the one "
         "that says what is correct.",
     )
-    policy_tokens: int = HfArg(default=5_000_000, help="Sandbox: tokens the policy is fitted on.")
+    policy_tokens: int = HfArg(
+        default=PolicySettings.train_tokens, help="Sandbox: teacher tokens the policy is fitted on."
+    )
+    policy_passes: float = HfArg(
+        default=PolicySettings.passes,
+        help="Sandbox: passes of checking that the teacher writes behind a chain, on average: the waste. Completions "
+        "have 14 tokens at 0, and about 10 more for each pass.",
+    )
+    policy_repeats: int = HfArg(
+        default=PolicySettings.repeats, help="Sandbox: how often a pass writes each value: longer passes, no more."
+    )
+    policy_start: str | None = HfArg(default=None, help="Sandbox: a fitted policy that the fit goes on from.")
     sample_prompts: int = HfArg(default=480, help="Prompts to sample rollouts for.")
     sample_num_samples: int = HfArg(default=16, help="Completions per prompt.")
     sample_batch_size: int = HfArg(default=256, help="Completions per generate call.")

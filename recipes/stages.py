@@ -142,7 +142,15 @@ class StagedRun:
     def policy_settings(self) -> dict[str, Any]:
         """What the base policy depends on."""
         if self.sandbox:
-            return asdict(PolicySettings(train_tokens=self.args.policy_tokens, seed=self.config.seed))
+            return asdict(
+                PolicySettings(
+                    train_tokens=self.args.policy_tokens,
+                    seed=self.config.seed,
+                    passes=self.args.policy_passes,
+                    repeats=self.args.policy_repeats,
+                    start=self.args.policy_start,
+                )
+            )
         return {"path": self.policy, "pad_token": self.args.pad_token, **self.load_kwargs}
 
     def make_policy(self) -> None:

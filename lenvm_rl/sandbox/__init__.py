@@ -1,7 +1,7 @@
-"""The built-in task: a chain of operations whose written steps are worth their tokens only where they are needed."""
+"""The built-in task: a chain of operations that a policy solves at too great length."""
 
 from lenvm_rl.sandbox.policy import PolicySettings, fit_policy
-from lenvm_rl.sandbox.styles import STYLES, clean_length, draw_completion, read_completion
+from lenvm_rl.sandbox.styles import STYLES, Overthinking, Reading, clean_length, draw_completion, read_completion
 from lenvm_rl.sandbox.task import (
     DIFFICULTIES,
     Problem,
@@ -14,8 +14,10 @@ from lenvm_rl.sandbox.task import (
 __all__ = [
     "DIFFICULTIES",
     "STYLES",
+    "Overthinking",
     "PolicySettings",
     "Problem",
+    "Reading",
     "clean_length",
     "distinct_problems",
     "draw_completion",

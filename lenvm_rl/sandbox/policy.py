@@ -12,32 +12,59 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
+from lenvm_rl.modeling.loading import load_policy
 from lenvm_rl.pretraining.batches import pack_lengths
-from lenvm_rl.sandbox.styles import draw_completion
-from lenvm_rl.sandbox.task import sandbox_tokenizer, stream_problems
+from lenvm_rl.sandbox.styles import Overthinking, draw_completion, longest_completion
+from lenvm_rl.sandbox.task import DIFFICULTIES, sandbox_tokenizer, stream_problems
 
 logger = logging.getLogger(__name__)
 
 # Examples that are packed together; more fill the rows better, fewer start sooner.
 PACKING_WINDOW = 512
+# Positions are relative (RoPE), so room costs nothing.
+MAX_POSITIONS = 8192
+# Tokens of the shortest row of a fit.
+LEAST_ROW = 256
+# Start, label and operation of each step, question mark.
+LONGEST_PROMPT = 2 + 2 * max(DIFFICULTIES)
 
 
 @dataclass(frozen=True)
 class PolicySettings:
     """Size of the policy, and of its fit to `train_tokens` tokens of teacher text, prompts and padding included.
 
-    An optimiser step takes `batch_rows` packed rows of `row_tokens` tokens; `learning_rate` is the peak of a cosine
-    schedule, and `seed` is the seed of the weights and of the teacher's text.
+    An optimiser step takes `batch_tokens` tokens in packed rows; `learning_rate` is the peak of a cosine schedule, and
+    `seed` is the seed of the weights and of the teacher's text. `passes` and `repeats` say how much the teacher wastes,
+    see [`~lenvm_rl.sandbox.styles.Overthinking`]. With `start`, the path of a policy of the sandbox, the fit goes on
+    from that one: a policy that can do the task takes a fraction of the tokens to learn another habit.
     """
 
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 4
     train_tokens: int = 5_000_000
-    row_tokens: int = 256
-    batch_rows: int = 8
+    batch_tokens: int = 2048
     learning_rate: float = 3e-3
     seed: int = 0
+    passes: float = Overthinking.passes
+    repeats: int = Overthinking.repeats
+    start: str | None = None
+
+    @property
+    def overthinking(self) -> Overthinking:
+        """How much the teacher wastes."""
+        return Overthinking(self.passes, self.repeats)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a packed row: the longest prompt and completion without detours, in whole batches of rows."""
+        rows = max(1, self.batch_tokens // max(LEAST_ROW, longest_completion(self.overthinking) + LONGEST_PROMPT))
+        return max(self.batch_tokens // rows, longest_completion(self.overthinking) + LONGEST_PROMPT)
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of an optimiser step."""
+        return max(1, self.batch_tokens // self.row_tokens)
 
     @property
     def steps(self) -> int:
@@ -55,7 +82,7 @@ def new_policy(settings: PolicySettings, tokenizer: PreTrainedTokenizerBase) -> 
             intermediate_size=4 * settings.hidden_size,
             num_hidden_layers=settings.num_layers,
             num_attention_heads=settings.num_heads,
-            max_position_embeddings=512,
+            max_position_embeddings=MAX_POSITIONS,
             initializer_range=0.1,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
@@ -81,7 +108,9 @@ class TeacherRows(IterableDataset):
         problems = stream_problems(self.settings.seed, "train")
         while True:
             drawn = [next(problems) for _ in range(PACKING_WINDOW)]
-            examples = [(problem.prompt.split(), draw_completion(rng, problem)) for problem in drawn]
+            examples = [
+                (problem.prompt.split(), draw_completion(rng, problem, self.settings.overthinking)) for problem in drawn
+            ]
             # A completion with very many detours does not fit a row, and its text is not worth a longer one.
             examples = [(p, c) for p, c in examples if len(p) + len(c) <= self.settings.row_tokens]
             lengths = [len(prompt) + len(completion) for prompt, completion in examples]
@@ -122,7 +151,7 @@ def fit_policy(output_dir: str, settings: PolicySettings, **training_arguments: 
         training_arguments: further fields of `transformers.TrainingArguments`, such as `use_cpu`.
     """
     tokenizer = sandbox_tokenizer()
-    model = new_policy(settings, tokenizer)
+    model = new_policy(settings, tokenizer) if settings.start is None else load_policy(settings.start).train()
     arguments = TrainingArguments(
         output_dir=output_dir,
         max_steps=settings.steps,

@@ -1,11 +1,14 @@
 """Ways of writing a completion: what the teacher shows the policy, and how a completion is read back.
 
-- *direct*: ``A v``. The risky short path: all operations at once.
-- *plain*: one written value for every two operations, ``a v f v ... A v``.
-- *careful*: every operation copied and carried out, ``c +5 v a *2 v ... A v``.
-- *detours*, on any path with steps: ``wait`` tokens, and steps written again behind ``redo``. They buy nothing.
+A completion is a chain of steps in one of two styles, then waste, then the answer:
 
-All are correct derivations; none is chosen by difficulty. What is worth its tokens is for the policy to find out.
+- *direct*: no steps. The risky short path: all operations at once.
+- *careful*: every operation copied and carried out, ``c +5 v a *2 v ...``.
+- *passes*: the written values once more, ``redo c v a v ...``, and some ``wait``: whole passes of checking what is
+  right already, as a reasoning model's second thoughts. Few detours of the same kind lie inside of the chain.
+
+Chains are correct derivations whatever their style; none is chosen by difficulty. What is worth its tokens is for the
+policy to find out.
 """
 
 from __future__ import annotations
@@ -14,45 +17,84 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lenvm_rl.sandbox.task import ANSWER, EOS, LABELS, OPERATIONS, REDO, VALUES, WAIT, Problem
+from lenvm_rl.sandbox.task import ANSWER, DIFFICULTIES, EOS, LABELS, OPERATIONS, REDO, VALUES, WAIT, Problem
 
-STYLES = ("direct", "plain", "careful")
-STYLE_WEIGHTS = (0.15, 0.35, 0.5)
-# Chance of a detour after each step: none, some, or many, drawn once per completion.
-DETOUR_LEVELS = (0.0, 0.2, 0.5)
+STYLES = ("direct", "careful")
+STYLE_WEIGHTS = (0.05, 0.95)
+# Chance of a detour after each step: none, some, or more, drawn once per completion.
+DETOUR_LEVELS = (0.0, 0.05, 0.1)
 DETOUR_WEIGHTS = (0.4, 0.4, 0.2)
+# Passes to be expected in a completion, in units of the teacher's `passes`, drawn once per completion: each pass is
+# followed by another with the same chance, so that those of a hesitant completion can be told from its first ones.
+PASS_LEVELS = (0.0, 0.6, 1.825)
+PASS_WEIGHTS = (0.15, 0.45, 0.4)
+# A completion has at most so many times the passes to be expected.
+MOST_PASSES = 4
 MAX_WAITS = 3
 
 
+@dataclass(frozen=True)
+class Overthinking:
+    """How much the teacher wastes.
+
+    Args:
+        passes (`float`): mean number of passes of a completion with steps. None at 0.
+        repeats (`int`): how often a pass writes each value: tokens without a decision.
+    """
+
+    passes: float = 1.8
+    repeats: int = 1
+
+
 def clean_steps(problem: Problem, style: str) -> list[list[str]]:
-    """The steps of a style without detours, a list of tokens each; the answer not included."""
-    running = [str(value) for value in problem.running]
+    """The steps of a style without waste, a list of tokens each; the answer not included."""
     if style == "direct":
         return []
     if style == "careful":
+        running = (str(value) for value in problem.running)
         return [list(step) for step in zip(problem.labels, problem.operations, running, strict=True)]
-    if style == "plain":
-        ends = [min(start + 1, problem.difficulty - 1) for start in range(0, problem.difficulty, 2)]
-        return [[problem.labels[end], running[end]] for end in ends]
     raise ValueError(f"style must be one of {STYLES}, got {style!r}.")
 
 
 def clean_length(difficulty: int, style: str) -> int:
-    """Tokens of a completion of a style without detours, end-of-sequence not counted."""
-    steps = {"direct": 0, "plain": 2 * ((difficulty + 1) // 2), "careful": 3 * difficulty}
-    return steps[style] + 2
+    """Tokens of a completion of a style without waste, end-of-sequence not counted."""
+    return {"direct": 0, "careful": 3 * difficulty}[style] + 2
 
 
-def draw_completion(rng: random.Random, problem: Problem) -> list[str]:
-    """A teacher's completion: a random style with a random amount of detours, end-of-sequence included."""
+def longest_completion(overthinking: Overthinking) -> int:
+    """Tokens of the longest completion without detours, end-of-sequence included."""
+    longest = max(DIFFICULTIES)
+    one_pass = 1 + (1 + overthinking.repeats) * longest + MAX_WAITS
+    return clean_length(longest, "careful") + 1 + most_passes(overthinking) * one_pass
+
+
+def most_passes(overthinking: Overthinking) -> int:
+    """Passes that a completion has at most."""
+    return round(MOST_PASSES * overthinking.passes)
+
+
+def draw_completion(rng: random.Random, problem: Problem, overthinking: Overthinking) -> list[str]:
+    """A teacher's completion: a random style with a random amount of waste, end-of-sequence included."""
     style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
+    steps = clean_steps(problem, style)
     detour = rng.choices(DETOUR_LEVELS, DETOUR_WEIGHTS)[0]
     tokens: list[str] = []
-    for step in clean_steps(problem, style):
+    for step in steps:
         tokens += step
         while rng.random() < detour:
-            tokens += [WAIT] * rng.randint(1, MAX_WAITS) if rng.random() < 0.5 else [REDO, *step]
+            tokens += waits(rng, 1) if rng.random() < 0.5 else [REDO, *step]
+    expected = overthinking.passes * rng.choices(PASS_LEVELS, PASS_WEIGHTS)[0]
+    for _ in range(most_passes(overthinking) if steps else 0):
+        if rng.random() >= expected / (1.0 + expected):
+            break
+        tokens += [REDO, *(token for step in steps for token in [step[0], *[step[-1]] * overthinking.repeats])]
+        tokens += waits(rng, 0)
     return [*tokens, ANSWER, problem.answer, EOS]
+
+
+def waits(rng: random.Random, least: int) -> list[str]:
+    """A run of at least `least` and at most [`MAX_WAITS`] tokens that say nothing."""
+    return [WAIT] * rng.randint(least, MAX_WAITS)
 
 
 @dataclass(frozen=True)
@@ -60,32 +102,43 @@ class Reading:
     """What a completion turned out to be.
 
     Args:
-        style (`str`): `"direct"`, `"plain"`, `"careful"`, or `"mixed"` (both kinds of step, or neither form).
-        detour_tokens (`int`): tokens spent on waiting and on steps written again.
+        style (`str`): `"direct"`, `"careful"`, or `"mixed"`, where some step has another form.
+        wasted (tuple of `bool`): of each token before the answer, whether it is waste: it waits, or repeats a step.
     """
 
     style: str
-    detour_tokens: int
+    wasted: tuple[bool, ...]
+
+    @property
+    def waste_tokens(self) -> int:
+        """Tokens of waste."""
+        return sum(self.wasted)
 
 
 def read_completion(tokens: Sequence[str]) -> Reading:
-    """Tell a completion's style and how many of its tokens are detours, from its tokens alone."""
+    """Tell a completion's style and which of its tokens are waste, from its tokens alone.
+
+    A step is written again where its label was written before, and after ``redo``.
+    """
     kinds: set[str] = set()
-    detours, position, redoing = 0, 0, False
-    while position < len(tokens) and tokens[position] not in (ANSWER, EOS):
-        token, rest = tokens[position], tokens[position + 1 :]
+    seen: set[str] = set()
+    wasted: list[bool] = []
+    redoing = False
+    while len(wasted) < len(tokens) and tokens[len(wasted)] not in (ANSWER, EOS):
+        token, rest = tokens[len(wasted)], tokens[len(wasted) + 1 :]
         if token in (WAIT, REDO):
-            detours, position, redoing = detours + 1, position + 1, token == REDO
+            wasted.append(True)
+            redoing = token == REDO
             continue
         if token in LABELS and len(rest) > 1 and rest[0] in OPERATIONS and rest[1] in VALUES:
             kind, size = "careful", 3
-        elif token in LABELS and rest and rest[0] in VALUES:
-            kind, size = "plain", 2
         else:
-            kind, size = "mixed", 1
-        kinds.add(kind)
-        if redoing:
-            detours += size
-        position, redoing = position + size, False
+            kind, size = "mixed", 2 if token in LABELS and rest and rest[0] in VALUES else 1
+        again = redoing or token in seen or (size == 1 and bool(wasted) and wasted[-1])
+        if not again:
+            kinds.add(kind)
+        seen.add(token)
+        wasted += [again] * size
+        redoing = False
     style = "direct" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed"
-    return Reading(style, detours)
+    return Reading(style, tuple(wasted))

@@ -8,8 +8,10 @@ import pytest
 from lenvm_rl.sandbox import (
     DIFFICULTIES,
     STYLES,
+    Overthinking,
     PolicySettings,
     Problem,
+    Reading,
     clean_length,
     distinct_problems,
     draw_completion,
@@ -20,8 +22,8 @@ from lenvm_rl.sandbox import (
     task,
 )
 from lenvm_rl.sandbox.policy import TeacherRows
-from lenvm_rl.sandbox.styles import clean_steps
-from lenvm_rl.sandbox.task import TOKENS
+from lenvm_rl.sandbox.styles import clean_steps, most_passes
+from lenvm_rl.sandbox.task import TOKENS, VALUES
 from reward.sandbox import sandbox_reward
 
 # 3 -> +2 = 5 -> *2 = 10, which is 3 modulo 7 -> +3 = 6.
@@ -39,7 +41,6 @@ def test_arithmetic_by_hand():
 def test_styles_by_hand():
     values = [str(value) for value in RUNNING]
     assert clean_steps(PROBLEM, "direct") == []
-    assert clean_steps(PROBLEM, "plain") == [["a", values[1]], ["f", values[2]]]
     assert clean_steps(PROBLEM, "careful") == [["c", "+2", values[0]], ["a", "*2", values[1]], ["f", "+3", values[2]]]
     with pytest.raises(ValueError, match="style must be one of"):
         clean_steps(PROBLEM, "fast")
@@ -53,26 +54,46 @@ def test_clean_length_counts_steps_and_answer_without_the_end(style, difficulty)
 
 
 def test_reading_a_completion_by_hand():
-    tokens = "c +2 1 wait wait redo c +2 1 a *2 2 redo a *2 2 wait A 4 <eos>".split()
-    assert read_completion(tokens).style == "careful"
-    # Three waits, and two redone steps of 1 + 3 tokens.
-    assert read_completion(tokens).detour_tokens == 3 + 8
-    assert read_completion("A 4 <eos>".split()).style == "direct"
+    tokens = "c +2 1 wait wait redo c +2 1 a *2 2 f +3 5 redo c 1 a 2 f 5 wait A 5 <eos>".split()
+    reading = read_completion(tokens)
+    assert reading.style == "careful"
+    # Two waits and a step behind redo; then a pass of 1 + 6 tokens and its wait.
+    assert reading.wasted == (*[False] * 3, *[True] * 6, *[False] * 6, *[True] * 8)
+    assert reading.waste_tokens == 14
+    # Each value twice: no less waste.
+    assert read_completion("c +2 1 redo c 1 1 A 1 <eos>".split()).wasted == (*[False] * 3, *[True] * 4)
+    # A step with a label that was written before is waste without redo, too.
+    assert read_completion("c +2 1 c +2 1 A 1 <eos>".split()).wasted == (*[False] * 3, *[True] * 3)
+    assert read_completion("A 4 <eos>".split()) == Reading("direct", ())
     assert read_completion("c 1 a *2 4 A 4 <eos>".split()).style == "mixed"
+    assert read_completion("c 1 A 4 <eos>".split()).style == "mixed"
     assert read_completion("c c A 4 <eos>".split()).style == "mixed"
-    assert read_completion("c 1 redo c".split()).style == "mixed"
+    assert read_completion("c +2 1 redo c".split()) == Reading("careful", (*[False] * 3, True, True))
 
 
 def test_teacher_is_always_right_and_reads_back_to_its_clean_length():
     rng = random.Random(1)
     seen = set()
-    for problem in islice(stream_problems(1, "validation"), 400):
-        completion = draw_completion(rng, problem)
-        reading = read_completion(completion)
-        seen.add(reading.style)
-        assert is_correct(completion, problem.answer)
-        assert len(completion) - 1 - reading.detour_tokens == clean_length(problem.difficulty, reading.style)
+    for overthinking in (Overthinking(), Overthinking(passes=3.0, repeats=3), Overthinking(passes=0.0)):
+        for problem in islice(stream_problems(1, "validation"), 400):
+            completion = draw_completion(rng, problem, overthinking)
+            reading = read_completion(completion)
+            seen.add(reading.style)
+            assert is_correct(completion, problem.answer)
+            assert len(completion) - 1 - reading.waste_tokens == clean_length(problem.difficulty, reading.style)
     assert seen == set(STYLES)
+
+
+@pytest.mark.parametrize("passes", [0.0, 0.5, 2.0, 10.0])
+def test_passes_are_as_many_as_asked(passes):
+    # The mean over the levels, .45 * .6 + .4 * 1.825 = 1, less what the cap takes: some percent.
+    problem, rng = task.draw_problem(random.Random(0), 3, "train"), random.Random(3)
+    drawn = [draw_completion(rng, problem, Overthinking(passes)) for _ in range(4000)]
+    # Detours inside of the chain write redo before a label and an operation.
+    counts = [sum(a == "redo" and c in VALUES for a, c in zip(row, row[2:], strict=False)) for row in drawn]
+    careful = [count for count, row in zip(counts, drawn, strict=True) if row[0] != "A"]
+    assert max(careful) <= most_passes(Overthinking(passes)) and max(map(len, drawn)) < 400
+    assert sum(careful) / len(careful) == pytest.approx(passes, rel=0.12)
 
 
 def test_verifier_wants_the_answer_and_an_end():
@@ -108,7 +129,7 @@ def test_too_few_distinct_problems_is_an_error():
 
 def test_tokenizer_round_trips_prompts_and_completions():
     tokenizer = sandbox_tokenizer()
-    completion = draw_completion(random.Random(2), PROBLEM)
+    completion = draw_completion(random.Random(2), PROBLEM, Overthinking())
     text = f"{PROBLEM.prompt} {' '.join(completion)}"
     ids = tokenizer(text)["input_ids"]
     assert [TOKENS[token] for token in ids] == text.split()
