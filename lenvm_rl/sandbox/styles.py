@@ -28,8 +28,8 @@ DETOUR_WEIGHTS = (0.4, 0.4, 0.2)
 # followed by another with the same chance, so that those of a hesitant completion can be told from its first ones.
 PASS_LEVELS = (0.0, 0.6, 1.825)
 PASS_WEIGHTS = (0.15, 0.45, 0.4)
-# A completion has at most so many times the passes to be expected.
-MOST_PASSES = 4
+# A completion has at most so many times the passes to be expected, and so many more.
+MOST_PASSES = 3
 MAX_WAITS = 3
 
 
@@ -70,7 +70,7 @@ def longest_completion(overthinking: Overthinking) -> int:
 
 def most_passes(overthinking: Overthinking) -> int:
     """Passes that a completion has at most."""
-    return round(MOST_PASSES * overthinking.passes)
+    return round(MOST_PASSES * overthinking.passes) + MOST_PASSES
 
 
 def draw_completion(rng: random.Random, problem: Problem, overthinking: Overthinking) -> list[str]:
