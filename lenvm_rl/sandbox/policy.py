@@ -42,7 +42,7 @@ class PolicySettings:
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 4
-    train_tokens: int = 5_000_000
+    train_tokens: int = 4_000_000
     batch_tokens: int = 2048
     learning_rate: float = 3e-3
     seed: int = 0

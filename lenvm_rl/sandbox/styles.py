@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from lenvm_rl.sandbox.task import ANSWER, DIFFICULTIES, EOS, LABELS, OPERATIONS, REDO, VALUES, WAIT, Problem
 
 STYLES = ("direct", "careful")
-STYLE_WEIGHTS = (0.05, 0.95)
+STYLE_WEIGHTS = (0.04, 0.96)
 # Chance of a detour after each step: none, some, or more, drawn once per completion.
 DETOUR_LEVELS = (0.0, 0.05, 0.1)
 DETOUR_WEIGHTS = (0.4, 0.4, 0.2)
