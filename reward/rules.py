@@ -5,13 +5,18 @@ A rule maps ``(lengths, correct, group, **knobs)`` to rewards `(N,)`, float32. `
 completions of one prompt share, in any order, and may be `None` for rules that look at no group. In the formulas `L` is
 a completion's length and `C` its correctness.
 
-Default everywhere: the length of a wrong answer does not matter to its own reward, since paying for it teaches to fail
-fast. Where a paper lets wrong answers pay, `penalize_wrong=True` is the paper's form. A `target_length` is one number
-of tokens for all or `(N,)`, one for each. Every rule but Kimi's contains the task reward and stands in its place;
-Kimi's is to be added to it.
+Default everywhere but in [`cosine`]: the length of a wrong answer does not matter to its own reward, since charging for
+it teaches to fail fast. Where a paper lets wrong answers pay, `penalize_wrong=True` is the paper's form. A
+`target_length` is one number of tokens for all or `(N,)`, one for each. Every rule but Kimi's contains the task reward
+and stands in its place; Kimi's is to be added to it.
+
+A rule is not told whether a completion ended or was cut, nor how well it is formed. What papers have for these is in
+the task reward's hands: a cut answer that it calls wrong, as the sandbox's does, gets what wrong ones get and is out of
+statistics over correct ones.
 
 A prompt with one completion has nothing to compare it with: a correct one then gets 0 from Kimi's rule,
-``1 - alpha / 2`` from Arora's, `alpha` from ShorterBetter and ``1 / (1 + alpha)`` from GR³, whatever its length.
+``1 - alpha / 2`` from Arora's, `alpha` from ShorterBetter, ``1 / (1 + alpha)`` from GR³ and ``1 - coefficient`` by the
+pass rate, whatever its length.
 
 A rule of your own is one function under [`length_rule`]; `LengthReward` then knows it by name:
 
@@ -19,8 +24,8 @@ A rule of your own is one function under [`length_rule`]; `LengthReward` then kn
     def halved(lengths, correct, group, *, limit):
         return correct * (1.0 - 0.5 * (lengths > limit))
 
-DAPO's soft overlong punishment (arXiv 2503.14476) and the cosine of arXiv 2502.03373 are TRL's own:
-`trl.rewards.get_soft_overlong_punishment` and `trl.rewards.get_cosine_scaled_reward`.
+DAPO's soft overlong punishment (arXiv 2503.14476) is TRL's own, `trl.rewards.get_soft_overlong_punishment`; so is a
+cosine, `trl.rewards.get_cosine_scaled_reward`, without the branch for answers that are too long.
 """
 
 from __future__ import annotations
@@ -101,12 +106,53 @@ def linear(lengths: Tensor, correct: Tensor, group: Tensor | None, *, alpha: flo
 def truncation(lengths: Tensor, correct: Tensor, group: Tensor | None, *, limit: int) -> Tensor:
     """Correct answers count only up to a limit: ``C * 1(L <= limit)``.
 
-    DLER, arXiv 2510.15110, with 4000 tokens. Its lesson is that the optimiser matters more than the penalty's form:
-    `scale_rewards="batch"`, `epsilon_high=0.28`, and dropping groups whose rewards are all equal. ``limit = 100``: 100
-    and 101 tokens earn 1 and 0.
+    DLER, arXiv 2510.15110. In its authors' scripts the limit is the cap of sampling, 4000 tokens, and an answer that
+    was cut there earns nothing; here one of exactly `limit` tokens counts, ended or cut. Its lesson is that the
+    optimiser matters more than the penalty's form: the group's mean is the baseline and only the deviation is the
+    batch's (`scale_rewards="batch"`, which takes the rewards' deviation, theirs that of the centred ones),
+    `epsilon_high=0.28`, and groups whose rewards are all equal are dropped. ``limit = 100``: 100 and 101 tokens earn 1
+    and 0.
     """
     _check("limit", limit, 1)
     return correct * (lengths <= limit)
+
+
+@length_rule(scope="completion")
+def cosine(
+    lengths: Tensor,
+    correct: Tensor,
+    group: Tensor | None,
+    *,
+    max_length: int,
+    margin: int = 16,
+    correct_rewards: tuple[float, float] = (2.0, 1.0),
+    wrong_rewards: tuple[float, float] = (-10.0, 0.0),
+    exceed_reward: float = -10.0,
+) -> Tensor:
+    """Half a cosine between two rewards: ``end + (start - end) / 2 * (1 + cos(pi * L / L_max))``.
+
+    From `start` at no tokens to `end` at `L_max`, a pair for correct answers and one for wrong ones; whatever the
+    answer, ``L + margin >= L_max`` earns `exceed_reward`. Yeo et al., arXiv 2502.03373, numbers from the authors' code
+    with ``L_max = 14336``, `margin` from copies of it. The form is the paper's, in which wrong answers earn by being
+    *longer*, up to the margin; ``wrong_rewards=(0, 0)`` makes their length count nothing below it. There is no penalty
+    for repetition, for which a rule would have to see text. Against TRL's `get_cosine_scaled_reward`: that one lacks
+    the last branch and grades mathematics itself. ``L_max = 200``, ``margin = 20``: correct answers of 0, 100, 150 and
+    180 tokens earn 2, 1.5, 1.1464 and -10, wrong ones -10, -5, -1.4645 and -10.
+
+    Args:
+        max_length (`int`): `L_max`, the cap of sampling.
+        margin (`int`, *optional*, defaults to 16): tokens before `max_length` from which an answer is too long.
+        correct_rewards (pair of `float`, *optional*, defaults to `(2, 1)`): of a correct answer, start and end.
+        wrong_rewards (pair of `float`, *optional*, defaults to `(-10, 0)`): of a wrong answer, start and end.
+        exceed_reward (`float`, *optional*, defaults to -10): of an answer that is too long.
+    """
+    _check("max_length", max_length, 1)
+    _check("margin", margin, 0)
+    start, end = (
+        torch.where(correct.bool(), right, wrong) for right, wrong in zip(correct_rewards, wrong_rewards, strict=True)
+    )
+    rewards = end + 0.5 * (start - end) * (1.0 + torch.cos(math.pi * lengths / max_length))
+    return torch.where(lengths + margin >= max_length, exceed_reward, rewards)
 
 
 @length_rule(scope="completion")
@@ -121,7 +167,7 @@ def l1_exact(
 ) -> Tensor:
     """Every token away from the wanted length costs: ``C * max(0, 1 - alpha * |n - L|)``.
 
-    L1 (LCPO-Exact), arXiv 2503.04697, `alpha` from there; the prompt names `n`. The paper's form,
+    L1 (LCPO-Exact), arXiv 2503.04697, `alpha` from there; the prompt names `n`, 100 to 4000 there. The paper's form,
     ``C - alpha * |n - L|``, lets wrong answers pay, too. ``n = 100``, ``alpha = 0.01``: 100, 80 and 300 tokens earn 1,
     0.8 and 0 (-1 with `penalize_wrong`), a wrong answer of 80 tokens 0 (-0.2).
     """
@@ -137,16 +183,17 @@ def l1_max(
     group: Tensor | None,
     *,
     target_length: Tensor | int,
-    alpha: float = 3e-4,
+    alpha: float = 1.5e-4,
     delta: float = 0.5,
 ) -> Tensor:
     """Correct answers earn more the further they stay under a budget: ``C * clip(alpha * (n - L) + delta, 0, 1)``.
 
-    L1 (LCPO-Max), arXiv 2503.04697, `alpha` and `delta` from there; the prompt names `n`. ``n = 100``,
-    ``alpha = 0.01``: 50, 100, 125 and 150 tokens earn 1, 0.5, 0.25 and 0.
+    L1 (LCPO-Max), arXiv 2503.04697, which gives this formula, `delta` and ``alpha = 3e-4``; the prompt names `n`. The
+    released code computes ``(clip(alpha * (n - L), -1, 1) + 1) / 2``, so that a token is worth half as much: that half
+    is the default here. ``n = 100``, ``alpha = 0.01``: 50, 100, 125 and 150 tokens earn 1, 0.5, 0.25 and 0.
 
     Args:
-        alpha (`float`, *optional*, defaults to 3e-4): what a token is worth.
+        alpha (`float`, *optional*, defaults to 1.5e-4): what a token is worth.
         delta (`float`, *optional*, defaults to 0.5): reward of a correct answer of exactly `n` tokens.
     """
     _check("alpha", alpha, 0)
@@ -158,7 +205,7 @@ def kimi(lengths: Tensor, correct: Tensor, group: Tensor, *, penalize_wrong: boo
     """Length term of Kimi k1.5 (arXiv 2501.12599, section 2.3.3): shorter than the group's middle gains, longer loses.
 
     With ``lam = 0.5 - (L - L_min) / (L_max - L_min)`` over the completions of a prompt, 0 where all are equally long:
-    ``lam`` if correct, ``min(0, lam)`` if wrong in the paper's form, else 0. To be *added* to the task reward with a
+    ``lam`` if correct, ``min(0, lam)`` if wrong in the paper's form, 0 here. To be *added* to the task reward with a
     weight; the paper turns it on only after a while of training without it. A group of 10, 20 and 30 tokens, the first
     two correct: 0.5, 0 and 0 (-0.5 with `penalize_wrong`).
     """
@@ -173,9 +220,11 @@ def kimi(lengths: Tensor, correct: Tensor, group: Tensor, *, penalize_wrong: boo
 def arora(lengths: Tensor, correct: Tensor, group: Tensor, *, alpha: float = 0.1) -> Tensor:
     """Correct answers lose by how long they are among the correct ones: ``C * (1 - alpha * sigmoid(z))``.
 
-    ``z = (L - mean) / std`` over the prompt's *correct* completions, with the population's deviation; 0 where that is
-    0. Arora and Zanette, arXiv 2502.04463, `alpha` 0.05 to 0.4 there. ``alpha = 0.2``, correct answers of 10 and 30
-    tokens: z = -1 and 1, so 1 - 0.2 * 0.2689 = 0.9462 and 0.8538.
+    ``z = (L - mean) / (std + 1e-7)`` over the prompt's *correct* completions, with the population's deviation: one that
+    alone is correct has z = 0. Arora and Zanette, arXiv 2502.04463, form and `alpha` (0.05 to 0.4 were tried) from the
+    authors' code. There an answer without an end-of-sequence earns 0 and is out of the statistics; here only if the
+    task reward calls it wrong. ``alpha = 0.2``, correct answers of 10 and 30 tokens: z = -1 and 1, so
+    1 - 0.2 * 0.2689 = 0.9462 and 0.8538; one alone earns 0.9.
 
     Args:
         alpha (`float`, *optional*, defaults to 0.1): the most that a correct answer can lose, in [0, 1].
@@ -184,19 +233,19 @@ def arora(lengths: Tensor, correct: Tensor, group: Tensor, *, alpha: float = 0.1
     count = _sum(correct, group).clamp(min=1.0)
     away = lengths - _sum(correct * lengths, group) / count
     deviation = (_sum(correct * away**2, group) / count).sqrt()
-    score = torch.where(deviation > 0, away / deviation.clamp(min=1e-6), torch.zeros_like(away))
-    return correct * (1.0 - alpha * torch.sigmoid(score))
+    return correct * (1.0 - alpha * torch.sigmoid(away / (deviation + 1e-7)))
 
 
 @length_rule()
 def alp(lengths: Tensor, correct: Tensor, group: Tensor, *, beta: float = 1e-7, penalize_wrong: bool = False) -> Tensor:
     """Every token costs, more so where the prompt is easy: ``C * max(0, 1 - beta * L * max(p, 1/K))``.
 
-    `p` is the share of the prompt's `K` completions that are correct. ALP, arXiv 2506.05256, where all answers pay,
-    ``C - beta * L * max(p, 1/K)``; `beta` as reported of its runs (K from 16 on, up to 8192 tokens). That small a price
-    orders the correct answers of a group, which `scale_rewards="group"` then magnifies; without such scaling take more,
-    say 1e-4. ``beta = 0.01``; 10, 20, 30 and 40 tokens, the first correct: p = 1/4 = 1/K, so 0.975, 0, 0, 0 (with
-    `penalize_wrong` 0.975, -0.05, -0.075, -0.1). All correct: 0.9, 0.8, 0.7, 0.6.
+    `p` is the share of the prompt's `K` completions that are correct. ALP's form, arXiv 2506.05256, second hand, where
+    all answers pay, ``C - beta / N * L * max(p, 1/K)``: what N is differs between readings, here it is 1. `beta` as
+    reported of its runs (K from 16 to 32) acts only where all of a group are correct and `scale_rewards="group"`
+    magnifies what tells them apart. Anything else is ALP's form at a scale of one's own: choose `beta` so that a usual
+    length costs a few hundredths. ``beta = 0.01``; 10, 20, 30 and 40 tokens, the first correct: p = 1/4 = 1/K, so
+    0.975, 0, 0, 0 (with `penalize_wrong` 0.975, -0.05, -0.075, -0.1). All correct: 0.9, 0.8, 0.7, 0.6.
 
     Args:
         beta (`float`, *optional*, defaults to 1e-7): price of a token of a prompt that is always solved.
@@ -204,6 +253,25 @@ def alp(lengths: Tensor, correct: Tensor, group: Tensor, *, beta: float = 1e-7, 
     _check("beta", beta, 0)
     cost = beta * lengths * _sum(correct, group).clamp(min=1.0) / _sum(torch.ones_like(correct), group)
     return correct - cost if penalize_wrong else correct * (1.0 - cost).clamp(min=0.0)
+
+
+@length_rule(least_generations=2)
+def pass_rate(lengths: Tensor, correct: Tensor, group: Tensor, *, coefficient: float = 0.25) -> Tensor:
+    """Correct answers pay by relative length, more so where the prompt is easy: ``C - k * C * p * L / L_max``.
+
+    `p` is the share of the prompt's completions that are correct, `L_max` the length of the longest of them, correct or
+    not, `k` the coefficient. ALP's idea (arXiv 2506.05256) as prime-rl has it, `k` from there, second hand; no paper of
+    its own. Theirs takes graded rewards, this one flags, and without the gate on success every answer paid there.
+    ``k = 0.25``; 10 and 30 tokens correct, 40 wrong: p = 2/3, so 1 - 0.25 * 2/3 * 1/4 = 0.9583, 0.875 and 0.
+
+    Args:
+        coefficient (`float`, *optional*, defaults to 0.25): the most that a correct answer can lose, in [0, 1].
+    """
+    _check("coefficient", coefficient, 0, 1)
+    share = _sum(correct, group) / _sum(torch.ones_like(correct), group)
+    longest = -_lowest(-lengths, group)
+    # Where all lengths are 0, so is the longest.
+    return correct * (1.0 - coefficient * share * lengths / longest.clamp(min=1.0))
 
 
 @length_rule(least_generations=2)
@@ -219,7 +287,7 @@ def shorter_better(
     """Every token away from the group's best length costs: ``C * max(0, alpha - beta * |L - L*|)``.
 
     `L*` is the length of the prompt's shortest correct completion, or the mean of all where none is correct.
-    ShorterBetter, arXiv 2504.21370, `alpha` (1 or 2) and `beta` from there; there all answers pay,
+    ShorterBetter, arXiv 2504.21370, `alpha` and `beta` from the authors' code; there all answers pay,
     ``alpha * C - beta * |L - L*|``. ``beta = 0.01``, 100 and 150 tokens correct, 50 wrong: 2, 1.5 and 0 (-0.5).
     """
     _check("alpha", alpha, 0)
@@ -234,8 +302,9 @@ def shorter_better(
 def gr3(lengths: Tensor, correct: Tensor, group: Tensor, *, alpha: float = 0.33) -> Tensor:
     """The task reward, divided by relative length: ``C / (1 + alpha * L / L_mean)``.
 
-    `L_mean` is over all completions of the prompt. GR³, arXiv 2603.10535, strength `alpha` from there. ``alpha = 1``,
-    50 and 150 tokens correct, 100 wrong: 1 / 1.5, 1 / 2.5 and 0.
+    `L_mean` is over all completions of the prompt. GR³, arXiv 2603.10535, form and `alpha` as in prime-rl's code; the
+    baseline is the mean of these rescaled rewards, which is GRPO's. ``alpha = 1``, 50 and 150 tokens correct, 100
+    wrong: 1 / 1.5, 1 / 2.5 and 0.
     """
     _check("alpha", alpha, 0)
     mean = _sum(lengths, group) / _sum(torch.ones_like(correct), group)
@@ -249,8 +318,10 @@ def laser(
 ) -> Tensor:
     """A bonus for correct answers within a target: ``C + bonus * C * 1(L <= L_T)``.
 
-    LASER, arXiv 2505.15612, `bonus` from there; `L_T` is 2048, 4096 or 8192 tokens in its runs. ``L_T = 100``: 100 and
-    101 tokens earn 1.5 and 1.
+    LASER, arXiv 2505.15612, `bonus` from the authors' code; `L_T` is 2048 to 8192 tokens in its runs. Its base is no
+    flag but 1 for a correct answer, -0.5 for a wrong one and -1 for bad format, which a rule cannot see: as a share of
+    what being correct is worth, its bonus is 1/3, and ``1.5 * (C + 1/3 * C * 1(L <= L_T)) - 0.5`` is its reward.
+    ``L_T = 100``: 100 and 101 tokens earn 1.5 and 1, a wrong answer 0.
     """
     _check("bonus", bonus, 0)
     return correct * (1.0 + bonus * (lengths <= _checked_target(target_length, lengths)))
@@ -275,7 +346,8 @@ def adaptive_targets(
 
     LASER-D (arXiv 2505.15612) expects ``ECR = P(L <= l) * n`` correct answers within `l` tokens, `n` being the fewest
     of the `K` completions of a prompt that its tier has correct: ``floor(2K/3)`` of an easy one, ``floor(K/3)`` of a
-    medium one, 1 of a hard one, as in its released code (at least 1 here, which matters below K = 3).
+    medium one, 1 of a hard one, as in its released code (at least 1 here, which matters below K = 3). A hard prompt's
+    target is therefore one that *all* completions of the tier stay within.
 
     Worked example: K = 6, so n = 4, 2, 1. Of 8 completions each, 2, 4 and 4 stay within 100 tokens and all within 200:
     ECR(100) = 1, 1 and 0.5: the targets are 100, 100, 200.
@@ -376,9 +448,11 @@ def laser_d(lengths: Tensor, correct: Tensor, group: Tensor, *, targets: Sequenc
     """[`laser`] with a target for each difficulty: ``C + bonus * C * 1(L <= L_A)``.
 
     `L_A` is `targets[0]` where at least 2/3 of the prompt's completions are correct, `targets[1]` from 1/3 on, and
-    `targets[2]` below. LASER-D, arXiv 2505.15612, `bonus` and tiers from there and its released code; as a reward
-    function its targets come from [`LaserTargets`]. Targets 50, 100 and 200, three completions of 80 tokens, two of
-    them correct: p = 2/3 is easy, 80 is over 50: 1, 1, 0. With one correct, p = 1/3 is medium: 1.5, 0, 0.
+    `targets[2]` below. LASER-D, arXiv 2505.15612, `bonus` and tiers from there and its released code, whose base is
+    [`laser`]'s; as a reward function its targets come from [`LaserTargets`]. LASER-DE, which also pays 0.5 for a wrong
+    answer that is long and does not repeat itself, is not here. Targets 50, 100 and 200, three completions of 80
+    tokens, two of them correct: p = 2/3 is easy, 80 is over 50: 1, 1, 0. With one correct, p = 1/3 is medium: 1.5, 0,
+    0.
 
     Args:
         targets (sequence of three `float`): target lengths in tokens of easy, medium and hard prompts.
@@ -398,7 +472,7 @@ class LeashMultiplier:
 
     Dual ascent on the constraint that the mean length of all that is sampled is at most `L_t` (Leash, arXiv
     2512.21540). lam = 0.5, rate 0.1, L_t = 100: a mean of 150 gives 0.55, one of 80 gives 0.48. The last three defaults
-    are from a public implementation of the rule for DAPO, not checked against the paper's runs.
+    are from a public implementation of the rule for DAPO; the paper's own step and bounds were not found.
 
     Args:
         target_length (`int`): wanted mean length in tokens; the paper's runs use 4000, 8000 and 12000.
@@ -456,8 +530,11 @@ def leash(
     """Length over a target costs, at a price that changes: ``clip(2C - 1 - lam * max(0, L / L_t - 1), -1, 1)``.
 
     Leash, arXiv 2512.21540: reward as great as can be with a mean length of at most `L_t`; `lam` is the constraint's
-    multiplier, as a reward function from [`LeashMultiplier`]. One-sided: shorter than `L_t` earns nothing, and a wrong
-    answer has -1 already. ``L_t = 100``, ``lam = 0.5``: correct answers of 100, 200 and 700 tokens earn 1, 0.5 and -1.
+    multiplier, as a reward function from [`LeashMultiplier`]. The form is second hand: ``clip(r - lam * Delta, -1,
+    1)``, with `Delta` the hinge. What numbers the task reward `r` has there was not found; here they are 1 and -1, the
+    ends of the clip, so that a wrong answer has -1 already and does not pay for its length; with ``r = C`` it would.
+    One-sided: shorter than `L_t` earns nothing. ``L_t = 100``, ``lam = 0.5``: correct answers of 100, 200 and 700
+    tokens earn 1, 0.5 and -1.
     """
     _check("multiplier", multiplier, 0)
     over = (lengths / _checked_target(target_length, lengths) - 1.0).clamp(min=0.0)

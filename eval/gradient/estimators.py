@@ -4,8 +4,8 @@ All are to be multiplied with ``grad log pi(a_t | s_t)`` and summed; a larger ad
 are runs of `group_size` rows. What a completion gets as a whole is the same number at each of its tokens and has the
 group's mean for a baseline, as in GRPO (arXiv 2402.03300) and its variant without the division (arXiv 2503.20783). The
 mean of the *others* (arXiv 2402.14740) differs by the factor ``K / (K - 1)`` only, so its signal-to-noise ratio is the
-same. Of the rules in `reward.rules` these are the ones that need no target length, for on that their
-direction would depend; where a penalty contains the task reward, it is taken out.
+same. Of the rules in `reward.rules` these are the ones that need no target or longest length, for on
+that their direction would depend; where a penalty contains the task reward, it is taken out.
 
 Returns are as in `lenvm_rl.returns`. Without a model a cut completion is taken for one that ended at the cut.
 """
@@ -212,14 +212,14 @@ def if_correct_centred(batch: GradedBatch) -> Tensor:
     )
 
 
-def pass_rate(batch: GradedBatch) -> Tensor:
+def pass_rate_of_group(batch: GradedBatch) -> Tensor:
     """Share of correct ones in a completion's group, `(N,)`."""
     return batch.per_group(batch.correct)
 
 
 def passes(batch: GradedBatch, threshold: float) -> Tensor:
-    """1 where [`pass_rate`] reaches a threshold, else 0."""
-    return (pass_rate(batch) >= threshold).double()
+    """1 where [`pass_rate_of_group`] reaches a threshold, else 0."""
+    return (pass_rate_of_group(batch) >= threshold).double()
 
 
 def pass_rate_of_others(batch: GradedBatch) -> Tensor:
@@ -246,6 +246,7 @@ PENALTIES = {
     "linear penalty, if correct": linear_term,
     "Arora penalty, if correct": partial(rule_term, rule="arora", alpha=1.0),
     "GR3 penalty, if correct": partial(rule_term, rule="gr3"),
+    "pass-rate penalty, if correct": partial(rule_term, rule="pass_rate", coefficient=1.0),
 }
 
 
@@ -272,7 +273,7 @@ def estimators(pass_threshold: float, with_values_of_correct: bool) -> list[Esti
         Estimator("LenVM of correct ones, if correct", GATE, if_correct_by_its_own),
         Estimator("LenVM, if correct, centred", GATE, if_correct_centred),
         Estimator("group baseline per position, if correct", GATE, partial(position_baseline, correct_only=True)),
-        Estimator("LenVM x pass rate", GATE, partial(gated, gate=pass_rate)),
+        Estimator("LenVM x pass rate", GATE, partial(gated, gate=pass_rate_of_group)),
         Estimator("LenVM x pass rate of the others", GATE, partial(gated, gate=pass_rate_of_others)),
         Estimator(f"LenVM, if pass rate >= {pass_threshold:g}", GATE, partial(gated, gate=passed)),
     ]

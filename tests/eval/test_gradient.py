@@ -95,6 +95,8 @@ class TestEstimators:
             ("Arora penalty, if correct", [-0.25, 0.25, 0, 0]),
             # 1 / (1 + 0.33 * 1/2) - 1 = -0.1416 and 0; the same twice.
             ("GR3 penalty, if correct", [-0.165 / 2.33, 0.165 / 2.33, 0, 0]),
+            # -1/2 * 1/3 for the only correct one of the first group; -1 twice in the second.
+            ("pass-rate penalty, if correct", [-1 / 12, 1 / 12, 0, 0]),
         ],
     )
     def test_what_a_whole_completion_gets(self, name, per_completion):

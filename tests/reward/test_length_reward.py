@@ -81,7 +81,9 @@ EVERY = [
     LengthReward("truncation", flag_column, limit=3),
     LengthReward("kimi", flag_column),
     LengthReward("arora", flag_column, alpha=0.4),
+    LengthReward("cosine", flag_column, max_length=20, margin=0),
     LengthReward("alp", flag_column, beta=0.01),
+    LengthReward("pass_rate", flag_column),
     LengthReward("shorter_better", flag_column, beta=0.01),
     LengthReward("gr3", flag_column),
     LengthReward("laser", flag_column, target_length=3),
@@ -256,7 +258,7 @@ def test_nothing_empty_and_unscored(penalty):
     assert called(reward, [[], [5], []], [1, None, 1])[1] is None
 
 
-ALONE = ("kimi", "arora", "shorter_better", "gr3")
+ALONE = ("kimi", "arora", "pass_rate", "shorter_better", "gr3")
 
 
 @each
@@ -277,6 +279,7 @@ def test_groups_of_one_have_these_values():
     assert called(LengthReward("arora", flag_column, alpha=0.4), *one) == pytest.approx([0.8])
     assert called(LengthReward("shorter_better", flag_column), *one) == [2.0]
     assert called(LengthReward("gr3", flag_column, alpha=1.0), *one) == [0.5]
+    assert called(LengthReward("pass_rate", flag_column), *one) == [0.75]
     # p = 1 = 1/K; correct prompts are easy ones.
     assert called(LengthReward("alp", flag_column, beta=0.1, num_generations=1), *one) == pytest.approx([0.6])
     assert called(LengthReward("laser_d", flag_column, candidates=[3, 4], num_generations=1), *one) == [1.5]

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from trl.rewards import get_cosine_scaled_reward
 
 from lenvm_rl.reward_functions import load_reward
 from reward import baselines, rules
@@ -19,13 +20,32 @@ WORKED = [
     (rules.kimi, {}, [1, 101], [0, 1], [0, -0.5]),
     (rules.kimi, PAYING, [10, 20, 30], [1, 1, 0], [0.5, 0, -0.5]),
     (rules.arora, {"alpha": 0.2}, [10, 30, 500], [1, 1, 0], [0.946212, 0.853788, 0]),
-    # sigmoid(0) where there is no spread.
+    # sigmoid(0) where there is no spread: one correct alone, and equal lengths.
     (rules.arora, {"alpha": 0.2}, [10, 30], [1, 0], [0.9, 0]),
+    (rules.arora, {"alpha": 0.2}, [7, 7, 7], [1, 1, 1], [0.9, 0.9, 0.9]),
+    # The population's deviation: of 10, 10 and 40 it is sqrt(200), so z = -0.7071 twice, and 1.4142.
+    (rules.arora, {"alpha": 1.0}, [10, 10, 40], [1, 1, 1], [0.669762, 0.669762, 0.195572]),
     (rules.alp, {"beta": 0.01}, [10, 20, 30, 40], [1, 0, 0, 0], [0.975, 0, 0, 0]),
     (rules.alp, {"beta": 0.01, **PAYING}, [10, 20, 30, 40], [1, 0, 0, 0], [0.975, -0.05, -0.075, -0.1]),
     (rules.alp, {"beta": 0.01}, [10, 20, 30, 40], [1, 1, 1, 1], [0.9, 0.8, 0.7, 0.6]),
     # Never solved: the price is that of one in K.
     (rules.alp, {"beta": 0.01, **PAYING}, [10, 20], [0, 0], [-0.05, -0.1]),
+    # p = 2/3, and the longest is a wrong one.
+    (rules.pass_rate, {}, [10, 30, 40], [1, 1, 0], [0.958333, 0.875, 0]),
+    (rules.pass_rate, {"coefficient": 1.0}, [10, 40], [1, 1], [0.75, 0]),
+    (rules.pass_rate, {}, [10, 20], [0, 0], [0, 0]),
+    (rules.pass_rate, {}, [0, 0], [1, 0], [1, 0]),
+    (rules.cosine, {"max_length": 200, "margin": 20}, [0, 100, 150, 180], [1, 1, 1, 1], [2, 1.5, 1.146447, -10]),
+    (rules.cosine, {"max_length": 200, "margin": 20}, [0, 100, 150, 180], [0, 0, 0, 0], [-10, -5, -1.464466, -10]),
+    # The margin begins with the token at which it is reached; the authors' is 16.
+    (rules.cosine, {"max_length": 232}, [215, 216, 900], [1, 1, 0], [1.013190, -10, -10]),
+    (
+        rules.cosine,
+        {"max_length": 100, "margin": 0, "correct_rewards": (1, 0), "wrong_rewards": (0, 0), "exceed_reward": -1},
+        [50, 50, 100],
+        [1, 0, 1],
+        [0.5, 0, -1],
+    ),
     (rules.l1_exact, {"target_length": 100, "alpha": 0.01}, [100, 80, 300, 80], [1, 1, 1, 0], [1, 0.8, 0, 0]),
     (
         rules.l1_exact,
@@ -41,6 +61,7 @@ WORKED = [
         [1, 1, 1, 1, 0],
         [1, 0.5, 0.25, 0, 0],
     ),
+    (rules.l1_max, {"target_length": 1000}, [0, 1000, 2000], [1, 1, 1], [0.65, 0.5, 0.35]),
     (rules.laser, {"target_length": 100}, [100, 101, 10], [1, 1, 0], [1.5, 1, 0]),
     (rules.laser_d, {"targets": [50, 100, 200]}, [80, 80, 80], [1, 1, 0], [1, 1, 0]),
     (rules.laser_d, {"targets": [50, 100, 200]}, [80, 80, 80], [1, 0, 0], [1.5, 0, 0]),
@@ -66,6 +87,9 @@ BITING = [
     (rules.kimi, {}),
     (rules.arora, {"alpha": 0.4}),
     (rules.alp, {"beta": 0.01}),
+    (rules.pass_rate, {}),
+    # Only with this setting are wrong answers spared.
+    (rules.cosine, {"max_length": 130, "margin": 0, "wrong_rewards": (0.0, 0.0)}),
     (rules.l1_exact, {"target_length": 1, "alpha": 0.01}),
     (rules.l1_max, {"target_length": 50, "alpha": 0.01}),
     (rules.laser, {"target_length": 50}),
@@ -164,7 +188,7 @@ def test_a_shaped_number_and_a_wrong_shape_are_refused(rule, knobs):
         rule(lengths, correct[:-1], group, **knobs)
 
 
-@pytest.mark.parametrize("rule", [rules.kimi, rules.arora, rules.alp, rules.shorter_better, rules.gr3])
+@pytest.mark.parametrize("rule", [rules.kimi, rules.arora, rules.alp, rules.pass_rate, rules.shorter_better, rules.gr3])
 def test_rules_within_a_group_need_one(rule):
     with pytest.raises(ValueError, match="group"):
         rule(torch.tensor([1]), torch.tensor([1]), None)
@@ -178,6 +202,9 @@ def test_rules_within_a_group_need_one(rule):
         (rules.linear, {"alpha": 0.5, "max_length": 0}, "max_length"),
         (rules.arora, {"alpha": 1.1}, "alpha"),
         (rules.alp, {"beta": -1.0}, "beta"),
+        (rules.pass_rate, {"coefficient": 1.1}, "coefficient"),
+        (rules.cosine, {"max_length": 0}, "max_length"),
+        (rules.cosine, {"max_length": 10, "margin": -1}, "margin"),
         (rules.l1_exact, {"target_length": 0}, "target_length"),
         (rules.l1_max, {"target_length": torch.tensor([1, 2])}, "target_length"),
         (rules.l1_max, {"target_length": float("nan")}, "target_length"),
@@ -201,6 +228,8 @@ def test_equal_knobs_make_equal_rules():
         (rules.arora, {"alpha": 0.0}),
         (rules.alp, {"beta": 0.0}),
         (rules.gr3, {"alpha": 0.0}),
+        (rules.pass_rate, {"coefficient": 0.0}),
+        (rules.cosine, {"max_length": 200, "correct_rewards": (1.0, 1.0), "wrong_rewards": (0.0, 0.0)}),
         (rules.laser, {"bonus": 0.0, "target_length": 10}),
         (rules.shorter_better, {"alpha": 1.0, "beta": 0.0}),
         (rules.l1_max, {"alpha": 0.0, "delta": 1.0, "target_length": 10}),
@@ -211,6 +240,41 @@ def test_equal_knobs_make_equal_rules():
         rules.laser_d(lengths, correct, group, targets=[40, 40, 40]),
         rules.laser(lengths, correct, group, target_length=40),
     )
+
+
+@pytest.mark.parametrize("alpha", [3e-4, 0.01])
+def test_l1_max_at_half_the_price_is_the_released_code(alpha):
+    lengths, correct, group = drawn(6)
+    released = correct * ((alpha * (60 - lengths)).clamp(-1.0, 1.0) + 1.0) / 2.0
+    torch.testing.assert_close(
+        rules.l1_max(lengths, correct, group, target_length=60, alpha=alpha / 2), released.float()
+    )
+
+
+def test_laser_with_a_base_of_minus_a_half_is_laser_with_a_third_of_a_bonus():
+    lengths, correct, group = drawn(7)
+    based = torch.where(correct, 1.0, -0.5) + 0.5 * (correct & (lengths <= 40))
+    ours = rules.laser(lengths, correct, group, target_length=40, bonus=1 / 3)
+    torch.testing.assert_close(1.5 * ours - 0.5, based)
+
+
+def test_the_cosine_is_trls_below_the_margin():
+    lengths = [0, 10, 50, 89, 0, 10, 50, 89, 90, 90]
+    correct = [1, 1, 1, 1, 0, 0, 0, 0, 1, 0]
+    theirs = get_cosine_scaled_reward(100)(
+        completions=[[{"content": f"\\boxed{{{5 if flag else 6}}}"}] for flag in correct],
+        solution=["\\boxed{5}"] * len(correct),
+        completion_ids=[[7] * length for length in lengths],
+    )
+    ours = rules.cosine(
+        torch.tensor(lengths),
+        torch.tensor(correct),
+        max_length=100,
+        margin=10,
+        correct_rewards=(1.0, 0.5),
+        wrong_rewards=(-1.0, -0.5),
+    ).tolist()
+    assert ours[:-2] == pytest.approx(theirs[:-2]) and ours[-2:] == [-10.0, -10.0] != theirs[-2:]
 
 
 def test_a_threshold_makes_flags_of_a_graded_reward_and_the_unshaped_one_is_logged():
@@ -290,6 +354,8 @@ def test_every_rule_is_ready_for_every_task():
     ready = sorted(f"{task}_{rule}" for task in ("gsm8k", "math", "sandbox") for rule in LENGTH_RULES)
     assert ready == READY
     assert baselines.trl_soft_overlong_512(completion_ids=[[0] * 448]) == [-0.5]
+    longest = baselines.SANDBOX_P99_LENGTH
+    assert baselines.trl_soft_overlong_sandbox(completion_ids=[[0] * (longest // 4), [0] * longest]) == [0, -1]
 
 
 @pytest.mark.parametrize("name", READY)
@@ -306,11 +372,23 @@ def test_ready_made_rewards_are_found_by_their_path_and_survive_pickling(name):
         assert (rewards[0] >= rewards[2] or "l1_exact" in name) and (rewards[2] > rewards[1] or "kimi" in name)
 
 
-def test_the_ready_made_linear_reward_by_hand():
-    rewards = baselines.gsm8k_linear(
+@pytest.mark.parametrize(
+    ("name", "lengths", "expected"),
+    [
+        ("linear", [128, 1000, 3], [0.9, 0.6, 0.0]),
+        # cos(pi / 2) = 0; 500 and 16 more are too many for 512.
+        ("cosine", [256, 500, 256], [1.5, -10.0, -5.0]),
+        # p = 2/3: 1 - 1/4 * 2/3 * 1/2, and 1 - 1/4 * 2/3.
+        ("pass_rate", [128, 256, 3], [11 / 12, 5 / 6, 0.0]),
+        # 5e-4 * 2/3 a token.
+        ("alp", [120, 240, 3], [0.96, 0.92, 0.0]),
+    ],
+)
+def test_ready_made_rewards_by_hand(name, lengths, expected):
+    rewards = load_reward(f"reward.baselines.gsm8k_{name}")(
         prompts=["p"] * 3,
         completions=["5", "so 5", "6"],
-        completion_ids=[[7] * length for length in (128, 1000, 3)],
+        completion_ids=[[7] * length for length in lengths],
         answer=["5"] * 3,
     )
-    assert rewards == pytest.approx([0.9, 0.6, 0.0])
+    assert rewards == pytest.approx(expected)
