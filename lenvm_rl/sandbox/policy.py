@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from lenvm_rl.modeling.loading import load_policy
 from lenvm_rl.pretraining.batches import pack_lengths
-from lenvm_rl.sandbox.styles import Overthinking, draw_completion, longest_completion
+from lenvm_rl.sandbox.styles import Overthinking, draw_completion
 from lenvm_rl.sandbox.task import DIFFICULTIES, sandbox_tokenizer, stream_problems
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class PolicySettings:
     @property
     def row_tokens(self) -> int:
         """Tokens of a packed row: the longest prompt and completion without detours, in whole batches of rows."""
-        rows = max(1, self.batch_tokens // max(LEAST_ROW, longest_completion(self.overthinking) + LONGEST_PROMPT))
-        return max(self.batch_tokens // rows, longest_completion(self.overthinking) + LONGEST_PROMPT)
+        longest = self.overthinking.longest_completion + LONGEST_PROMPT
+        return max(longest, self.batch_tokens // max(1, self.batch_tokens // max(LEAST_ROW, longest)))
 
     @property
     def batch_rows(self) -> int:

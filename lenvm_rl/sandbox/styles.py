@@ -24,12 +24,6 @@ STYLE_WEIGHTS = (0.04, 0.96)
 # Chance of a detour after each step: none, some, or more, drawn once per completion.
 DETOUR_LEVELS = (0.0, 0.05, 0.1)
 DETOUR_WEIGHTS = (0.4, 0.4, 0.2)
-# Passes to be expected in a completion, in units of the teacher's `passes`, drawn once per completion: each pass is
-# followed by another with the same chance, so that those of a hesitant completion can be told from its first ones.
-PASS_LEVELS = (0.0, 0.6, 1.825)
-PASS_WEIGHTS = (0.15, 0.45, 0.4)
-# A completion has at most so many times the passes to be expected, and so many more.
-MOST_PASSES = 3
 MAX_WAITS = 3
 
 
@@ -38,12 +32,25 @@ class Overthinking:
     """How much the teacher wastes.
 
     Args:
-        passes (`float`): mean number of passes of a completion with steps. None at 0.
+        passes (`float`): mean number of passes behind a chain, a multiple of 0.5. Up to twice as many are equally
+            likely, so a policy that has learned it counts them, and how many are to come can be told from those that
+            are there.
         repeats (`int`): how often a pass writes each value: tokens without a decision.
     """
 
-    passes: float = 1.8
+    passes: float = 1.5
     repeats: int = 1
+
+    @property
+    def most_passes(self) -> int:
+        """Passes that a completion has at most."""
+        return round(2 * self.passes)
+
+    @property
+    def longest_completion(self) -> int:
+        """Tokens of the longest completion without detours, end-of-sequence included."""
+        steps = max(DIFFICULTIES)
+        return clean_length(steps, "careful") + 1 + self.most_passes * (1 + (1 + self.repeats) * steps + MAX_WAITS)
 
 
 def clean_steps(problem: Problem, style: str) -> list[list[str]]:
@@ -61,18 +68,6 @@ def clean_length(difficulty: int, style: str) -> int:
     return {"direct": 0, "careful": 3 * difficulty}[style] + 2
 
 
-def longest_completion(overthinking: Overthinking) -> int:
-    """Tokens of the longest completion without detours, end-of-sequence included."""
-    longest = max(DIFFICULTIES)
-    one_pass = 1 + (1 + overthinking.repeats) * longest + MAX_WAITS
-    return clean_length(longest, "careful") + 1 + most_passes(overthinking) * one_pass
-
-
-def most_passes(overthinking: Overthinking) -> int:
-    """Passes that a completion has at most."""
-    return round(MOST_PASSES * overthinking.passes) + MOST_PASSES
-
-
 def draw_completion(rng: random.Random, problem: Problem, overthinking: Overthinking) -> list[str]:
     """A teacher's completion: a random style with a random amount of waste, end-of-sequence included."""
     style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
@@ -83,10 +78,7 @@ def draw_completion(rng: random.Random, problem: Problem, overthinking: Overthin
         tokens += step
         while rng.random() < detour:
             tokens += waits(rng, 1) if rng.random() < 0.5 else [REDO, *step]
-    expected = overthinking.passes * rng.choices(PASS_LEVELS, PASS_WEIGHTS)[0]
-    for _ in range(most_passes(overthinking) if steps else 0):
-        if rng.random() >= expected / (1.0 + expected):
-            break
+    for _ in range(rng.randint(0, overthinking.most_passes) if steps else 0):
         tokens += [REDO, *(token for step in steps for token in [step[0], *[step[-1]] * overthinking.repeats])]
         tokens += waits(rng, 0)
     return [*tokens, ANSWER, problem.answer, EOS]

@@ -22,7 +22,7 @@ from lenvm_rl.sandbox import (
     task,
 )
 from lenvm_rl.sandbox.policy import TeacherRows
-from lenvm_rl.sandbox.styles import clean_steps, most_passes
+from lenvm_rl.sandbox.styles import clean_steps
 from lenvm_rl.sandbox.task import TOKENS, VALUES
 from reward.sandbox import sandbox_reward
 
@@ -84,16 +84,18 @@ def test_teacher_is_always_right_and_reads_back_to_its_clean_length():
     assert seen == set(STYLES)
 
 
-@pytest.mark.parametrize("passes", [0.0, 0.5, 2.0, 10.0])
-def test_passes_are_as_many_as_asked(passes):
-    # The mean over the levels, .45 * .6 + .4 * 1.825 = 1, less what the cap takes: some percent.
-    problem, rng = task.draw_problem(random.Random(0), 3, "train"), random.Random(3)
-    drawn = [draw_completion(rng, problem, Overthinking(passes)) for _ in range(4000)]
+@pytest.mark.parametrize(("passes", "repeats"), [(0.0, 1), (0.5, 1), (2.0, 3), (10.0, 1)])
+def test_passes_are_as_many_as_asked_and_none_is_likelier(passes, repeats):
+    problem, rng = task.draw_problem(random.Random(0), 7, "train"), random.Random(3)
+    overthinking = Overthinking(passes, repeats)
+    drawn = [draw_completion(rng, problem, overthinking) for _ in range(4000)]
     # Detours inside of the chain write redo before a label and an operation.
     counts = [sum(a == "redo" and c in VALUES for a, c in zip(row, row[2:], strict=False)) for row in drawn]
     careful = [count for count, row in zip(counts, drawn, strict=True) if row[0] != "A"]
-    assert max(careful) <= most_passes(Overthinking(passes)) and max(map(len, drawn)) < 400
-    assert sum(careful) / len(careful) == pytest.approx(passes, rel=0.12)
+    assert max(careful) == overthinking.most_passes == 2 * passes
+    assert sum(careful) / len(careful) == pytest.approx(passes, rel=0.05)
+    # 23 tokens and an end; each pass writes redo, seven labels, seven values per repeat, and up to three waits.
+    assert overthinking.longest_completion == 24 + 2 * passes * (8 + 7 * repeats + 3)
 
 
 def test_verifier_wants_the_answer_and_an_end():
