@@ -55,8 +55,8 @@ math_leash = LengthReward("leash", math_reward, target_length=1024)
 
 # The sandbox, in tokens, the end counted: what its base policy writes (the mean and the 99th percentile), the longest
 # that is sampled, and what penalties with a target aim at. Prices per token go by what the mean length costs.
-SANDBOX_MEAN_LENGTH, SANDBOX_P99_LENGTH, SANDBOX_MAX_LENGTH = 12, 48, 128
-SANDBOX_TARGET_LENGTH = 10
+SANDBOX_MEAN_LENGTH, SANDBOX_P99_LENGTH, SANDBOX_MAX_LENGTH = 30, 80, 96
+SANDBOX_TARGET_LENGTH = 15
 
 trl_soft_overlong_sandbox = get_soft_overlong_punishment(SANDBOX_P99_LENGTH, 3 * SANDBOX_P99_LENGTH // 4)
 sandbox_linear = LengthReward("linear", sandbox_reward, alpha=0.4, max_length=SANDBOX_P99_LENGTH)

@@ -41,7 +41,7 @@ class TradeoffArguments(GradedArguments, CandidateArguments):
     num_prompts: int = HfArg(default=320, help="Evaluation prompts: the first so many of the dataset.")
     num_samples: int = HfArg(default=4, help="Completions per prompt and arm.")
     strengths: list[float] = HfArg(
-        default_factory=lambda: [-1.0, 0.25, 0.5, 1.0, 2.0, 4.0],
+        default_factory=lambda: [0.25, 0.5, 1.0, 2.0],
         help="Tilt strengths in units of 1/std(V), the spread of values over the base completions.",
     )
     budget_quantiles: list[float] = HfArg(
