@@ -55,6 +55,8 @@ $(LOWEST_INSTALLED): pyproject.toml constraints.txt
 
 quickstart: $(INSTALLED)
 	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/single_process.yaml recipes/ppo_shaped.py
+	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/single_process.yaml recipes/ppo_shaped.py \
+		--trained_name linear_penalty --length_coef 0 --reward_funcs reward.baselines.sandbox_linear
 	$(BIN)/python -m eval.tradeoff
 
 test: $(INSTALLED)
