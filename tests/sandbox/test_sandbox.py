@@ -4,6 +4,7 @@ import random
 from itertools import islice
 
 import pytest
+import torch
 
 from lenvm_rl.sandbox import (
     DIFFICULTIES,
@@ -15,6 +16,7 @@ from lenvm_rl.sandbox import (
     clean_length,
     distinct_problems,
     draw_completion,
+    fit_policy,
     is_correct,
     read_completion,
     sandbox_tokenizer,
@@ -154,3 +156,24 @@ def test_teacher_rows_hold_whole_examples_with_restarting_positions():
             prompt = tokens.index("?") + 1
             assert labels[start:end] == [-100] * prompt + ids[start + prompt : end]
             assert tokens[-1] == tokenizer.eos_token
+
+
+def test_a_fit_goes_on_from_another(tmp_path):
+    small = {"hidden_size": 16, "num_heads": 2, "train_tokens": 1, "batch_tokens": 512}
+    first = fit_policy(str(tmp_path / "first"), PolicySettings(**small), use_cpu=True)
+    start = {"start": str(tmp_path / "first"), "learning_rate": 0.0, "passes": 3.0}
+    again = fit_policy(str(tmp_path / "again"), PolicySettings(**small, **start), use_cpu=True)
+    moved = fit_policy(
+        str(tmp_path / "moved"), PolicySettings(**small, **start | {"learning_rate": 1e-2}), use_cpu=True
+    )
+    for one, two, three in zip(first.parameters(), again.parameters(), moved.parameters(), strict=True):
+        assert torch.equal(one, two) and not torch.equal(one, three)
+
+
+@pytest.mark.parametrize(("passes", "repeats"), [(0.0, 1), (1.5, 1), (4.0, 12), (42.0, 1)])
+def test_a_row_of_a_fit_holds_the_longest_completion(passes, repeats):
+    settings = PolicySettings(passes=passes, repeats=repeats)
+    # A start, seven labels and operations, and the question mark.
+    longest = settings.overthinking.longest_completion + 16
+    assert settings.row_tokens >= max(256, longest) and settings.batch_rows >= 1
+    assert settings.batch_rows == 1 or settings.batch_rows * settings.row_tokens <= settings.batch_tokens
