@@ -33,7 +33,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 from eval.graded import EvaluationPrompts, GradedArguments, find_reward, grade, read_run
-from eval.gradient.estimators import GradedBatch, estimators
+from eval.gradient.estimators import OF_CORRECT, GradedBatch, estimators
 from eval.gradient.gradients import (
     GradientStatistics,
     batch_gradients,
@@ -72,14 +72,17 @@ class GradientArguments(GradedArguments):
     correct_lenvm: str | None = HfArg(
         default=None, help="A length value model fitted to correct completions only (--only_correct), for its gate."
     )
+    other_lenvms: list[str] = HfArg(
+        default_factory=list, help="Further length value models to compare, as NAME=PATH, with the same base."
+    )
     num_batches: int = HfArg(default=160, help="Independent batches.")
     batch_size: int = HfArg(default=64, help="Completions in a batch: the ratio is proportional to it.")
-    group_size: int = HfArg(default=8, help="Completions of a prompt.")
+    group_size: int = HfArg(default=8, help="Completions of a prompt; with 1 the batch is the baseline.")
     parameters: str | None = HfArg(
         default=None, help="Regular expression: only parameters whose name holds it. Default: all of the policy's."
     )
-    pass_threshold: float = HfArg(
-        default=0.5, help="Share of correct completions at which the hard gate by groups opens."
+    estimators: str | None = HfArg(
+        default=None, help="Regular expression: only estimators whose name holds it. Default: all."
     )
     sampling_batch_size: int = HfArg(default=256, help="Completions per generate call.")
     forward_size: int = HfArg(default=64, help="Completions per forward of a gradient.")
@@ -88,15 +91,19 @@ class GradientArguments(GradedArguments):
         super().__post_init__()
         if self.num_batches < 2 or min(self.sampling_batch_size, self.forward_size) < 1:
             raise ValueError("num_batches must be at least 2, sampling_batch_size and forward_size at least 1.")
-        if self.group_size < 2 or self.batch_size % self.group_size:
+        if self.group_size < 1 or self.batch_size % self.group_size or self.batch_size < 2:
             raise ValueError(
-                f"A group is two completions or more, and a batch whole groups: batch_size {self.batch_size} and "
-                f"group_size {self.group_size} do not fit."
+                f"A batch is whole groups, and two completions or more: batch_size {self.batch_size} and group_size "
+                f"{self.group_size} do not fit."
+            )
+        names = [entry.partition("=")[0] for entry in self.other_lenvms]
+        if not all("=" in entry for entry in self.other_lenvms) or len({*names, OF_CORRECT}) <= len(names):
+            raise ValueError(
+                f"other_lenvms takes NAME=PATH, each name once and none of them {OF_CORRECT!r}, got "
+                f"{self.other_lenvms}."
             )
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"A policy gradient needs sampling: temperature must be above 0, got {self.temperature}.")
-        if not 0 < self.pass_threshold <= 1:
-            raise ValueError(f"pass_threshold is a share in (0, 1], got {self.pass_threshold}.")
 
     def load_prompts(self, count: int) -> EvaluationPrompts:
         """`count` prompts, drawn from all of a dataset, or with an equal share of the sandbox's difficulties."""
@@ -161,14 +168,17 @@ def measure_gradients(args: GradientArguments, data: EvaluationPrompts, pad_toke
     """Sample, take all gradients, and return the report."""
     tokenizer = load_tokenizer(args.policy, pad_token)
     reward = find_reward(args, tokenizer, data)
-    values, of_correct = (
-        None if path is None else load_length_value_model(path, args.base, tokenizer=tokenizer)
-        for path in (args.length_value_model, args.correct_lenvm)
+    paths = dict(entry.split("=", 1) for entry in args.other_lenvms)
+    if args.correct_lenvm is not None:
+        paths[OF_CORRECT] = args.correct_lenvm
+    values, *others = (
+        load_length_value_model(path, args.base, tokenizer=tokenizer)
+        for path in (args.length_value_model, *paths.values())
     )
     policy = load_policy(args.policy)
     rollouts, metadata = sample(args, data, policy, tokenizer, reward)
     parameters = select_parameters(policy, args.parameters)
-    found = estimators(args.pass_threshold, of_correct is not None)
+    found = estimators(args.group_size, paths, args.estimators)
     shape = (len(found), args.num_batches, sum(parameter.numel() for parameter in parameters))
     seen, correct = [], torch.tensor(rollouts["correct"][:], dtype=torch.float64)
     # All gradients of the policy of the sandbox are some 2 GB; a file that has no name is gone with the process.
@@ -183,7 +193,10 @@ def measure_gradients(args: GradientArguments, data: EvaluationPrompts, pad_toke
                 group_size=args.group_size,
                 max_length=args.max_new_tokens,
                 length=length_values(values, batch, args.forward_size),
-                length_of_correct=None if of_correct is None else length_values(of_correct, batch, args.forward_size),
+                others={
+                    name: length_values(model, batch, args.forward_size)
+                    for name, model in zip(paths, others, strict=True)
+                },
             )
             seen.append(graded)
             advantages = torch.stack([estimator.advantages(graded) for estimator in found])

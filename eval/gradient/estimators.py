@@ -1,19 +1,21 @@
 """Estimators of the gradient that shortens: each turns a batch of graded completions into advantages `(N, T)`.
 
 All are to be multiplied with ``grad log pi(a_t | s_t)`` and summed; a larger advantage makes a token likelier. Groups
-are runs of `group_size` rows. What a completion gets as a whole is the same number at each of its tokens and has the
-group's mean for a baseline, as in GRPO (arXiv 2402.03300) and its variant without the division (arXiv 2503.20783). The
-mean of the *others* (arXiv 2402.14740) differs by the factor ``K / (K - 1)`` only, so its signal-to-noise ratio is the
-same. Of the rules in `reward.rules` these are the ones that need no target or longest length, for on
-that their direction would depend; where a penalty contains the task reward, it is taken out.
+are runs of `group_size` rows; where each is of one completion, the whole batch stands for the group in every baseline,
+for nothing else is there to compare with. What a completion gets as a whole is the same number at each of its tokens
+and has the group's mean for a baseline, as in GRPO (arXiv 2402.03300) and its variant without the division (arXiv
+2503.20783). The mean of the *others* (arXiv 2402.14740) differs by the factor ``K / (K - 1)`` only, so its
+signal-to-noise ratio is the same. Of the rules in `reward.rules` these are the ones that need no target or longest
+length, for on that their direction would depend; where a penalty contains the task reward, it is taken out.
 
 Returns are as in `lenvm_rl.returns`. Without a model a cut completion is taken for one that ended at the cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -25,12 +27,16 @@ from lenvm_rl.advantages import length_advantage
 from lenvm_rl.trainers.streams import WHITEN_EPSILON, Completions, Outcomes, Processes, centered_gated_advantage
 from reward.rules import LENGTH_RULES
 
-TASK, SEQUENCE, GROUP, LENVM, PLAIN, GATE = "task", "sequence", "group", "LenVM", "no baseline", "gate"
+TASK, SEQUENCE, GROUP, LENVM = "task", "sequence", "group", "LenVM"
+PLAIN, CONTROL, GATE = "no baseline", "control", "gate"
 # Names that the report looks for.
 TASK_GRADIENT = "task: correctness"
 LENGTH_GRADIENT = "length return to go"
 LENVM_GRADIENT = "LenVM, lambda 1"
 VALUE_SPACE = "length return of the whole"
+NEEDED = (TASK_GRADIENT, LENGTH_GRADIENT, LENVM_GRADIENT, VALUE_SPACE, "length penalty")
+# The name of values of a model that was fitted to correct completions only.
+OF_CORRECT = "correct"
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class GradedBatch:
         group_size (`int`): completions of one prompt, neighbours.
         max_length (`int`): most tokens of a completion.
         length ([`LengthValues`]): of the frozen length value model.
-        length_of_correct ([`LengthValues`], *optional*): of one that was fitted to correct completions only.
+        others (mapping of [`LengthValues`]): of other length value models, by name; [`OF_CORRECT`] is one that was
+            fitted to correct completions only.
     """
 
     completions: Completions
@@ -64,7 +71,7 @@ class GradedBatch:
     group_size: int
     max_length: int
     length: LengthValues
-    length_of_correct: LengthValues | None = None
+    others: Mapping[str, LengthValues] = field(default_factory=dict)
 
     @property
     def tokens(self) -> Tensor:
@@ -82,10 +89,14 @@ class GradedBatch:
         mask = self.completions.mask
         return length_advantage(torch.zeros(mask.shape, dtype=torch.float64), mask, self.length.gamma)
 
+    @property
+    def compared(self) -> int:
+        """Completions that are compared with each other: a group, or the batch where groups are of one."""
+        return self.group_size if self.group_size > 1 else len(self.correct)
+
     def per_group(self, numbers: Tensor) -> Tensor:
-        """The group's mean of a number per completion, for each completion: `(N,)`."""
-        means = numbers.view(-1, self.group_size).mean(dim=1, keepdim=True)
-        return means.expand(-1, self.group_size).reshape(-1)
+        """The mean of a number per completion over those that it is compared with, for each completion: `(N,)`."""
+        return numbers.view(-1, self.compared).mean(dim=1).repeat_interleave(self.compared)
 
     def at_tokens(self, numbers: Tensor) -> Tensor:
         """A number per completion at each of its tokens: `(N, T)`."""
@@ -98,13 +109,15 @@ class Estimator:
 
     Args:
         name (`str`): unique.
-        kind (`str`): `"task"`, `"sequence"`, `"group"`, `"LenVM"`, `"no baseline"` or `"gate"`.
+        kind (`str`): `"task"`, `"sequence"`, `"group"`, `"LenVM"`, `"no baseline"`, `"control"` or `"gate"`.
         advantages (`Callable`): takes a [`GradedBatch`], returns `(N, T)`.
+        least_group (`int`): fewest completions of a prompt with which it means anything.
     """
 
     name: str
     kind: str
     advantages: Callable[[GradedBatch], Tensor]
+    least_group: int = 1
 
 
 def centred(batch: GradedBatch, rewards: Callable[[GradedBatch], Tensor], scaled: bool = False) -> Tensor:
@@ -116,7 +129,7 @@ def centred(batch: GradedBatch, rewards: Callable[[GradedBatch], Tensor], scaled
     advantages = batch.at_tokens(paid - batch.per_group(paid))
     if not scaled:
         return advantages
-    deviation = paid.view(-1, batch.group_size).std(dim=1).repeat_interleave(batch.group_size)
+    deviation = paid.view(-1, batch.compared).std(dim=1).repeat_interleave(batch.compared)
     return advantages / (deviation.unsqueeze(1) + WHITEN_EPSILON)
 
 
@@ -164,25 +177,31 @@ def position_baseline(batch: GradedBatch, correct_only: bool = False) -> Tensor:
     """
     mask = batch.completions.actions
     counted = mask & batch.correct.bool().unsqueeze(1) if correct_only else mask
-    kept = torch.where(counted, batch.returns, 0.0).view(-1, batch.group_size, mask.shape[1])
+    kept = torch.where(counted, batch.returns, 0.0).view(-1, batch.compared, mask.shape[1])
     running = counted.view(kept.shape).sum(dim=1, keepdim=True)
     mean = (kept.sum(dim=1, keepdim=True) / running.clamp(min=1)).expand(kept.shape).reshape(mask.shape)
     return torch.where(counted, batch.returns - mean, 0.0)
 
 
-def position_baseline_of_others(batch: GradedBatch) -> Tensor:
-    """As [`position_baseline`], with the mean of the others; where no other runs, as if the end came at once."""
-    mask = batch.completions.actions
-    returns = batch.returns.view(-1, batch.group_size, mask.shape[1])
-    others = mask.view(returns.shape).sum(dim=1, keepdim=True) - mask.view(returns.shape).long()
-    mean = (returns.sum(dim=1, keepdim=True) - returns) / others.clamp(min=1)
-    mean = torch.where(others > 0, mean, -(1.0 - batch.length.gamma)).view(mask.shape)
-    return torch.where(mask, batch.returns - mean, 0.0)
+def constant_values(batch: GradedBatch) -> LengthValues:
+    """The mean of V over the tokens of the batch at every state: a baseline that knows neither prompt nor token."""
+    states, mask = batch.length.states, batch.completions.mask
+    return LengthValues(torch.full_like(states, float(states[:, :-1][mask].mean())), batch.length.gamma)
 
 
-def lenvm(batch: GradedBatch, lam: float = 1.0, values: LengthValues | None = None) -> Tensor:
-    """[`~lenvm_rl.advantages.length_advantage`] of the frozen model, ungated."""
-    values = values or batch.length
+def borrowed_values(batch: GradedBatch) -> LengthValues:
+    """V of the group's next rollout at the same place, or at its last token: what the prompt says, not the tokens."""
+    states, size = batch.length.states, batch.group_size
+    last = (batch.completions.mask.sum(dim=1) - 1).clamp(min=0).unsqueeze(1)
+    held = states.gather(1, torch.arange(states.shape[1]).expand_as(states).minimum(last))
+    return LengthValues(held.view(-1, size, states.shape[1]).roll(1, dims=1).reshape(states.shape), batch.length.gamma)
+
+
+def lenvm(
+    batch: GradedBatch, lam: float = 1.0, values: Callable[[GradedBatch], LengthValues] = attrgetter("length")
+) -> Tensor:
+    """[`~lenvm_rl.advantages.length_advantage`] with the values of the frozen model, or others; ungated."""
+    values = values(batch)
     completions = batch.completions
     following = completions.following(values.states)
     return length_advantage(values.states[:, :-1], completions.mask, values.gamma, lam, following, completions.actions)
@@ -195,7 +214,12 @@ def gated(batch: GradedBatch, gate: Callable[[GradedBatch], Tensor]) -> Tensor:
 
 def if_correct_by_its_own(batch: GradedBatch) -> Tensor:
     """The correct completions' alone, with the model that was fitted to such only."""
-    return batch.correct.unsqueeze(1) * lenvm(batch, values=batch.length_of_correct)
+    return batch.correct.unsqueeze(1) * lenvm(batch, values=of_model(OF_CORRECT))
+
+
+def of_model(name: str) -> Callable[[GradedBatch], LengthValues]:
+    """The values of one of the other models."""
+    return lambda batch: batch.others[name]
 
 
 def if_correct_centred(batch: GradedBatch) -> Tensor:
@@ -217,11 +241,6 @@ def pass_rate_of_group(batch: GradedBatch) -> Tensor:
     return batch.per_group(batch.correct)
 
 
-def passes(batch: GradedBatch, threshold: float) -> Tensor:
-    """1 where [`pass_rate_of_group`] reaches a threshold, else 0."""
-    return (pass_rate_of_group(batch) >= threshold).double()
-
-
 def pass_rate_of_others(batch: GradedBatch) -> Tensor:
     """Share of correct ones among a completion's group without itself, `(N,)`.
 
@@ -232,8 +251,9 @@ def pass_rate_of_others(batch: GradedBatch) -> Tensor:
     return (total - batch.correct) / (batch.group_size - 1)
 
 
-# Kimi's rule is to be added to the task reward, and ShorterBetter's can be given without it. Names without a condition
-# are the papers' forms, in which wrong answers pay as well.
+# Most rules need groups: a completion alone gets the same from them whatever its length. Kimi's is to be added to the
+# task reward, and ShorterBetter's can be given without it. Names without a condition are the papers' forms, in which
+# wrong answers pay as well.
 PENALTIES = {
     "length penalty": shortness,
     VALUE_SPACE: whole_return,
@@ -250,31 +270,51 @@ PENALTIES = {
 }
 
 
-def estimators(pass_threshold: float, with_values_of_correct: bool) -> list[Estimator]:
-    """All estimators, in the order of the report.
+# Those of them that compare nothing.
+ALONE = ("length penalty", VALUE_SPACE, "ALP penalty", "linear penalty, if correct")
+LAMBDAS = (0.95, 0.9, 0.0)
+
+
+def estimators(group_size: int, others: Collection[str] = (), pattern: str | None = None) -> list[Estimator]:
+    """All estimators that mean something with groups of a size, in the order of the report.
 
     Args:
-        pass_threshold (`float`): share of correct completions at which the hard gate by the group's pass rate opens.
-        with_values_of_correct (`bool`): whether batches have `length_of_correct`.
+        group_size (`int`): completions of a prompt.
+        others (collection of `str`): names in `others` of the batches.
+        pattern (`str`, *optional*): a regular expression that a name has to hold; those that the report looks for are
+            there in any case.
     """
-    passed = partial(passes, threshold=pass_threshold)
     found = [
         Estimator(TASK_GRADIENT, TASK, partial(centred, rewards=attrgetter("correct"))),
         Estimator("length penalty / std", SEQUENCE, partial(centred, rewards=shortness, scaled=True)),
-        *(Estimator(name, SEQUENCE, partial(centred, rewards=rewards)) for name, rewards in PENALTIES.items()),
+        *(
+            Estimator(name, SEQUENCE, partial(centred, rewards=rewards), 1 if name in ALONE else 2)
+            for name, rewards in PENALTIES.items()
+        ),
         Estimator(LENGTH_GRADIENT, PLAIN, return_to_go),
         Estimator("group baseline per sequence", GROUP, whole_baseline),
         Estimator("group baseline per position", GROUP, position_baseline),
-        Estimator("baseline of the others per position", GROUP, position_baseline_of_others),
         Estimator(LENVM_GRADIENT, LENVM, lenvm),
-        Estimator("LenVM, lambda 0.95", LENVM, partial(lenvm, lam=0.95)),
-        Estimator("LenVM, lambda 0", LENVM, partial(lenvm, lam=0.0)),
+        *(Estimator(f"LenVM, lambda {lam:g}", LENVM, partial(lenvm, lam=lam)) for lam in LAMBDAS),
+        *(
+            Estimator(f"LenVM {name}, lambda {lam:g}", CONTROL, partial(lenvm, lam=lam, values=of_model(name)))
+            for name in others
+            if name != OF_CORRECT
+            for lam in (1.0, 0.95)
+        ),
+        Estimator("constant V", CONTROL, partial(lenvm, values=constant_values)),
+        Estimator("V of another rollout", CONTROL, partial(lenvm, values=borrowed_values), 2),
         Estimator("LenVM, if correct", GATE, partial(gated, gate=attrgetter("correct"))),
         Estimator("LenVM of correct ones, if correct", GATE, if_correct_by_its_own),
-        Estimator("LenVM, if correct, centred", GATE, if_correct_centred),
+        Estimator("LenVM, if correct, centred", GATE, if_correct_centred, 2),
         Estimator("group baseline per position, if correct", GATE, partial(position_baseline, correct_only=True)),
-        Estimator("LenVM x pass rate", GATE, partial(gated, gate=pass_rate_of_group)),
-        Estimator("LenVM x pass rate of the others", GATE, partial(gated, gate=pass_rate_of_others)),
-        Estimator(f"LenVM, if pass rate >= {pass_threshold:g}", GATE, partial(gated, gate=passed)),
+        Estimator("LenVM x pass rate", GATE, partial(gated, gate=pass_rate_of_group), 2),
+        Estimator("LenVM x pass rate of the others", GATE, partial(gated, gate=pass_rate_of_others), 2),
     ]
-    return [each for each in found if with_values_of_correct or each.advantages is not if_correct_by_its_own]
+    return [
+        each
+        for each in found
+        if each.least_group <= group_size
+        and (OF_CORRECT in others or each.advantages is not if_correct_by_its_own)
+        and (pattern is None or each.name in NEEDED or re.search(pattern, each.name))
+    ]

@@ -13,14 +13,16 @@ from eval.gradient.__main__ import GradientArguments, complete, main
 from eval.gradient.estimators import (
     LENGTH_GRADIENT,
     LENVM_GRADIENT,
+    NEEDED,
+    OF_CORRECT,
     SEQUENCE,
     TASK_GRADIENT,
     GradedBatch,
     LengthValues,
+    borrowed_values,
+    constant_values,
     estimators,
     pass_rate_of_others,
-    position_baseline,
-    position_baseline_of_others,
 )
 from eval.gradient.gradients import (
     GradientStatistics,
@@ -40,7 +42,7 @@ GAMMA, GO = 0.5, 3
 
 def named(**options):
     """The table of estimators: what each name computes."""
-    return {each.name: each.advantages for each in estimators(0.5, options.get("of_correct", False))}
+    return {each.name: each.advantages for each in estimators(options.get("group_size", 2), options.get("others", ()))}
 
 
 def statistics_of(gradients):
@@ -110,10 +112,6 @@ class TestEstimators:
         ])  # fmt: skip
         # At t = 0 the mean of the first group is -11/16; after that one completion runs, and is its own mean.
         self.check("group baseline per position", [[0.1875, 0, 0], [-0.1875, 0, 0], [0, 0, 0], [0, 0, 0]])
-        # Of the others: -7/8 and -1/2; then nobody else runs, as if the end came at once: -1/2.
-        self.check("baseline of the others per position", [
-            [0.375, 0, 0], [-0.375, -0.25, 0], [0, 0, 0], [0, 0, 0],
-        ])  # fmt: skip
 
     def test_the_model_as_a_baseline_and_its_gates(self):
         plain = [[0, 0, 0], [-0.375, -0.25, 0], [-0.25, 0, 0], [-0.25, 0, 0]]
@@ -121,10 +119,9 @@ class TestEstimators:
         self.check("LenVM, if correct", [[0] * 3, [0] * 3, *plain[2:]])
         self.check("LenVM x pass rate", [[0] * 3, [-0.1875, -0.125, 0], *plain[2:]])
         self.check("LenVM x pass rate of the others", [[0] * 3, *plain[1:]])
-        self.check("LenVM, if pass rate >= 0.5", plain)
         # delta_t = -1/2 + V(s_{t+1}) / 2 - V(s_t): -1/4 before a token, 0 at the last one.
         self.check("LenVM, lambda 0", [[0, 0, 0], [-0.25, -0.25, 0], [-0.25, 0, 0], [-0.25, 0, 0]])
-        for lam in (0.95, 0.0):
+        for lam in (0.95, 0.9, 0.0):
             batch = self.batch()
             values = batch.length.states[:, :-1]
             expected = gae(torch.full_like(values, -0.5), values, batch.completions.mask, GAMMA, lam)
@@ -137,10 +134,38 @@ class TestEstimators:
     def test_a_model_of_correct_completions_has_its_own_values_and_discount(self):
         batch = self.batch()
         of_correct = LengthValues(torch.full((4, 4), -0.25).double(), 0.75)
-        batch = GradedBatch(**{**vars(batch), "length_of_correct": of_correct})
+        batch = GradedBatch(**{**vars(batch), "others": {OF_CORRECT: of_correct, "small": of_correct}})
         # -(1 - 3/4) for one token and -(1 - 9/16) for two, less V.
         expected = [[0, 0, 0], [0, 0, 0], [-0.1875, 0, 0], [-0.1875, 0, 0]]
-        self.check("LenVM of correct ones, if correct", expected, batch, of_correct=True)
+        self.check("LenVM of correct ones, if correct", expected, batch, others=(OF_CORRECT,))
+        # Ungated for any other model: -(1 - 27/64) + 1/4 for the wrong one's three tokens.
+        expected[1] = [-21 / 64, -0.1875, 0]
+        self.check("LenVM small, lambda 1", expected, batch, others=("small",))
+
+    def test_values_of_controls(self):
+        values = torch.tensor([[-0.1, 0, 0, 0], [-0.3, -0.5, -0.7, 0], [-0.2, -0.4, 0, 0], [-0.6, -0.8, 0, 0]])
+        batch = self.batch(values=values)
+        # The mean over the eight tokens: -3.6 / 8; the state after a token is no token of the batch.
+        mean = constant_values(batch).states
+        torch.testing.assert_close(mean, torch.full_like(mean, -0.45), atol=1e-7, rtol=0)
+        # Each takes those of the group's other one, held at its last token: one token has one value for all places.
+        borrowed = borrowed_values(batch).states
+        torch.testing.assert_close(borrowed.float(), torch.tensor(
+            [[-0.3, -0.5, -0.7, -0.7], [-0.1] * 4, [-0.6, -0.8, -0.8, -0.8], [-0.2, -0.4, -0.4, -0.4]]
+        ))  # fmt: skip
+
+    def test_completions_of_one_prompt_each_have_the_batch_for_a_baseline(self):
+        alone = graded(self.LENGTHS, self.CORRECT, 1)
+        whole = graded(self.LENGTHS, self.CORRECT, 4)
+        one, four = named(group_size=1), named(group_size=4)
+        for name in ("length penalty", "length penalty / std", "linear penalty, if correct", TASK_GRADIENT,
+                     "length return of the whole", "group baseline per position", LENVM_GRADIENT):  # fmt: skip
+            torch.testing.assert_close(one[name](alone), four[name](whole))
+        # Mean 2 of 1, 3, 2 and 2 tokens.
+        torch.testing.assert_close(one["length penalty"](alone)[:, 0], torch.tensor([1.0, -1, 0, 0]).double())
+        # What compares the completions of a prompt is left out, as it says nothing of length.
+        for name in ("Kimi k1.5 penalty", "GR3 penalty, if correct", "LenVM x pass rate", "V of another rollout"):
+            assert name in four and name not in one
 
     def test_a_cut_completion_goes_on_with_the_model_only(self):
         values = torch.full((2, 3), -0.5)
@@ -149,25 +174,14 @@ class TestEstimators:
         assert float(named()[LENVM_GRADIENT](batch)[1, 0]) == pytest.approx(-0.75 - 0.25 * 0.9 + 0.5)
         assert float(named()[LENGTH_GRADIENT](batch)[1, 0]) == -0.75
 
-    def test_a_baseline_per_position_does_not_know_the_completion_itself(self):
-        # The mean of the others is the same whatever the completion's own future; (k - 1) / k times it, with itself.
-        lengths = [4, 2, 3, 3]
-        batch, other = graded(lengths, [1] * 4, 4), graded([1, *lengths[1:], 9][:4], [1] * 4, 4)
-        baseline = batch.returns - position_baseline_of_others(batch)
-        assert float(baseline[0, 0]) == pytest.approx(float((other.returns - position_baseline_of_others(other))[0, 0]))
-        running = batch.completions.mask.sum(dim=0)
-        inside = batch.completions.mask & (running > 1)
-        torch.testing.assert_close(
-            position_baseline(batch)[inside],
-            ((running - 1) / running * position_baseline_of_others(batch))[inside].double(),
-        )
-
     def test_the_pass_rate_of_the_others_does_not_know_the_completion_itself(self):
         torch.testing.assert_close(pass_rate_of_others(self.batch()), torch.tensor([0.0, 1.0, 1.0, 1.0]).double())
 
     def test_names_are_unique_and_padding_gets_nothing(self):
-        found = estimators(0.5, with_values_of_correct=False)
+        found = estimators(2)
         assert len({each.name for each in found}) == len(found)
+        kept = {each.name for each in estimators(2, pattern="Kimi")}
+        assert kept == {"Kimi k1.5 penalty", "Kimi k1.5 penalty, if correct", *NEEDED}
         batch = self.batch()
         for each in found:
             advantages = each.advantages(batch)
@@ -317,7 +331,7 @@ def test_a_run_is_measured_and_written(run_dir, capsys):
     report = main(small(run_dir, correct_lenvm=str(run_dir / "length_value_model")))
     assert report == json.loads((run_dir / "gradient" / "gradient.json").read_text())
     rows = {row["name"]: row for row in report["estimators"]}
-    assert set(rows) == {each.name for each in estimators(0.5, True)}
+    assert set(rows) == {each.name for each in estimators(4, (OF_CORRECT,))}
     ratios = [row["snr"]["estimate"] for row in report["estimators"]]
     known = [ratio for ratio in ratios if ratio is not None]
     assert ratios == sorted(known, reverse=True) + [None] * (len(ratios) - len(known))
@@ -346,6 +360,15 @@ def test_a_run_is_measured_and_written(run_dir, capsys):
     assert main(small(run_dir, correct_lenvm=str(run_dir / "length_value_model"))) == report
     with pytest.raises(ValueError, match="rollouts.jsonl"):
         main(small(run_dir, seed=1))
+
+
+def test_single_completions_and_other_models(run_dir, tmp_path):
+    other = {"other_lenvms": [f"twin={run_dir / 'length_value_model'}"], "group_size": 1, "batch_size": 4}
+    report = main(small(run_dir, **other, output_dir=str(tmp_path), estimators="twin"))
+    rows = {row["name"]: row for row in report["estimators"]}
+    assert set(rows) == {*NEEDED, "LenVM twin, lambda 1", "LenVM twin, lambda 0.95"}
+    assert rows["LenVM twin, lambda 1"]["snr"] == rows[LENVM_GRADIENT]["snr"]
+    assert rows["LenVM twin, lambda 1"]["over_best_penalty"] == report["penalties"]["all"]["ratio"]
 
 
 def test_a_stale_policy_has_a_name_and_a_folder_of_its_own(run_dir):
@@ -390,9 +413,12 @@ def test_the_sandbox_draws_prompts_that_nothing_was_fitted_to(run_dir):
     [
         ({"num_batches": 1}, "num_batches"),
         ({"batch_size": 10}, "batch_size"),
-        ({"group_size": 1}, "group_size"),
+        ({"group_size": 0}, "group_size"),
+        ({"group_size": 1, "batch_size": 1}, "batch_size"),
         ({"temperature": 0.0}, "temperature"),
-        ({"pass_threshold": 1.5}, "pass_threshold"),
+        ({"other_lenvms": ["path"]}, "other_lenvms"),
+        ({"other_lenvms": ["a=path", "a=other"]}, "other_lenvms"),
+        ({"other_lenvms": ["correct=path"]}, "other_lenvms"),
     ],
 )
 def test_bad_arguments_are_refused(run_dir, options, message):
