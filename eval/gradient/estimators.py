@@ -191,10 +191,16 @@ def constant_values(batch: GradedBatch) -> LengthValues:
 
 def borrowed_values(batch: GradedBatch) -> LengthValues:
     """V of the group's next rollout at the same place, or at its last token: what the prompt says, not the tokens."""
-    states, size = batch.length.states, batch.group_size
-    last = (batch.completions.mask.sum(dim=1) - 1).clamp(min=0).unsqueeze(1)
-    held = states.gather(1, torch.arange(states.shape[1]).expand_as(states).minimum(last))
-    return LengthValues(held.view(-1, size, states.shape[1]).roll(1, dims=1).reshape(states.shape), batch.length.gamma)
+    states = of_next_in_group(batch.length.states, batch.completions.mask, batch.group_size)
+    return LengthValues(states, batch.length.gamma)
+
+
+def of_next_in_group(values_bt1: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """For each row, the values `(B, T + 1)` of the next row of its group; behind that one's end, of its last token."""
+    count, width = values_bt1.shape
+    last = (mask.sum(dim=1) - 1).clamp(min=0).unsqueeze(1)
+    place = torch.arange(width, device=values_bt1.device).expand(count, width).minimum(last)
+    return values_bt1.gather(1, place).view(-1, group_size, width).roll(1, dims=1).reshape(count, width)
 
 
 def lenvm(

@@ -1,0 +1,138 @@
+"""The arms of `eval.compare`: ways to train for shorter answers, each with the three strengths that it is tried at.
+
+The strength of an arm is the one number that says how much length costs; what it is called is the rule's own matter.
+Constants that papers give for thousands of tokens are set for the tens of the sandbox: each arm's middle strength is a
+guess that was made before any run, and its neighbours are about half and twice as strong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl.rewards import get_soft_overlong_punishment
+
+from reward.length_reward import LengthReward
+from reward.sandbox import sandbox_reward
+
+# Strengths of the length stream.
+COEFFICIENTS = (3.0, 6.0, 12.0)
+# Tokens that a correct answer of the sandbox hardly ever exceeds.
+LONG = 128
+
+
+def task_only(strength: float | None) -> list[Callable]:
+    """The task reward alone."""
+    return [sandbox_reward]
+
+
+def rule(name: str, knob: str, **knobs: Any) -> Callable[[float], list[Callable]]:
+    """A rule of `reward.rules` that stands in the place of the task reward, with its strength under the name `knob`."""
+    return lambda strength: [LengthReward(name, sandbox_reward, **{knob: strength}, **knobs)]
+
+
+def whole(make: Callable[[int], list[Callable]]) -> Callable[[float], list[Callable]]:
+    """Rewards of a strength that is a number of tokens."""
+    return lambda strength: make(int(strength))
+
+
+def kimi_beside_task(strength: float) -> list[Callable]:
+    """Kimi's length term, to be added to the task reward with the weight `strength`."""
+    return [sandbox_reward, LengthReward("kimi", sandbox_reward)]
+
+
+@dataclass(frozen=True)
+class TrainingArm:
+    """A way to train.
+
+    Args:
+        name (`str`): unique.
+        kind (`str`): `"task"`, `"LenVM"`, `"penalty"`, `"oracle"` or `"control"`.
+        strengths (tuple of `float`): what it is tried at, the first guess in the middle; empty if there is nothing to
+            choose.
+        rewards (`Callable`): from the strength to reward functions.
+        weights (`Callable`, *optional*): from the strength to their weights; 1 each when omitted.
+        coefficient (`str`, *optional*): the field of the trainer's config that is the strength.
+        fields (mapping): further fields of the trainer's config.
+        ppo_only (mapping): further keyword arguments of the PPO trainer; where there are some, the arm is of groups of
+            one completion alone.
+        values (`str`): the folder, in the run's, of the length value model.
+        variant (`str`, *optional*): a name in `eval.compare.variants.VARIANTS`: what is different about the trainer.
+        least_group (`int`): fewest completions of a prompt that it can compare.
+        settings_of (`str`, *optional*): the arm whose learning rate and strength it is run at, as controls are.
+    """
+
+    name: str
+    kind: Literal["task", "LenVM", "penalty", "oracle", "control"]
+    strengths: tuple[float, ...] = ()
+    rewards: Callable[[float | None], list[Callable]] = task_only
+    weights: Callable[[float], list[float]] | None = None
+    coefficient: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    ppo_only: Mapping[str, Any] = field(default_factory=dict)
+    values: str = "length_value_model"
+    variant: str | None = None
+    least_group: int = 1
+    settings_of: str | None = None
+
+    def serves(self, group_size: int) -> bool:
+        """Whether the arm means anything with so many completions of a prompt."""
+        return group_size >= self.least_group and (group_size == 1 or not self.ppo_only)
+
+    def config_fields(self, strength: float | None) -> dict[str, Any]:
+        """Fields of the trainer's config at a strength."""
+        own = {} if self.coefficient is None else {self.coefficient: strength}
+        weighted = {} if self.weights is None else {"reward_weights": self.weights(strength)}
+        return {**self.fields, **own, **weighted}
+
+
+def dense_stream(name: str, **different: Any) -> TrainingArm:
+    """The length stream, gated by correctness, with what is different about it."""
+    return TrainingArm(name, **{"kind": "LenVM", "strengths": COEFFICIENTS, "coefficient": "length_coef"} | different)
+
+
+def control(name: str, **different: Any) -> TrainingArm:
+    """The length stream with something else in the place of its values, at the settings of the original."""
+    return dense_stream(name, **{"kind": "control", "settings_of": LENVM} | different)
+
+
+TASK_ONLY, LENVM, LENVM_95 = "task only", "LenVM, lambda 1", "LenVM, lambda 0.95"
+ARMS: Sequence[TrainingArm] = (
+    TrainingArm(TASK_ONLY, "task"),
+    dense_stream(LENVM),
+    dense_stream(LENVM_95, fields={"length_lam": 0.95}),
+    dense_stream("LenVM as only critic", fields={"task_baseline": "batch"}, ppo_only={"critic": "lenvm"}),
+    TrainingArm("linear", "penalty", (0.2, 0.4, 0.8), rule("linear", "alpha", max_length=LONG // 2)),
+    TrainingArm("truncation", "penalty", (40, 28, 20), whole(rule("truncation", "limit"))),
+    TrainingArm(
+        "soft overlong",
+        "penalty",
+        (64, 48, 32),
+        whole(lambda longest: [sandbox_reward, get_soft_overlong_punishment(longest, 3 * longest // 4)]),
+    ),
+    TrainingArm("cosine", "penalty", (LONG, 80, 48), whole(rule("cosine", "max_length"))),
+    TrainingArm(
+        "Kimi k1.5", "penalty", (0.25, 0.5, 1.0), kimi_beside_task, lambda weight: [1.0, weight], least_group=2
+    ),
+    TrainingArm("Arora", "penalty", (0.1, 0.2, 0.4), rule("arora", "alpha"), least_group=2),
+    TrainingArm("pass rate", "penalty", (0.125, 0.25, 0.5), rule("pass_rate", "coefficient"), least_group=2),
+    TrainingArm("ShorterBetter", "penalty", (0.01, 0.02, 0.04), rule("shorter_better", "beta"), least_group=2),
+    TrainingArm("GR3", "penalty", (0.33, 0.66, 1.32), rule("gr3", "alpha"), least_group=2),
+    TrainingArm(
+        "LASER-D",
+        "penalty",
+        (0.25, 0.5, 1.0),
+        rule("laser_d", "bonus", candidates=range(4, LONG + 1, 4)),
+        least_group=2,
+    ),
+    TrainingArm("Leash", "penalty", (20, 14, 10), whole(rule("leash", "target_length", multiplier=0.25))),
+    TrainingArm("oracle: waste alone", "oracle", (0.1, 0.3, 1.0), variant="waste"),
+    control("constant V", variant="constant"),
+    control("V of another rollout", variant="borrowed", least_group=2),
+    control("stale V", values="stale"),
+    control("V of 256 rollouts", values="few"),
+    control("length return of the whole", variant="sequence", least_group=2),
+    control("shaping alone", coefficient="shaping_coef"),
+)
+BY_NAME = {arm.name: arm for arm in ARMS}
