@@ -13,8 +13,8 @@ from rich.console import Console
 
 from eval.compare.arms import ARMS, LENVM, LENVM_95, TASK_ONLY, TrainingArm
 from eval.compare.measures import Judged, answers_to_break_even, judge_curve, tokens_until
-from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, TrainingCell
-from eval.compare.records import Collected, recorded_runs
+from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, TrainingCell, reported_runs
+from eval.compare.records import Collected, judge_record, recorded_runs
 from eval.report import Column, Entry, cell_text, print_table, save_figure, save_json
 
 # Work over a token, in forwards of a model of the policy's size.
@@ -57,10 +57,11 @@ def report_arms(
 ) -> list[dict[str, Any]]:
     """The arms of a cell that have reported runs, in the order of the list of arms."""
     arms = []
+    judged = {run: judge_record(record, collected) for run, record in by_run.items()}
+    seeds = sorted({run.seed for run in by_run if run.seed not in CHOICE_SEEDS})
     for arm in ARMS:
-        runs = [run for run in by_run if run.cell == cell and run.arm == arm.name and run.seed not in CHOICE_SEEDS]
+        runs = [run for run in reported_runs(cell, arm, judged, seeds) if run in by_run]
         if runs:
-            runs.sort(key=lambda run: run.seed)
             reported = report_arm(arm, cell, [by_run[run] for run in runs], collected)
             arms.append({"name": arm.name, "kind": arm.kind, "strength": runs[0].strength, **reported})
     reference = next((arm["until_most"] for arm in arms if arm["name"] == LENVM), None)
