@@ -1,0 +1,370 @@
+"""Training curves compared: criteria by hand, how settings are chosen, variants, records, and what is reported."""
+
+import json
+import math
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eval.compare import __main__ as program
+from eval.compare import plan, training
+from eval.compare.arms import ARMS, BY_NAME, LENVM, LENVM_95, TASK_ONLY
+from eval.compare.measures import Judged, answers_to_break_even, judge_curve, rollouts_until, tokens_until
+from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, TrainingCell, chosen_settings, few_arms, open_runs
+from eval.compare.records import Records
+from eval.compare.report import (
+    break_even,
+    make_report,
+    median_and_range,
+    paired_ratio,
+    print_cells,
+    reached_text,
+    write_comparison,
+)
+from eval.compare.training import World, train_run
+from eval.compare.variants import wasted_tokens
+from eval.gradient.estimators import of_next_in_group
+from lenvm_rl.files import write_json
+from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.sandbox import PolicySettings, fit_policy, sandbox_tokenizer
+from lenvm_rl.sandbox.task import TOKENS
+
+START = {"accuracy": 0.9, "tokens": 30.0, "excess": 10.0}
+
+
+def curve(*points):
+    """Evaluations every 100 rollouts: (accuracy, excess), the tokens 20 more than that."""
+    return [
+        {"rollouts": 100 * number, "accuracy": accuracy, "tokens": 20 + excess, "excess": excess}
+        for number, (accuracy, excess) in enumerate(points, start=1)
+    ]
+
+
+class TestMeasures:
+    def test_rollouts_until_waste_is_gone_by_hand(self):
+        falling = curve((0.9, 6), (0.95, 2), (0.95, 0.5))
+        # 10, 6, 2, 0.5: five is passed a quarter of the way from 6 to 2; one two thirds of the way from 2 to 0.5.
+        assert rollouts_until(falling, START, 0.5) == pytest.approx(125)
+        assert rollouts_until(falling, START, 0.9) == pytest.approx(200 + 100 * 2 / 3)
+        assert rollouts_until(falling, START, 0.99) is None
+
+    def test_waste_that_goes_with_accuracy_does_not_count(self):
+        # 0.889 is more than 0.01 below 0.9; it counts when it is back, and not from before.
+        lost = curve((0.889, 2), (0.89, 2), (0.7, 0))
+        assert rollouts_until(lost, START, 0.5) == 200
+        assert rollouts_until(curve((0.889, 2)), START, 0.5) is None
+
+    def test_judging_a_curve(self):
+        judged = judge_curve(curve((0.8, 8), (0.9, 5), (0.96, 2), (0.99, 0.5)), START)
+        assert judged.until_half == 200 and judged.until_most == pytest.approx(300 + 100 / 1.5)
+        assert judged.end_accuracy == pytest.approx(0.95) and judged.end_excess == pytest.approx(2.5)
+        assert judged.end_tokens == pytest.approx(22.5) and judged.kept
+        # 0.8 is below nine tenths of 0.9.
+        assert judged.unsafe and not judge_curve(curve((0.81, 8)), START).unsafe
+
+    def test_tokens_and_break_even(self):
+        falling = curve((0.9, 0))
+        # From 30 to 20 tokens in 100 rollouts: 25 on average, and 27.5 in the first half.
+        assert tokens_until(falling, START, 100) == pytest.approx(2500)
+        assert tokens_until(falling, START, 50) == pytest.approx(1375)
+        assert tokens_until(falling, START, 1000) == pytest.approx(2500)
+        assert answers_to_break_even(1000, 30, 20) == 100 and answers_to_break_even(1000, 30, 30) is None
+
+
+def judged(until=None, accuracy=0.95, excess=1.0, unsafe=False, kept=True):
+    return Judged(until, until, accuracy, 20.0, excess, kept, unsafe)
+
+
+CELL = TrainingCell(16, 2, 10, (1.0, 2.0, 3.0), choices=2, every_arm=True)
+
+
+def play(cells, found, outcome, seeds=(0, 1), arms=None):
+    """Runs as the plan asks for them, judged by `outcome`, until there are none."""
+    order = []
+    while waiting := list(open_runs(cells, found, seeds, arms)):
+        assert len(set(waiting)) == len(waiting) and not set(waiting) & set(found)
+        order.append(waiting[0])
+        found[waiting[0]] = outcome(waiting[0])
+    return order
+
+
+class TestPlan:
+    def test_rates_first_then_strengths_then_reported_seeds(self):
+        # The best rate is 2, the best strength the last one.
+        def outcome(run):
+            return judged(until=100 * abs(run.learning_rate - 2) + (50 - run.strength))
+
+        order = play([CELL], {}, outcome, arms=["linear"])
+        rates, strengths, reported = order[:6], order[6:10], order[10:]
+        low, middle, high = BY_NAME["linear"].strengths
+        assert [(r.learning_rate, r.strength) for r in rates] == [(r, middle) for r in (1, 2, 3) for _ in range(2)]
+        assert {(r.learning_rate, r.strength) for r in strengths} == {(2, low), (2, high)}
+        assert {r.seed for r in rates + strengths} == set(CHOICE_SEEDS)
+        assert [(r.learning_rate, r.strength, r.seed) for r in reported] == [(2, high, 0), (2, high, 1)]
+
+    def test_the_order_of_settings(self):
+        def best(first, second):
+            """Which of two rates is chosen, from what each of its two seeds came to; the third is hopeless."""
+            cell, arm = replace(CELL, learning_rates=(1.0, 2.0, 3.0)), BY_NAME[TASK_ONLY]
+            hopeless = (judged(unsafe=True), judged(unsafe=True))
+            found = {
+                Run(cell, arm.name, rate, None, seed): one
+                for rate, each in ((1.0, first), (2.0, second), (3.0, hopeless))
+                for seed, one in zip(CHOICE_SEEDS, each, strict=True)
+            }
+            return chosen_settings(cell, arm, found)[0]
+
+        slow, fast, never = judged(900.0), judged(100.0), judged(None, excess=5.0)
+        assert best((slow, slow), (fast, replace(fast, unsafe=True))) == 1.0
+        assert best((slow, slow), (fast, replace(fast, kept=False))) == 1.0
+        assert best((slow, slow), (slow, fast)) == 2.0
+        assert best((never, never), (never, replace(never, end_excess=2.0))) == 2.0
+        # One that is never there counts as infinitely late; among equals the first.
+        assert best((slow, slow), (fast, never)) == 1.0
+        assert best((slow, fast), (fast, slow)) == 1.0
+
+    def test_nothing_is_chosen_before_all_trials_are_judged(self):
+        found = {}
+        for run in open_runs([CELL], {}, (0,), [LENVM]):
+            assert chosen_settings(CELL, BY_NAME[LENVM], found) is None
+            found[run] = judged(100.0)
+        assert chosen_settings(CELL, BY_NAME[LENVM], found) is None
+
+    def test_controls_take_the_settings_of_their_original_and_are_not_tried(self):
+        order = play([CELL], {}, lambda run: judged(run.learning_rate), arms=[LENVM, "constant V"])
+        controls = [run for run in order if run.arm == "constant V"]
+        reported = [run for run in order if run.arm == LENVM and run.seed not in CHOICE_SEEDS]
+        assert [(r.learning_rate, r.strength, r.seed) for r in controls] == [
+            (r.learning_rate, r.strength, r.seed) for r in reported
+        ]
+
+    def test_other_cells_run_the_best_penalties_of_the_first(self):
+        other = replace(CELL, completions=64, every_arm=False)
+        speed = {"GR3": 10.0, "Arora": 20.0}
+
+        found = {}
+        order = play([CELL, other], found, lambda run: judged(speed.get(run.arm, 500.0)))
+        assert few_arms([CELL, other], found, (0, 1)) == [TASK_ONLY, LENVM, LENVM_95, "GR3", "Arora"]
+        assert {run.arm for run in order if run.cell == other} == {TASK_ONLY, LENVM, LENVM_95, "GR3", "Arora"}
+        # Single completions have no arm that compares those of a prompt, and alone have the model as the only critic.
+        assert not BY_NAME["GR3"].serves(1) and BY_NAME["LenVM as only critic"].serves(1)
+        assert not BY_NAME["LenVM as only critic"].serves(2)
+
+    def test_names_of_runs_and_cells_are_unique(self):
+        assert len({cell.name for cell in CELLS}) == len(CELLS)
+        runs = play([CELLS[0]], {}, lambda run: judged(100.0), seeds=range(3))
+        assert len({run.name for run in runs}) == len(runs)
+        assert len({arm.name for arm in ARMS}) == len(ARMS) >= 20
+
+
+def hold(folder, run, claimed, release):
+    with Records(folder).claim(run) as mine:
+        claimed.put(mine)
+        release.get()
+
+
+RUN = Run(CELLS[0], LENVM, 2e-4, 1.5, 0)
+
+
+class TestRecords:
+    def test_a_run_is_claimed_by_one_process_until_it_ends(self, tmp_path):
+        context = multiprocessing.get_context("fork")
+        claimed, release = context.Queue(), context.Queue()
+        other = context.Process(target=hold, args=(tmp_path, RUN, claimed, release))
+        other.start()
+        assert claimed.get(timeout=30)
+        records = Records(tmp_path)
+        with records.claim(RUN) as mine, records.claim(replace(RUN, seed=1)) as another:
+            assert not mine and another
+        other.kill()
+        other.join()
+        with records.claim(RUN) as mine:
+            assert mine
+
+    def test_what_has_a_record_is_not_claimed_and_is_read_back_as_the_same_run(self, tmp_path):
+        records = Records(tmp_path)
+        world = FakeWorld()
+        records.keep(RUN, curve((0.95, 2), (0.95, 0.5)), world, 3.0)
+        with records.claim(RUN) as mine:
+            assert not mine
+        again = Records(tmp_path)
+        assert list(again.judged()) == [RUN]
+        assert again.judged()[RUN].until_most == pytest.approx(100 + 100 / 1.5)
+        assert again.collected()["worlds"] == {"f": world.described()}
+
+
+class FakeWorld:
+    fingerprint, start = "f", START
+
+    def described(self):
+        return {
+            "start": START,
+            "floors": {"1": 2.0},
+            "frontier": {"tokens": [0.0, 20.0, 40.0], "accuracy": [0.0, 0.9, 1.0]},
+            "pretraining": {"rollouts": 10, "tokens": 300.0, "epochs": 3.0},
+        }
+
+
+def collected_from(tmp_path, curves, seeds=(0, 1)):
+    """Records of all runs that the plan asks for in the first cell, each arm with its own curve."""
+    records, cell, world = Records(tmp_path), CELLS[0], FakeWorld()
+    while waiting := list(open_runs([cell], records.judged(), seeds, list(curves))):
+        for run in waiting:
+            records.keep(run, curves[run.arm], world, 1.0)
+    return records.collected()
+
+
+class TestReport:
+    CURVES = {
+        TASK_ONLY: curve((0.95, 9), (0.95, 8), (0.95, 8)),
+        LENVM: curve((0.95, 2), (0.97, 0.5), (0.97, 0.5)),
+        "linear": curve((0.95, 6), (0.95, 4), (0.7, 0.5)),
+    }
+
+    def test_a_report_of_made_up_curves(self, tmp_path, capsys):
+        collected = collected_from(tmp_path, self.CURVES)
+        report = make_report(collected)
+        [cell] = report["cells"]
+        assert report["world"]["base_tokens"]["estimate"] == 30 and report["world"]["policies"] == 1
+        assert [arm["name"] for arm in cell["arms"]] == [TASK_ONLY, LENVM, "linear"]
+        task, ours, linear = cell["arms"]
+        assert ours["rollouts"] == [0.0, 100, 200, 300] and ours["excess"]["mean"] == [10, 2, 0.5, 0.5]
+        assert ours["until_most"]["median"] == pytest.approx(100 + 100 / 1.5) and ours["seeds"] == 2
+        assert ours["times_lenvm"]["median"] == 1 and linear["times_lenvm"]["median"] is None
+        assert (task["unsafe"], ours["unsafe"], linear["unsafe"]) == (0, 0, 1)
+        # 21 tokens at 0.9633 beside a frontier of 0.905 there.
+        assert ours["frontier_gap"]["estimate"] == pytest.approx(0.905 - 2.89 / 3)
+        from rich.console import Console
+
+        print_cells(report, Console(width=200))
+        printed = capsys.readouterr().out
+        assert "never" in printed and "LenVM, lambda 1" in printed
+        write_comparison(report, collected, tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "compare.json").read_text()) == collected
+        assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+        # A comparison is drawn anew from its records.
+        again = program.main(
+            program.CompareArguments(report=str(tmp_path / "out" / "compare.json"), output_dir=str(tmp_path / "o"))
+        )
+        assert again == report
+
+    def test_what_training_costs(self):
+        arm, cell, world = BY_NAME[LENVM], CELLS[0], FakeWorld().described()
+        found = judge_curve(self.CURVES[LENVM], START)
+        # 30 to 22 tokens over 100 rollouts, then two thirds of the way to 20.5: 2600 + 66.7 * 21.5 tokens, each with a
+        # sampling, three of learning and a reading; 300 tokens of pretraining with a sampling and three epochs.
+        forwards = (2600 + 100 / 1.5 * 21.5) * 5 + 300 * 10
+        assert break_even(arm, cell, found, self.CURVES[LENVM], world) == pytest.approx(forwards / (30 - 21))
+        without = break_even(BY_NAME["linear"], cell, found, self.CURVES[LENVM], world)
+        assert without == pytest.approx((2600 + 100 / 1.5 * 21.5) * 4 / 9)
+        with_critic = break_even(BY_NAME["linear"], replace(cell, group_size=1), found, self.CURVES[LENVM], world)
+        assert with_critic == pytest.approx(2 * without)
+        assert break_even(arm, cell, replace(found, until_most=None), self.CURVES[LENVM], world) is None
+
+    def test_medians_and_ratios_of_what_is_never_reached(self):
+        assert median_and_range([1.0, None, 3.0])["median"] == 3.0
+        assert median_and_range([1.0, 2.0, 4.0, None])["median"] == 3.0
+        found = median_and_range([1.0, None])
+        assert found["median"] is None and found["low"] == 1.0 and found["missed"] == 1
+        ratio = paired_ratio({"each": [10.0, None, 30.0]}, {"each": [5.0, 5.0, None]})
+        assert ratio["low"] == 2.0 and ratio["high"] is None and ratio["missed"] == 1
+        assert paired_ratio({"each": [1.0]}, None) is None
+        assert reached_text(found) == "never [1, never]" and reached_text(None) == "–"
+
+
+IDS = {token: index for index, token in enumerate(TOKENS)}
+
+
+def test_wasted_tokens_by_hand():
+    rows = ["c +2 1 redo c 1 wait A 1 <eos>".split(), "A 4 <eos> <pad> <pad> <pad> <pad> <pad> <pad> <pad>".split()]
+    ids = torch.tensor([[IDS[token] for token in row] for row in rows])
+    mask = torch.tensor([[1] * 10, [1] * 3 + [0] * 7]).bool()
+    assert wasted_tokens(ids, mask).tolist() == [[0, 0, 0, 1, 1, 1, 1, 0, 0, 0], [0] * 10]
+
+
+def test_values_of_the_next_row_of_the_group():
+    values = torch.arange(12.0).view(4, 3)
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]])
+    # Row 1 ends after one token, so its first value is held.
+    assert of_next_in_group(values, mask, 2).tolist() == [[3, 3, 3], [0, 1, 1], [9, 10, 10], [6, 7, 7]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    settings = PolicySettings(hidden_size=16, num_heads=2, train_tokens=20_000)
+    policy = fit_policy(str(folder / "policy"), settings, use_cpu=True, disable_tqdm=True)
+    for name in ("length_value_model", "stale"):
+        model = LengthValueModel.from_backbone(policy.model, gamma=0.9, tokenizer=sandbox_tokenizer())
+        model.config.gamma_fit = {"completions": 4, "mean": 10.0}
+        model.save_pretrained(folder / name)
+    write_json(folder / "length_value_model.stage.json", {"finished": True, "settings": {"pretrain_epochs": 3.0}})
+    return World(str(folder))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(training, "MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr(training, "PROMPTS", 4)
+    monkeypatch.setattr(training, "EVALUATIONS", 2)
+
+
+TINY = {size: TrainingCell(8, size, 2, (1e-3,), choices=1) for size in (1, 2)}
+VARIED = [arm.name for arm in ARMS if arm.variant is not None or arm.values == "stale"]
+
+
+@pytest.mark.parametrize("name", [TASK_ONLY, LENVM, "Kimi k1.5", "soft overlong", *VARIED])
+def test_every_kind_of_arm_trains(name, world, small, monkeypatch):
+    monkeypatch.setattr(World, "frontier", FakeFrontier())
+    run = Run(TINY[2], name, 1e-3, 0.5 if BY_NAME[name].coefficient or BY_NAME[name].strengths else None, 3)
+    if name == "soft overlong":
+        run = replace(run, strength=8)
+    points = train_run(run, world)
+    assert [point["rollouts"] for point in points] == [8, 16]
+    assert all(math.isfinite(value) for point in points for value in point.values())
+
+
+@pytest.mark.parametrize("name", [TASK_ONLY, LENVM, "LenVM as only critic", "linear", "oracle: waste alone"])
+def test_single_completions_train_by_ppo(name, world, small, monkeypatch):
+    monkeypatch.setattr(World, "frontier", FakeFrontier())
+    run = Run(TINY[1], name, 1e-3, 0.5 if BY_NAME[name].strengths else None, 3)
+    assert len(train_run(run, world)) == 2
+
+
+class FakeFrontier:
+    floors = {1: 2, 3: 11, 5: 17, 7: 23}
+
+
+def test_an_evaluation_disturbs_nothing(world, small, monkeypatch):
+    monkeypatch.setattr(World, "frontier", FakeFrontier())
+    run = Run(TINY[2], LENVM, 1e-3, 1.5, 3)
+
+    def weights():
+        kept = {}
+
+        class Kept(training.CurveCallback):
+            def on_train_end(self, args, state, control, model=None, **further):
+                kept.update({name: weight.clone() for name, weight in model.state_dict().items()})
+
+        monkeypatch.setattr(training, "CurveCallback", Kept)
+        train_run(run, world)
+        return kept
+
+    with_evaluations = weights()
+    monkeypatch.setattr(World, "evaluate", lambda self, policy: dict(START))
+    without = weights()
+    assert all(torch.equal(with_evaluations[name], without[name]) for name in without)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="cells"):
+        program.CompareArguments(run_dirs=["a"], cells=["3 x 3"])
+    with pytest.raises(ValueError, match="run_dirs"):
+        program.CompareArguments()
+
+
+def test_cells_are_whole_groups_of_whole_difficulties():
+    for cell in plan.CELLS:
+        assert cell.completions % cell.group_size == 0 and cell.completions // cell.group_size % 2 == 0
