@@ -203,6 +203,18 @@ def of_next_in_group(values_bt1: Tensor, mask: Tensor, group_size: int) -> Tenso
     return values_bt1.gather(1, place).view(-1, group_size, width).roll(1, dims=1).reshape(count, width)
 
 
+def rescaled_values(batch: GradedBatch) -> LengthValues:
+    """V, moved and scaled as its regression on the returns of the batch's finished completions says."""
+    states, gamma = batch.length.states, batch.length.gamma
+    kept = batch.completions.mask & batch.completions.finished.unsqueeze(1)
+    if not kept.any():
+        return batch.length
+    values, returns = states[:, :-1][kept], batch.returns[kept]
+    away = values - values.mean()
+    slope = float((away * returns).sum() / away.square().sum().clamp(min=1e-12))
+    return LengthValues(returns.mean() + slope * (states - values.mean()), gamma)
+
+
 def lenvm(
     batch: GradedBatch, lam: float = 1.0, values: Callable[[GradedBatch], LengthValues] = attrgetter("length")
 ) -> Tensor:
@@ -306,6 +318,10 @@ def estimators(group_size: int, others: Collection[str] = (), pattern: str | Non
             Estimator(f"LenVM {name}, lambda {lam:g}", CONTROL, partial(lenvm, lam=lam, values=of_model(name)))
             for name in others
             if name != OF_CORRECT
+            for lam in (1.0, 0.95)
+        ),
+        *(
+            Estimator(f"LenVM rescaled, lambda {lam:g}", CONTROL, partial(lenvm, lam=lam, values=rescaled_values))
             for lam in (1.0, 0.95)
         ),
         Estimator("constant V", CONTROL, partial(lenvm, values=constant_values)),

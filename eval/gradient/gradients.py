@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -80,8 +81,12 @@ class TokenBatch(NamedTuple):
         return Completions(mask, mask, self.finished, self.lengths)
 
     def rows(self, rows: slice, device: torch.device | str) -> TokenBatch:
-        """Some of the rows, on a device."""
-        return TokenBatch(*(part[rows].to(device) for part in self))
+        """Some of the rows, as long as the longest completion among them, on a device."""
+        part = TokenBatch(*(part[rows].to(device) for part in self))
+        longest = int(part.completion_mask.sum(dim=1).max())
+        return part._replace(
+            completion_ids=part.completion_ids[:, :longest], completion_mask=part.completion_mask[:, :longest]
+        )
 
 
 def read_batches(rollouts: Dataset, batch_size: int, end_ids: Collection[int]) -> Iterator[TokenBatch]:
@@ -100,7 +105,10 @@ def length_values(model: nn.Module, batch: TokenBatch, forward_size: int) -> Len
     for start in range(0, len(batch.finished), forward_size):
         part = batch.rows(slice(start, start + forward_size), device)
         logits = completion_logits(model, *part.inputs)
-        found.append(-torch.sigmoid(logits.double()).cpu())
+        values = -torch.sigmoid(logits.double()).cpu()
+        # Of states behind the end nobody asks.
+        room = batch.completion_mask.shape[1] + 1 - values.shape[1]
+        found.append(nn.functional.pad(values, (0, room)))
     return LengthValues(torch.cat(found), model.config.gamma)
 
 
@@ -126,6 +134,9 @@ def batch_gradients(
 ) -> Tensor:
     """Gradients of ``sum_t A_t log pi(a_t | s_t) / normaliser`` over a batch, one for each estimator's advantages.
 
+    Where every completion's advantage is the same number at all of its tokens, its gradient is that number times the
+    gradient of the completion's log-probability, which is taken once for all such estimators.
+
     Args:
         policy (`PreTrainedModel`): in eval mode.
         parameters (sequence of `torch.nn.Parameter`): with respect to which, D numbers in all.
@@ -138,16 +149,37 @@ def batch_gradients(
     Returns:
         `torch.Tensor` of shape `(E, D)`, float32 on the CPU.
     """
+    count, of_rows = advantages.shape[1], partial(gradients_of_rows, policy, parameters, batch, temperature)
+    first, mask = advantages[:, :, 0], batch.completion_mask.bool()
+    whole = ((advantages == first.unsqueeze(2)) | ~mask).flatten(1).all(dim=1)
     total = torch.zeros(len(advantages), sum(parameter.numel() for parameter in parameters))
-    for start in range(0, advantages.shape[1], forward_size):
+    for start in range(0, count, forward_size) if not whole.all() else ():
         rows = slice(start, start + forward_size)
-        outputs, per_token = token_outputs(policy, parameters, batch.rows(rows, policy.device), temperature)
-        for index, weights in enumerate(advantages[:, rows].to(per_token)):
-            last = index == len(advantages) - 1
-            weights = weights if per_token.dim() == 2 else weights.unsqueeze(2)
-            parts = torch.autograd.grad(outputs, parameters, weights * per_token, retain_graph=not last)
-            total[index] += torch.cat([part.flatten() for part in parts]).float().cpu()
+        total[~whole] += of_rows(rows, advantages[~whole, rows])
+    for row in range(count) if whole.any() else ():
+        rows = slice(row, row + 1)
+        total[whole] += first[whole, rows].float() * of_rows(rows, mask[None, rows].double())
     return total / normaliser
+
+
+def gradients_of_rows(
+    policy: PreTrainedModel,
+    parameters: Sequence[nn.Parameter],
+    batch: TokenBatch,
+    temperature: float,
+    rows: slice,
+    advantages: Tensor,
+) -> Tensor:
+    """What some rows of a batch, with their advantages `(E, n, T)`, add to its gradients, `(E, D)`: not normalised."""
+    part = batch.rows(rows, policy.device)
+    outputs, per_token = token_outputs(policy, parameters, part, temperature)
+    found = []
+    for index, weights in enumerate(advantages[:, :, : part.completion_mask.shape[1]].to(per_token)):
+        last = index == len(advantages) - 1
+        weights = weights if per_token.dim() == 2 else weights.unsqueeze(2)
+        parts = torch.autograd.grad(outputs, parameters, weights * per_token, retain_graph=not last)
+        found.append(torch.cat([gradient.flatten() for gradient in parts]).float().cpu())
+    return torch.stack(found)
 
 
 def token_outputs(

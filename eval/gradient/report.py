@@ -82,6 +82,7 @@ def summarise_gradients(found: Sequence[Estimator], statistics: GradientStatisti
         row["lenvm_over_it"] = as_entry(statistics.snr_ratio(ours, [index]))
         row["over_best_penalty"] = as_entry(statistics.snr_ratio(index, penalties))
         row["cosine_to_task"] = as_entry(statistics.cosine(index, task))
+        row["cosine_to_lenvm"] = as_entry(statistics.cosine(index, ours))
         row["cosine_to_length"] = as_entry(statistics.cosine(index, length))
         rows.append(row)
     known = np.array([ratio.estimate if np.isfinite(ratio.estimate) else -np.inf for ratio in ratios])

@@ -38,7 +38,7 @@ from lenvm_rl.modeling.loading import load_policy, load_tokenizer
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
 from lenvm_rl.rollouts.local import TransformersJob
-from lenvm_rl.rollouts.record import read_rollouts, split_by_prompt
+from lenvm_rl.rollouts.record import split_by_prompt
 from lenvm_rl.sandbox import Overthinking, PolicySettings, distinct_problems, fit_policy
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ FIT = {"train_tokens": 1_200_000, "learning_rate": 1.5e-3}
 # Rollouts of a length value model hold about so many tokens, and so many completions at least and at most.
 PRETRAINING_TOKENS, FEWEST, MOST = 250_000, 512, 4096
 SAMPLES_PER_PROMPT = 8
+# Tokens of a forward of a gradient, at most.
+FORWARD_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class SweepArguments:
     completions: int = HfArg(default=768, help="Completions of a measurement.")
     batch_size: int = HfArg(default=16, help="Completions in a batch; every group size has to divide it.")
     parameters: str = HfArg(
-        default=r"layers\.1\.mlp", help="Regular expression: parameters of the gradient. '' is all of them, and slow."
+        default="", help="Regular expression: parameters of the gradient. All of them, unless it is given."
     )
     measure: bool = HfArg(default=True, help="False: report what is measured, and measure nothing.")
     output_dir: str = HfArg(default="outputs/gradient_sweep", help="Where models and results go.")
@@ -117,18 +119,27 @@ def make_models(base: str, scale: Scale, folder: Path, seed: int) -> None:
     if not (policy / "model.safetensors").exists():
         quiet = {"use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
         fit_policy(str(policy), settings, **quiet)
-    tokenizer = load_tokenizer(str(policy))
-    overthinking = settings.overthinking
-    mean = 14 + overthinking.passes * (1 + 4 * (1 + overthinking.repeats) + 1.5)
+    mean = 14 + scale.passes * (1 + 4 * (1 + scale.repeats) + 1.5)
     prompts = int(np.clip(PRETRAINING_TOKENS / mean, FEWEST, MOST)) // SAMPLES_PER_PROMPT // 4 * 4
+    pretrain_on(str(policy), folder, prompts, scale.longest, seed)
+
+
+def pretrain_on(policy: str, folder: Path, prompts: int, longest: int, seed: int, gamma: float | None = None) -> None:
+    """Sample rollouts of a policy of the sandbox and pretrain its length value model, both in `folder`.
+
+    Args:
+        policy (`str`): its path.
+        folder (`pathlib.Path`): gets `rollouts.jsonl` and `length_value_model`.
+        prompts (`int`): training prompts, [`SAMPLES_PER_PROMPT`] completions each.
+        longest (`int`): most tokens of a completion.
+        seed (`int`): of prompts, sampling and training.
+        gamma (`float`, *optional*): discount; fitted to the rollouts when omitted.
+    """
+    tokenizer = load_tokenizer(policy)
     problems = distinct_problems(prompts, 10 * seed + 1, "train")
-    sampling = SamplingSettings(SAMPLES_PER_PROMPT, scale.longest, 256, 1.0)
-    job = TransformersJob(
-        load_policy(str(policy)), tokenizer, [problem.prompt for problem in problems], sampling, seed=seed
-    )
-    rollouts_path = folder / "rollouts.jsonl"
-    sample_to_file(rollouts_path, job, str(policy))
-    rollouts, metadata = read_rollouts(rollouts_path)
+    sampling = SamplingSettings(SAMPLES_PER_PROMPT, longest, 256, 1.0)
+    job = TransformersJob(load_policy(policy), tokenizer, [one.prompt for one in problems], sampling, seed=seed)
+    rollouts, metadata = sample_to_file(folder / "rollouts.jsonl", job, policy)
     train, held_out = split_by_prompt(rollouts, 0.1, seed=seed)
     arguments = LengthValueTrainingArguments(
         output_dir=str(folder / "length_value_model"),
@@ -139,10 +150,11 @@ def make_models(base: str, scale: Scale, folder: Path, seed: int) -> None:
         save_strategy="no",
         report_to="none",
         seed=seed,
+        gamma=gamma,
         use_cpu=True,
         disable_tqdm=True,
     )
-    pretrain(str(policy), train, metadata, arguments, tokenizer, eval_rollouts=held_out)
+    pretrain(policy, train, metadata, arguments, tokenizer, eval_rollouts=held_out)
 
 
 def measure_scale(args: SweepArguments, base: str, scale: Scale, group_size: int, folder: Path) -> dict[str, Any]:
@@ -158,7 +170,8 @@ def measure_scale(args: SweepArguments, base: str, scale: Scale, group_size: int
         temperature=1.0,
         parameters=args.parameters or None,
         estimators=ESTIMATORS,
-        forward_size=args.batch_size,
+        # Padding costs more than small forwards do.
+        forward_size=int(np.clip(FORWARD_TOKENS // scale.longest, 1, args.batch_size)),
         reward="reward.sandbox.sandbox_reward",
         output_dir=str(folder / f"groups_{group_size}"),
     )

@@ -23,6 +23,7 @@ from eval.gradient.estimators import (
     constant_values,
     estimators,
     pass_rate_of_others,
+    rescaled_values,
 )
 from eval.gradient.gradients import (
     GradientStatistics,
@@ -154,6 +155,20 @@ class TestEstimators:
             [[-0.3, -0.5, -0.7, -0.7], [-0.1] * 4, [-0.6, -0.8, -0.8, -0.8], [-0.2, -0.4, -0.4, -0.4]]
         ))  # fmt: skip
 
+    def test_a_model_is_rescaled_by_its_regression_on_the_batch(self):
+        # Returns are 2 V + 0.3 in every finished completion: nothing is left of them. The cut one does not count.
+        returns = graded([1, 3, 2, 2], [1] * 4, 2).returns
+        values = torch.cat([(returns - 0.3) / 2, torch.zeros(4, 1)], dim=1)
+        values[3] = 0.7
+        batch = graded([1, 3, 2, 2], [1] * 4, 2, values=values, finished=[True, True, True, False])
+        torch.testing.assert_close(rescaled_values(batch).states, 2 * values.double() + 0.3, atol=1e-6, rtol=0)
+        assert named()["LenVM rescaled, lambda 1"](batch)[:3].abs().max() < 1e-6
+        # A V that says nothing becomes the mean return: -5.125 over eight tokens.
+        flat = rescaled_values(self.batch()).states
+        torch.testing.assert_close(flat, torch.full_like(flat, -0.640625), atol=1e-6, rtol=0)
+        cut = graded([2, 2], [1, 1], 2, finished=[False, False])
+        assert rescaled_values(cut) is cut.length
+
     def test_completions_of_one_prompt_each_have_the_batch_for_a_baseline(self):
         alone = graded(self.LENGTHS, self.CORRECT, 1)
         whole = graded(self.LENGTHS, self.CORRECT, 4)
@@ -263,6 +278,20 @@ class TestBandit:
             interval = found.snr(index)
             assert interval.low < exact < interval.high and interval.high - interval.low < 0.8 * exact, index
         assert found.cosine(0, 1).estimate == pytest.approx(1.0, abs=0.01)
+
+    def test_the_values_of_another_rollout_are_a_mere_baseline(self):
+        # Both completions of a group enumerated, with values of another policy: the expectation is that of the returns.
+        chain = bandit(0.25)
+        policy, wrong = ScriptedPolicy.from_chain(chain), ScriptedLengthValue.from_chain(bandit(0.9), GAMMA)
+        parameters, total = select_parameters(policy, None), torch.zeros(2, 16)
+        for arms in itertools.product((0.25, 0.75), repeat=2):
+            rows = [[EOS] if arm == 0.25 else [GO, EOS] for arm in arms]
+            batch = TokenBatch.from_rows([[START]] * 2, rows, [True, True], [EOS])
+            view = grade(batch, [1.0, 1.0], 2, wrong)
+            advantages = torch.stack([named()[name](view) for name in ("V of another rollout", LENGTH_GRADIENT)])
+            total += arms[0] * arms[1] * batch_gradients(policy, parameters, batch, advantages, 1.0, 2, 2)
+        torch.testing.assert_close(total[0], total[1], atol=1e-6, rtol=0)
+        assert total.abs().max() > 1e-2
 
     def test_which_gates_leave_the_model_a_mere_baseline(self):
         # Both completions of a group enumerated: the expected gradient under the exact values and under wrong ones.

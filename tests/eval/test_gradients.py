@@ -25,6 +25,21 @@ def test_gradients_do_not_depend_on_the_forward_size_and_are_linear():
     assert whole.abs().max() > 1e-3
 
 
+def test_what_a_whole_completion_gets_is_a_multiple_of_its_score():
+    policy = tiny_llama()
+    parameters = select_parameters(policy, None)
+    batch = TokenBatch.from_rows([[3, 4], [5], [6]], [[5, 6, 1], [7], [8, 1]], [True, False, True], [1])
+    # Behind the end there is nothing, whatever stands there.
+    whole = torch.tensor([[0.5, 0.5, 0.5], [-1.0, 9.0, 9.0], [2.0, 2.0, 0.0]]).double()
+    part = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double() * batch.completion_mask
+    rest = whole * batch.completion_mask - part
+    together = batch_gradients(policy, parameters, batch, torch.stack([part, whole, rest]), 0.7, 10.0, forward_size=2)
+    torch.testing.assert_close(together[1], together[0] + together[2], atol=1e-6, rtol=1e-4)
+    alone = batch_gradients(policy, parameters, batch, whole.unsqueeze(0), 0.7, 10.0, forward_size=2)
+    torch.testing.assert_close(alone[0], together[1], atol=1e-6, rtol=1e-5)
+    assert alone.abs().max() > 1e-3
+
+
 def test_a_pattern_that_no_parameter_has_is_refused():
     with pytest.raises(ValueError, match="layers_1.*embed_tokens"):
         select_parameters(tiny_llama(), "layers_1")
@@ -35,6 +50,9 @@ def test_padding_of_a_batch():
     assert batch.prompt_ids.tolist() == [[PAD, 3], [4, 5]] and batch.prompt_mask.tolist() == [[0, 1], [1, 1]]
     assert batch.completion_ids.tolist() == [[6, 7, 1], [8, PAD, PAD]]
     assert batch.completions.lengths.tolist() == [2, 1]
+    # A part of the batch is as long as its own longest completion.
+    assert batch.rows(slice(1, 2), "cpu").completion_ids.tolist() == [[8]]
+    assert batch.rows(slice(0, 2), "cpu").completion_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
