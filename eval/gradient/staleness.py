@@ -44,7 +44,7 @@ NAMES = {lam: f"LenVM, lambda {lam:g}" for lam in LAMBDAS}
 RESCALED = "LenVM rescaled, lambda 0.95"
 # Prompts that a refitted length value model is pretrained on.
 REFIT_PROMPTS = 256
-FROM_RUN, REFITTED = "of the base", "refitted"
+FROM_RUN, REFITTED = "base", "refitted"
 
 
 @dataclass
@@ -122,10 +122,10 @@ COLUMNS = (
     Column("tokens", "mean_tokens", 1),
     Column("correct", "correct", 3),
     Column("V explains", "explained_variance", 2),
-    Column("SNR, lambda 1", "snr", 2),
-    *(Column(f"SNR, {lam:g}", f"snr_{lam:g}", 2, ends=False) for lam in LAMBDAS),
+    Column("SNR, 1", "snr", 2, ends=False),
+    *(Column(f"{lam:g}", f"snr_{lam:g}", 2, ends=False) for lam in LAMBDAS),
     *(Column(f"cosine, {lam:g}", f"cosine_{lam:g}", 2) for lam in LAMBDAS),
-    Column("0.95, rescaled", "cosine_rescaled", 2, ends=False),
+    Column("rescaled", "cosine_rescaled", 2, ends=False),
 )
 
 
@@ -148,7 +148,7 @@ def plot_staleness(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 label=f"lambda {lam:g}",
             )
         axis.axhline(1.0, color="black", linewidth=0.6)
-        axis.set_title(f"length value model {model}", fontsize=9)
+        axis.set_title(f"length value model: {model}", fontsize=9)
         axis.set_xlabel("divergence from the base policy, nats a completion")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("cosine to the gradient at lambda 1")
@@ -169,7 +169,7 @@ def main(args: StalenessArguments) -> list[dict[str, Any]]:
             write_json(place, measure_policy(args, path, folder))
             logger.info("%s", place)
         rows += read_json(place)
-    console = Console(width=190, highlight=False)
+    console = Console(width=180, highlight=False)
     print_table(console, rows, COLUMNS, "lambda against staleness", sections=lambda row: row["policy"])
     save_report(output_dir, "staleness", {"rows": rows}, rows)
     plot_staleness(rows, output_dir / "staleness.png")
