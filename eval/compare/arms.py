@@ -16,8 +16,9 @@ from trl.rewards import get_soft_overlong_punishment
 from reward.length_reward import LengthReward
 from reward.sandbox import sandbox_reward
 
-# Strengths of the length stream. A first guess of 3, 6 and 12 was moved down once, since all of them cost accuracy.
-COEFFICIENTS = (0.75, 1.5, 3.0)
+# Strengths of the length stream. PPO whitens the task's stream, so that its deviation is 1 at all times; GRPO's is 0 in
+# every group that is right as a whole, and a first guess of PPO's strengths for both cost GRPO accuracy.
+COEFFICIENTS, PPO_COEFFICIENTS = (0.75, 1.5, 3.0), (3.0, 6.0, 12.0)
 # Re-fits of the length value model along the way, on the latest completions: ten steps of sixteen.
 REFRESH = {"refresh_steps": 10, "refresh_completions": 160, "refresh_learning_rate": 1e-3}
 # Tokens that a correct answer of the sandbox hardly ever exceeds.
@@ -53,6 +54,7 @@ class TrainingArm:
         kind (`str`): `"task"`, `"LenVM"`, `"penalty"`, `"oracle"` or `"control"`.
         strengths (tuple of `float`): what it is tried at, the first guess in the middle; empty if there is nothing to
             choose.
+        ppo_strengths (tuple of `float`): the same for groups of one, where they are others.
         rewards (`Callable`): from the strength to reward functions.
         weights (`Callable`, *optional*): from the strength to their weights; 1 each when omitted.
         coefficient (`str`, *optional*): the field of the trainer's config that is the strength.
@@ -68,6 +70,7 @@ class TrainingArm:
     name: str
     kind: Literal["task", "LenVM", "penalty", "oracle", "control"]
     strengths: tuple[float, ...] = ()
+    ppo_strengths: tuple[float, ...] = ()
     rewards: Callable[[float | None], list[Callable]] = task_only
     weights: Callable[[float], list[float]] | None = None
     coefficient: str | None = None
@@ -77,6 +80,10 @@ class TrainingArm:
     variant: str | None = None
     least_group: int = 1
     settings_of: str | None = None
+
+    def tried(self, group_size: int) -> tuple[float, ...]:
+        """The strengths that it is tried at with groups of a size."""
+        return self.ppo_strengths if group_size == 1 and self.ppo_strengths else self.strengths
 
     def serves(self, group_size: int) -> bool:
         """Whether the arm means anything with so many completions of a prompt."""
@@ -91,7 +98,8 @@ class TrainingArm:
 
 def dense_stream(name: str, **different: Any) -> TrainingArm:
     """The length stream, gated by correctness, with what is different about it."""
-    return TrainingArm(name, **{"kind": "LenVM", "strengths": COEFFICIENTS, "coefficient": "length_coef"} | different)
+    usual = {"strengths": COEFFICIENTS, "ppo_strengths": PPO_COEFFICIENTS, "coefficient": "length_coef"}
+    return TrainingArm(name, **{"kind": "LenVM"} | usual | different)
 
 
 def control(name: str, **different: Any) -> TrainingArm:
@@ -105,30 +113,35 @@ ARMS: Sequence[TrainingArm] = (
     dense_stream(LENVM),
     dense_stream(LENVM_95, fields={"length_lam": 0.95}),
     dense_stream("LenVM as only critic", fields={"task_baseline": "batch"}, ppo_only={"critic": "lenvm"}),
-    TrainingArm("linear", "penalty", (0.2, 0.4, 0.8), rule("linear", "alpha", max_length=LONG // 2)),
-    TrainingArm("truncation", "penalty", (40, 28, 20), whole(rule("truncation", "limit"))),
+    TrainingArm("linear", "penalty", (0.2, 0.4, 0.8), rewards=rule("linear", "alpha", max_length=LONG // 2)),
+    TrainingArm("truncation", "penalty", (40, 28, 20), rewards=whole(rule("truncation", "limit"))),
     TrainingArm(
         "soft overlong",
         "penalty",
         (64, 48, 32),
-        whole(lambda longest: [sandbox_reward, get_soft_overlong_punishment(longest, 3 * longest // 4)]),
+        rewards=whole(lambda longest: [sandbox_reward, get_soft_overlong_punishment(longest, 3 * longest // 4)]),
     ),
-    TrainingArm("cosine", "penalty", (LONG, 80, 48), whole(rule("cosine", "max_length"))),
+    TrainingArm("cosine", "penalty", (LONG, 80, 48), rewards=whole(rule("cosine", "max_length"))),
     TrainingArm(
-        "Kimi k1.5", "penalty", (0.25, 0.5, 1.0), kimi_beside_task, lambda weight: [1.0, weight], least_group=2
+        "Kimi k1.5",
+        "penalty",
+        (0.25, 0.5, 1.0),
+        rewards=kimi_beside_task,
+        weights=lambda weight: [1.0, weight],
+        least_group=2,
     ),
-    TrainingArm("Arora", "penalty", (0.1, 0.2, 0.4), rule("arora", "alpha"), least_group=2),
-    TrainingArm("pass rate", "penalty", (0.125, 0.25, 0.5), rule("pass_rate", "coefficient"), least_group=2),
-    TrainingArm("ShorterBetter", "penalty", (0.01, 0.02, 0.04), rule("shorter_better", "beta"), least_group=2),
-    TrainingArm("GR3", "penalty", (0.33, 0.66, 1.32), rule("gr3", "alpha"), least_group=2),
+    TrainingArm("Arora", "penalty", (0.1, 0.2, 0.4), rewards=rule("arora", "alpha"), least_group=2),
+    TrainingArm("pass rate", "penalty", (0.125, 0.25, 0.5), rewards=rule("pass_rate", "coefficient"), least_group=2),
+    TrainingArm("ShorterBetter", "penalty", (0.01, 0.02, 0.04), rewards=rule("shorter_better", "beta"), least_group=2),
+    TrainingArm("GR3", "penalty", (0.33, 0.66, 1.32), rewards=rule("gr3", "alpha"), least_group=2),
     TrainingArm(
         "LASER-D",
         "penalty",
         (0.25, 0.5, 1.0),
-        rule("laser_d", "bonus", candidates=range(4, LONG + 1, 4)),
+        rewards=rule("laser_d", "bonus", candidates=range(4, LONG + 1, 4)),
         least_group=2,
     ),
-    TrainingArm("Leash", "penalty", (20, 14, 10), whole(rule("leash", "target_length", multiplier=0.25))),
+    TrainingArm("Leash", "penalty", (20, 14, 10), rewards=whole(rule("leash", "target_length", multiplier=0.25))),
     TrainingArm("oracle: waste alone", "oracle", (0.1, 0.3, 1.0), variant="waste"),
     control("constant V", variant="constant"),
     control("V of another rollout", variant="borrowed", least_group=2),

@@ -119,10 +119,11 @@ def best_settings(
 
 def tried_settings(cell: TrainingCell, arm: TrainingArm, judged: Mapping[Run, Judged]) -> list[Settings]:
     """Settings that an arm is tried at, as far as they can be known: rates first, strengths when rates are judged."""
-    middle = arm.strengths[1] if arm.strengths else None
+    strengths = arm.tried(cell.group_size)
+    middle = strengths[1] if strengths else None
     rates = [(rate, middle) for rate in cell.learning_rates]
     best = best_settings(cell, arm, rates, judged)
-    others = [strength for strength in arm.strengths if strength != middle]
+    others = [strength for strength in strengths if strength != middle]
     return rates if best is None else rates + [(best[0], strength) for strength in others]
 
 
@@ -131,7 +132,7 @@ def chosen_settings(cell: TrainingCell, arm: TrainingArm, judged: Mapping[Run, J
     if arm.settings_of is not None:
         return chosen_settings(cell, BY_NAME[arm.settings_of], judged)
     tried = tried_settings(cell, arm, judged)
-    whole = len(cell.learning_rates) + max(0, len(arm.strengths) - 1)
+    whole = len(cell.learning_rates) + max(0, len(arm.tried(cell.group_size)) - 1)
     return best_settings(cell, arm, tried, judged) if len(tried) == whole else None
 
 
