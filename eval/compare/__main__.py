@@ -29,6 +29,7 @@ from eval.compare.measures import judge_curve
 from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, open_runs
 from eval.compare.records import Records
 from eval.compare.report import make_report, print_cells, write_comparison
+from eval.compare.samples import decoding_arms, sample_answers
 from eval.compare.training import World, train_run
 from eval.runs import run_evaluation, set_threads
 from lenvm_rl.files import read_json
@@ -105,9 +106,11 @@ def main(args: CompareArguments) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     set_threads(sandbox=True)
     if args.report is None:
-        records = Records(args.output_dir)
-        run_open(args, records, Worlds(args))
-        collected = records.collected()
+        records, worlds = Records(args.output_dir), Worlds(args)
+        run_open(args, records, worlds)
+        first = worlds.worlds[0]
+        shown = {"decoding": decoding_arms(first), "samples": sample_answers(first)}
+        collected = records.collected() | shown
     else:
         collected = read_json(args.report)
     report = make_report(collected)

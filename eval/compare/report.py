@@ -39,6 +39,8 @@ def make_report(collected: Collected) -> dict[str, Any]:
         },
         "cells": [cell for cell in cells if cell["arms"]],
         "frontier": worlds[0]["frontier"] if worlds else None,
+        "decoding": collected.get("decoding", []),
+        "samples": collected.get("samples", []),
     }
 
 
@@ -94,7 +96,8 @@ def report_arm(
         "until_most": median_and_range([one.until_most for one in found]),
         **{f"end_{name}": mean_and_range([getattr(one, f"end_{name}") for one in found]) for name in DRAWN},
         "frontier_gap": mean_and_range(gaps),
-        "break_even": median_and_range(even),
+        # What another length value model cost, no record says.
+        "break_even": median_and_range(even) if arm.values == "length_value_model" else None,
         "unsafe": sum(one.unsafe for one in found) / len(found),
         "kept": sum(one.kept for one in found) / len(found),
     }
@@ -253,7 +256,7 @@ def plot_curves(report: Mapping[str, Any], path: str | Path) -> None:
 
 
 def write_comparison(report: Mapping[str, Any], collected: Collected, output_dir: str | Path) -> None:
-    """Write `compare.json` (the records, from which all else is made), `compare.png` and the page `compare.html`."""
+    """Write `compare.json` (the records, from which all else is made) and `compare.png`."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "compare.json", collected)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eval.compare import __main__ as program
-from eval.compare import plan, training
+from eval.compare import plan, samples, training
 from eval.compare.arms import ARMS, BY_NAME, LENVM, LENVM_95, TASK_ONLY
 from eval.compare.measures import Judged, answers_to_break_even, judge_curve, rollouts_until, tokens_until
 from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, TrainingCell, chosen_settings, few_arms, open_runs
@@ -23,6 +23,7 @@ from eval.compare.report import (
     reached_text,
     write_comparison,
 )
+from eval.compare.samples import decoding_arms, sample_answers
 from eval.compare.training import World, train_run
 from eval.compare.variants import wasted_tokens
 from eval.gradient.estimators import of_next_in_group
@@ -356,6 +357,18 @@ def test_an_evaluation_disturbs_nothing(world, small, monkeypatch):
     monkeypatch.setattr(World, "evaluate", lambda self, policy: dict(START))
     without = weights()
     assert all(torch.equal(with_evaluations[name], without[name]) for name in without)
+
+
+def test_answers_side_by_side(world, small, monkeypatch):
+    """Of a run's policies to a prompt of each difficulty: what is said to be waste has a token each."""
+    monkeypatch.setattr(samples, "value_scale", lambda *given: 1.0)
+    write_json(f"{world.folder}/run.json", {"trained": {"ours": "policy"}})
+    shown = sample_answers(world)
+    assert len(shown) == 4 and {row["name"] for row in shown[0]["rows"]} == {"base", "tilt +0.5", "ours"}
+    assert all(len(row["waste"]) == len(row["text"].split()) for one in shown for row in one["rows"])
+    # The same policy under another name, from the same seed.
+    assert all(one["rows"][0]["text"] == one["rows"][2]["text"] for one in shown)
+    assert decoding_arms(world) == []
 
 
 def test_bad_arguments_are_refused():
