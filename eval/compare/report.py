@@ -13,6 +13,7 @@ from rich.console import Console
 
 from eval.compare.arms import ARMS, LENVM, LENVM_95, TASK_ONLY, TrainingArm
 from eval.compare.measures import Judged, answers_to_break_even, judge_curve, tokens_until
+from eval.compare.page import write_page
 from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, TrainingCell, reported_runs
 from eval.compare.records import Collected, judge_record, recorded_runs
 from eval.report import Column, Entry, cell_text, print_table, save_figure, save_json
@@ -262,3 +263,4 @@ def write_comparison(report: Mapping[str, Any], collected: Collected, output_dir
     save_json(folder / "compare.json", collected)
     if report["cells"]:
         plot_curves(report, folder / "compare.png")
+        write_page(report, folder / "compare.html")

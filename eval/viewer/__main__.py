@@ -10,8 +10,7 @@ names. Pointing at a token marks its place on the curve, and the other way round
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from eval.datasets import ReadingArguments, find_rollouts
+from eval.pages import save_page, six_digits
 from eval.runs import STARTS_OVER, check_writable, run_evaluation
 from eval.viewer.tokens import TokenValues, token_pieces, token_values, tokenizer_of_rollouts
 from lenvm_rl.endings import end_token_ids, own_length
-from lenvm_rl.files import atomic_file
 from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.rollouts.record import REQUIRED_COLUMNS
 
-TEMPLATE, SCRIPT = Path(__file__).with_name("template.html"), Path(__file__).with_name("page.js")
 # Further columns of a record are shown if they are no longer than this.
 SHORT = 60
 
@@ -79,22 +77,10 @@ def completion_entry(
         "prompt": tokenizer.decode(record["prompt_ids"]),
         "columns": {name: str(value) for name, value in further.items() if len(str(value)) <= SHORT},
         "tokens": [[piece.text, piece.part, piece.parts, int(piece.special)] for piece in pieces],
-        "remaining": _rounded([*values.remaining.tolist(), float(after)]),
-        "shift": _rounded(values.horizon_shift.tolist()),
-        "shift_in_tokens": _rounded(values.shift_in_tokens.tolist()),
+        "remaining": six_digits([*values.remaining.tolist(), float(after)]),
+        "shift": six_digits(values.horizon_shift.tolist()),
+        "shift_in_tokens": six_digits(values.shift_in_tokens.tolist()),
     }
-
-
-def render_page(completions: Sequence[dict[str, Any]], title: str, about: str) -> str:
-    """The page: template, script and data in one text; the first two [`completion_entry`]s are shown at first."""
-    data = {"title": title, "about": about, "completions": list(completions)}
-    # Inside a script element only these can end it or begin a comment; JSON may write them as escapes.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    head, tail = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
-    middle, end = tail.split("__SCRIPT__")
-    return head + text + middle + SCRIPT.read_text(encoding="utf-8") + end
 
 
 def main(args: ViewerArguments) -> dict[str, Any]:
@@ -117,17 +103,11 @@ def main(args: ViewerArguments) -> dict[str, Any]:
         f"{model.config.gamma:.5f}). Colour: how much longer (orange) or shorter (blue) than expected a token made the "
         "completion. Tokens still to come count the end-of-sequence token."
     )
-    page = render_page(entries, "Predicted length along completions", about)
-    with atomic_file(args.output) as file:
-        file.write(page.encode("utf-8", errors="backslashreplace"))
+    page = {"title": "Predicted length along completions", "about": about, "completions": entries}
+    save_page(args.output, Path(__file__).parent, page)
     tokens = sum(len(entry["tokens"]) for entry in entries)
     Console(highlight=False).print(f"{len(entries)} completions, {tokens} tokens: open {args.output} in a browser.")
     return {"completions": entries, "output": args.output}
-
-
-def _rounded(numbers: Sequence[float]) -> list[float]:
-    """Six digits: what a page can show, in a third of the room."""
-    return [float(f"{number:.6g}") for number in numbers]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"use strict";
 // Draws the completions of the page: coloured tokens and a curve, each pointing at the other.
-const DATA = JSON.parse(document.getElementById("data").textContent);
 // Two hues that the common kinds of colour blindness tell apart, light enough for dark text.
 const ORANGE = [240, 138, 36], BLUE = [84, 156, 222], WHITE = [255, 255, 255];
-const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 50, right: 12, top: 12, bottom: 50 }, HEIGHT = 230, STRIP = 12;
 
 function colour(shift, limit) {
@@ -11,34 +8,8 @@ function colour(shift, limit) {
   return `rgb(${WHITE.map((from, k) => Math.round(from + share * (end[k] - from))).join(",")})`;
 }
 
-function number(value, digits) {
-  const shown = Math.abs(value).toFixed(digits);
-  return (value < 0 && Number(shown) !== 0 ? "−" : "") + shown;
-}
-
 function signed(value, digits) {
   return (value >= 0 || Number(value.toFixed(digits)) === 0 ? "+" : "") + number(value, digits);
-}
-
-function ticks(most, count) {
-  const rough = most / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((k) => k * power).find((k) => k >= rough);
-  return Array.from({ length: Math.floor(most / step + 1e-9) + 1 }, (_, k) => Number((k * step).toPrecision(12)));
-}
-
-function element(name, classes, text) {
-  const made = document.createElement(name);
-  if (classes) made.className = classes;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-function shape(parent, name, attributes, text) {
-  const made = document.createElementNS(SVG, name);
-  for (const key of Object.keys(attributes)) made.setAttribute(key, attributes[key]);
-  if (text !== undefined) made.textContent = text;
-  parent.append(made);
-  return made;
 }
 
 const unit = document.getElementById("unit"), same = document.getElementById("same");
@@ -208,12 +179,12 @@ class Panel {
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.svg.setAttribute("aria-label", `predicted against true tokens still to come, row ${entry.row}`);
     const bottom = MARGIN.top + inner.height;
-    for (const n of ticks(mostY, 4)) {
+    for (const n of ticks(0, mostY, 4)) {
       shape(this.svg, "line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: this.y(n), y2: this.y(n) });
       shape(this.svg, "text", { x: MARGIN.left - 6, y: this.y(n) + 4, "text-anchor": "end" }, String(n));
     }
     const under = bottom + STRIP + 5;
-    for (const t of ticks(mostX, Math.max(2, Math.floor(inner.width / 90)))) {
+    for (const t of ticks(0, mostX, Math.max(2, Math.floor(inner.width / 90)))) {
       shape(this.svg, "line", { class: "axis", x1: this.x(t), x2: this.x(t), y1: under - 2, y2: under + 2 });
       shape(this.svg, "text", { x: this.x(t), y: under + 14, "text-anchor": "middle" }, String(t));
     }
