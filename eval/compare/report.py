@@ -97,8 +97,8 @@ def report_arm(
         "until_most": median_and_range([one.until_most for one in found]),
         **{f"end_{name}": mean_and_range([getattr(one, f"end_{name}") for one in found]) for name in DRAWN},
         "frontier_gap": mean_and_range(gaps),
-        # What another length value model cost, no record says.
-        "break_even": median_and_range(even) if arm.values == "length_value_model" else None,
+        # What the values of a control would cost, no record says.
+        "break_even": None if arm.kind == "control" else median_and_range(even),
         "unsafe": sum(one.unsafe for one in found) / len(found),
         "kept": sum(one.kept for one in found) / len(found),
     }
@@ -115,7 +115,7 @@ def break_even(
     """
     if judged.until_most is None:
         return None
-    reads = arm.kind in ("LenVM", "control")
+    reads = arm.kind == "LenVM"
     has_critic = cell.group_size == 1 and not arm.ppo_only
     per_token = SAMPLE + LEARN + (READ if reads else 0) + (READ + LEARN if has_critic else 0)
     forwards = per_token * tokens_until(curve, world["start"], judged.until_most)

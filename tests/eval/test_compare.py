@@ -244,7 +244,9 @@ class TestReport:
         assert "never" in printed and "LenVM, lambda 1" in printed
         write_comparison(report, collected, tmp_path / "out")
         assert json.loads((tmp_path / "out" / "compare.json").read_text()) == collected
-        assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+        assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000 and (
+            tmp_path / "out" / "compare.html"
+        ).exists()
         # A comparison is drawn anew from its records.
         again = program.main(
             program.CompareArguments(report=str(tmp_path / "out" / "compare.json"), output_dir=str(tmp_path / "o"))
