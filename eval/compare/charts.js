@@ -190,7 +190,8 @@ function drawCurve(svg, drawn, name, label, limits) {
   const along = (arm, side) => arm.rollouts.map((x, k) => [x, arm[name][side][k]]).filter(([, value]) => known(value))
     .map(([x, value]) => `${plot.x(x).toFixed(1)},${plot.y(value).toFixed(1)}`);
   for (const arm of drawn) {
-    shape(plot.area, "polygon", { class: "band", "data-arm": arm.name, style: `fill:${arms.get(arm.name).colour}`,
+    shape(plot.area, "polygon", { class: "band", "data-arm": arm.name,
+      style: `fill:${arms.get(arm.name).colour};fill-opacity:${Math.min(0.12, 0.8 / drawn.length)}`,
       points: [...along(arm, "low"), ...along(arm, "high").reverse()].join(" ") });
   }
   for (const arm of drawn) {

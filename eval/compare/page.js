@@ -66,9 +66,11 @@ function drawLegend() {
       const button = element("button");
       button.dataset.arm = name;
       button.append(armSwatch(name), name);
-      button.addEventListener("click", () => { toggle([name], !arms.get(name).on); highlight(name); });
-      for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => highlight(name));
-      for (const event of ["mouseleave", "blur"]) button.addEventListener(event, () => highlight(null));
+      button.addEventListener("click", () => toggle([name], !arms.get(name).on));
+      // Not under a finger, which does not leave.
+      button.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && highlight(name));
+      button.addEventListener("focus", () => button.matches(":focus-visible") && highlight(name));
+      for (const event of ["pointerleave", "blur"]) button.addEventListener(event, () => highlight(null));
       return button;
     }));
     row.append(every, buttons);
@@ -99,9 +101,9 @@ const COLUMNS = [
   { title: "accuracy\nat the end", ...over("end_accuracy", 3) },
   { title: "tokens\nat the end", ...over("end_tokens", 1) },
   { title: "waste\nat the end", ...over("end_excess", 1) },
+  { title: "unsafe", by: (arm) => arm.unsafe, cell: (arm) => [`${plain(100 * arm.unsafe)} %`] },
   { title: "below the\nfrontier", ...over("frontier_gap", 3) },
   { title: "answers to\nbreak even", ...over("break_even", 0) },
-  { title: "unsafe", by: (arm) => arm.unsafe, cell: (arm) => [`${plain(100 * arm.unsafe)} %`] },
 ];
 
 function drawTable() {
@@ -133,7 +135,7 @@ function drawTable() {
     row.append(name, ...columns.slice(1).map((column) => {
       const [value, ...notes] = column.cell(arm);
       const cell = element("td", column.title === "unsafe" && arm.unsafe ? "bad" : "", value);
-      cell.append(...notes.filter(Boolean).map((note) => element("span", "note", note)));
+      notes.forEach((note, k) => note && cell.append(element("span", k ? "note missed" : "note", note)));
       return cell;
     }));
     body.append(row);
@@ -186,7 +188,16 @@ if (world.base_accuracy) {
     `${told(world.base_excess, 1)} are waste. The budget is how many rollouts a step has, and how many of each prompt.`;
 }
 cellChoice.addEventListener("change", drawCell);
-window.addEventListener("resize", drawPlots);
-window.addEventListener("scroll", hideTip, { passive: true });
+let drawnWidth = window.innerWidth;
+window.addEventListener("resize", () => {
+  // A phone changes the height while one scrolls.
+  if (window.innerWidth !== drawnWidth) drawPlots();
+  drawnWidth = window.innerWidth;
+});
+window.addEventListener("scroll", () => {
+  hideTip();
+  // What the keys have come to may have been scrolled into sight, and goes on telling.
+  if (document.activeElement.matches(".point")) document.activeElement.dispatchEvent(new Event("focus"));
+}, { passive: true });
 drawSamples(DATA.samples || []);
 drawCell();
