@@ -51,6 +51,8 @@ FIT = {"train_tokens": 1_200_000, "learning_rate": 1.5e-3}
 # Rollouts of a length value model hold about so many tokens, and so many completions at least and at most.
 PRETRAINING_TOKENS, FEWEST, MOST = 250_000, 512, 4096
 SAMPLES_PER_PROMPT = 8
+# Logarithms of lengths that differ less are of one length.
+SAME = 0.1
 # Tokens of a forward of a gradient, at most.
 FORWARD_TOKENS = 1024
 
@@ -221,13 +223,15 @@ def log_slope(points: Sequence[tuple[float, float, Hashable]], seed: int = 0) ->
     Args:
         points (sequence of tuples): x, y and the kind of each point, x and y positive. NaN where no kind has two x.
         seed (`int`, *optional*, defaults to `0`): of the bootstrap.
+
+    What differs within a kind by a tenth at most is one x, up to noise.
     """
     kinds = [kind for _, _, kind in points]
     points = np.log(np.array([pair[:2] for pair in points], dtype=float)).reshape(-1, 2)
     for kind in set(kinds):
         same = np.array([other == kind for other in kinds])
         points[same] -= points[same].mean(axis=0)
-    if not (np.abs(points[:, 0]) > 1e-9).any():
+    if not (np.abs(points[:, 0]) > SAME).any():
         return percentile_interval(math.nan, np.full(2, math.nan))
     counts = resample_counts(len(points), 2000, seed)
 

@@ -17,6 +17,7 @@ def test_exponents_of_exact_powers():
     assert found.estimate == pytest.approx(2.0) and found.low == pytest.approx(2.0) == found.high
     # Kinds that differ in x say nothing of a slope within them.
     assert math.isnan(log_slope([(1.0, 2.0, "a"), (4.0, 32.0, "b")]).estimate)
+    assert math.isnan(log_slope([(30.0, 2.0, None), (31.0, 3.0, None)]).estimate)
     # By hand, without kinds: logs (0, 0), (1, 2), (2, 2): cov 2/3, var 2/3.
     points = [(math.exp(x), math.exp(y), None) for x, y in ((0, 0), (1, 2), (2, 2))]
     assert log_slope(points).estimate == pytest.approx(1.0)
