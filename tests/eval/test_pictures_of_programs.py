@@ -105,7 +105,7 @@ def test_a_tradeoff_without_correct_graded_or_several_prompts_is_drawn(drawn, tm
 
 
 def test_gradients_that_cannot_be_told_are_left_out_and_cosines_beyond_one_are_explained(drawn, tmp_path):
-    kinds = [each.kind for each in estimators(0.5, False)][:3]
+    kinds = [each.kind for each in estimators(2)][:3]
     known = {"snr": interval(0.5, 0.9), "cosine_to_task": interval(1.4, 0.1), "cosine_to_length": NOTHING}
     rows = [{"name": f"e{n}", "kind": kind, **known} for n, kind in enumerate(kinds)]
     rows.append(

@@ -57,7 +57,7 @@ def test_the_sandboxs_settings_stay_away_from_a_model_of_ones_own(line, config_c
 def test_without_one_they_are_the_sandboxs(monkeypatch):
     args, config, model = read(monkeypatch)
     assert model.model_name_or_path is None and args.pretrain_learning_rate == 1e-3
-    assert (config.length_coef, config.learning_rate, config.shuffle_dataset) == (6.0, 6e-4, False)
+    assert (config.length_coef, config.learning_rate, config.shuffle_dataset) == (1.5, 4e-4, False)
     # What is given counts, in any spelling.
     _, config, _ = read(monkeypatch, "--length-coef=2", "--learning-r", "1e-5", "--use_cpu", "false")
     assert (config.length_coef, config.learning_rate, config.use_cpu) == (2.0, 1e-5, False)
