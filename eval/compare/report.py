@@ -24,7 +24,9 @@ SAMPLE, READ, LEARN = 1, 1, 3
 DRAWN = ("excess", "accuracy", "tokens")
 ORACLE = "oracle: waste alone"
 COLORS = {TASK_ONLY: "#000000", LENVM: "#d62728", LENVM_95: "#ff7f0e", ORACLE: "#888888"}
-PENALTY_COLORS = ("#1f77b4", "#2ca02c", "#9467bd")
+PENALTY_COLORS = ("#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
+# Penalties that a cell shows.
+BEST = 3
 
 
 def make_report(collected: Collected) -> dict[str, Any]:
@@ -227,16 +229,17 @@ def plot_curves(report: Mapping[str, Any], path: str | Path) -> None:
     cells = report["cells"]
     figure = Figure(figsize=(max(5.0, 4.0 * len(cells)), 5.6), layout="constrained")
     axes = figure.subplots(2, len(cells), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
+    best = {cell["name"]: best_penalties(cell, BEST) for cell in cells}
+    # One colour for a penalty in all cells.
+    seen = dict.fromkeys(name for names in best.values() for name in names)
+    colors = {**COLORS, **{name: PENALTY_COLORS[k % len(PENALTY_COLORS)] for k, name in enumerate(seen)}}
     for (above, below), cell in zip(axes.T, cells, strict=True):
-        best = best_penalties(cell, len(PENALTY_COLORS))
-        colors = {**COLORS, **dict(zip(best, PENALTY_COLORS, strict=False))}
         for arm in cell["arms"]:
-            if arm["name"] not in colors:
+            if arm["name"] not in COLORS and arm["name"] not in best[cell["name"]]:
                 continue
-            label = arm["name"] if arm["kind"] != "penalty" else f"{cell['name']}: {arm['name']}"
             for axis, name in ((above, "excess"), (below, "accuracy")):
                 color = colors[arm["name"]]
-                axis.plot(arm["rollouts"], arm[name]["mean"], color=color, linewidth=1.2, label=label)
+                axis.plot(arm["rollouts"], arm[name]["mean"], color=color, linewidth=1.2, label=arm["name"])
                 axis.fill_between(arm["rollouts"], arm[name]["low"], arm[name]["high"], color=color, alpha=0.12, lw=0)
         above.set_title(
             f"{cell['completions']} a step, groups of {cell['group_size']}, {cell['algorithm']}", fontsize=9
