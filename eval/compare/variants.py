@@ -26,6 +26,8 @@ class WasteOracle:
     """
 
     charge: float
+    # Otherwise GRPO without a length stream would leave the batch as TRL made it.
+    always_dense = True
 
     def _collect(self, batch: dict) -> Batch:
         read = super()._collect(batch)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import set_seed
 
 from eval.compare import __main__ as program
 from eval.compare import plan, samples, training
@@ -371,6 +372,26 @@ def test_answers_side_by_side(world, small, monkeypatch):
     # The same policy under another name, from the same seed.
     assert all(one["rows"][0]["text"] == one["rows"][2]["text"] for one in shown)
     assert decoding_arms(world) == []
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_oracle_charges_waste_of_correct_completions_and_nothing_else(size, world, small, monkeypatch, tmp_path):
+    monkeypatch.setattr(World, "frontier", FakeFrontier())
+    run = Run(TINY[size], "oracle: waste alone", 1e-3, 0.25, 3)
+    trainer = training.trainer_of(run, world, str(tmp_path / "o"))
+    plain = training.trainer_of(replace(run, arm=TASK_ONLY, strength=None), world, str(tmp_path / "t"))
+    batches = []
+    for each in (trainer, plain):
+        monkeypatch.setattr(each, "_calculate_rewards", lambda inputs, *given: torch.ones(8, 1))
+        each._raw_rewards = torch.ones(8, 1)
+        set_seed(5)
+        each.model.train()
+        batches.append(each._generate_and_score_completions([{"prompt": "3 c +2 ?", "answer": "5"}] * 8))
+    charged, task = (batch["advantages"] for batch in batches)
+    waste = wasted_tokens(batches[0]["completion_ids"], batches[0]["completion_mask"].bool())
+    task = task if task.dim() == 2 else task.unsqueeze(1) * batches[1]["completion_mask"]
+    assert waste.any()
+    torch.testing.assert_close(charged, task - 0.25 * waste)
 
 
 def test_bad_arguments_are_refused():
