@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
-from eval.compare.arms import ARMS
+from eval.compare.arms import ARMS, BY_NAME
 from eval.compare.measures import judge_curve
 from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, open_runs
 from eval.compare.records import Records
@@ -60,6 +60,8 @@ class CompareArguments:
         known = [cell.name for cell in CELLS]
         if set(self.cells) - set(known):
             raise ValueError(f"cells must be among {', '.join(known)}, got {', '.join(self.cells)}.")
+        if set(self.arms) - set(BY_NAME):
+            raise ValueError(f"arms must be among {', '.join(BY_NAME)}, got {', '.join(self.arms)}.")
         if (self.report is None) != bool(self.run_dirs):
             raise ValueError("Give run_dirs to run, or report to show what was run before.")
 

@@ -397,6 +397,8 @@ def test_the_oracle_charges_waste_of_correct_completions_and_nothing_else(size, 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="cells"):
         program.CompareArguments(run_dirs=["a"], cells=["3 x 3"])
+    with pytest.raises(ValueError, match="arms"):
+        program.CompareArguments(run_dirs=["a"], arms=["Linear"])
     with pytest.raises(ValueError, match="run_dirs"):
         program.CompareArguments()
 
