@@ -51,7 +51,9 @@ class CompareArguments:
         default_factory=lambda: [cell.name for cell in CELLS[:2]],
         help="Cells, as 'COMPLETIONS x GROUP': " + ", ".join(cell.name for cell in CELLS) + ".",
     )
-    arms: list[str] = HfArg(default_factory=list, help="Names of arms. Default: all of a cell.")
+    arms: list[str] = HfArg(
+        default_factory=list, help="Names of arms, in every cell that they serve. Default: those of each cell."
+    )
     seeds: int = HfArg(default=5, help="Seeds that are reported.")
     report: str | None = HfArg(default=None, help="Records of an earlier comparison, to be reported anew.")
     output_dir: str = HfArg(default="outputs/compare", help="Where records, tables, figures and the page go.")
@@ -81,10 +83,10 @@ def run_open(args: CompareArguments, records: Records, worlds: Worlds) -> None:
     """Run what has no record, sharing the work with other processes."""
     cells = [cell for cell in CELLS if cell.name in args.cells]
     # Controls need models that not every folder has.
-    there = [arm.name for arm in ARMS if all(Path(folder, arm.values).exists() for folder in args.run_dirs)]
-    arms = [name for name in there if not args.arms or name in args.arms]
+    there = {arm.name for arm in ARMS if all(Path(folder, arm.values).exists() for folder in args.run_dirs)}
     while True:
-        waiting = list(open_runs(cells, records.judged(), range(args.seeds), arms))
+        found = open_runs(cells, records.judged(), range(args.seeds), args.arms or None)
+        waiting = [run for run in found if run.arm in there]
         if not waiting:
             return
         if not any(run_one(run, records, worlds.of(run.seed)) for run in waiting):

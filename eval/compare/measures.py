@@ -46,7 +46,8 @@ class Judged:
 def rollouts_until(curve: Sequence[Point], start: Point, gone: float) -> float | None:
     """Rollouts until a share of the waste is gone, at the first evaluation that shows it at kept accuracy.
 
-    Waste is taken to fall linearly between two evaluations, so the answer may lie before that evaluation.
+    Waste is taken to fall linearly between two evaluations, so the answer may lie before that evaluation; but not where
+    the one before it had lost accuracy, for what was gone then was not gone at kept accuracy.
 
     Args:
         curve (sequence of mappings): the evaluations in order, without the start.
@@ -56,11 +57,13 @@ def rollouts_until(curve: Sequence[Point], start: Point, gone: float) -> float |
     Example: waste 10 at the start, 6 after 100 rollouts and 2 after 200. Half of it is gone after 125.
     """
     target = (1.0 - gone) * start["excess"]
+    lowest = start["accuracy"] - TOLERATED
     before = {**start, "rollouts": 0.0}
     for point in curve:
-        if point["excess"] <= target and point["accuracy"] >= start["accuracy"] - TOLERATED:
-            fallen = before["excess"] - point["excess"]
-            share = (before["excess"] - target) / fallen if before["excess"] > target else 1.0
+        if point["excess"] <= target and point["accuracy"] >= lowest:
+            if before["excess"] <= target or before["accuracy"] < lowest:
+                return point["rollouts"]
+            share = (before["excess"] - target) / (before["excess"] - point["excess"])
             return before["rollouts"] + share * (point["rollouts"] - before["rollouts"])
         before = point
     return None

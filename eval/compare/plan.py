@@ -81,10 +81,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A name for files."""
+        """A name for files. All that a run is told by is in it: one with a record of this name is never run again."""
+        cell = f"{self.cell.completions}x{self.cell.group_size}x{self.cell.steps}"
         strength = "" if self.strength is None else f"_{self.strength:g}"
         arm = "".join(letter if letter.isalnum() else "-" for letter in self.arm)
-        return f"{self.cell.completions}x{self.cell.group_size}_{arm}_{self.learning_rate:g}{strength}_{self.seed}"
+        return f"{cell}_{arm}_{self.learning_rate:g}{strength}_{self.seed}"
 
 
 # A learning rate and a strength.
@@ -144,28 +145,29 @@ def reported_runs(
     return [] if chosen is None else [Run(cell, arm.name, *chosen, seed) for seed in seeds]
 
 
-def few_arms(cells: Sequence[TrainingCell], judged: Mapping[Run, Judged], seeds: Sequence[int]) -> list[str] | None:
-    """The arms of the cells that do not run all: task only, both LenVMs, and the two best penalties of the first cell.
-
-    `None` until that is known.
+def few_arms(cells: Sequence[TrainingCell], judged: Mapping[Run, Judged], seeds: Sequence[int]) -> list[str]:
+    """The arms of the cells that do not run all: task only, both LenVMs, and the two best penalties of the first that
+    does, once they are known; where none of `cells` does, of the first of [`CELLS`].
     """
-    first = cells[0]
+    always = [TASK_ONLY, LENVM, LENVM_95]
+    first = next(cell for cell in (*cells, *CELLS) if cell.every_arm)
     scores: dict[str, float] = {}
-    for arm in (arm for arm in ARMS if arm.kind == "penalty"):
+    for arm in (arm for arm in ARMS if arm.kind == "penalty" and arm.serves(first.group_size)):
         runs = reported_runs(first, arm, judged, seeds)
         if not runs or not all(run in judged for run in runs):
-            return None
+            return always
         until = sorted(math.inf if judged[run].until_most is None else judged[run].until_most for run in runs)
         scores[arm.name] = until[len(until) // 2]
-    return [TASK_ONLY, LENVM, LENVM_95, *sorted(scores, key=lambda name: scores[name])[:2]]
+    return [*always, *sorted(scores, key=lambda name: scores[name])[:2]]
 
 
-def arms_of(cell: TrainingCell, few: Sequence[str] | None) -> list[TrainingArm]:
-    """The arms that run in a cell, in order: as the only critic, the model is of a cell of single completions."""
+def arms_of(cell: TrainingCell, few: Sequence[str], named: Sequence[str] | None = None) -> list[TrainingArm]:
+    """The arms that run in a cell, in order: those `named`, else all or few."""
     serving = [arm for arm in ARMS if arm.serves(cell.group_size)]
-    if cell.every_arm:
-        return serving
-    return [arm for arm in serving if arm.ppo_only or (few is not None and arm.name in few)]
+    if named is not None:
+        return [arm for arm in serving if arm.name in named]
+    # As the only critic, the model is of a cell of single completions.
+    return [arm for arm in serving if cell.every_arm or arm.ppo_only or arm.name in few]
 
 
 def open_runs(
@@ -173,17 +175,17 @@ def open_runs(
 ) -> Iterator[Run]:
     """Runs that can start now and have no record, in the order in which they are wanted.
 
-    With `arms`, of these alone.
+    With `arms`, of these alone, in every cell; a control brings the trials of the arm whose settings it takes.
     """
     few = few_arms(cells, judged, seeds)
     for cell in cells:
-        found = [arm for arm in arms_of(cell, few) if arms is None or arm.name in arms]
         wanted: list[Run] = []
-        for arm in found:
-            tried = [] if arm.settings_of is not None else tried_settings(cell, arm, judged)
-            wanted += [run for settings in tried for run in trials(cell, arm, settings)]
+        for arm in arms_of(cell, few, arms):
+            original = BY_NAME[arm.settings_of or arm.name]
+            for settings in tried_settings(cell, original, judged):
+                wanted += trials(cell, original, settings)
             wanted += reported_runs(cell, arm, judged, seeds)
-        yield from (run for run in wanted if run not in judged)
+        yield from (run for run in dict.fromkeys(wanted) if run not in judged)
 
 
 def as_record(run: Run) -> dict[str, Any]:

@@ -69,9 +69,9 @@ def report_arms(
         if runs:
             reported = report_arm(arm, cell, [by_run[run] for run in runs], collected)
             arms.append({"name": arm.name, "kind": arm.kind, "strength": runs[0].strength, **reported})
-    reference = next((arm["until_most"] for arm in arms if arm["name"] == LENVM), None)
+    reference = next((arm for arm in arms if arm["name"] == LENVM), None)
     for arm in arms:
-        arm["times_lenvm"] = paired_ratio(arm["until_most"], reference)
+        arm["times_lenvm"] = paired_ratio(arm, reference)
     return arms
 
 
@@ -93,6 +93,7 @@ def report_arm(
     return {
         "learning_rate": records[0]["learning_rate"],
         "seeds": len(records),
+        "seeds_run": [record["seed"] for record in records],
         "rollouts": [0.0, *(point["rollouts"] for point in curves[0])],
         **{name: curve_band(curves, starts, name) for name in DRAWN},
         "until_half": median_and_range([one.until_half for one in found]),
@@ -157,13 +158,14 @@ def median_and_range(values: Sequence[float | None]) -> dict[str, Any]:
     return {**finite, "missed": sum(map(math.isinf, ordered)), "seeds": len(ordered), "each": list(values)}
 
 
-def paired_ratio(until: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Rollouts over those of the reference, seed by seed: median and range; `None` without the same seeds."""
-    if reference is None or len(until["each"]) != len(reference["each"]):
+def paired_ratio(arm: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Rollouts of an arm over those of the reference, over the seeds that both have: median and range, or `None`."""
+    if reference is None:
         return None
-    pairs = zip(until["each"], reference["each"], strict=True)
+    until, theirs = (dict(zip(one["seeds_run"], one["until_most"]["each"], strict=True)) for one in (arm, reference))
+    pairs = [(until[seed], theirs[seed]) for seed in until if seed in theirs]
     # One that is never there takes infinitely longer than one that is; of two, nothing can be said.
-    ratios = [math.inf if ours is None else ours / theirs for ours, theirs in pairs if theirs is not None]
+    ratios = [math.inf if ours is None else ours / other for ours, other in pairs if other is not None]
     if not ratios:
         return None
     found = median_and_range([ratio if math.isfinite(ratio) else None for ratio in ratios])
@@ -260,7 +262,7 @@ def plot_curves(report: Mapping[str, Any], path: str | Path) -> None:
 
 
 def write_comparison(report: Mapping[str, Any], collected: Collected, output_dir: str | Path) -> None:
-    """Write `compare.json` (the records, from which all else is made) and `compare.png`."""
+    """Write `compare.json` (the records, from which all else is made), `compare.png` and `compare.html`."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "compare.json", collected)

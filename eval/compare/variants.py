@@ -68,16 +68,18 @@ class BorrowedValues:
 
 
 class SequenceReturn:
-    """The length return of the whole completion less its group's mean, at every token: the dense stream's strength
-    without a model and without density.
+    """The length return of the whole completion less the mean of its group's others, at every token: the dense stream's
+    strength without a model and without density. (Less the mean of all, itself included, it would be half of that in
+    pairs.)
     """
 
     def _streams(self, read: Batch) -> Streams:
         task = super()._streams(read).task
         completions = read.completions
         whole = discounted_return(completions.mask.sum(dim=1), read.gamma)
-        mean = whole.view(-1, read.processes.group_size).mean(dim=1).repeat_interleave(read.processes.group_size)
-        length = torch.where(completions.actions, (whole - mean).unsqueeze(1), 0.0).to(task.dtype)
+        size = read.processes.group_size
+        others = (whole.view(-1, size).sum(dim=1).repeat_interleave(size) - whole) / (size - 1)
+        length = torch.where(completions.actions, (whole - others).unsqueeze(1), 0.0).to(task.dtype)
         gate = length_gate(self.args.length_gate, read.outcomes, read.processes)
         return with_length_stream(self.args, read, task, length, gate)
 

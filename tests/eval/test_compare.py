@@ -27,11 +27,9 @@ from eval.compare.report import (
 from eval.compare.samples import decoding_arms, sample_answers
 from eval.compare.training import World, train_run
 from eval.compare.variants import wasted_tokens
-from eval.gradient.estimators import of_next_in_group
 from lenvm_rl.files import write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.sandbox import PolicySettings, fit_policy, sandbox_tokenizer
-from lenvm_rl.sandbox.task import TOKENS
 
 START = {"accuracy": 0.9, "tokens": 30.0, "excess": 10.0}
 
@@ -57,6 +55,18 @@ class TestMeasures:
         lost = curve((0.889, 2), (0.89, 2), (0.7, 0))
         assert rollouts_until(lost, START, 0.5) == 200
         assert rollouts_until(curve((0.889, 2)), START, 0.5) is None
+
+    def test_nothing_is_gone_while_accuracy_is_lost_so_half_goes_no_later_than_most(self):
+        # At 100 less than half is left and accuracy is lost: neither target is reached before it is back, at 200.
+        back = curve((0.8, 3), (0.95, 0.5))
+        assert rollouts_until(back, START, 0.5) == rollouts_until(back, START, 0.9) == 200
+        # Nor where waste was above the target while accuracy was lost.
+        assert rollouts_until(curve((0.8, 6), (0.95, 2)), START, 0.5) == 200
+        levels = [(accuracy, excess) for accuracy in (0.8, 0.95) for excess in (6, 3, 0.5)]
+        for first in levels:
+            for second in levels:
+                half, most = (rollouts_until(curve(first, second), START, gone) for gone in (0.5, 0.9))
+                assert most is None or half <= most
 
     def test_judging_a_curve(self):
         judged = judge_curve(curve((0.8, 8), (0.9, 5), (0.96, 2), (0.99, 0.5)), START)
@@ -141,6 +151,13 @@ class TestPlan:
         assert [(r.learning_rate, r.strength, r.seed) for r in controls] == [
             (r.learning_rate, r.strength, r.seed) for r in reported
         ]
+        # Named without their original, they have its trials run, and no more of it.
+        order = play([CELL], {}, lambda run: judged(run.learning_rate), arms=["constant V"])
+        assert {run.arm for run in order if run.seed in CHOICE_SEEDS} == {LENVM}
+        assert {(run.arm, run.seed) for run in order if run.seed not in CHOICE_SEEDS} == {
+            ("constant V", 0),
+            ("constant V", 1),
+        }
 
     def test_other_cells_run_the_best_penalties_of_the_first(self):
         other = replace(CELL, completions=64, every_arm=False)
@@ -150,13 +167,31 @@ class TestPlan:
         order = play([CELL, other], found, lambda run: judged(speed.get(run.arm, 500.0)))
         assert few_arms([CELL, other], found, (0, 1)) == [TASK_ONLY, LENVM, LENVM_95, "GR3", "Arora"]
         assert {run.arm for run in order if run.cell == other} == {TASK_ONLY, LENVM, LENVM_95, "GR3", "Arora"}
+        # A cell by itself does without the first one's penalties, and runs the arms that are named.
+        alone = play([other], {}, lambda run: judged(100.0))
+        assert {run.arm for run in alone} == {TASK_ONLY, LENVM, LENVM_95}
+        assert {run.arm for run in play([other], {}, lambda run: judged(100.0), arms=["linear"])} == {"linear"}
+        # Of single completions the best are among those that serve them.
+        single = [replace(CELL, group_size=1), replace(other, group_size=1)]
+        order = play(single, {}, lambda run: judged(speed.get(run.arm, {"cosine": 30.0}.get(run.arm, 500.0))))
+        penalties = {run.arm for run in order if run.cell == single[1] and BY_NAME[run.arm].kind == "penalty"}
+        assert "cosine" in penalties and len(penalties) == 2
         # Single completions have no arm that compares those of a prompt, and alone have the model as the only critic.
         assert not BY_NAME["GR3"].serves(1) and BY_NAME["LenVM as only critic"].serves(1)
         assert not BY_NAME["LenVM as only critic"].serves(2)
 
     def test_names_of_runs_and_cells_are_unique(self):
         assert len({cell.name for cell in CELLS}) == len(CELLS)
-        runs = play([CELLS[0]], {}, lambda run: judged(100.0), seeds=range(3))
+        runs = [
+            Run(cell, arm.name, rate, strength, seed)
+            for cell in CELLS
+            for arm in ARMS
+            for rate in cell.learning_rates
+            for strength in arm.tried(cell.group_size) or (None,)
+            for seed in (0, 1)
+        ]
+        # A budget of other steps has other runs: were a record taken for theirs, they would be waited for for ever.
+        runs += [replace(run, cell=replace(run.cell, steps=run.cell.steps + 1)) for run in runs]
         assert len({run.name for run in runs}) == len(runs)
         assert len({arm.name for arm in ARMS}) == len(ARMS) >= 20
 
@@ -272,27 +307,17 @@ class TestReport:
         assert median_and_range([1.0, 2.0, 4.0, None])["median"] == 3.0
         found = median_and_range([1.0, None])
         assert found["median"] is None and found["low"] == 1.0 and found["missed"] == 1
-        ratio = paired_ratio({"each": [10.0, None, 30.0]}, {"each": [5.0, 5.0, None]})
+
+        def arm(seeds, *each):
+            return {"seeds_run": seeds, "until_most": {"each": list(each)}}
+
+        ours = arm([0, 1, 2], 10.0, None, 30.0)
+        ratio = paired_ratio(ours, arm([0, 1, 2], 5.0, 5.0, None))
         assert ratio["low"] == 2.0 and ratio["high"] is None and ratio["missed"] == 1
-        assert paired_ratio({"each": [1.0]}, None) is None
+        # Only seeds that both have are compared.
+        assert paired_ratio(ours, arm([2, 7, 8], 15.0, 1.0, 1.0)) == dict(median=2.0, low=2.0, high=2.0, missed=0)
+        assert paired_ratio(ours, arm([7], 1.0)) is None and paired_ratio(ours, None) is None
         assert reached_text(found) == "never [1, never]" and reached_text(None) == "–"
-
-
-IDS = {token: index for index, token in enumerate(TOKENS)}
-
-
-def test_wasted_tokens_by_hand():
-    rows = ["c +2 1 redo c 1 wait A 1 <eos>".split(), "A 4 <eos> <pad> <pad> <pad> <pad> <pad> <pad> <pad>".split()]
-    ids = torch.tensor([[IDS[token] for token in row] for row in rows])
-    mask = torch.tensor([[1] * 10, [1] * 3 + [0] * 7]).bool()
-    assert wasted_tokens(ids, mask).tolist() == [[0, 0, 0, 1, 1, 1, 1, 0, 0, 0], [0] * 10]
-
-
-def test_values_of_the_next_row_of_the_group():
-    values = torch.arange(12.0).view(4, 3)
-    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]])
-    # Row 1 ends after one token, so its first value is held.
-    assert of_next_in_group(values, mask, 2).tolist() == [[3, 3, 3], [0, 1, 1], [9, 10, 10], [6, 7, 7]]
 
 
 @pytest.fixture(scope="module")
