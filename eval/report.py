@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -39,6 +40,14 @@ def as_entry(interval: Interval) -> Entry:
     """An interval for JSON: null for what is not defined, such as the ends of a single prompt's."""
     values = {name: float(getattr(interval, name)) for name in ENDS}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def mean_and_range(values: Sequence[float | None]) -> Entry:
+    """The mean of a few values, the lowest and the highest, of those that are known: no better interval in so few."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return dict.fromkeys(ENDS)
+    return {"estimate": float(np.mean(known)), "low": min(known), "high": max(known)}
 
 
 def is_known(entry: Entry | None) -> bool:

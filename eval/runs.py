@@ -34,6 +34,15 @@ CANDIDATES = {"top_k": 15, "top_p": 0.999, "min_p": 0.0}
 SANDBOX_CANDIDATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.01}
 # Where neither the run nor the length value model says how completions are sampled.
 UNKNOWN_SAMPLING = {"temperature": 1.0, "max_new_tokens": 256}
+# Arguments of a trainer for a small run on a processor that leaves nothing behind.
+QUIET = {
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
 
 GOES_ON = "Interrupted. What was sampled is kept: run the same command again, and it goes on from there."
 STARTS_OVER = "Interrupted before anything was written: the same command starts over."

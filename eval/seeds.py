@@ -12,10 +12,9 @@ import argparse
 import logging
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
-from eval.report import Column, Entry, is_known, print_table
+from eval.report import Column, Entry, is_known, mean_and_range, print_table
 from eval.runs import STARTS_OVER, HelpFormatter, read_report
 from lenvm_rl.programs import run_program
 
@@ -57,8 +56,7 @@ def collect(folders: list[str]) -> list[dict[str, str | Entry]]:
     for row in rows:
         for key in (column.value for column in COLUMNS[1:]):
             if all(is_known(run[row["name"]].get(key)) for run in runs):
-                values = [run[row["name"]][key]["estimate"] for run in runs]
-                row[key] = {"estimate": float(np.mean(values)), "low": min(values), "high": max(values)}
+                row[key] = mean_and_range([run[row["name"]][key]["estimate"] for run in runs])
     return rows
 
 

@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from transformers.hf_argparser import HfArg
 
 from eval.report import Column, legend_below, print_table, save_figure
-from eval.runs import check_writable, read_report, run_evaluation
+from eval.runs import QUIET, check_writable, read_report, run_evaluation
 from eval.speed.trainers import make_tokenizer
 from lenvm_rl.files import write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
@@ -48,9 +48,6 @@ logger = logging.getLogger(__name__)
 
 LAST, TOLERANCE, WINDOW = 30, 0.1, 5
 PROMPTS = 100
-# A small run on a processor that leaves nothing behind.
-QUIET = {"gradient_checkpointing": False, "use_cpu": True, "bf16": False}
-QUIET |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 COLUMNS = (
     Column("learning rate", lambda row: f"{row['learning_rate']:g}"),
     Column("target", "target", left=True),

@@ -78,14 +78,9 @@ class Records:
         return self.runs / f"{run.name}.json"
 
 
-def start_of(record: Mapping[str, Any], collected: Collected) -> dict[str, float]:
-    """The point of the base policy of a record's run."""
-    return collected["worlds"][record["policy"]]["start"]
-
-
 def judge_record(record: Mapping[str, Any], collected: Collected) -> Judged:
     """What a record's run came to."""
-    return judge_curve(record["curve"], start_of(record, collected))
+    return judge_curve(record["curve"], collected["worlds"][record["policy"]]["start"])
 
 
 def recorded_runs(collected: Collected) -> dict[Run, Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from eval.compare.measures import Judged, answers_to_break_even, judge_curve, to
 from eval.compare.page import write_page
 from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, TrainingCell, reported_runs
 from eval.compare.records import Collected, judge_record, recorded_runs
-from eval.report import Column, Entry, cell_text, print_table, save_figure, save_json
+from eval.report import Column, cell_text, mean_and_range, print_table, save_figure, save_json
 
 # Work over a token, in forwards of a model of the policy's size.
 SAMPLE, READ, LEARN = 1, 1, 3
@@ -89,6 +89,8 @@ def report_arm(
     even = [
         break_even(arm, cell, one, record["curve"], world)
         for one, record, world in zip(found, records, worlds, strict=True)
+        # What the values of a control would cost, no record says.
+        if arm.kind != "control"
     ]
     return {
         "learning_rate": records[0]["learning_rate"],
@@ -100,8 +102,7 @@ def report_arm(
         "until_most": median_and_range([one.until_most for one in found]),
         **{f"end_{name}": mean_and_range([getattr(one, f"end_{name}") for one in found]) for name in DRAWN},
         "frontier_gap": mean_and_range(gaps),
-        # What the values of a control would cost, no record says.
-        "break_even": None if arm.kind == "control" else median_and_range(even),
+        "break_even": median_and_range(even) if even else None,
         "unsafe": sum(one.unsafe for one in found) / len(found),
         "kept": sum(one.kept for one in found) / len(found),
     }
@@ -140,11 +141,6 @@ def curve_band(
         "low": values.min(axis=0).tolist(),
         "high": values.max(axis=0).tolist(),
     }
-
-
-def mean_and_range(values: Sequence[float]) -> Entry:
-    """The mean over seeds, the lowest and the highest."""
-    return {"estimate": float(np.mean(values)), "low": min(values), "high": max(values)}
 
 
 def median_and_range(values: Sequence[float | None]) -> dict[str, Any]:

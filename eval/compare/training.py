@@ -25,6 +25,7 @@ from eval.compare.arms import BY_NAME, TrainingArm
 from eval.compare.plan import Run
 from eval.compare.variants import VARIANTS
 from eval.graded import SANDBOX_REWARD, sandbox_prompts
+from eval.runs import QUIET
 from eval.style_frontier import StyleFrontier, fit_frontier
 from eval.tradeoff.sampler import Arm, Sampler
 from lenvm_rl.decoding.guidance import LengthGuidance
@@ -41,14 +42,6 @@ MAX_NEW_TOKENS, PROMPTS, SAMPLES, EVALUATIONS = 96, 128, 2, 10
 # Samples of each prompt that the base policy's point is measured by.
 BASE_SAMPLES = 16
 TRAIN_PROMPTS, WARMUP_STEPS, CRITIC_FACTOR = 2048, 5, 5.0
-QUIET = {
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
 
 
 @dataclass

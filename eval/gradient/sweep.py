@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from eval.gradient.__main__ import GradientArguments, measure_gradients
 from eval.gradient.estimators import LAMBDAS, LENVM_GRADIENT
-from eval.report import Column, Entry, as_entry, is_known, number_decades, print_table, save_figure, save_json
+from eval.report import Column, as_entry, is_known, mean_and_range, number_decades, print_table, save_figure, save_json
 from eval.runs import run_evaluation, set_threads
 from eval.statistics import Interval, percentile_interval, quotient, resample_counts
 from lenvm_rl.files import read_json, write_json
@@ -257,21 +257,13 @@ def grouped(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for passes, repeats, size in keys:
         same = [one for one in results if (one["passes"], one["repeats"], one["group_size"]) == (passes, repeats, size)]
         row = {"passes": passes, "repeats": repeats, "group_size": size, "policies": len(same)}
-        row |= {name: over_policies([one[name] for one in same]) for name in ("mean_tokens", "explained_variance")}
-        row |= {name: over_policies([ratio_of(one, name) for one in same]) for name in SHOWN}
-        row["cosine"] = over_policies([one["cosine_to_length"][f"LenVM, lambda {LAMBDAS[0]:g}"] for one in same])
+        row |= {name: mean_and_range([one[name] for one in same]) for name in ("mean_tokens", "explained_variance")}
+        row |= {name: mean_and_range([ratio_of(one, name) for one in same]) for name in SHOWN}
+        row["cosine"] = mean_and_range([one["cosine_to_length"][f"LenVM, lambda {LAMBDAS[0]:g}"] for one in same])
         row["cut"] = max(one["cut"] for one in same)
         row["best_penalty"] = ", ".join(dict.fromkeys(one["best_penalty"] or "–" for one in same))
         rows.append(row)
     return rows
-
-
-def over_policies(values: Sequence[float | None]) -> Entry:
-    """Mean, lowest and highest of those that are known."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known:
-        return {"estimate": None, "low": None, "high": None}
-    return {"estimate": float(np.mean(known)), "low": min(known), "high": max(known)}
 
 
 COLUMNS = (
