@@ -1,10 +1,18 @@
-"""The pages hold what the repository holds: every test, name, link and paper that they mention is there."""
+"""The pages hold what the repository holds: every test, name, link, paper, setting and message in them is there."""
 
 import ast
+import dataclasses
+import inspect
 import re
 
 import pytest
 from places import ROOT
+
+from lenvm_rl.decoding import LengthGuidance
+from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments
+from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer
+from recipes.arguments import ModelConfig, StageArguments
+from recipes.sample_rollouts import SampleArguments, SamplingSettings
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PACKAGES = ("lenvm_rl", "reward", "eval", "recipes")
@@ -151,3 +159,63 @@ def test_the_mathematics_names_what_holds_it():
     """So that an empty page, or a pattern that finds nothing, does not pass for a correct one."""
     page = ROOT / "docs" / "mathematics.md"
     assert len(mentioned(TEST, page)) > 40 and len(mentioned(DOTTED, page)) > 30
+
+
+# What a person can set: fields of these, and arguments of the trainer.
+CONFIGS = (
+    LenVMPPOConfig, StageArguments, ModelConfig, LengthGuidance, LengthValueTrainingArguments, SampleArguments,
+    SamplingSettings,
+)  # fmt: skip
+METRIC = re.compile(r"`((?:length|lenvm|advantage|critic|steering|refresh|guidance|completions)/\w+|eval_[a-rt-z]\w+)`")
+
+
+def page_text(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def marked(page, mark):
+    """The points of a page that begin with a bold word, each in one line."""
+    points = re.findall(rf"^- \*\*{mark}\*\*: (.+?)(?=^- |^#|\Z)", page, re.MULTILINE | re.DOTALL)
+    return [" ".join(point.split()) for point in points]
+
+
+def named_settings(text):
+    """Names in code spans, with a value (`name=value`) or without; commands, classes and values are passed over."""
+    return re.findall(r"`([a-z]\w*)(?:=[^`]*)?`", text)
+
+
+def settings():
+    fields = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
+    return fields | set(inspect.signature(LenVMPPOTrainer.__init__).parameters)
+
+
+def messages():
+    """Texts in the code, with … for what is filled in."""
+    for path in [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%[\d.]*[sdgf]", "…", node.value)
+
+
+def test_every_setting_that_troubleshooting_names_is_one():
+    named = [name for point in marked(page_text("troubleshooting.md"), "Set") for name in named_settings(point)]
+    assert len(named) > 60 and [name for name in named if name not in settings()] == []
+    assert named_settings("`length_coef=1`, `top_k`, `make test`, `lenvm_rl.gae`") == ["length_coef", "top_k"]
+
+
+def test_every_message_that_troubleshooting_quotes_is_raised_or_logged():
+    quoted = [
+        text for point in marked(page_text("troubleshooting.md"), "Says") for text in re.findall(r'"(.+?)"', point)
+    ]
+    code = [text.replace("'…'", "…") for text in messages()]
+    lost = [text for text in quoted if not any(text.replace("'…'", "…").rstrip("…") in each for each in code)]
+    assert len(quoted) > 15 and lost == []
+
+
+def test_every_metric_that_troubleshooting_names_is_explained():
+    explained = re.findall(r"^\| `([^`]+)` \|", page_text("metrics.md"), re.MULTILINE)
+    named = METRIC.findall(page_text("troubleshooting.md"))
+    points = {name.replace("<p>", str(point)) for name in explained for point in (0, 25, 50, 75)}
+    assert len(named) > 30 and set(named) - points == set()
