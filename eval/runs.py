@@ -7,7 +7,6 @@ sandbox's is taken for it.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from lenvm_rl.decoding.guidance import LengthGuidance
 from lenvm_rl.files import read_json
 from lenvm_rl.modeling.loading import read_config
-from lenvm_rl.programs import choose_threads, run_program
+from lenvm_rl.programs import ProgramParser, choose_threads, run_program
 from lenvm_rl.sandbox import sandbox_tokenizer
 from lenvm_rl.tokenization import tokenizer_fingerprint
 
@@ -48,25 +47,13 @@ GOES_ON = "Interrupted. What was sampled is kept: run the same command again, an
 STARTS_OVER = "Interrupted before anything was written: the same command starts over."
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        # Where a default depends on other arguments, the help says on which.
-        if action.default in (None, []) or "default" in (action.help or "").lower():
-            return action.help
-        return super()._get_help_string(action)
-
-
 def run_evaluation(
     arguments: type, main: Callable[[Any], Any], program: str, description: str, interrupted: str = GOES_ON
 ) -> None:
     """Reads the command line and calls `main` with what it says; what is refused ends in a sentence."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = HfArgumentParser(
-        arguments, prog=f"python -m {program}", description=description, formatter_class=HelpFormatter
-    )
-    run_program(lambda: main(*parser.parse_args_into_dataclasses()), interrupted)
+    parser = ProgramParser(arguments, prog=f"python -m {program}", description=description)
+    run_program(lambda: main(*parser.parse_args_and_config()), interrupted)
 
 
 @dataclass

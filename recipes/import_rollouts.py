@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from lenvm_rl.modeling.loading import load_tokenizer
-from lenvm_rl.programs import AGAIN, run_program
+from lenvm_rl.programs import AGAIN, ProgramParser, run_program
 from lenvm_rl.rollouts.record import RolloutMetadata, check_suffix, described, write_rollouts
 from lenvm_rl.rollouts.text import ASSUMPTIONS, read_sharegpt, read_traces
-from recipes.arguments import ProgramParser
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from transformers.hf_argparser import HfArg
 
 from lenvm_rl.files import atomic_file
-from lenvm_rl.programs import AGAIN, run_program
-from recipes.arguments import ProgramParser
+from lenvm_rl.programs import AGAIN, ProgramParser, run_program
 
 logger = logging.getLogger(__name__)
 

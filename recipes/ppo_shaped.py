@@ -28,6 +28,8 @@ from recipes.stages import begin_run, prepare_process, train_stage
 class CriticArguments:
     """Which task critic PPO learns with."""
 
+    _argument_group_name = "Task critic"
+
     critic: str = HfArg(
         default="learned",
         help="'learned' (starts from critic_init), 'lenvm' (no task critic: a baseline for the task, the frozen "

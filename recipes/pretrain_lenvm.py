@@ -30,9 +30,8 @@ from transformers.hf_argparser import HfArg
 
 from lenvm_rl.modeling.loading import load_tokenizer
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
-from lenvm_rl.programs import run_program
+from lenvm_rl.programs import ProgramParser, run_program
 from lenvm_rl.rollouts.record import read_rollouts, split_by_prompt, write_rollouts
-from recipes.arguments import ProgramParser
 
 logger = logging.getLogger(__name__)
 

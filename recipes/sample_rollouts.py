@@ -29,14 +29,14 @@ from transformers.hf_argparser import HfArg
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.modeling.backbones import load_model
 from lenvm_rl.modeling.loading import load_length_value_model, load_tokenizer
-from lenvm_rl.programs import run_program
+from lenvm_rl.programs import ProgramParser, run_program
 from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, sample_to_file
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import described
 from lenvm_rl.rollouts.server import SERVERS, ServerJob, connect
 from lenvm_rl.rollouts.vllm import VLLMJob
 from lenvm_rl.tokenization import check_prompts, load_prompts
-from recipes.arguments import DataArguments, ProgramParser
+from recipes.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 

@@ -33,12 +33,11 @@ from lenvm_rl.pretraining.trainer import (
     make_length_value_model,
     sequence_lengths,
 )
-from lenvm_rl.programs import choose_threads, run_program
+from lenvm_rl.programs import ProgramParser, choose_threads, run_program
 from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata
 from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
-from recipes.arguments import ProgramParser
 from recipes.stage_records import console, run_stage
 
 logger = logging.getLogger(__name__)

@@ -195,7 +195,7 @@ def threads(monkeypatch):
     """What torch was told, without telling it."""
     told = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
-    monkeypatch.setattr(programs, "usable_cores", lambda: 12)
+    monkeypatch.setattr(programs.running, "usable_cores", lambda: 12)
     return told
 
 

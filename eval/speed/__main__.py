@@ -9,44 +9,45 @@ Every subcommand but `batching`, which replays what was sampled, has cases that 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+import sys
+from collections.abc import Sequence
 
-from transformers import HfArgumentParser
-
-from eval.runs import HelpFormatter
 from eval.speed import batching
 from eval.speed.decoding import DECODING
 from eval.speed.pretraining import PRETRAINING
 from eval.speed.trainers import CRITIC, PPO
-from lenvm_rl.programs import run_program
+from lenvm_rl.programs import ProgramParser, run_program
 
 PROGRAMS = {program.name: program for program in (PRETRAINING, DECODING, CRITIC, PPO)}
+BATCHING = "batching"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line, with a subcommand for each of `PROGRAMS`, and for `batching`."""
-    parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.partition("\n")[0])
-    subcommands = parser.add_subparsers(dest="program", required=True, parser_class=HfArgumentParser)
-    told = {name: (program.text, program.sizes) for name, program in PROGRAMS.items()}
-    for name, (text, options) in (told | {"batching": (batching.__doc__, batching.BatchingArguments)}).items():
-        texts = {"help": text.partition("\n")[0], "description": text, "formatter_class": HelpFormatter}
-        subparser = subcommands.add_parser(name, dataclass_types=options, **texts)
-        subparser.set_defaults(options=options)
-        if name in PROGRAMS:
-            subparser.add_argument("--case", choices=PROGRAMS[name].cases, help=argparse.SUPPRESS)
+def make_parser(name: str) -> ProgramParser:
+    """The command line of a subcommand, one of `PROGRAMS` or `batching`."""
+    measured = PROGRAMS.get(name)
+    prog = f"python -m eval.speed {name}"
+    if measured is None:
+        return ProgramParser(batching.BatchingArguments, prog=prog, description=batching.__doc__)
+    parser = ProgramParser(measured.sizes, prog=prog, description=measured.text)
+    parser.add_argument("--case", choices=measured.cases, help=argparse.SUPPRESS)
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the subcommand that the command line names; with `--case`, one of its cases, in this process."""
-    args = make_parser().parse_args(arguments)
-    options = args.options(**{entry.name: getattr(args, entry.name) for entry in fields(args.options)})
-    if args.program == "batching":
+    chooser = argparse.ArgumentParser(
+        prog="python -m eval.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    chooser.add_argument("program", choices=[*PROGRAMS, BATCHING], help="What is measured.")
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    name = chooser.parse_args(line[:1]).program
+    options, *case = make_parser(name).parse_args_and_config(line[1:])
+    if name == BATCHING:
         batching.main(options)
-    elif args.case is None:
-        PROGRAMS[args.program].run(options)
+    elif case[0].case is None:
+        PROGRAMS[name].run(options)
     else:
-        PROGRAMS[args.program].measure_here(args.case, options)
+        PROGRAMS[name].measure_here(case[0].case, options)
 
 
 if __name__ == "__main__":

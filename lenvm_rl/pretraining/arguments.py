@@ -20,6 +20,8 @@ class LengthValueTrainingArguments(TrainingArguments):
     learning rate near 1e-3.
     """
 
+    _argument_group_name = "Value pretraining"
+
     learning_rate: float = HfArg(default=2e-5, help="The initial learning rate.")
     lr_scheduler_type: str = HfArg(default="cosine", help="The learning rate schedule.")
     num_train_epochs: float = HfArg(default=2.0, help="Passes over the rollouts.")

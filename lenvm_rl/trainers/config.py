@@ -58,6 +58,7 @@ class LenVMConfig(GRPOConfig):
         `TypeError`: a field is one of an older PPO config; what stands for it is said.
     """
 
+    _argument_group_name = "Length stream, shaping, guided rollouts, re-fits"
     # What may come from the command line as JSON.
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "rollout_guidance"]
 
@@ -309,6 +310,8 @@ class _GroupOfOne(int):
 @dataclass
 class LenVMPPOConfig(LenVMConfig):
     """Arguments of [`LenVMPPOTrainer`]: `trl.GRPOConfig`, [`LenVMConfig`], and the task critic's."""
+
+    _argument_group_name = "PPO and its critic"
 
     num_generations: int | None = field(
         default=2,

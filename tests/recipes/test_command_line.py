@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from trl import GRPOConfig
 
-from lenvm_rl.programs import sentence_of
+from lenvm_rl.programs import ProgramParser, sentence_of
+from lenvm_rl.programs.command_line import help_groups
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
 from recipes import import_rollouts, pretrain_lenvm, sample_rollouts
-from recipes.arguments import ProgramParser, read_arguments
+from recipes.arguments import read_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +140,38 @@ def test_what_an_option_may_not_be_is_told_in_a_sentence(monkeypatch):
     with pytest.raises(ValueError) as caught:
         read(monkeypatch, "--num_generations", 3, "--generation_batch_size", 8)
     assert "generation_batch_size" in sentence_of(caught.value)
+
+
+@dataclass
+class Base(GRPOConfig):
+    """Options of the base."""
+
+    own: int = field(default=1, metadata={"help": "First, e.g. this. Then much more."})
+
+
+@dataclass
+class Derived(Base):
+    """More. Not the heading: this class names one."""
+
+    _argument_group_name = "Derived"
+    later: str | None = field(default=None, metadata={"help": "Which: it depends."})
+    beta: float = field(default=0.5, metadata={"help": "Ours now."})
+
+
+def test_the_help_has_ours_first_by_the_class_that_tells_them():
+    groups = {group.title: group.names for group in help_groups([Derived])}
+    assert list(groups)[:2] == ["Options of the base", "Derived"]
+    assert groups["Options of the base"] == ("own",) and set(groups["Derived"]) == {"later", "beta"}
+    assert {"learning_rate", "num_generations"} <= set(list(groups.values())[2])
+    assert not {"own", "later", "beta"} & set(list(groups.values())[2])
+
+
+def test_the_help_says_a_sentence_and_the_whole_help_all():
+    parser = ProgramParser(Derived)
+    brief, whole = parser.format_help(), parser.format_help(whole=True)
+    assert "--own INT" in brief and "First, e.g. this. (default: 1)" in brief and "Then" not in brief
+    assert "Then much more." in whole and "--adam_epsilon FLOAT" in whole and "--adam_epsilon" not in brief
+    # Where nothing is left over, nothing is left out.
+    assert (
+        "Kind. (default: a)" in ProgramParser(Options).format_help() and "a|b" in ProgramParser(Options).format_help()
+    )

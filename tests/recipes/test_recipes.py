@@ -425,5 +425,17 @@ def test_help_explains_our_fields(recipe, monkeypatch, capsys):
         run_recipe(recipe, monkeypatch, "--help")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for field in ("--length_coef", "--length_gate", "--sample_prompts", "--length_value_model", "--reward_funcs"):
-        assert field in shown
+    ours = ("--length_coef", "--length_gate", "--sample_prompts", "--length_value_model", "--reward_funcs")
+    places = [shown.index(f"  {name} ") for name in (*ours, "--learning_rate")]
+    # TRL's own stand behind ours.
+    assert max(places[:-1]) < places[-1]
+    assert shown.count("\n") < 300
+
+
+def test_the_whole_help_has_every_option(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_recipe(ppo_shaped, monkeypatch, "--help_all")
+    shown = capsys.readouterr().out
+    for kind in (StageArguments, ppo_shaped.CriticArguments, LenVMPPOConfig, ModelConfig):
+        for field in dataclasses.fields(kind):
+            assert not field.init or f"\n  --{field.name}" in shown

@@ -30,7 +30,7 @@ AGAIN = "Interrupted. Run the same command again: it starts over."
 # Who sets one of these has said how many threads a process is to have. In the order in which torch asks them.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
-_OURS = tuple(str(Path(__file__).parents[1] / name) + os.sep for name in ("lenvm_rl", "reward", "eval", "recipes"))
+_OURS = tuple(str(Path(__file__).parents[2] / name) + os.sep for name in ("lenvm_rl", "reward", "eval", "recipes"))
 _DELIBERATE = (ValueError, TypeError, RuntimeError, ImportError, FloatingPointError)
 _FORBIDDEN = "this user may not read or write there: give another path, or change who may"
 _ADVICE = {
