@@ -2,7 +2,7 @@
 
 The public names stand at the top: `lenvm_rl.gae`, `lenvm_rl.LengthValueModel`, `lenvm_rl.LenVMPPOTrainer`, …; so do the
 modules, as `lenvm_rl.returns`. Each is imported when it is first used, so that `import lenvm_rl` costs nothing, the
-mathematics needs torch alone, and only the trainers need TRL.
+mathematics needs torch alone, and only trainers and programs need TRL.
 """
 
 import importlib

@@ -111,9 +111,12 @@ def test_the_mathematics_needs_torch_alone():
         assert outside(imports_of(LIBRARY / f"{name}.py")) <= {"torch"}, name
 
 
-def test_trl_is_imported_by_the_trainers_alone():
+def test_trl_is_imported_by_the_trainers_and_by_programs_alone():
     users = {name_of(path) for path in LIBRARY.rglob("*.py") if "trl" in outside(imports_of(path))}
-    assert users <= {"trainers"}
+    assert users <= {"trainers", "programs"}
+    # Nothing but a program reads a command line.
+    readers = {path for path in LIBRARY.rglob("*.py") if "programs" in project_imports(path)}
+    assert {path.name for path in readers if path.parent.name != "programs"} <= {"__main__.py"}
 
 
 def test_every_package_imported_is_required():
