@@ -7,10 +7,12 @@ import re
 
 import pytest
 from places import ROOT
+from trl import GRPOTrainer
 
 from lenvm_rl.decoding import LengthGuidance
 from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer
+from lenvm_rl.trainers.checks import _OF_CONFIGS, _OF_TRAINERS
 from recipes.arguments import ModelConfig, StageArguments
 from recipes.sample_rollouts import SampleArguments, SamplingSettings
 
@@ -166,7 +168,8 @@ CONFIGS = (
     LenVMPPOConfig, StageArguments, ModelConfig, LengthGuidance, LengthValueTrainingArguments, SampleArguments,
     SamplingSettings,
 )  # fmt: skip
-METRIC = re.compile(r"`((?:length|lenvm|advantage|critic|steering|refresh|guidance|completions)/\w+|eval_[a-rt-z]\w+)`")
+GROUPS = "length|lenvm|advantage|critic|steering|refresh|guidance|completions|kl_reward|clip_ratio"
+METRIC = re.compile(rf"`((?:{GROUPS})/\w+|eval_[a-rt-z]\w+)`")
 
 
 def page_text(name):
@@ -186,7 +189,8 @@ def named_settings(text):
 
 def settings():
     fields = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
-    return fields | set(inspect.signature(LenVMPPOTrainer.__init__).parameters)
+    trainers = (LenVMPPOTrainer, GRPOTrainer)
+    return fields.union(*(inspect.signature(trainer.__init__).parameters for trainer in trainers))
 
 
 def messages():
@@ -214,8 +218,38 @@ def test_every_message_that_troubleshooting_quotes_is_raised_or_logged():
     assert len(quoted) > 15 and lost == []
 
 
-def test_every_metric_that_troubleshooting_names_is_explained():
+def test_every_metric_that_the_guides_name_is_explained():
     explained = re.findall(r"^\| `([^`]+)` \|", page_text("metrics.md"), re.MULTILINE)
-    named = METRIC.findall(page_text("troubleshooting.md"))
+    named = METRIC.findall(page_text("troubleshooting.md") + page_text("ppo.md"))
     points = {name.replace("<p>", str(point)) for name in explained for point in (0, 25, 50, 75)}
     assert len(named) > 30 and set(named) - points == set()
+
+
+def ppo_table():
+    """The rows of the table of docs/ppo.md, its two first lines left out."""
+    found = [line[2:-2].split(" | ") for line in page_text("ppo.md").splitlines() if line.startswith("| ")]
+    return found[2:]
+
+
+def test_every_setting_that_the_table_of_ppo_names_is_one():
+    assert len(ppo_table()) > 30 and {len(row) for row in ppo_table()} == {5}
+    assert [name for row in ppo_table() for name in named_settings(row[4]) if name not in settings()] == []
+
+
+def test_every_setting_of_the_older_ppo_is_one_here_or_refused_with_what_stands_for_it():
+    older = {name for row in ppo_table() for name in named_settings(row[1])}
+    assert len(older) > 20 and older - settings() - _OF_CONFIGS.keys() - _OF_TRAINERS.keys() == set()
+
+
+def test_the_defaults_in_the_table_of_ppo_are_ours():
+    """Where a number stands behind a name; a config of its own has them, without a GPU."""
+    told = [pair for row in ppo_table() for pair in re.findall(r"`([a-z_]+)` (\d[\d.e-]*\d|\d)", row[4])]
+    defaults = {field.name: field.default for field in dataclasses.fields(LenVMPPOConfig)}
+    assert len(told) > 15 and {name: float(value) for name, value in told} == {name: defaults[name] for name, _ in told}
+
+
+def test_the_config_of_the_older_ppo_is_one(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", page_text("ppo.md"), re.DOTALL)
+    names = {}
+    exec(code.replace('"out",', f'"{tmp_path}", use_cpu=True, bf16=False,'), names)
+    assert names["config"].target_lam == 0.95 and names["config"].steps_per_generation == 1
