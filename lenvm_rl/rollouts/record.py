@@ -187,7 +187,7 @@ def write_rollouts(
                 # Non-ASCII characters stay escaped, so that no line separator of Unicode can split a line.
                 file.write(json.dumps(record).encode("ascii") + b"\n")
         else:
-            pq.write_table(_build_table(list(checked())), file)
+            pq.write_table(build_table(list(checked())), file)
         total = sum(reasons.values())
         if not total:
             raise ValueError(f"There is no record to write to {path}.")
@@ -251,7 +251,7 @@ def set_aside(path: str | os.PathLike, rejected: list[dict[str, Any]], total: in
     with atomic_file(rejected_path(path)) as file:
         for entry in rejected:
             logger.warning("%s, line %d: %s", path, entry["line"], entry["reason"])
-            file.write(json.dumps(entry).encode("ascii") + b"\n")
+            file.write(json.dumps(entry, default=str).encode("ascii") + b"\n")
     logger.warning("%s: %d of %d records set aside in %s", path, len(rejected), total, rejected_path(path).name)
 
 
@@ -335,7 +335,8 @@ def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:
                 yield number, line.decode("utf-8", errors="replace").rstrip("\n"), problem
 
 
-def _iterate_parquet(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+def iterate_parquet(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """Yields (row from 1, what it holds, `None`), a chunk of rows in memory at a time."""
     try:
         batches = pq.ParquetFile(path).iter_batches(_CHUNK)
     except pa.ArrowInvalid as error:
@@ -346,7 +347,7 @@ def _iterate_parquet(path: Path) -> Iterator[tuple[int, Any, str | None]]:
 
 def _read_tables(path: Path, metadata: RolloutMetadata) -> tuple[list[pa.Table], list[dict[str, Any]], int]:
     """Good records as arrow tables, bad ones with line and reason, and the number of records read."""
-    iterate: Callable = iterate_jsonl if path.suffix == ".jsonl" else _iterate_parquet
+    iterate: Callable = iterate_jsonl if path.suffix == ".jsonl" else iterate_parquet
     find = _finder(metadata)
     tables: list[pa.Table] = []
     good: list[dict[str, Any]] = []
@@ -360,12 +361,12 @@ def _read_tables(path: Path, metadata: RolloutMetadata) -> tuple[list[pa.Table],
         else:
             good.append(record)
         if len(good) == _CHUNK:
-            tables.append(_build_table(good))
+            tables.append(build_table(good))
             good = []
-    return [*tables, _build_table(good)] if good else tables, rejected, total
+    return [*tables, build_table(good)] if good else tables, rejected, total
 
 
-def _build_table(records: list[dict[str, Any]]) -> pa.Table:
+def build_table(records: list[dict[str, Any]]) -> pa.Table:
     """Records as arrow columns. A column that some records lack is null there; none is dropped."""
     names = dict.fromkeys(name for record in records for name in record)
     return pa.table({name: as_column(name, [record.get(name) for record in records]) for name in names})

@@ -23,7 +23,7 @@ from urllib3.util import Retry
 
 from lenvm_rl.endings import strip_completion
 from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings
-from lenvm_rl.rollouts.text import retokenization_columns, retokenization_report, retokenize
+from lenvm_rl.rollouts.text import retokenization_columns, retokenization_report, retokenization_sentence, retokenize
 from lenvm_rl.tokenization import Prompt
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,11 @@ class ServerJob(SamplingJob):
 
     def report(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """See [`~lenvm_rl.rollouts.job.SamplingJob.report`]."""
-        return {} if self.server.gives_token_ids else {"retokenization": retokenization_report(records)}
+        if self.server.gives_token_ids:
+            return {}
+        report = retokenization_report(records)
+        logger.warning(retokenization_sentence(report))
+        return {"retokenization": report}
 
     def sample(self, steps: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """See [`~lenvm_rl.rollouts.job.SamplingJob.sample`]; the records come in the order of the answers."""

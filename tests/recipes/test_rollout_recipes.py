@@ -174,7 +174,16 @@ def test_conversations_become_a_rollout_file(tmp_path, policy, caplog):
 
     items = [conversation("w8 w9", 3), conversation("w8 w9 w10 w11", 4), conversation("w8", 3), {"conversations": []}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    arguments = ["--sharegpt", tmp_path / "a.jsonl", "--tokenizer_name_or_path", policy, "--max_tokens", 4]
+    arguments = [
+        "--format",
+        "sharegpt",
+        "--input",
+        tmp_path / "a.jsonl",
+        "--tokenizer_name_or_path",
+        policy,
+        "--max_tokens",
+        4,
+    ]
     arguments += ["--assume", "cut_at_max_tokens", "--output", tmp_path / "r.jsonl"]
     with caplog.at_level(logging.INFO):
         import_rollouts.main(*import_rollouts.make_parser().parse_args_and_config([str(text) for text in arguments]))
@@ -186,8 +195,29 @@ def test_conversations_become_a_rollout_file(tmp_path, policy, caplog):
     shown = caplog.text
     assert "3 completions of 1 prompts, 2 to 4 tokens (median 3), 33.3% truncated, 1 set aside" in shown
     assert "1 have another number of tokens than was sampled" in shown
-    assert "which completions ended is not in the file; assumed: cut at max tokens" in shown
-    assert (tmp_path / "a.rejected.jsonl").exists()
+    assert (
+        "assumed (cut at max tokens): 2 finished, 1 cut" in shown and shown.count("assumed of its 3 completions") == 1
+    )
+    assert (tmp_path / "r.rejected.jsonl").exists() and not (tmp_path / "a.rejected.jsonl").exists()
+
+
+def test_rows_of_text_become_a_rollout_file(tmp_path, policy):
+    (tmp_path / "a.csv").write_text("question,answer\nw6 w7,w8 w9\nw6 w7,w8\n")
+    arguments = f"--input {tmp_path / 'a.csv'} --format text --prompt_column question --completion_column answer --chat"
+    arguments += f" --generator m --assume all_finished --tokenizer_name_or_path {policy}"
+
+    def run(*further):
+        line = [*arguments.split(), "--output", str(tmp_path / "r.jsonl"), *further]
+        return import_rollouts.main(*import_rollouts.make_parser().parse_args_and_config(line))
+
+    assert run().sampling["prompts"]["chat_template"] == 2
+    rollouts, metadata = read_rollouts(tmp_path / "r.jsonl")
+    assert rollouts["prompt_ids"][:] == [[3, 6, 7, 4]] * 2 and metadata.num_prompts == 1
+    assert rollouts["completion_ids"][:] == [[8, 9, EOS], [8, EOS]]
+    with pytest.raises(ValueError, match="--models"):
+        run("--models", "m")
+    with pytest.raises(ValueError, match="--prompt_column, --completion_column, --chat"):
+        run("--format", "sharegpt")
 
 
 def test_every_field_explains_itself():

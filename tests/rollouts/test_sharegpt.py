@@ -7,7 +7,7 @@ import pytest
 from tiny import EOS, tiny_tokenizer
 
 from lenvm_rl.rollouts.record import read_rollouts, rejected_path, write_rollouts
-from lenvm_rl.rollouts.text import read_sharegpt
+from lenvm_rl.rollouts.text import read_completions
 
 
 def conversation(question, answer, length, index=0, **meta):
@@ -32,7 +32,7 @@ def write(path, items):
 
 
 def read(path, **arguments):
-    return read_sharegpt(path, tiny_tokenizer(chat=True), **{"assume": "all_finished", **arguments})
+    return read_completions(path, "sharegpt", tiny_tokenizer(chat=True), **{"assume": "all_finished", **arguments})
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -48,7 +48,11 @@ def test_the_prompt_is_what_the_template_makes_and_the_end_is_put_after_the_text
     assert dataset["completion_text"][:] == ["w8 w9", "w8", "", "w8 w9 w10 w11"]
     assert [json.loads(fields) for fields in dataset["source_fields"][:]] == [{"level": i} for i in (0, 0, 1, 1)]
     assert metadata.generator == "m" and metadata.truncated_share == 0.0 and metadata.eos_token_ids == [EOS]
-    assert metadata.sampling["finish_reason"] == {"assumed": "all_finished", "max_tokens": None}
+    assert metadata.sampling["finish_reason"] == {
+        "assumed": "all_finished", "max_tokens": None, "in_file": 0, "assumed_finished": 4, "assumed_cut": 0,
+        "cut_here": 0,
+    }  # fmt: skip
+    assert metadata.sampling["prompts"] == {"chat_template": 4, "text": 0, "decoded_text": 0, "file": 0}
     report = {"completions": 4, "unchecked": 0, "wrong_length": 1, "mean_length_error": 0.25, "changed_text": 0}
     assert metadata.sampling["token_ids"] == "retokenized" and metadata.sampling["retokenization"] == report
 
@@ -63,7 +67,8 @@ def test_completions_at_the_limit_can_be_assumed_cut(tmp_path, given):
     assert dataset["completion_ids"][3] == [8, 9, 10, 11]
     assert dataset["length_error"][:] == [0] * 4
     assert metadata.truncated_share == 0.25
-    assert metadata.sampling["finish_reason"]["assumed"] == "cut_at_max_tokens"
+    ends = metadata.sampling["finish_reason"]
+    assert (ends["assumed"], ends["assumed_finished"], ends["assumed_cut"]) == ("cut_at_max_tokens", 3, 1)
     assert metadata.sampling.get("max_tokens") == (None if given else 4)
 
 
@@ -125,6 +130,7 @@ def test_what_cannot_be_used_is_set_aside_with_its_line_and_reason(tmp_path):
     ("items", "arguments", "problem"),
     [
         (CONVERSATIONS, {"assume": "stop"}, "assume"),
+        (CONVERSATIONS, {"assume": None}, "assume"),
         (CONVERSATIONS, {"assume": "cut_at_max_tokens"}, "max_tokens"),
         (list(BAD.values()), {}, "no usable completion"),
         ([], {}, "no usable completion"),
@@ -144,5 +150,5 @@ def test_a_file_or_a_tokenizer_that_will_not_do_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a.txt"):
         read(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="chat template"):
-        read_sharegpt(write(tmp_path / "a.json", CONVERSATIONS), tiny_tokenizer(), assume="all_finished")
+        read_completions(write(tmp_path / "a.json", CONVERSATIONS), "sharegpt", tiny_tokenizer(), assume="all_finished")
     assert os.listdir(tmp_path) == ["a.json"]

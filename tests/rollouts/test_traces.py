@@ -7,8 +7,9 @@ import pytest
 from places import DATA
 from tiny import EOS, tiny_tokenizer
 
+from lenvm_rl.rollouts.formats import completion_text
 from lenvm_rl.rollouts.record import read_rollouts, rejected_path, write_rollouts
-from lenvm_rl.rollouts.text import completion_text, read_traces
+from lenvm_rl.rollouts.text import read_completions
 from recipes import import_rollouts
 
 TRACES = DATA / "misguided_attention"
@@ -36,7 +37,7 @@ def read(path, chat_template=None, **settings):
     tokenizer = tiny_tokenizer(chat=True)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    return read_traces(path, tokenizer, **settings)
+    return read_completions(path, "traces", tokenizer, **settings)
 
 
 def test_thinking_and_answer_become_one_completion(tmp_path, caplog):
@@ -56,14 +57,14 @@ def test_thinking_and_answer_become_one_completion(tmp_path, caplog):
     assert dataset["tokens_left_out"][:] == [0] * 5
     assert metadata.generator == "m" and metadata.truncated_share == 0.2 and metadata.eos_token_ids == [EOS]
     assert metadata.sampling["finish_reason"] == {
-        "assumed": "finished_if_answered", "max_tokens": None, "answered": 4, "cut_while_thinking": 1,
-        "cut_at_max_tokens": 0,
+        "assumed": "finished_if_answered", "max_tokens": None, "in_file": 0, "assumed_finished": 4, "assumed_cut": 1,
+        "cut_here": 0,
     }  # fmt: skip
     assert metadata.sampling["token_ids"] == "retokenized" and metadata.sampling["set_aside"] == 0
     # The tags are unknown to this tokenizer, so two texts come back changed; a leading blank is lost, too.
     report = metadata.sampling["retokenization"]
     assert report["completions"] == 5 and report["unchecked"] == 5 and report["changed_text"] == 3
-    assert "the 4 with an answer did, the 1 without one were cut while thinking" in caplog.text
+    assert "assumed (finished if answered): 4 finished, 1 cut" in caplog.text
     assert "token ids of 5 completions were made from their text" in caplog.text
 
 
@@ -74,7 +75,7 @@ def test_completions_above_the_limit_are_marked_as_cut_and_counted(tmp_path, cap
     assert dataset["tokens_left_out"][:] == [3, 1, 0, 0, 0]
     # Nothing of the text is lost.
     assert dataset["completion_text"][0].endswith("</think>\n\nw8")
-    assert metadata.sampling["finish_reason"]["cut_at_max_tokens"] == 2
+    assert metadata.sampling["finish_reason"]["cut_here"] == 2
     assert metadata.sampling["finish_reason"]["max_tokens"] == 3 and metadata.truncated_share == 0.4
     assert "2 completions have more than 3 tokens" in caplog.text
 
@@ -132,7 +133,7 @@ def test_a_template_that_opens_the_thinking_is_not_opened_twice(tmp_path):
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = template
-    dataset, metadata = read_traces(path, tokenizer)
+    dataset, metadata = read_completions(path, "traces", tokenizer)
     opening, closing = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     assert dataset["prompt_ids"][:] == [[6, 4, opening]]
     assert dataset["completion_ids"][:] == [[9, closing, 7, EOS]]
@@ -158,6 +159,7 @@ def test_the_text_of_thinking_and_answer():
         (json.dumps({"results": [BAD["there is no text"]]}), {}, "no usable completion"),
         (json.dumps({"results": RESULTS}), {"max_tokens": 0}, "max_tokens must be at least 1"),
         (json.dumps({"results": RESULTS}), {"models": []}, "in models"),
+        (json.dumps({"results": RESULTS}), {"assume": "all_finished"}, "assume"),
     ],
 )
 def test_a_file_or_a_setting_that_will_not_do_is_refused(tmp_path, content, settings, problem):
@@ -167,16 +169,16 @@ def test_a_file_or_a_setting_that_will_not_do_is_refused(tmp_path, content, sett
     with pytest.raises(FileNotFoundError, match="b.json"):
         read(tmp_path / "b.json")
     with pytest.raises(ValueError, match="chat template"):
-        read_traces(write(tmp_path / "c.json", RESULTS), tiny_tokenizer())
+        read_completions(write(tmp_path / "c.json", RESULTS), "traces", tiny_tokenizer())
 
 
 def test_the_recipe_writes_a_rollout_file(tmp_path, caplog):
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     traces = write(tmp_path / "a.json", [*RESULTS, answers("w6", [None])])
-    arguments = f"--traces {traces} --tokenizer_name_or_path {tmp_path / 'tokenizer'} --output {tmp_path / 'r.jsonl'}"
-    options = ["--max_tokens", "4", "--models", "m"]
-    (args,) = import_rollouts.make_parser().parse_args_and_config([*arguments.split(), *options])
+    arguments = f"--format traces --input {traces} --tokenizer_name_or_path {tmp_path / 'tokenizer'}"
+    arguments += f" --output {tmp_path / 'r.jsonl'} --max_tokens 4 --models m"
+    (args,) = import_rollouts.make_parser().parse_args_and_config(arguments.split())
     with caplog.at_level(logging.INFO):
         written = import_rollouts.main(args)
     dataset, metadata = read_rollouts(tmp_path / "r.jsonl")
@@ -199,7 +201,7 @@ def test_real_files_are_read_whole(tmp_path, name, models, completions, cut):
     dataset, metadata = read(TRACES / name, models=models, rejected_beside=tmp_path / "r.jsonl")
     assert len(dataset) == completions and metadata.sampling["set_aside"] == 0
     assert dataset["finish_reason"][:].count("length") == cut
-    assert metadata.sampling["finish_reason"]["cut_while_thinking"] == cut
+    assert metadata.sampling["finish_reason"]["assumed_cut"] == cut
     assert metadata.num_prompts == {156: 52, 65: 13}[completions]
     thinking = [text.startswith("<think>") for text in dataset["completion_text"][:]]
     assert all(thinking) if name.endswith("think.json") else not any(thinking)
