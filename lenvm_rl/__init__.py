@@ -30,7 +30,7 @@ _NAMES_OF_MODULE = {
         "ServerJob",
         "TransformersJob",
         "VLLMJob",
-        "read_completions",
+        "import_completions",
         "read_rollouts",
         "sample_rollouts",
         "sample_to_file",

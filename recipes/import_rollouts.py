@@ -30,7 +30,7 @@ from lenvm_rl.modeling.loading import load_tokenizer
 from lenvm_rl.programs import AGAIN, ProgramParser, run_program
 from lenvm_rl.rollouts.formats import SOURCE_FORMATS
 from lenvm_rl.rollouts.record import RolloutMetadata, check_suffix, described, write_rollouts
-from lenvm_rl.rollouts.text import ASSUMPTIONS, read_completions
+from lenvm_rl.rollouts.text import ASSUMPTIONS, import_completions
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def main(args: ImportArguments) -> RolloutMetadata:
     """Reads the completions and writes the rollouts; what was lost or assumed is logged by the reader."""
     check_suffix(args.output)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path, args.pad_token)
-    rollouts, metadata = read_completions(
+    rollouts, metadata = import_completions(
         args.input,
         args.format,
         tokenizer,

@@ -4,7 +4,7 @@ from lenvm_rl.rollouts.job import SamplingSettings, sample_rollouts, sample_to_f
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts, split_by_prompt, write_rollouts
 from lenvm_rl.rollouts.server import ServerJob
-from lenvm_rl.rollouts.text import read_completions
+from lenvm_rl.rollouts.text import import_completions
 from lenvm_rl.rollouts.vllm import VLLMJob
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "ServerJob",
     "TransformersJob",
     "VLLMJob",
-    "read_completions",
+    "import_completions",
     "read_rollouts",
     "sample_rollouts",
     "sample_to_file",

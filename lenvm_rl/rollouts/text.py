@@ -3,7 +3,7 @@
 A text has many spellings in tokens, and a policy samples any of them; special tokens that it samples are usually left
 out of the text. So ids made from text can differ in number from the sampled ones, and with them every label of a value
 model. Records of such ids carry what their number is off by, and the metadata how often it is. Most files do not say
-either which completions ended, and some not which tokens the prompt had. [`read_completions`] assumes what it has to,
+either which completions ended, and some not which tokens the prompt had. [`import_completions`] assumes what it has to,
 and reports it with counts: one warning, and `finish_reason`, `retokenization` and `prompts` in the metadata's
 `sampling`. The files' formats are in `lenvm_rl.rollouts.formats`.
 """
@@ -90,7 +90,7 @@ def retokenization_sentence(report: dict[str, Any]) -> str:
     )
 
 
-def read_completions(
+def import_completions(
     path: str | os.PathLike,
     source_format: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,7 +102,7 @@ def read_completions(
     rejected_beside: str | os.PathLike | None = None,
     **options: Any,
 ) -> tuple[Dataset, RolloutMetadata]:
-    """Reads a file of another tool; `write_rollouts(new_path, *read_completions(…))` makes a rollout file of it.
+    """Reads a file of another tool; `write_rollouts(new_path, *import_completions(…))` makes a rollout file of it.
 
     What cannot be used is logged and set aside in `<name>.rejected.jsonl`, as `read_rollouts` does.
 
@@ -141,6 +141,8 @@ def read_completions(
     path = Path(path)
     converter = _Converter(path, tokenizer, eos_token_id, assume, max_tokens)
     for item in tqdm(SOURCE_FORMATS[source_format](path, tokenizer, **options), desc=path.name, unit="completion"):
+        if generator is None and item.problem is None and item.settings.get("model_name") is None:
+            raise ValueError(f"{path} does not name the policy (the first is at {item.line}): give `generator`.")
         problem = item.problem or converter.add(item)
         if problem is not None:
             converter.reject(item, problem)
@@ -326,9 +328,7 @@ def _uniform(settings: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str
 
 
 def _generator(settings: list[dict[str, Any]], path: Path) -> str:
-    names = Counter(each.get("model_name") for each in settings)
-    if len(names) > 1 or None in names:
-        raise ValueError(
-            f"{path} does not name one policy for all its completions (found: {dict(names)}): give `generator`."
-        )
+    names = Counter(each["model_name"] for each in settings)
+    if len(names) > 1:
+        raise ValueError(f"{path} has completions of several policies ({dict(names)}): give `generator`.")
     return next(iter(names))

@@ -8,7 +8,7 @@ from tiny import EOS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from lenvm_rl.rollouts.record import build_table, read_rollouts, write_rollouts
-from lenvm_rl.rollouts.text import read_completions
+from lenvm_rl.rollouts.text import import_completions
 
 USER = [{"role": "user", "content": "w6 w7"}]
 # What the word-level tokenizer's template makes of it.
@@ -29,7 +29,7 @@ def write(path, rows):
 
 def read(path, source_format="text", **settings):
     settings = {"assume": "all_finished", "generator": "m", **settings}
-    return read_completions(path, source_format, tiny_tokenizer(chat=True), **settings)
+    return import_completions(path, source_format, tiny_tokenizer(chat=True), **settings)
 
 
 def rejected(path):
@@ -173,11 +173,11 @@ def test_nothing_is_put_before_a_prompt_that_the_template_was_applied_to(tmp_pat
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w63 $A", special_tokens=[("w63", 63)])
     path = write(tmp_path / "10.jsonl", [dump("w63 <|user|> w6", "w8")])
     settings = {"assume": "all_finished", "generator": "m"}
-    dataset, _ = read_completions(path, "verl", tokenizer, **settings)
+    dataset, _ = import_completions(path, "verl", tokenizer, **settings)
     assert dataset["prompt_ids"][0] == [63, 3, 6] and dataset["completion_ids"][0] == [8, EOS]
     # Plain text is read as the tokenizer reads it.
     path = write(tmp_path / "a.jsonl", [{"prompt": "w6", "completion": "w8"}])
-    assert read_completions(path, "text", tokenizer, **settings)[0]["prompt_ids"][0] == [63, 6]
+    assert import_completions(path, "text", tokenizer, **settings)[0]["prompt_ids"][0] == [63, 6]
 
 
 def test_verls_data_gives_the_dumps_prompts_back(tmp_path):
@@ -248,4 +248,4 @@ def test_a_damaged_file_is_refused(tmp_path):
         read(tmp_path / "b.parquet", "verl")
     messages = write(tmp_path / "c.jsonl", [{"prompt": USER, "completion": "w7"}])
     with pytest.raises(ValueError, match="chat template"):
-        read_completions(messages, "text", tiny_tokenizer(), assume="all_finished", generator="m")
+        import_completions(messages, "text", tiny_tokenizer(), assume="all_finished", generator="m")

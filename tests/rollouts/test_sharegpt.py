@@ -7,7 +7,7 @@ import pytest
 from tiny import EOS, tiny_tokenizer
 
 from lenvm_rl.rollouts.record import read_rollouts, rejected_path, write_rollouts
-from lenvm_rl.rollouts.text import read_completions
+from lenvm_rl.rollouts.text import import_completions
 
 
 def conversation(question, answer, length, index=0, **meta):
@@ -32,7 +32,7 @@ def write(path, items):
 
 
 def read(path, **arguments):
-    return read_completions(path, "sharegpt", tiny_tokenizer(chat=True), **{"assume": "all_finished", **arguments})
+    return import_completions(path, "sharegpt", tiny_tokenizer(chat=True), **{"assume": "all_finished", **arguments})
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -150,5 +150,7 @@ def test_a_file_or_a_tokenizer_that_will_not_do_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a.txt"):
         read(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="chat template"):
-        read_completions(write(tmp_path / "a.json", CONVERSATIONS), "sharegpt", tiny_tokenizer(), assume="all_finished")
+        import_completions(
+            write(tmp_path / "a.json", CONVERSATIONS), "sharegpt", tiny_tokenizer(), assume="all_finished"
+        )
     assert os.listdir(tmp_path) == ["a.json"]

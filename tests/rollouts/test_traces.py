@@ -9,7 +9,7 @@ from tiny import EOS, tiny_tokenizer
 
 from lenvm_rl.rollouts.formats import completion_text
 from lenvm_rl.rollouts.record import read_rollouts, rejected_path, write_rollouts
-from lenvm_rl.rollouts.text import read_completions
+from lenvm_rl.rollouts.text import import_completions
 from recipes import import_rollouts
 
 TRACES = DATA / "misguided_attention"
@@ -37,7 +37,7 @@ def read(path, chat_template=None, **settings):
     tokenizer = tiny_tokenizer(chat=True)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    return read_completions(path, "traces", tokenizer, **settings)
+    return import_completions(path, "traces", tokenizer, **settings)
 
 
 def test_thinking_and_answer_become_one_completion(tmp_path, caplog):
@@ -133,7 +133,7 @@ def test_a_template_that_opens_the_thinking_is_not_opened_twice(tmp_path):
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = template
-    dataset, metadata = read_completions(path, "traces", tokenizer)
+    dataset, metadata = import_completions(path, "traces", tokenizer)
     opening, closing = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     assert dataset["prompt_ids"][:] == [[6, 4, opening]]
     assert dataset["completion_ids"][:] == [[9, closing, 7, EOS]]
@@ -169,7 +169,7 @@ def test_a_file_or_a_setting_that_will_not_do_is_refused(tmp_path, content, sett
     with pytest.raises(FileNotFoundError, match="b.json"):
         read(tmp_path / "b.json")
     with pytest.raises(ValueError, match="chat template"):
-        read_completions(write(tmp_path / "c.json", RESULTS), "traces", tiny_tokenizer())
+        import_completions(write(tmp_path / "c.json", RESULTS), "traces", tiny_tokenizer())
 
 
 def test_the_recipe_writes_a_rollout_file(tmp_path, caplog):
