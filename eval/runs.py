@@ -57,8 +57,8 @@ def run_evaluation(
 
 
 @dataclass
-class RunArguments:
-    """Which models are evaluated, on which prompts, how they are sampled, and where results are written."""
+class ModelArguments:
+    """Which models are looked at, and at which temperature they are sampled."""
 
     run_dir: str | None = HfArg(
         default=None,
@@ -66,8 +66,7 @@ class RunArguments:
         f"{SANDBOX_RUN}, or none where --policy is a model of one's own.",
     )
     policy: str | None = HfArg(
-        default=None,
-        help="Base policy, folder or hub id; needs --length_value_model and --dataset_name. Default: the run's.",
+        default=None, help="Base policy, folder or hub id; needs --length_value_model. Default: the run's."
     )
     length_value_model: str | None = HfArg(
         default=None, help="Length value model, folder or hub id. Default: the run's."
@@ -76,28 +75,11 @@ class RunArguments:
         default=None,
         help="The model that a length value model of form adapter or head was fitted on. Default: the base policy.",
     )
-    dataset_name: str | None = HfArg(
-        default=None,
-        help="Prompts to evaluate on: a hub id or a local .jsonl, .json, .parquet or .csv file. Default: the "
-        "sandbox's, for its own policies.",
-    )
     temperature: float | None = HfArg(
         default=None,
         help="Sampling temperature. Default: as in the run, or in the rollouts that the length value model was "
         "fitted on, else 1.",
     )
-    batch_size: int = HfArg(default=256, help="Completions per generate call.")
-    seed: int = HfArg(default=0, help="Seed of sampling and bootstrap; the prompts do not depend on it.")
-    output_dir: str | None = HfArg(
-        default=None,
-        help="Where to write. Default: a folder with the program's name, in the run's folder or, for models of no "
-        "run, in outputs.",
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_prompts", "num_samples"):
-            if getattr(self, name, None) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def from_run(self, run: RecipeRun, **defaults: Any) -> Self:
         """These arguments with what is not given filled in by what the run says of itself, or else by `defaults`."""
@@ -124,6 +106,33 @@ class RunArguments:
             where = "as in the rollouts of the length value model" if known else "for nothing says how it was sampled"
             logger.info("%s %s, %s; --%s sets another", name, settings[name], where, name)
         return replace(self, **settings)
+
+
+@dataclass
+class RunArguments(ModelArguments):
+    """Which models are evaluated, on which prompts, how they are sampled, and where results are written."""
+
+    policy: str | None = HfArg(
+        default=None,
+        help="Base policy, folder or hub id; needs --length_value_model and --dataset_name. Default: the run's.",
+    )
+    dataset_name: str | None = HfArg(
+        default=None,
+        help="Prompts to evaluate on: a hub id or a local .jsonl, .json, .parquet or .csv file. Default: the "
+        "sandbox's, for its own policies.",
+    )
+    batch_size: int = HfArg(default=256, help="Completions per generate call.")
+    seed: int = HfArg(default=0, help="Seed of sampling and bootstrap; the prompts do not depend on it.")
+    output_dir: str | None = HfArg(
+        default=None,
+        help="Where to write. Default: a folder with the program's name, in the run's folder or, for models of no "
+        "run, in outputs.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_prompts", "num_samples"):
+            if getattr(self, name, None) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass
@@ -210,8 +219,8 @@ def find_run(
     record = read_report(path)
     if record is None and not (policy and length_value_model):
         raise ValueError(
-            f"{path} does not exist: run `accelerate launch recipes/ppo_shaped.py` first, name its folder with "
-            "--run_dir, or give --policy and --length_value_model."
+            f"{path} does not exist: run `make quickstart` or `accelerate launch recipes/ppo_shaped.py` first, name "
+            "the run's folder with --run_dir, or give --policy and --length_value_model."
         )
     return RecipeRun(folder, record or {})
 

@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import subprocess
+import threading
+import time
 
 import pytest
 
@@ -67,3 +69,76 @@ def drive(page, steps, folder, size=(1400, 1000)):
         found.setdefault(name, []).append(what)
     assert "error" not in found, found["error"]
     return found
+
+
+class LivePage:
+    """A page of a server, open in a browser without a window; a context.
+
+    The browser is spoken to in the DevTools protocol, over a pair of pipes: messages in JSON, a zero byte after each.
+
+    Args:
+        url (`str`): what to open.
+        folder (`Path`): where the browser keeps what it keeps.
+        size (pair of `int`): of the window.
+    """
+
+    def __init__(self, url, folder, size=(1400, 1000)):
+        if BROWSER is None:
+            pytest.skip("no Chromium or Chrome is installed: apt-get install chromium")
+        flags = [flag for flag in FLAGS if "virtual-time" not in flag] + ["--window-size={},{}".format(*size)]
+        flags += [f"--user-data-dir={folder / 'profile'}", "--remote-debugging-pipe", "about:blank"]
+        # The browser reads commands at its descriptor 3 and answers at 4.
+        shell = 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null 2>&1'
+        command = ["/bin/sh", "-c", shell, "sh", BROWSER, *flags]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # A browser that says nothing more ends the test instead of holding it.
+        self.watch = threading.Timer(60, self.process.kill)
+        self.watch.start()
+        self.session, self.count = None, 0
+        target = self.call("Target.createTarget", url=url)["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.watch.cancel()
+        self.process.kill()
+        self.process.communicate()
+
+    def call(self, method, **parameters):
+        """What the browser answers to a command."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": parameters}
+        message |= {"sessionId": self.session} if self.session else {}
+        self.process.stdin.write(json.dumps(message).encode() + b"\0")
+        self.process.stdin.flush()
+        while True:
+            answer = json.loads(self._message())
+            if answer.get("id") == self.count:
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+
+    def _message(self):
+        message = b""
+        while not message.endswith(b"\0"):
+            byte = self.process.stdout.read(1)
+            assert byte, "the browser is gone"
+            message += byte
+        return message[:-1]
+
+    def evaluate(self, script):
+        """The value of an expression in the page, or of the promise that it is."""
+        answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait_for(self, script, seconds=20.0):
+        """The first value of an expression that counts as true; an error if none comes."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            found = self.evaluate(script)
+            if found:
+                return found
+            time.sleep(0.05)
+        raise AssertionError(f"{script} never came true: {self.evaluate('document.body.innerText')}")

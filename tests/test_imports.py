@@ -129,7 +129,7 @@ def test_every_package_imported_is_required():
     required = packages(project["dependencies"])
     optional = {name: packages(requirements) for name, requirements in project["optional-dependencies"].items()}
     allowed_in_programs = required.union(
-        *(optional[name] for name in ("eval", "math", "reasoning-gym", "smollm2", "wandb"))
+        *(optional[name] for name in ("demo", "eval", "math", "reasoning-gym", "smollm2", "wandb"))
     )
     for path in SOURCES:
         used = {{"yaml": "pyyaml"}.get(name, name.replace("_", "-")) for name in outside(imports_of(path))}
