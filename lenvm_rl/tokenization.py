@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,7 +24,11 @@ from transformers import PreTrainedTokenizerBase
 TokenizerOrFingerprint = PreTrainedTokenizerBase | dict[str, Any] | None
 Prompt = str | list[dict[str, Any]]
 
+logger = logging.getLogger(__name__)
+
 SHOWN_DIFFERENCES = 5
+# Share of the context beyond which a prompt and its completion are near to being refused.
+NEAR_CONTEXT = 0.9
 # How the files that data sets come in are read: the builder of `datasets`, and its settings.
 _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".jsonl": ("json", {}),
@@ -216,6 +221,11 @@ def check_prompts(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the policy; says whether empty text is a prompt.
         chat (`bool`, *optional*, defaults to `False`): whether they are to be put into messages, and so are texts.
     """
+    if tokenizer is not None and tokenizer.chat_template is not None and not chat and isinstance(prompts[0], str):
+        logger.warning(
+            "%s: prompts are plain text, and the tokenizer has a chat template, which they do not go through. If the "
+            "policy was trained to chat, set --chat true, or give lists of messages.", source,
+        )  # fmt: skip
     kinds = [isinstance(prompt, str) for prompt in prompts]
     wrong = [
         (row, problem)
@@ -309,7 +319,16 @@ def check_room(lengths: Sequence[int], max_new_tokens: int, context: int | None,
         name (`str`, *optional*, defaults to `"Prompt"` and its place): what the error calls the longest.
     """
     longest = max(range(len(lengths)), key=lambda index: lengths[index])
-    if context is not None and lengths[longest] + max_new_tokens > context:
+    if context is None:
+        return
+    total = lengths[longest] + max_new_tokens
+    if NEAR_CONTEXT * context < total <= context:
+        logger.warning(
+            "%s has %d tokens; with a completion of %d it fills %.0f%% of the model's context of %d: a longer prompt "
+            "will be refused.",
+            name or f"Prompt {longest}", lengths[longest], max_new_tokens, 100 * total / context, context,
+        )  # fmt: skip
+    if total > context:
         raise ValueError(
             f"{name or f'Prompt {longest}'} has {lengths[longest]} tokens; with a completion of {max_new_tokens} "
             f"(max_new_tokens, max_completion_length) it exceeds the model's context of {context}. Allow fewer, or "

@@ -12,6 +12,7 @@ import torch
 from transformers.hf_argparser import HfArg
 from trl import ModelConfig
 
+from lenvm_rl.modeling.sharing import FORMS, FULL
 from lenvm_rl.programs import ProgramParser, read_yaml
 from lenvm_rl.sandbox import PolicySettings
 
@@ -68,9 +69,15 @@ class StageArguments(DataArguments):
     sample_prompts: int = HfArg(default=480, help="Prompts to sample rollouts for.")
     sample_num_samples: int = HfArg(default=16, help="Completions per prompt.")
     sample_batch_size: int = HfArg(default=256, help="Completions per generate call.")
+    pretrain_form: str = HfArg(
+        default=FULL,
+        help="What is fitted: full, a copy of the policy's decoder and a head; adapter, LoRA and a head; head, a head "
+        "alone. The last two share the policy's frozen decoder, so they need --use_peft true, or beta above 0.",
+        metadata={"choices": list(FORMS)},
+    )
     pretrain_epochs: float = HfArg(default=2.0, help="Passes over the rollouts.")
     pretrain_learning_rate: float = HfArg(default=2e-5, help="Learning rate of the length value model.")
-    pretrain_batch_size: int = HfArg(default=32, help="Completions per optimiser step and process.")
+    pretrain_batch_size: int = HfArg(default=32, help="Completions per optimizer step and process.")
     pretrain_only_correct: bool = HfArg(
         default=False,
         help="Fit the length value model on correct completions only, a remedy for length_gate='correct'.",
@@ -82,6 +89,9 @@ class StageArguments(DataArguments):
         default=None,
         help="Subfolder of output_dir for the trained policy, so that several runs can share the earlier "
         "stages. Default: the algorithm's name.",
+    )
+    prepare_only: bool = HfArg(
+        default=False, help="Stop before training, with policy, rollouts and length value model made."
     )
     smoke: bool = HfArg(default=False, help="Run every stage at a size that only shows that it runs.")
 

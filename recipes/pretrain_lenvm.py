@@ -18,7 +18,6 @@ Several GPUs take one of recipes/accelerate_configs, before the recipe on the co
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from rich.table import Table
 from transformers.hf_argparser import HfArg
 
 from lenvm_rl.modeling.loading import load_tokenizer
+from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import ProgramParser, run_program
 from lenvm_rl.rollouts.record import read_rollouts, split_by_prompt, write_rollouts
@@ -98,9 +98,18 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
     if args.eval_rollouts is None and eval_rollouts is not None and training_args.process_index == 0:
         write_rollouts(Path(training_args.output_dir) / HELD_OUT, eval_rollouts, metadata)
     if metrics and training_args.process_index == 0:
-        logger.info("metrics on held-out prompts:\n%s", json.dumps(metrics, indent=2))
         print_comparison(metrics, Console(width=120))
-    logger.info("saved in %s", training_args.output_dir)
+    logger.info("saved in %s, with all metrics in its metrics.jsonl and its model card", training_args.output_dir)
+    shared = f" --base {args.model_name_or_path}" if training_args.form != FULL else ""
+    logger.info(
+        "next: python -m eval.viewer --rollouts %s --length_value_model %s%s",
+        args.rollouts, training_args.output_dir, shared,
+    )  # fmt: skip
+    logger.info(
+        "next: accelerate launch recipes/ppo_shaped.py --model_name_or_path %s --length_value_model %s "
+        "--length_coef 0.1 --dataset_name DATA --reward_funcs MODULE.FUNCTION --output_dir RUN",
+        metadata.generator, training_args.output_dir,
+    )  # fmt: skip
     return metrics
 
 

@@ -194,6 +194,10 @@ def main(args: SampleArguments, settings: SamplingSettings) -> None:
     job = JOBS[args.backend](args, tokenizer, prompts, settings, seed=args.seed, extra_columns=columns)
     rollouts, metadata = sample_to_file(args.output, job, args.model_name_or_path)
     logger.info("%s: %s", args.output, described(rollouts, metadata))
+    logger.info(
+        "next: accelerate launch recipes/pretrain_lenvm.py --rollouts %s --model_name_or_path %s --output_dir lenvm",
+        args.output, args.model_name_or_path,
+    )  # fmt: skip
 
 
 def make_parser() -> ProgramParser:

@@ -7,7 +7,12 @@ settings is refused, since artefacts that other stages were made from must not c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,25 @@ from rich.console import Console
 
 from lenvm_rl.files import Journal, last_complete_checkpoint, read_json, write_json
 
+# Variables by which launchers tell processes of each other.
+OF_A_LAUNCH = (
+    "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_",
+    "ACCELERATE_", "FSDP_",
+)  # fmt: skip
+# Seconds between two looks at whether another process is done.
+WAIT = 1.0
 console = Console(width=120, highlight=False)
+
+
+def say(text: Any) -> None:
+    """Print for a person, once for all processes."""
+    if PartialState().is_main_process:
+        console.print(text, soft_wrap=True)
+
+
+def say_next(*command: str) -> None:
+    """Print the command that a person would give next."""
+    say(f"next: {shlex.join(command)}")
 
 
 def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Callable[[], Any]) -> None:
@@ -39,14 +62,9 @@ def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Cal
             "artefact, its .stage.json, and what was made from it."
         )
     if found is not None and found["finished"]:
-        console.print(f"[bold]{title}[/bold]: done before, {artefact}")
+        say(f"[bold]{title}[/bold]: done before, {artefact}")
         return
-    if PartialState().num_processes > 1 and title != "training":
-        raise ValueError(
-            f"{artefact} is not there yet, and this stage runs in one process: run recipes/sample_rollouts.py and "
-            "recipes/pretrain_lenvm.py first and give --length_value_model, or start once with one process."
-        )
-    console.print(f"[bold]{title}[/bold] -> {artefact}")
+    say(f"[bold]{title}[/bold] -> {artefact}" + (", which was begun before" if found is not None else ""))
     write_record(artefact, settings, finished=False)
     make()
     write_record(artefact, settings, finished=True)
@@ -71,6 +89,32 @@ def is_begun(artefact: Path) -> bool:
         weights = next(artefact.glob("*model*.safetensors"), None)
         return weights is not None or last_complete_checkpoint(artefact) is not None
     return artefact.exists() or Journal(artefact.with_suffix(".journal"), "").has_batches()
+
+
+def is_made(artefact: Path) -> bool:
+    """Whether the stage of an artefact is finished."""
+    found = stage_record(artefact)
+    return found is not None and found["finished"]
+
+
+def make_apart(artefacts: Sequence[Path]) -> None:
+    """Have the stages before training made by one process, while the others of a launch wait for its records.
+
+    The first process starts the same command as a program of its own, which knows of no launch: what a stage trains is
+    trained by one process then, and its memory is free again afterwards.
+
+    Args:
+        artefacts (sequence of `pathlib.Path`): what the stages make; all processes must see the folder.
+    """
+    if PartialState().is_main_process:
+        say(f"making {', '.join(map(str, artefacts))} in one process; the others wait")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCH)}
+        done = subprocess.run([sys.executable, *sys.argv, "--prepare_only", "true"], env=environment)
+        if done.returncode:
+            # It has said why.
+            raise SystemExit(done.returncode)
+    while not all(map(is_made, artefacts)):
+        time.sleep(WAIT)
 
 
 def write_record(artefact: Path, settings: Mapping[str, Any], finished: bool) -> None:

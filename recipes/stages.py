@@ -23,6 +23,7 @@ from trl import ModelConfig, get_peft_config
 from lenvm_rl.files import last_complete_checkpoint, read_json, read_metrics, write_json
 from lenvm_rl.modeling.backbones import load_model
 from lenvm_rl.modeling.loading import ADAPTER_FILE, check_policy, load_tokenizer, model_type, read_config
+from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import choose_threads
 from lenvm_rl.reward_functions import are_correct, call_reward, check_golds, load_reward, name_of
@@ -36,9 +37,10 @@ from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.rewards import gate_index
 from recipes.arguments import StageArguments, model_kwargs
+from recipes.pretrain_lenvm import print_comparison
 from recipes.reward_trial import try_rewards
 from recipes.sample_rollouts import make_prompts
-from recipes.stage_records import console, run_stage, stage_record
+from recipes.stage_records import console, is_made, make_apart, run_stage, say, say_next
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +128,17 @@ class StagedRun:
             check_context(prompts, source, tokenizer, self.config.max_completion_length, self._context())
             check_golds(rewards, dataset)
         try_rewards(rewards, dataset, tokenizer, self.config, name)
+        form = self.args.pretrain_form
         if self.args.length_value_model is not None:
-            check_same_tokenizer(read_config(self.args.length_value_model).tokenizer_fingerprint, tokenizer)
+            config = read_config(self.args.length_value_model)
+            form = config.form
+            check_same_tokenizer(config.tokenizer_fingerprint, tokenizer)
+        if form != FULL and not self.model.use_peft and self.config.beta == 0.0:
+            raise ValueError(
+                f"A length value model of form {form!r} shares a decoder that has to stay as it is, and this policy's "
+                "is trained: set use_peft=true (then its base stays) or beta above 0 (the reference does), or take "
+                "form 'full'."
+            )
         self._earlier_record()
 
     def _context(self) -> int | None:
@@ -152,6 +163,11 @@ class StagedRun:
                 )
             )
         return {"path": self.policy, "pad_token": self.args.pad_token, **self.load_kwargs}
+
+    def artefacts(self) -> list[Path]:
+        """What the stages before training make."""
+        own = [self.output_dir / "policy"] if self.sandbox else []
+        return own + ([self.output_dir / "length_value_model"] if self.args.length_value_model is None else [])
 
     def make_policy(self) -> None:
         """Stage 1: fit the sandbox's policy to its teacher."""
@@ -235,9 +251,8 @@ class StagedRun:
         if self.args.length_value_model is not None:
             return
         target = self.output_dir / "length_value_model"
-        found = stage_record(target)
         # Rollouts are large, and need not stay where they have served.
-        if self.rollouts.exists() or found is None or not found["finished"]:
+        if self.rollouts.exists() or not is_made(target):
             self.make_rollouts()
         run_stage(
             "fitting gamma and pretraining the length value model",
@@ -254,6 +269,7 @@ class StagedRun:
         train, held_out = split_by_prompt(rollouts, 0.1, seed=self.config.seed)
         arguments = LengthValueTrainingArguments(
             output_dir=str(target),
+            form=args.pretrain_form,
             num_train_epochs=args.pretrain_epochs,
             learning_rate=args.pretrain_learning_rate,
             per_device_train_batch_size=args.pretrain_batch_size,
@@ -266,12 +282,7 @@ class StagedRun:
             **self.precision,
         )
         model, metrics = pretrain(self.policy, train, metadata, arguments, self.tokenizer, eval_rollouts=held_out)
-        fit = model.config.gamma_fit
-        console.print(
-            f"gamma {model.config.gamma:.5f} from {fit['completions']} completions, "
-            f"percentiles of their lengths in tokens {fit['percentiles']}"
-        )
-        console.print({name: round(value, 4) for name, value in metrics.items() if isinstance(value, float)})
+        print_comparison(metrics, console)
 
     def _grade(self, rollouts: Dataset) -> Dataset:
         """Rollouts with a column `correct`, by the function and the threshold of the length gate."""
@@ -363,8 +374,13 @@ def begin_run(args: StageArguments, config: LenVMConfig, model: ModelConfig, den
         smoke_sizes(config)
     run = StagedRun(args, config, model)
     run.check()
+    made = run.artefacts()
+    if PartialState().num_processes > 1 and not all(map(is_made, made)):
+        make_apart(made)
     run.make_policy()
     run.make_length_value_model()
+    if args.prepare_only:
+        raise SystemExit(0)
     return run
 
 
@@ -394,7 +410,10 @@ def train_stage(algorithm: str, run: StagedRun, make_trainer: Callable[..., Any]
             length_value_model=run.length_value_model,
             peft_config=get_peft_config(run.model),
         )
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_complete_checkpoint(target))
+        checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(target)
+        if checkpoint is not None:
+            say(f"going on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
         done, wanted = trainer.state.global_step, trainer.state.max_steps
         if done < wanted:
             # As on SIGTERM with enable_jit_checkpoint: the stage is not finished.
@@ -414,13 +433,16 @@ def train_stage(algorithm: str, run: StagedRun, make_trainer: Callable[..., Any]
     if PartialState().is_main_process:
         run.record(name, target)
         show_progress(target / "metrics.jsonl")
+        names = ("dataset_name", "dataset_config")
+        data = [text for key in names if (value := getattr(run.args, key)) for text in (f"--{key}", value)]
+        say_next("python", "-m", "eval.tradeoff", "--run_dir", str(run.output_dir), *data)
 
 
 def show_progress(path: Path) -> None:
     """Print reward and length of the first and the last fifth of the training log."""
     logs = [entry for entry in read_metrics(path) if "reward" in entry]
     if not logs:
-        console.print(f"no step was logged (logging_steps is above the number of steps): see {path}")
+        say(f"no step was logged (logging_steps is above the number of steps): see {path}")
         return
     part = max(1, len(logs) // 5)
     for title, entries in (("first", logs[:part]), ("last", logs[-part:])):
@@ -430,4 +452,4 @@ def show_progress(path: Path) -> None:
             if all(key in entry for entry in entries)
         }
         text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
-        console.print(f"{title} {part} of {len(logs)} logged steps: {text}")
+        say(f"{title} {part} of {len(logs)} logged steps: {text}")

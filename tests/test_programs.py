@@ -132,6 +132,24 @@ def test_an_interrupted_program_says_how_to_go_on(capsys):
     assert stop.value.code == 130 and "go on with --resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("3", [programs.running.PATIENCE])])
+def test_the_first_process_of_a_launch_speaks_first(rank, waits, monkeypatch):
+    waited = []
+    monkeypatch.setattr(programs.running.time, "sleep", waited.append)
+    monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
+    # What one process alone runs into is told by it all the same.
+    with pytest.raises(SystemExit, match="at least one length"):
+        run_program(lambda: fit_gamma([]))
+    assert waited == waits
+
+    def stopped():
+        raise SystemExit("stopped after 3 steps")
+
+    with pytest.raises(SystemExit) as stop:
+        run_program(stopped)
+    assert stop.value.code == (1 if waits else "stopped after 3 steps")
+
+
 def test_a_failed_program_has_status_1_and_no_traceback():
     source = (
         "from lenvm_rl.programs import run_program\n"

@@ -147,6 +147,21 @@ def test_the_longest_prompt_leaves_room():
         check_room([3, 5, 2], max_new_tokens=6, context=10)
 
 
+@pytest.mark.parametrize("chat, has_template, warned", [(False, True, 1), (True, True, 0), (False, False, 0)])
+def test_a_template_that_prompts_do_not_go_through_is_named(chat, has_template, warned, caplog):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}" if has_template else None
+    check_prompts(["w1", "w2"], "data", tokenizer, chat)
+    assert sum("--chat true" in record.message for record in caplog.records) == warned
+
+
+@pytest.mark.parametrize("tokens, warned", [(80, 0), (81, 1), (90, 1)])
+def test_a_prompt_that_nearly_fills_the_context_is_named(tokens, warned, caplog):
+    """Nine tenths of 100: 80 tokens and a completion of 10."""
+    check_room([3, tokens, 5], 10, 100)
+    assert [record.message.startswith(f"Prompt 1 has {tokens} ") for record in caplog.records] == [True] * warned
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_row_that_is_too_long_is_found_where_few_are_tokenised(chat):
     tokenizer = tiny_tokenizer(chat=True)

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
+from lenvm_rl.modeling.sharing import FORMS, FULL
 from lenvm_rl.pretraining.batches import TRUNCATED_ENDINGS
 from lenvm_rl.returns import check_gamma
 
@@ -25,6 +26,13 @@ class LengthValueTrainingArguments(TrainingArguments):
     learning_rate: float = HfArg(default=2e-5, help="The initial learning rate.")
     lr_scheduler_type: str = HfArg(default="cosine", help="The learning rate schedule.")
     num_train_epochs: float = HfArg(default=2.0, help="Passes over the rollouts.")
+    form: str = HfArg(
+        default=FULL,
+        help="What is trained. full: a decoder of its own and a head; adapter: LoRA and a head on the frozen backbone; "
+        "head: the head alone. The last two are small and hold no decoder: whoever reads them names the backbone again "
+        "(--base), and a run that trains a policy shares the one it has.",
+        metadata={"choices": list(FORMS)},
+    )
     gamma: float | None = HfArg(
         default=None,
         help="Discount of the length return, in (0, 1). If omitted, it is fitted to the rollouts, so that the "
@@ -68,6 +76,8 @@ class LengthValueTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.share_prompts and not self.packing:
             raise ValueError("share_prompts=True puts completions in one row, so it needs packing=True.")
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}.")
         if self.truncated not in TRUNCATED_ENDINGS:
             raise ValueError(f"truncated must be one of {', '.join(TRUNCATED_ENDINGS)}, got {self.truncated!r}.")
         if not 0.0 <= self.lam <= 1.0:

@@ -46,7 +46,7 @@ from lenvm_rl.pretraining.references import reference_metrics
 from lenvm_rl.pretraining.resuming import RECORD, check_resumed, find_checkpoint, settings_of
 from lenvm_rl.pretraining.shared_prompts import SharedPromptCollator, check_sharing, model_inputs
 from lenvm_rl.returns import fit_gamma
-from lenvm_rl.rollouts.record import RolloutMetadata
+from lenvm_rl.rollouts.record import RolloutMetadata, warn_of_cuts
 from lenvm_rl.tokenization import check_same_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,9 @@ def fit_gamma_to_rollouts(
     gamma = fit_gamma(lengths, quantile, coverage)
     ordered = lengths.sort().values
     percentiles = {str(p): int(ordered[round(p / 100 * (len(ordered) - 1))]) for p in _PERCENTILES}
-    cut = sum(reason == "length" for reason in rollouts["finish_reason"][:])
+    reasons = rollouts["finish_reason"][:]
+    warn_of_cuts(reasons)
+    cut = reasons.count("length")
     fit = {
         "quantile": quantile,
         "coverage": coverage,
@@ -149,6 +151,7 @@ def make_length_value_model(
         generator=metadata.generator,
         sampling=metadata.sampling,
         truncated_share=metadata.truncated_share,
+        form=args.form,
     )
 
 

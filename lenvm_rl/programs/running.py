@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,8 @@ AGAIN = "Interrupted. Run the same command again: it starts over."
 # Who sets one of these has said how many threads a process is to have. In the order in which torch asks them.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
+# Seconds that a process leaves the first one of its launch to fail of the same thing.
+PATIENCE = 10.0
 _OURS = tuple(str(Path(__file__).parents[2] / name) + os.sep for name in ("lenvm_rl", "reward", "eval", "recipes"))
 _DELIBERATE = (ValueError, TypeError, RuntimeError, ImportError, FloatingPointError)
 _FORBIDDEN = "this user may not read or write there: give another path, or change who may"
@@ -55,7 +58,8 @@ def run_program(main: Callable[[], Any], interrupted: str = INTERRUPTED) -> None
 
     Sentences are the errors that this project raises on purpose, those about the command line, and what the system, a
     disk or a hub answered. Any other error is a defect and keeps its traceback, and so does every error where the
-    environment variable `LENVM_TRACEBACK` is set.
+    environment variable `LENVM_TRACEBACK` is set. Of several processes of a launch the first speaks: the launcher ends
+    the others while they wait, and one that failed alone speaks after that.
 
     Args:
         main (callable): the program, without arguments.
@@ -63,6 +67,9 @@ def run_program(main: Callable[[], Any], interrupted: str = INTERRUPTED) -> None
     """
     try:
         main()
+    except SystemExit as stopped:
+        # Processes of a launch stop together, and the first says why.
+        raise SystemExit(1 if isinstance(stopped.code, str) and not _is_first() else stopped.code) from None
     except KeyboardInterrupt:
         if TRACEBACK_VARIABLE in os.environ:
             raise
@@ -70,11 +77,18 @@ def run_program(main: Callable[[], Any], interrupted: str = INTERRUPTED) -> None
         sys.stderr.write(f"\n{interrupted}\n")
         raise SystemExit(130) from None
     except Exception as error:
+        if not _is_first():
+            time.sleep(PATIENCE)
         sentence = sentence_of(error)
         if sentence is None or TRACEBACK_VARIABLE in os.environ:
             raise
         said = [f"error: {sentence}", *getattr(error, "__notes__", ()), f"({TRACEBACK_VARIABLE}=1 shows where.)"]
         raise SystemExit("\n" + "\n".join(said)) from None
+
+
+def _is_first() -> bool:
+    """Whether this is the only process of its launch, or the one that speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def sentence_of(error: Exception) -> str | None:

@@ -35,6 +35,7 @@ from lenvm_rl.rollouts.record import (
     find_problem,
     read_rollouts,
     set_aside,
+    warn_of_cuts,
     write_rollouts,
 )
 from lenvm_rl.tokenization import Prompt, check_room, tokenize_prompts, tokenizer_fingerprint
@@ -261,6 +262,9 @@ def sample_to_file(
         return dataset, found
     done = journal.open()
     kept = done.pop(PREPARATION, None)
+    if done:
+        there = sum(map(len, done.values()))
+        logger.info("going on: %d of %d completions are in %s", there, len(job), journal.path)
     prepared = job.prepare(kept)
     if prepared and kept is None:
         journal.append(PREPARATION, prepared)
@@ -277,6 +281,7 @@ def sample_to_file(
     sampling = {**metadata.sampling, **job.report(records), "set_aside": len(rejected)}
     write_rollouts(path, good, replace(metadata, sampling=sampling))
     journal.remove()
+    warn_of_cuts([record["finish_reason"] for record in good])
     return read_rollouts(path)
 
 

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ from lenvm_rl.endings import end_token_ids
 from lenvm_rl.files import atomic_file, read_json, write_json
 
 logger = logging.getLogger(__name__)
+
+# Beyond this share of cut completions the limit shapes what is learned of lengths.
+MANY_CUT = 0.2
 
 REQUIRED_COLUMNS = ("prompt", "prompt_ids", "completion_ids", "finish_reason", "group")
 FINISH_REASONS = ("stop", "length")
@@ -263,6 +266,17 @@ def count_rollouts(dataset: Dataset) -> dict[str, Any]:
         "num_completions": len(dataset),
         "truncated_share": reasons["length"] / len(dataset),
     }
+
+
+def warn_of_cuts(finish_reasons: Sequence[str]) -> None:
+    """Log a warning if so many completions are cut that their limit stands for their lengths."""
+    cut = sum(reason == "length" for reason in finish_reasons)
+    if cut > MANY_CUT * len(finish_reasons):
+        logger.warning(
+            "%d of %d completions (%.0f%%) are cut: of their lengths only the limit is known, gamma is fitted to that, "
+            "and predictions end near it. Sample again with a higher max_new_tokens (max_completion_length).",
+            cut, len(finish_reasons), 100 * cut / len(finish_reasons),
+        )  # fmt: skip
 
 
 def described(dataset: Dataset, metadata: RolloutMetadata) -> str:

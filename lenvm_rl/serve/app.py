@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError(f"The server needs FastAPI and uvicorn ({error}): pip install 'lenvm-rl[serving]'") from error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.serve.engine import Engine, Job
 from lenvm_rl.serve.protocol import Answer, ChatRequest, CompletionRequest, GenerationRequest, RequestError, check_model
 
@@ -40,7 +40,9 @@ class ServeArguments:
 
     model: str = field(metadata={"help": "Policy: a folder or hub id."})
     length_value_model: str = field(metadata={"help": "Length value model: a folder or hub id."})
-    length_value_base: str | None = field(default=None, metadata={"help": "What an adapter or head was fitted on."})
+    base: str | None = field(
+        default=None, metadata={"help": "What an adapter or a head was fitted on. Default: --model, which it shares."}
+    )
     served_model_name: str | None = field(default=None, metadata={"help": "What requests call it. Default: --model."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
@@ -55,12 +57,14 @@ class ServeArguments:
 def load_engine(args: ServeArguments) -> Engine:
     """The models of the arguments, loaded and checked against each other."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, use_safetensors=True).to(args.device)
-    base = model if args.length_value_base == args.model else args.length_value_base
-    length_value_model = LengthValueModel.from_pretrained(args.length_value_model, base=base, dtype=args.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    base = model if args.base in (None, args.model) else args.base
     return Engine(
         model,
-        length_value_model.to(args.device).freeze(),
-        AutoTokenizer.from_pretrained(args.model),
+        load_length_value_model(
+            args.length_value_model, base, tokenizer=tokenizer, device=args.device, dtype=args.dtype
+        ),
+        tokenizer,
         args.served_model_name or args.model,
         max_new_tokens_limit=args.max_new_tokens_limit,
         max_waiting=args.max_waiting,

@@ -3,20 +3,22 @@
 import dataclasses
 import datetime
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from places import ROOT
 from tiny import tiny_length_value_model, tiny_llama, tiny_tokenizer
 from trl import GRPOConfig, ModelConfig
 
 from lenvm_rl.files import Journal, read_metrics
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
-from recipes import grpo_shaped, ppo_shaped
+from recipes import grpo_shaped, ppo_shaped, stage_records
 from recipes.arguments import StageArguments, check_setup
-from recipes.stage_records import run_stage
+from recipes.stage_records import make_apart, run_stage
 from recipes.stages import StagedRun, show_progress
 from reward.length_reward import LengthReward
 
@@ -430,6 +432,62 @@ def test_help_explains_our_fields(recipe, monkeypatch, capsys):
     # TRL's own stand behind ours.
     assert max(places[:-1]) < places[-1]
     assert shown.count("\n") < 300
+
+
+@pytest.mark.parametrize("form", ["adapter", "head"])
+def test_a_form_that_shares_the_policys_decoder_needs_it_frozen(form, tmp_path):
+    make_run(tmp_path / "full", pretrain_form="full").check()
+    with pytest.raises(ValueError, match="use_peft.*beta"):
+        make_run(tmp_path / "none", pretrain_form=form).check()
+    make_run(tmp_path / "reference", settings={"beta": 0.01}, pretrain_form=form).check()
+    adapted = make_run(tmp_path / "adapters", pretrain_form=form)
+    adapted.model.use_peft = True
+    adapted.check()
+
+
+def test_one_process_of_a_launch_makes_the_stages_and_the_others_wait(tmp_path, monkeypatch):
+    """The first starts the command again, without the launch; the others go on when its records say that it is done."""
+    artefact, started, looked = tmp_path / "policy", [], []
+
+    def start(command, env):
+        started.append((command, env))
+        return subprocess.CompletedProcess(command, 0)
+
+    def wait(seconds):
+        looked.append(seconds)
+        if len(looked) == 2:
+            run_stage("making", artefact, {}, lambda: artefact.write_text("made"))
+
+    monkeypatch.setattr(stage_records.subprocess, "run", start)
+    monkeypatch.setattr(stage_records.time, "sleep", wait)
+    monkeypatch.setattr(sys, "argv", ["recipes/ppo_shaped.py", "--seed", "3"])
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    make_apart([artefact])
+    [(command, environment)] = started
+    assert command[1:] == ["recipes/ppo_shaped.py", "--seed", "3", "--prepare_only", "true"] and len(looked) == 2
+    assert "HF_HUB_OFFLINE" in environment and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & set(environment)
+    assert not [name for name in environment if name.startswith(("LOCAL_RANK", "TORCHELASTIC"))]
+    # What it refuses, it has said; the others are ended by the launcher.
+    monkeypatch.setattr(stage_records.subprocess, "run", lambda command, env: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(SystemExit) as stop:
+        make_apart([tmp_path / "other"])
+    assert stop.value.code == 1
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_stages_once_and_train(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "recipes/grpo_shaped.py"]
+    command += ["--smoke", "true", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("sampling rollouts of the policy ->") == 1 and done.stdout.count("next: ") == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["trained"] == {"grpo": "grpo"}
+    done = subprocess.run(
+        [*command, "--reward_funcs", "no.such"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and done.stderr.count("error: There is no reward function") == 1
 
 
 def test_the_whole_help_has_every_option(monkeypatch, capsys):

@@ -14,6 +14,7 @@ from lenvm_rl.rollouts.record import (
     read_rollouts,
     rejected_path,
     split_by_prompt,
+    warn_of_cuts,
     write_rollouts,
 )
 
@@ -221,6 +222,12 @@ def test_a_column_that_changes_its_type_is_named(tmp_path):
 def test_find_problem_without_a_vocabulary_still_bounds_ids():
     assert find_problem(make_record()) is None
     assert "outside the vocabulary" in find_problem(make_record(completion=(2**31,)))
+
+
+@pytest.mark.parametrize("cut, warned", [(0, 0), (20, 0), (21, 1), (100, 1)])
+def test_many_cut_completions_are_told(cut, warned, caplog):
+    warn_of_cuts(["length"] * cut + ["stop"] * (100 - cut))
+    assert [f"{cut} of 100" in record.message for record in caplog.records] == [True] * warned
 
 
 def test_a_split_keeps_the_completions_of_a_prompt_together():
