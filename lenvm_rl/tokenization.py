@@ -221,11 +221,6 @@ def check_prompts(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the policy; says whether empty text is a prompt.
         chat (`bool`, *optional*, defaults to `False`): whether they are to be put into messages, and so are texts.
     """
-    if tokenizer is not None and tokenizer.chat_template is not None and not chat and isinstance(prompts[0], str):
-        logger.warning(
-            "%s: prompts are plain text, and the tokenizer has a chat template, which they do not go through. If the "
-            "policy was trained to chat, set --chat true, or give lists of messages.", source,
-        )  # fmt: skip
     kinds = [isinstance(prompt, str) for prompt in prompts]
     wrong = [
         (row, problem)
@@ -239,6 +234,11 @@ def check_prompts(
             f"{source}: row {row} (the first is 0) {problem}{others}. Mend or remove such rows, or name another column "
             "with --prompt_column."
         )
+    if prompts and kinds[0] and not chat and getattr(tokenizer, "chat_template", None) is not None:
+        logger.warning(
+            "%s: prompts are plain text, and the tokenizer has a chat template, which they do not go through. If the "
+            "policy was trained to chat, set --chat true, or give lists of messages.", source,
+        )  # fmt: skip
 
 
 def _problem(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, chat: bool) -> str | None:

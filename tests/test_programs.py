@@ -132,7 +132,7 @@ def test_an_interrupted_program_says_how_to_go_on(capsys):
     assert stop.value.code == 130 and "go on with --resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("3", [programs.running.PATIENCE])])
+@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("3", [programs.running.SECONDS_OF_THE_FIRST])])
 def test_the_first_process_of_a_launch_speaks_first(rank, waits, monkeypatch):
     waited = []
     monkeypatch.setattr(programs.running.time, "sleep", waited.append)

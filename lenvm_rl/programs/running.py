@@ -32,7 +32,7 @@ AGAIN = "Interrupted. Run the same command again: it starts over."
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 # Seconds that a process leaves the first one of its launch to fail of the same thing.
-PATIENCE = 10.0
+SECONDS_OF_THE_FIRST = 10.0
 _OURS = tuple(str(Path(__file__).parents[2] / name) + os.sep for name in ("lenvm_rl", "reward", "eval", "recipes"))
 _DELIBERATE = (ValueError, TypeError, RuntimeError, ImportError, FloatingPointError)
 _FORBIDDEN = "this user may not read or write there: give another path, or change who may"
@@ -78,7 +78,7 @@ def run_program(main: Callable[[], Any], interrupted: str = INTERRUPTED) -> None
         raise SystemExit(130) from None
     except Exception as error:
         if not _is_first():
-            time.sleep(PATIENCE)
+            time.sleep(SECONDS_OF_THE_FIRST)
         sentence = sentence_of(error)
         if sentence is None or TRACEBACK_VARIABLE in os.environ:
             raise
