@@ -3,7 +3,8 @@
     python -m eval.speed pretraining
     python -m eval.speed pretraining --help
 
-Every subcommand but `batching`, which replays what was sampled, has cases that `eval.speed.harness` measures.
+Every subcommand has cases that `eval.speed.harness` measures, but for two: `batching` replays what was sampled, and
+`memory` works out what a run of some size needs.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from eval.speed import batching
+from eval.speed import batching, memory
 from eval.speed.decoding import DECODING
 from eval.speed.pretraining import PRETRAINING
 from eval.speed.trainers import CRITIC, PPO
 from lenvm_rl.programs import ProgramParser, run_program
 
 PROGRAMS = {program.name: program for program in (PRETRAINING, DECODING, CRITIC, PPO)}
-BATCHING = "batching"
+# What is replayed or worked out: a module with its arguments.
+OTHERS = {"batching": (batching, batching.BatchingArguments), "memory": (memory, memory.MemoryArguments)}
 
 
 def make_parser(name: str) -> ProgramParser:
-    """The command line of a subcommand, one of `PROGRAMS` or `batching`."""
+    """The command line of a subcommand, one of `PROGRAMS` or of `OTHERS`."""
     measured = PROGRAMS.get(name)
     prog = f"python -m eval.speed {name}"
     if measured is None:
-        return ProgramParser(batching.BatchingArguments, prog=prog, description=batching.__doc__)
+        module, options = OTHERS[name]
+        return ProgramParser(options, prog=prog, description=module.__doc__)
     parser = ProgramParser(measured.sizes, prog=prog, description=measured.text)
     parser.add_argument("--case", choices=measured.cases, help=argparse.SUPPRESS)
     return parser
@@ -38,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chooser = argparse.ArgumentParser(
         prog="python -m eval.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    chooser.add_argument("program", choices=[*PROGRAMS, BATCHING], help="What is measured.")
+    chooser.add_argument("program", choices=[*PROGRAMS, *OTHERS], help="What is measured.")
     line = list(sys.argv[1:] if arguments is None else arguments)
     name = chooser.parse_args(line[:1]).program
     options, *case = make_parser(name).parse_args_and_config(line[1:])
-    if name == BATCHING:
-        batching.main(options)
+    if name in OTHERS:
+        OTHERS[name][0].main(options)
     elif case[0].case is None:
         PROGRAMS[name].run(options)
     else:

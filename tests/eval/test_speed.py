@@ -13,8 +13,10 @@ from eval.speed import __main__ as speed
 from eval.speed import batching, trainers
 from eval.speed.decoding import DECODING
 from eval.speed.harness import MARK, Measurement, Program, Sizes, measure_in_process, median_ratio, peak_memory
+from eval.speed.memory import QWEN, count_parameters, qwen_config, training_memory
 from eval.speed.pretraining import PRETRAINING, make_rollouts
 from eval.speed.trainers import CRITIC, CRITIC_RUNS, held_numbers, make_critic_run
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import padding_steps, predict_length
 from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.local import TransformersJob
@@ -206,3 +208,29 @@ def test_batching_is_a_subcommand(tmp_path, capsys):
     assert "--length_value_model" in capsys.readouterr().err
     with pytest.raises(ValueError, match="batch_size"):
         speed.main(["batching", *options, "--batch_size", "0"])
+
+
+def test_parameters_and_bytes_are_those_of_a_model_that_is_there():
+    """A Llama of width 16 with 2 layers: counted by hand, and beside the model and LoRA themselves."""
+    policy = tiny_llama(layers=2)
+    decoder = policy.base_model
+    n = count_parameters(policy.config)
+    assert n.policy == sum(each.numel() for each in policy.parameters())
+    assert n.decoder == sum(each.numel() for each in decoder.parameters())
+    width = policy.config.hidden_size
+    assert n.head == (width * width + width) + (width + 1)
+    model = LengthValueModel.from_backbone(decoder, gamma=0.9, form="adapter", tokenizer=tiny_tokenizer())
+    assert n.adapters + n.head == sum(each.numel() for each in model.parameters() if each.requires_grad)
+    memory = training_memory(n)
+    plain = memory["adapters, without a length value model"]
+    assert plain == 2 * n.policy + 16 * n.adapters
+    assert memory["adapters, length value model of form head"] - plain == 4 * n.head
+    assert memory["adapters, length value model of form full"] - plain == 2 * n.decoder + 4 * n.head
+    critic = memory["the same, and a learned critic of its size"] - memory["whole policy and a reference, form full"]
+    assert critic == 16 * (n.decoder + n.head)
+
+
+def test_sizes_of_qwen_are_those_that_its_names_say():
+    counts = {name: count_parameters(qwen_config(name)).policy / 1e9 for name in QWEN}
+    # Parameters in 10^9 as the models' cards give them.
+    assert [round(count, 2) for count in counts.values()] == [0.49, 7.62, 32.76]
