@@ -18,6 +18,8 @@ from typing import Any
 
 import gradio as gr
 import torch
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -43,21 +45,18 @@ EXAMPLES = 8
 SANS, MONO = ("system-ui", "Segoe UI", "Arial", "sans-serif"), ("ui-monospace", "Menlo", "Consolas", "monospace")
 # Light as in eval/viewer; in the dark the text is light, and the hues are deep enough for it.
 STYLE = """
-.gradio-container { --longer: rgb(240,138,36); --shorter: rgb(84,156,222); --paper: #fff; --ink: #1a1a1a;
-  --soft: #5c5c5c; }
+.gradio-container { --longer: #f08a24; --shorter: #549cde; --paper: #fff; --ink: #1a1a1a; --soft: #5c5c5c; }
 .dark .gradio-container { --longer: #a85508; --shorter: #1f66a8; --paper: #18181b; --ink: #f0f0f0; --soft: #a8a8ac; }
+#base .html-container, #guided .html-container { padding: 0; }
 .heat { background: var(--paper); color: var(--ink); border: 1px solid var(--border-color-primary); border-radius: 6px;
   padding: 10px 14px; min-height: 130px; }
-.heat .name { font-weight: 600; font-size: 16px; }
-.heat .facts { color: var(--soft); margin: 2px 0 8px; font-variant-numeric: tabular-nums; }
-.heat .facts b { color: var(--ink); font-weight: 600; }
+.heat .name { font-weight: 600; font-size: 16px; } .heat .facts { color: var(--soft); margin: 2px 0 8px; }
+.heat .facts b { color: var(--ink); font-weight: 600; } .heat .t { border-radius: 2px; padding: 2px 0; }
 .heat .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; max-height: 50vh; overflow-y: auto; }
-.heat .t { border-radius: 2px; padding: 2px 0; }
 .heat .longer { background: color-mix(in srgb, var(--longer) var(--share), var(--paper)); }
 .heat .shorter { background: color-mix(in srgb, var(--shorter) var(--share), var(--paper)); }
 .heat .special { font: 12px var(--font-mono); border: 1px solid #777; padding: 1px 4px; margin: 0 2px; }
-.heat .part::before { content: "▯"; color: var(--soft); }
-.heat .end::before { content: "↵"; color: var(--soft); font-size: 12px; }
+.heat .part::before { content: "▯"; color: var(--soft); } .heat .end::before { content: "↵"; color: var(--soft); }
 .legend { display: flex; gap: 8px; align-items: center; justify-content: center; }
 .legend .bar { width: 190px; height: 15px; border: 1px solid #999;
   background: linear-gradient(to right, var(--shorter), var(--paper), var(--longer)); }
@@ -159,16 +158,10 @@ def load_models(args: DemoArguments) -> tuple[DemoModels, DemoArguments]:
     ends = end_token_ids(tokenizer, policy.generation_config)
     # Nothing of the policy's own settings acts but its ends: no repetition penalty, no top-k of its own.
     policy.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=padding_id(tokenizer, ends))
-    rule = SANDBOX_CANDIDATES if sandbox else CANDIDATES
-    models = DemoModels(
-        policy=policy,
-        length_value_model=length_value_model,
-        tokenizer=tokenizer,
-        candidates=LengthGuidance(temperature=args.temperature, **rule),
-        chat=bool(source.data.get("chat")) if args.chat is None else args.chat,
-        examples=[problem.prompt for problem in sandbox_problems(EXAMPLES)] if sandbox else (),
-    )
-    return models, args
+    candidates = LengthGuidance(temperature=args.temperature, **(SANDBOX_CANDIDATES if sandbox else CANDIDATES))
+    chat = bool(source.data.get("chat")) if args.chat is None else args.chat
+    examples = [problem.prompt for problem in sandbox_problems(EXAMPLES)] if sandbox else []
+    return DemoModels(policy, length_value_model, tokenizer, candidates, chat, examples), args
 
 
 def complete_both(models: DemoModels, prompt: str, settings: DemoSettings) -> list[ShownCompletion]:
@@ -176,8 +169,7 @@ def complete_both(models: DemoModels, prompt: str, settings: DemoSettings) -> li
 
     What cannot be done is a `ValueError`, before anything is generated.
     """
-    guidance = settings.guidance(models.candidates)
-    tokenizer = models.tokenizer
+    guidance, tokenizer = settings.guidance(models.candidates), models.tokenizer
     given = [{"role": "user", "content": prompt}] if models.chat else prompt
     [prompt_ids] = tokenize_prompts(tokenizer, [given])
     unknown = [word for word in prompt.split() if word not in tokenizer.get_vocab()] if is_sandbox(tokenizer) else []
@@ -210,13 +202,9 @@ def sample_record(
     ids = torch.tensor([prompt_ids], device=policy.device)
     with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         output = generate_guided(
-            policy,
-            models.length_value_model,
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-            guidance,
-            tokenizer=models.tokenizer,
-            max_new_tokens=budget,
+            policy, models.length_value_model, inputs, guidance, tokenizer=models.tokenizer, max_new_tokens=budget
         )
     completion_ids, reason = strip_completion(output[0, ids.shape[1] :].tolist(), ends, budget)
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "finish_reason": reason}
@@ -233,19 +221,18 @@ def heat_map(name: str, shown: ShownCompletion, limit: float) -> str:
     end = "ended" if shown.finished else "cut, its full length is not known"
     facts = f"<b>{shown.length} tokens</b>, {end} · predicted at the prompt: <b>{shown.predicted:.1f}</b>"
     tokens = "".join(_token_html(shown, place, limit) for place in range(len(shown.pieces)))
-    return (
-        f'<div class="heat"><div class="name">{_escape(name)}</div><div class="facts">{facts}</div>'
-        f'<div class="text">{tokens}</div></div>'
-    )
+    return _panel(name, facts, tokens)
+
+
+def _panel(name: str, facts: str, tokens: str = "") -> str:
+    inside = f'<div class="name">{name}</div><div class="facts">{facts}</div><div class="text">{tokens}</div>'
+    return f'<div class="heat">{inside}</div>'
 
 
 def legend(limit: float) -> str:
     """What the colours mean, as HTML."""
     low, high = (f"{end:+.3f}" for end in (-limit, limit))
-    return (
-        f'<div class="legend">shorter {low}<span class="bar"></span>{high} longer than expected (horizon shift, in '
-        "value)</div>"
-    )
+    return f'<div class="legend">shorter {low}<span class="bar"></span>{high} longer (horizon shift, in value)</div>'
 
 
 def _token_html(shown: ShownCompletion, place: int, limit: float) -> str:
@@ -255,9 +242,8 @@ def _token_html(shown: ShownCompletion, place: int, limit: float) -> str:
     direction = "longer" if shift > 0 else "shorter"
     told = f"{abs(change):.2f} tokens {'longer' if change > 0 else 'shorter'} than expected"
     title = f"token {place + 1}: {told}; still to come {before:.1f} → {before + change - 1:.1f}"
-    text = _escape(piece.text).replace("\n", '<i class="end">\n</i>')
-    share = f"{100 * min(1.0, abs(shift) / limit):.1f}%"
-    return f'<span class="t {direction} {kind}" style="--share:{share}" title="{title}">{text}</span>'
+    text, share = _escape(piece.text).replace("\n", '<i class="end">\n</i>'), 100 * min(1.0, abs(shift) / limit)
+    return f'<span class="t {direction} {kind}" style="--share:{share:.1f}%" title="{title}">{text}</span>'
 
 
 def _escape(text: str) -> str:
@@ -280,7 +266,8 @@ def respond(models: DemoModels, prompt: str, settings: Mapping[str, Any]) -> tup
 
 def build_page(models: DemoModels, args: DemoArguments) -> gr.Blocks:
     """The page; nothing is sent to gradio's makers."""
-    first = DemoSettings(strength=min(3.0, args.max_strength), max_new_tokens=args.max_new_tokens)
+    budget, strength = args.max_new_tokens, min(3.0, args.max_strength)
+    first = DemoSettings(strength=strength, target_length=min(12, budget), max_new_tokens=budget)
     with gr.Blocks(title="Length guidance", analytics_enabled=False) as page:
         gr.Markdown(f"# Length guidance\n{_about(models, args)}")
         # The longest of the first four says most.
@@ -290,7 +277,7 @@ def build_page(models: DemoModels, args: DemoArguments) -> gr.Blocks:
         controls = _controls(first, args.max_strength)
         press = gr.Button("Complete", variant="primary", elem_id="complete")
         with gr.Row():
-            shown = [gr.HTML(_empty(name), elem_id=name.lower()) for name in NAMES]
+            shown = [gr.HTML(_panel(name, "Press Complete."), elem_id=name.lower()) for name in NAMES]
         key = gr.HTML(elem_id="key")
 
         def press_button(text: str, *values: Any) -> tuple[str, str, str]:
@@ -320,13 +307,8 @@ def _controls(first: DemoSettings, max_strength: float) -> dict[str, gr.componen
     changing = [strength, target, rule]
     mode.change(
         lambda chosen: [gr.update(visible=(chosen == TILT) == (each is strength)) for each in changing],
-        mode, changing, show_progress="hidden",
-    )  # fmt: skip
+        mode, changing, show_progress="hidden")  # fmt: skip
     return dict(zip(asdict(first), (mode, strength, target, rule, seed, budget), strict=True))
-
-
-def _empty(name: str) -> str:
-    return f'<div class="heat"><div class="name">{name}</div><div class="facts">Press Complete.</div></div>'
 
 
 def _about(models: DemoModels, args: DemoArguments) -> str:
@@ -338,22 +320,42 @@ def _about(models: DemoModels, args: DemoArguments) -> str:
     )
 
 
+class OwnServerOnly:
+    """Tells the browser with every answer to load nothing from elsewhere: some versions of gradio ask a network.
+
+    Args:
+        app (`starlette.types.ASGIApp`): what answers.
+    """
+
+    POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", self.POLICY)]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
 def serve_page(page: gr.Blocks, args: DemoArguments, block: bool = True) -> None:
     """Serves the page on this machine, until Ctrl-C or, without `block`, until it is closed."""
     # It tells of the requests with which gradio asks whether its own server has come up.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logger.info("Open http://%s:%d in a browser; Ctrl-C ends it.", args.host, args.port)
+    # SSR would need a server of its own, and quiet leaves out an invitation to a public link.
+    settled = {"share": False, "ssr_mode": False, "quiet": True, "server_name": args.host, "server_port": args.port}
     page.launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=False,
-        ssr_mode=False,
-        prevent_thread_lock=not block,
-        footer_links=[],
-        quiet=True,
+        prevent_thread_lock=True,
         theme=gr.themes.Default(font=SANS, font_mono=MONO),
-        css=STYLE,
+        app_kwargs={"middleware": [Middleware(OwnServerOnly)]},
+        **settled | {"css": STYLE, "footer_links": []},
     )
+    logger.info("Open http://%s:%d in a browser; Ctrl-C ends it.", args.host, args.port)
+    if block:
+        page.block_thread()
 
 
 def main(args: DemoArguments) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -102,9 +103,12 @@ class LivePage:
         return self
 
     def __exit__(self, *error):
-        self.watch.cancel()
-        self.process.kill()
+        # Killed, it would leave processes that still write to the folder.
+        self.session = None
+        with suppress(OSError, AssertionError):
+            self.call("Browser.close")
         self.process.communicate()
+        self.watch.cancel()
 
     def call(self, method, **parameters):
         """What the browser answers to a command."""
