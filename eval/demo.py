@@ -346,13 +346,11 @@ def serve_page(page: gr.Blocks, args: DemoArguments, block: bool = True) -> None
     # It tells of the requests with which gradio asks whether its own server has come up.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # SSR would need a server of its own, and quiet leaves out an invitation to a public link.
-    settled = {"share": False, "ssr_mode": False, "quiet": True, "server_name": args.host, "server_port": args.port}
     page.launch(
-        prevent_thread_lock=True,
-        theme=gr.themes.Default(font=SANS, font_mono=MONO),
+        server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, footer_links=[],
+        prevent_thread_lock=True, css=STYLE, theme=gr.themes.Default(font=SANS, font_mono=MONO),
         app_kwargs={"middleware": [Middleware(OwnServerOnly)]},
-        **settled | {"css": STYLE, "footer_links": []},
-    )
+    )  # fmt: skip
     logger.info("Open http://%s:%d in a browser; Ctrl-C ends it.", args.host, args.port)
     if block:
         page.block_thread()
