@@ -11,8 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from places import ROOT
 
@@ -115,3 +117,14 @@ def test_accelerate_reads_the_launch_configs(name, kind):
     assert config.num_processes == (1 if name == "single_process" else 8)
     # The recipe's own setting decides the precision.
     assert config.mixed_precision == "no"
+
+
+def test_the_hooks_and_the_workflow_do_what_continuous_integration_does():
+    [pinned] = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ruff==")]
+    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["rev"] == f"v{pinned.removeprefix('ruff==')}"
+    [job] = yaml.safe_load((ROOT / ".github/workflows/tests.yaml").read_text())["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    versions = job["strategy"]["matrix"]["python"]
+    assert all(Version(each) in SpecifierSet(required) for each in versions) and len(versions) == 3
