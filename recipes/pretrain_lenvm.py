@@ -12,7 +12,7 @@ Several GPUs take one of recipes/accelerate_configs, before the recipe on the co
 
     --config_file recipes/accelerate_configs/ddp.yaml              one copy of the model per GPU
     --config_file recipes/accelerate_configs/fsdp2.yaml            sharded, for a backbone that does not fit on one GPU
-    --config_file recipes/accelerate_configs/deepspeed_zero2.yaml  sharded optimiser state and gradients (DeepSpeed)
+    --config_file recipes/accelerate_configs/deepspeed_zero2.yaml  sharded optimizer state and gradients (DeepSpeed)
     --config_file recipes/accelerate_configs/single_process.yaml   one process, on the GPU if there is one
 """
 

@@ -95,7 +95,7 @@ class ScalingArguments:
     held_out_prompts: int = HfArg(default=120, help="Prompts to evaluate on; a multiple of 4.")
     held_out_samples: int = HfArg(default=16, help="Completions of each of them.")
     max_new_tokens: int = HfArg(default=128, help="Longest completion, end-of-sequence counted.")
-    batch_size: int = HfArg(default=32, help="Completions per optimiser step.")
+    batch_size: int = HfArg(default=32, help="Completions per optimizer step.")
     learning_rate: float = HfArg(
         default=2e-3, help="Peak learning rate at a width of 64; for others it goes with 1 / width, up to ten times."
     )
@@ -173,7 +173,7 @@ class ScalingStudy:
         return self.train.select(rows)
 
     def steps_of(self, rollouts: Dataset) -> int:
-        """Optimiser steps in which `train_tokens` tokens are seen."""
+        """Optimizer steps in which `train_tokens` tokens are seen."""
         held = sum(sequence_lengths(rollouts))
         return max(1, round(self.args.train_tokens * len(rollouts) / (held * self.args.batch_size)))
 

@@ -108,7 +108,7 @@ def truncation(lengths: Tensor, correct: Tensor, group: Tensor | None, *, limit:
 
     DLER, arXiv 2510.15110. In its authors' scripts the limit is the cap of sampling, 4000 tokens, and an answer that
     was cut there earns nothing; here one of exactly `limit` tokens counts, ended or cut. Its lesson is that the
-    optimiser matters more than the penalty's form: the group's mean is the baseline and only the deviation is the
+    optimizer matters more than the penalty's form: the group's mean is the baseline and only the deviation is the
     batch's (`scale_rewards="batch"`, which takes the rewards' deviation, theirs that of the centred ones),
     `epsilon_high=0.28`, and groups whose rewards are all equal are dropped. ``limit = 100``: 100 and 101 tokens earn 1
     and 0.

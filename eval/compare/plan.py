@@ -30,7 +30,7 @@ class TrainingCell:
     Args:
         completions (`int`): of a step.
         group_size (`int`): completions of a prompt; 1 is PPO with a learned critic, more are GRPO.
-        steps (`int`): optimiser steps.
+        steps (`int`): optimizer steps.
         learning_rates (tuple of `float`): what every arm is tried at, the first guess in the middle.
         choices (`int`): seeds that settings are chosen on: small batches differ more from seed to seed.
         every_arm (`bool`): whether all arms run here, or those of [`few_arms`].

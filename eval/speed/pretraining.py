@@ -1,10 +1,10 @@
 """How fast value pretraining is: this trainer, a padded loop with full logits, and the bare backbone.
 
-- `trainer`: [`~lenvm_rl.pretraining.LengthValueTrainer`] as it is, optimiser, data loading and all.
+- `trainer`: [`~lenvm_rl.pretraining.LengthValueTrainer`] as it is, optimizer, data loading and all.
 - `shared`: the same with `share_prompts`.
 - `padded`: completions padded to the longest of their batch, a forward with the logits of the whole vocabulary and
   every hidden state, a value head on the last of those, backward, AdamW.
-- `limit`: forward and backward of the backbone alone, without head, loss or optimiser, on rows full of tokens that are
+- `limit`: forward and backward of the backbone alone, without head, loss or optimizer, on rows full of tokens that are
   as long as the trainer's.
 
 Tokens are those that are processed, padding not counted; a prompt that several completions share counts once.
@@ -48,7 +48,7 @@ class PretrainingSizes(Sizes):
     prompt_tokens: int = HfArg(default=32, help="Tokens of a prompt: half to twice as many.")
     median_tokens: int = HfArg(default=48, help="Median length of completions, in tokens.")
     batch: int = HfArg(default=64, help="Completions in a batch.")
-    updates: int = HfArg(default=20, help="Optimiser steps that are timed each time.")
+    updates: int = HfArg(default=20, help="Optimizer steps that are timed each time.")
 
 
 def make_rollouts(sizes: PretrainingSizes) -> list[dict]:
@@ -82,7 +82,7 @@ class _MeteredTrainer(LengthValueTrainer):
 
 
 def run_trainer(sizes: PretrainingSizes, share_prompts: bool) -> tuple[list[float], list[tuple[int, int]]]:
-    """Optimiser steps of the trainer, one micro-batch each: when each ended, and what it processed."""
+    """Optimizer steps of the trainer, one micro-batch each: when each ended, and what it processed."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = LengthValueTrainingArguments(

@@ -32,7 +32,7 @@ from lenvm_rl.trainers.legacy import legacy_ppo
 
 CRITIC_TEXT = """What a frozen length value model costs a step of GRPO, in each of its forms, in time and in memory.
 
-A step is all of it: completions, rewards, values, loss, backward, optimiser. Each case has a plain step beside it, the
+A step is all of it: completions, rewards, values, loss, backward, optimizer. Each case has a plain step beside it, the
 same without the model: of a policy that is trained whole or through adapters, with a reference (`beta` > 0), on whose
 forward a head alone reads, or without. Memory tells best of a larger model: `--hidden 512 --layers 8 --batch 4`. Beside
 it stand the numbers that all models together hold, shared ones counted once.
@@ -92,7 +92,7 @@ class PPOSizes(TrainingSizes):
 
 
 class Clock(TrainerCallback):
-    """When each optimiser step ended."""
+    """When each optimizer step ended."""
 
     def __init__(self):
         self.ends: list[float] = []
@@ -237,7 +237,7 @@ def make_legacy(sizes: PPOSizes, folder: Path) -> Trainer:
 
 
 def time_updates(trainer: Trainer, sizes: TrainingSizes, steps: int = 1) -> Measurement:
-    """Trains, and measures an update, which takes so many optimiser steps; its completions' tokens count."""
+    """Trains, and measures an update, which takes so many optimizer steps; its completions' tokens count."""
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()

@@ -56,7 +56,7 @@ class LengthValueTrainingArguments(TrainingArguments):
     packing: bool = HfArg(
         default=True,
         help="Put several short sequences in one row instead of padding each. Turn it off for a backbone that "
-        "does not keep packed sequences apart (an error says so): sequences of an optimiser step are then sorted "
+        "does not keep packed sequences apart (an error says so): sequences of an optimizer step are then sorted "
         "into micro-batches by their length.",
     )
     row_length: int | None = HfArg(
@@ -67,7 +67,7 @@ class LengthValueTrainingArguments(TrainingArguments):
     share_prompts: bool = HfArg(
         default=False,
         help="Compute a prompt once for several of its completions, for prompts that are long beside their "
-        "completions (`python -m eval.speed pretraining --help` measures it). Optimiser steps are then made of "
+        "completions (`python -m eval.speed pretraining --help` measures it). Optimizer steps are then made of "
         "whole prompts drawn at random, not of completions: give a batch size that holds all of a prompt's. "
         "Llama, Qwen2 and Qwen3, with the attention sdpa or eager.",
     )

@@ -226,13 +226,13 @@ def unpack(rows: Tensor, row_of: Tensor, first_column: Tensor, lengths: Tensor) 
 class StepSampler(Sampler[int]):
     """Indices of completions, epoch by epoch; a data loader cuts them into micro-batches.
 
-    Which completions make an optimiser step never depends on their lengths: a step made of one length bucket would
+    Which completions make an optimizer step never depends on their lengths: a step made of one length bucket would
     shift what values converge to. Only inside a step, whose loss is one mean over tokens however it is cut, the longest
     come first, so that micro-batches need little padding.
 
     Args:
         sizes (`Sequence[int]`): tokens of each completion with its prompt.
-        step_size (`int`): completions in an optimiser step, over all micro-batches and processes.
+        step_size (`int`): completions in an optimizer step, over all micro-batches and processes.
         seed (`int`): of the first epoch; equal on all processes.
         epoch (`Callable[[], int]`): which epoch begins, so that a resumed run draws what an unbroken one does.
         groups (`Sequence`, *optional*): the prompt of each completion. When given, whole prompts are drawn: the

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lenvm_rl.returns import discounted_return, discounted_sums
 
-IGNORED = -100  # what transformers' Trainer leaves out when it counts the items of an optimiser step
+IGNORED = -100  # what transformers' Trainer leaves out when it counts the items of an optimizer step
 
 # How the completion of a column goes on after its last state.
 FINISHED = 0  # it ended: the state after the last token is worth exactly 0
@@ -76,7 +76,7 @@ def length_value_loss(values: Tensor, targets: Tensor, scored: Tensor, num_items
     Args:
         values, targets (`torch.Tensor` of any shape): the model's values, and what [`value_targets`] gives.
         scored (`torch.Tensor` of the same shape, bool): where there is a state; nothing else matters, NaN included.
-        num_items (`torch.Tensor` or `int`, *optional*): states to divide by: all of the optimiser step, over its
+        num_items (`torch.Tensor` or `int`, *optional*): states to divide by: all of the optimizer step, over its
             micro-batches and processes. The states given here when omitted.
     """
     # Both are cleaned before the subtraction: a NaN that is only masked afterwards still poisons the gradient.

@@ -5,7 +5,7 @@
 
 Its stages are functions too: [`prepare_rollouts`] (which completions to fit on), [`fit_gamma_to_rollouts`],
 [`make_length_value_model`], and [`LengthValueTrainer`], a `transformers.Trainer` whose loss is a mean over tokens of
-the whole optimiser step.
+the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def make_length_value_model(
 class LengthValueTrainer(Trainer):
     """`transformers.Trainer` for a [`LengthValueModel`]: mean over tokens of the squared error of the value.
 
-    The mean runs over all states of an optimiser step: its gradient does not depend on how the step is split into
+    The mean runs over all states of an optimizer step: its gradient does not depend on how the step is split into
     micro-batches and processes, nor on packing and padding. Steps are drawn at random from all completions (with
     `share_prompts`, from all prompts); where sequences are padded, a step is sorted into micro-batches.
 
@@ -225,7 +225,7 @@ class LengthValueTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As in `Trainer`, which counts the items of the optimiser step and corrects for the number of processes."""
+        """As in `Trainer`, which counts the items of the optimizer step and corrects for the number of processes."""
         self._endings = inputs["endings"]
         inputs = {**model_inputs(inputs, self._unwrapped), "labels": inputs["labels"]}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

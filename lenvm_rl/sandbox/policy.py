@@ -33,7 +33,7 @@ LONGEST_PROMPT = 2 + 2 * max(DIFFICULTIES)
 class PolicySettings:
     """Size of the policy, and of its fit to `train_tokens` tokens of teacher text, prompts and padding included.
 
-    An optimiser step takes `batch_tokens` tokens in packed rows; `learning_rate` is the peak of a cosine schedule, and
+    An optimizer step takes `batch_tokens` tokens in packed rows; `learning_rate` is the peak of a cosine schedule, and
     `seed` is the seed of the weights and of the teacher's text. `passes` and `repeats` say how much the teacher wastes,
     see [`~lenvm_rl.sandbox.styles.Overthinking`]. With `start`, the path of a policy of the sandbox, the fit goes on
     from that one: a policy that can do the task takes a fraction of the tokens to learn another habit.
@@ -63,12 +63,12 @@ class PolicySettings:
 
     @property
     def batch_rows(self) -> int:
-        """Rows of an optimiser step."""
+        """Rows of an optimizer step."""
         return max(1, self.batch_tokens // self.row_tokens)
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the fit."""
+        """Optimizer steps of the fit."""
         return max(1, self.train_tokens // (self.row_tokens * self.batch_rows))
 
 

@@ -354,7 +354,7 @@ class RewardStates(TrainerCallback):
         self._kept = self._states()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Called by the Trainer after each optimiser step: notes the states, for when an evaluation is over."""
+        """Called by the Trainer after each optimizer step: notes the states, for when an evaluation is over."""
         self._kept = self._states()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):

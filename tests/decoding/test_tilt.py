@@ -55,17 +55,17 @@ class TestTilt:
             others = (tilt(self.log_probs, self.values, strength).log_softmax(-1) + noise).log_softmax(-1)
             assert bool((self.objective(others, strength) < best).all())
 
-    def test_a_numeric_optimiser_finds_it(self):
+    def test_a_numeric_optimizer_finds_it(self):
         logits = torch.zeros(4, 9, dtype=torch.float64, requires_grad=True)
-        optimiser = torch.optim.LBFGS([logits], lr=0.5, max_iter=500, tolerance_change=1e-16, tolerance_grad=1e-12)
+        optimizer = torch.optim.LBFGS([logits], lr=0.5, max_iter=500, tolerance_change=1e-16, tolerance_grad=1e-12)
 
         def closure():
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = -self.objective(logits.log_softmax(-1), 2.0).sum()
             loss.backward()
             return loss
 
-        optimiser.step(closure)
+        optimizer.step(closure)
         expected = tilt(self.log_probs, self.values, 2.0).log_softmax(-1).exp()
         torch.testing.assert_close(logits.detach().softmax(-1), expected, rtol=0, atol=1e-6)
 

@@ -56,7 +56,7 @@ def test_a_backbone_that_mixes_packed_sequences_is_refused(tmp_path, monkeypatch
     LengthValueTrainer(model, make_args(tmp_path, packing=False))
 
 
-# The loss of an optimiser step
+# The loss of an optimizer step
 
 
 def naive_gradient(model, rollouts, truncated="bootstrap"):

@@ -1,4 +1,4 @@
-"""What an optimiser step is made of, and in which order: lengths decide the order in a step, never its members."""
+"""What an optimizer step is made of, and in which order: lengths decide the order in a step, never its members."""
 
 import torch
 

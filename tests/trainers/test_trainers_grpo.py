@@ -309,8 +309,8 @@ def test_the_length_value_model_stays_frozen_bit_for_bit(tmp_path):
     trainer.train()
     assert same_weights(weights(lenvm), before) and not same_weights(weights(trainer.model), policy)
     assert not lenvm.training and all(p.grad is None and not p.requires_grad for p in lenvm.parameters())
-    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert optimised.isdisjoint({id(p) for p in lenvm.parameters()})
+    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimized.isdisjoint({id(p) for p in lenvm.parameters()})
 
 
 def mean_lengths(folder, **changes):
