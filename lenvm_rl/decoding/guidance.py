@@ -7,7 +7,8 @@ leads to the end itself: its value and its ``n`` are exactly 0; any other token 
 
 - `"tilt"` (arXiv 2604.27039, equation 12 and appendix G): ``p'(x) ∝ p(x) * exp(strength * V(s + x))``, the maximiser of
   ``strength * E[V] - KL(p' || p)``. A positive strength leans towards the end: `V` is nearer 0 the nearer the end is.
-  (The paper writes the same rule with ``beta = -strength`` over ``u = -V``.)
+  (The paper writes the same rule with ``beta = -strength`` over ``u = -V``.) With a `candidate_mass`, only the most
+  probable candidates that carry it are scored and tilted; the others keep the probability that `p` gives them.
 - `"equal_to"`, `"at_most"`, `"at_least"` a `target_length` T, with ``r = T - t`` tokens left, by one of three rules:
 
   - `rule="paper"`, the hard decoding of the paper and its code: one candidate, by its ``n`` alone, so that only the
@@ -70,6 +71,10 @@ class LengthGuidance:
             probability; 1 for all.
         min_p (`float`, *optional*, defaults to `0.0`): only tokens with at least this share of the probability of the
             most probable one; 0 for all.
+        candidate_mass (`float`, *optional*, defaults to `1.0`): for `"tilt"`, to save forwards: only the most probable
+            candidates that carry this share of the probability, in (0, 1], are scored and tilted; the others keep the
+            probability that the policy gives them. Where one token carries it, the length value model is not asked. 1
+            scores every candidate. (For the other modes, `top_p` is what leaves improbable candidates out.)
         enforce (`bool`, *optional*, defaults to `False`): for the other modes: make the bound hard. The end is barred
             before `target_length` (`"equal_to"`, `"at_least"`) and put there (`"equal_to"`, `"at_most"`).
 
@@ -85,6 +90,7 @@ class LengthGuidance:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    candidate_mass: float = 1.0
     enforce: bool | None = None
 
     def __post_init__(self):
@@ -107,10 +113,14 @@ class LengthGuidance:
             raise ValueError(f"top_p must lie in (0, 1] (1 for all tokens), got {self.top_p!r}.")
         if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
             raise ValueError(f"min_p must lie in [0, 1] (0 for all tokens), got {self.min_p!r}.")
+        if not (_is_number(self.candidate_mass) and 0 < self.candidate_mass <= 1):
+            raise ValueError(f"candidate_mass must lie in (0, 1] (1 for all candidates), got {self.candidate_mass!r}.")
 
     def _check_target(self) -> None:
         if self.strength != 0:
             raise ValueError(f"strength means nothing to mode={self.mode!r}: leave it out, and set target_length.")
+        if self.candidate_mass != 1:
+            raise ValueError(f"candidate_mass is for mode='tilt'; for {self.mode!r}, leave candidates out by top_p.")
         if not (_is_integer(self.target_length) and self.target_length >= 0):
             raise ValueError(
                 f"mode={self.mode!r} needs target_length, a whole number of tokens without end-of-sequence, got "
@@ -158,6 +168,14 @@ class LengthGuidance:
             rule.append(MinPLogitsWarper(self.min_p))
         return rule
 
+    def weighed(self, scores: Tensor) -> Tensor:
+        """The candidates that are weighed by value, `(B, V)`: all whose score is finite, or those of `candidate_mass`.
+
+        Args:
+            scores (`torch.Tensor` of shape `(B, V)`): log-probabilities of `p` up to a constant; ``-inf`` bars a token.
+        """
+        return torch.isfinite(scores) if self.candidate_mass == 1 else most_probable(scores, self.candidate_mass)
+
     def bars_end(self, written: int) -> bool:
         """Whether the end is barred after `written` tokens."""
         return self.forces and self.mode in (EQUAL_TO, AT_LEAST) and written < self.target_length
@@ -181,6 +199,8 @@ class LengthGuidance:
             `torch.Tensor` of shape `(B, V)`: log-probabilities up to a constant, ``-inf`` where barred.
         """
         if self.mode == TILT:
+            if self.candidate_mass < 1:
+                return tilt_most_probable(scores, values, self.strength, self.candidate_mass)
             return tilt(scores, values, self.strength) if self.strength else scores
         left = self.target_length - written
         if self.rule == PAPER:
@@ -204,6 +224,41 @@ def tilt(log_probs: Tensor, values: Tensor, strength: float) -> Tensor:
         `torch.Tensor` of shape `(..., V)`: ``-inf`` where barred.
     """
     return log_probs + strength * values
+
+
+def tilt_most_probable(log_probs: Tensor, values: Tensor, strength: float, mass: float) -> Tensor:
+    """The tilt among the most probable tokens that carry a share of the probability; the rest keep theirs exactly.
+
+    With `W` these tokens and `q` the tilted distribution among them, ``p'(x) = p(W) * q(x)`` in `W`, and ``p(x)``
+    outside. Of the probability, at most ``1 - mass`` is not tilted; where one token carries `mass`, ``p' = p``.
+
+    Args:
+        log_probs, strength: as in [`tilt`].
+        values (`torch.Tensor` of shape `(B, V)`): value after each token of `W`; anything finite elsewhere.
+        mass (`float`): the share, in (0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, V)`: ``-inf`` where barred.
+    """
+    weighed = most_probable(log_probs, mass)
+    own = log_probs.masked_fill(~weighed, -math.inf)
+    tilted = tilt(own, values, strength)
+    kept = own.logsumexp(dim=-1, keepdim=True) - tilted.logsumexp(dim=-1, keepdim=True)
+    return torch.where(weighed, tilted + kept, log_probs)
+
+
+def most_probable(log_probs: Tensor, mass: float) -> Tensor:
+    """The smallest set of most probable tokens with at least a share of the probability, `(B, V)` bool, as for top-p.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, V)`): log-probabilities up to a constant; ``-inf`` bars a token.
+        mass (`float`): the share, in (0, 1].
+    """
+    possible = torch.isfinite(log_probs).sum(dim=-1)
+    ordered, tokens = log_probs.float().topk(max(1, int(possible.max())), dim=-1)
+    probability = ordered.softmax(dim=-1)
+    before = probability.cumsum(dim=-1) - probability
+    return torch.zeros_like(log_probs, dtype=torch.bool).scatter_(-1, tokens, (before < mass) & torch.isfinite(ordered))
 
 
 def select_nearest(scores: Tensor, remaining: Tensor, mode: str, left: int, patient: bool = False) -> Tensor:

@@ -10,12 +10,12 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from lenvm_rl.decoding.guidance import TILT, LengthGuidance, as_list, check_temperature
 from lenvm_rl.decoding.report import GuidanceReport, RowLog, WatchedCriteria
-from lenvm_rl.decoding.scoring import CandidateScorer, FullRowScorer
+from lenvm_rl.decoding.scoring import FullRowScorer, SlotScorer
 from lenvm_rl.endings import end_token_ids, likeliest_end
 from lenvm_rl.modeling.completions import prompt_mask
 from lenvm_rl.returns import remaining_from_logits
 
-SCORERS = {"cached": CandidateScorer, "full": FullRowScorer}
+SCORERS = {"cached": SlotScorer, "full": FullRowScorer}
 # Above this many tokens, scoring the whole vocabulary at every step is surely a mistake.
 MAX_UNTRUNCATED_VOCABULARY = 4096
 
@@ -44,7 +44,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         generation_temperature (`float`, *optional*, defaults to `1.0`): the temperature that `generate` applies
             afterwards; the scores are multiplied by it beforehand, so that the result is the guidance's distribution.
         scoring (`str`, *optional*, defaults to `"cached"`): `"cached"` for one forward for each token
-            ([`CandidateScorer`]), `"full"` to run every candidate as a complete row ([`FullRowScorer`]): slow, for
+            ([`SlotScorer`]), `"full"` to run every candidate as a complete row ([`FullRowScorer`]): slow, for
             backbones whose cache cannot be shared.
         same_tokenizer (`bool`, *optional*, defaults to `False`): set when the tokenizers of both models were compared:
             their embedding tables may then differ in padding.
@@ -95,6 +95,8 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         self._barred: dict[LengthGuidance, tuple[Tensor, Tensor]] = {}
         self._watched = WatchedCriteria()
         self._seen: Tensor | None = None
+        # Of the rows that values have a say in and that go on.
+        self._slots: dict[int, int] = {}
 
     def watch(self, criteria: Sequence[StoppingCriteria] = ()) -> StoppingCriteriaList:
         """What to give `generate` as `stopping_criteria`: the given ones (for `stop_strings`, a `StopStringCriteria`),
@@ -225,7 +227,15 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
             mask = prompt_mask(input_ids, self.attention_mask, self.pad_token_id, self.eos_token_ids)
             if not bool(mask[:, -1].all()):
                 raise ValueError("prompts are empty or padded on the right: generation needs padding_side='left'.")
-            self.scorer.start(input_ids, mask)
+            self._fill_slots(input_ids, mask.bool())
+
+    def _fill_slots(self, input_ids: Tensor, exists: Tensor) -> None:
+        """Gives a slot to each row that values have a say in; the rows before are over."""
+        for slot in self._slots.values():
+            self.scorer.remove(slot)
+        self._slots = {}
+        for row in self._guided.nonzero().flatten().tolist():
+            self._slots[row] = self.scorer.add(input_ids[row][exists[row]].tolist())
 
     def _check_vocabulary(self, vocab_size: int) -> None:
         if not self.same_tokenizer and vocab_size != self.scorer.vocab_size:
@@ -243,8 +253,14 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
     def _advance(self, input_ids: Tensor) -> None:
         chosen = input_ids[:, -1]
         self._take(chosen)
-        if self._needs_values:
-            self.scorer.advance(chosen, self._guided & ~self._log.finished)
+        if not self._slots:
+            return
+        tokens, finished = chosen.tolist(), self._log.finished.tolist()
+        for row, slot in list(self._slots.items()):
+            if finished[row]:
+                self.scorer.remove(self._slots.pop(row))
+            else:
+                self.scorer.append(slot, [tokens[row]])
 
     def _candidates(
         self, guidance: LengthGuidance, rows: Tensor | slice, input_ids: Tensor, scores: Tensor, written: int
@@ -281,25 +297,27 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         Both are 0 at end-of-sequence. Where there is no candidate, and in rows that have nothing to choose or are not
         guided, what stands there does not matter. Lengths are left out where no row asks for one.
         """
-        candidate = torch.isfinite(policy) & (self._guided & ~self._log.finished).unsqueeze(1)
-        # The only candidate of a row is chosen whatever its value; its forward waits until one is needed.
-        decided = candidate.sum(dim=1) <= 1
         values = torch.zeros_like(policy)
         # Any token but the end has at least the end still to come.
         remaining = torch.ones_like(policy) if self._needs_lengths else values
-        if not bool(decided.all()):
-            candidate[:, self._log.ends] = False
-            width = int(candidate.sum(dim=1).max())
+        rows = torch.tensor(list(self._slots), dtype=torch.long, device=policy.device)
+        candidate = self._by_group(lambda each, own: each.weighed(policy[own]))[rows]
+        # The only candidate of a row is chosen whatever its value; its forward waits until one is needed.
+        candidate = candidate & (candidate.sum(dim=1, keepdim=True) > 1)
+        candidate[:, self._log.ends] = False
+        width = int(candidate.sum(dim=1).max()) if len(rows) else 0
+        if width:
             candidates = candidate.int().topk(width, dim=1).indices
-            scored = self.scorer.score(candidates, candidate.gather(1, candidates))
+            scored = self.scorer.score(list(self._slots.values()), candidates, candidate.gather(1, candidates))
             if not bool(torch.isfinite(scored).all()):
                 raise FloatingPointError(
                     "the length value model gave NaN or infinity: check its weights and its dtype."
                 )
-            values.scatter_(1, candidates, -scored.sigmoid().to(values.dtype))
+            at = rows.unsqueeze(1), candidates
+            values[at] = -scored.sigmoid().to(values.dtype)
             if self._needs_lengths:
                 lengths = remaining_from_logits(scored, self.gamma).clamp(min=1.0)
-                remaining.scatter_(1, candidates, lengths.to(remaining.dtype))
+                remaining[at] = lengths.to(remaining.dtype)
         values[:, self._log.ends] = 0.0
         remaining[:, self._log.ends] = 0.0
         return values, remaining

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.decoding.guidance import tilt
-from lenvm_rl.decoding.scoring import CandidateScorer
+from lenvm_rl.decoding.scoring import SlotScorer
 from lenvm_rl.sandbox.scripted import (
     EOS,
     PAD,
@@ -162,16 +162,17 @@ class TestGenerate:
     def test_one_forward_for_each_token_though_rows_finish(self):
         policy, value, inputs = tiny_llama(), transformer(), prompts(40)
         # What is asked of a model once, when it is first used, is none of the forwards of a generation.
-        CandidateScorer(value).check_length(64)
+        SlotScorer(value).check_length(64)
         calls = []
         value.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["input_ids"]), with_kwargs=True)
         guidance = LengthGuidance(strength=2.0, top_k=8)
-        out = generate_guided(policy, value, inputs, guidance, max_new_tokens=30)
-        lengths = (out[:, 5:] != PAD).sum(1)
-        assert lengths.min() < 10 and lengths.max() == 30
-        # The prompts, and then one for each token.
-        assert len(calls) == 1 + 30
-        assert calls[-1].shape[0] < 20 and max(call.shape[1] for call in calls[1:]) == 8
+        _, report = generate_guided(policy, value, inputs, guidance, max_new_tokens=30, return_report=True)
+        assert report.lengths.min() < 10 and report.lengths.max() == 30
+        assert len(calls) == 30
+        # After the prompts, no more tokens than the candidates of the rows that go on.
+        for step, call in enumerate(calls[1:], 1):
+            assert call.shape[0] == 1 and call.numel() <= 8 * int((report.lengths >= step).sum())
+        assert 0 < calls[-1].numel() < 8 * 20
 
     def test_the_temperature_of_generate_can_be_accounted_for(self):
         policy, value, inputs = tiny_llama(), transformer(), prompts()

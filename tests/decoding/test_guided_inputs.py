@@ -7,6 +7,7 @@ from tiny import tiny_gpt2, tiny_length_value_model, tiny_llama
 from transformers import DynamicCache, GenerationConfig, T5Config, T5ForConditionalGeneration, WatermarkingConfig
 
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
+from lenvm_rl.decoding.scoring import SlotScorer
 from lenvm_rl.sandbox.scripted import EOS, PAD, START, ScriptedLengthValue, ScriptedPolicy, geometric_chain
 
 GUIDANCE = LengthGuidance(strength=5.0, top_k=4, temperature=0)
@@ -17,19 +18,18 @@ def models():
     return policy, tiny_length_value_model(tiny_llama(), 0.9, 1).freeze()
 
 
-def prompts_read(value, run):
-    """The prompts that the length value model reads, without padding, as lists; and what `run` returns."""
-    read = []
+def prompts_read(run):
+    """The rows that the last scorer at work was given, as lists; and what `run` returns."""
+    given, add = [], SlotScorer.add
 
-    def hook(module, args, kwargs):
-        if kwargs.get("use_cache") and kwargs["attention_mask"].dim() == 2:
-            ids, mask = kwargs["input_ids"], kwargs["attention_mask"].bool()
-            read.append([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
+    def spied(scorer, token_ids):
+        given.append((scorer, token_ids))
+        return add(scorer, token_ids)
 
-    handle = value.register_forward_pre_hook(hook, with_kwargs=True)
-    result = run()
-    handle.remove()
-    return read[-1], result
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlotScorer, "add", spied)
+        result = run()
+    return [ids for scorer, ids in given if scorer is given[-1][0]], result
 
 
 class TestPadding:
@@ -39,8 +39,7 @@ class TestPadding:
         policy, value = models()
         ids = torch.tensor(ids)
         read, out = prompts_read(
-            value,
-            lambda: generate_guided(policy, value, ids, GUIDANCE, pad_token_id=pad, max_new_tokens=3, **arguments),
+            lambda: generate_guided(policy, value, ids, GUIDANCE, pad_token_id=pad, max_new_tokens=3, **arguments)
         )
         return read, out[:, ids.shape[1] :]
 
@@ -69,10 +68,9 @@ class TestPadding:
         for given in (({"input_ids": ids, "attention_mask": mask}, {}), (ids, {"attention_mask": mask})):
             inputs, arguments = given
             read, _ = prompts_read(
-                value,
                 lambda inputs=inputs, arguments=arguments: generate_guided(
                     policy, value, inputs, GUIDANCE, pad_token_id=pad, max_new_tokens=2, **arguments
-                ),
+                )
             )
             assert read == [[EOS, 8, 9]]
 
@@ -81,7 +79,7 @@ class TestPadding:
         for pad, expected in ((EOS, [[EOS, 7, 8]]), (7, [[EOS, 8]]), (None, [[EOS, 7, 8]])):
             processor = LengthGuidedLogitsProcessor(value, GUIDANCE, eos_token_id=[9, EOS], pad_token_id=pad)
             read, _ = prompts_read(
-                value, lambda processor=processor: processor(torch.tensor([[EOS, 7, 8]]), torch.zeros(1, 64))
+                lambda processor=processor: processor(torch.tensor([[EOS, 7, 8]]), torch.zeros(1, 64))
             )
             assert read == expected
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided, mean_length_at
-from lenvm_rl.decoding.scoring import CandidateScorer
+from lenvm_rl.decoding.scoring import SlotScorer
 from lenvm_rl.sandbox.scripted import (
     EOS,
     PAD,
@@ -69,7 +69,7 @@ AFTER = [2, math.inf, 6]
 def guided(pad=PAD, guidance=GREEDY, ids=None, policy_vocabulary=64, **arguments):
     policy, value = models(policy_vocabulary)
     calls = []
-    CandidateScorer(value).check_length(64)
+    SlotScorer(value).check_length(64)
     value.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True)
     out, report = generate_guided(
         policy,
@@ -103,8 +103,9 @@ class TestACriterionEndsARow:
 
     def test_no_forward_is_paid_for_it(self, pad):
         _, _, calls = guided(pad, policy_vocabulary=80, stopping_criteria=[EndsRows(WIDTH, AFTER)])
-        # The prompts; then rows 0 to 2 up to the token that ends one, and five candidates each.
-        assert calls == [(3, WIDTH)] + [(3, 5)] * 2 + [(2, 5)] * 4 + [(1, 5)] * 4
+        # Rows 0 to 2 up to the token that ends one, five candidates each; beside the first, the prompts.
+        assert calls[0] == (1, 3 * WIDTH + 3 * 5)
+        assert calls[1:] == [(1, 3 * 5)] + [(1, 2 * 5)] * 4 + [(1, 5)] * 4
 
     def test_enforcement_leaves_it_alone(self, pad):
         guidance = LengthGuidance(mode="equal_to", target_length=8, temperature=0, top_k=5, enforce=True)
@@ -124,7 +125,7 @@ class TestWhoseEnd:
 
     def test_all_rows_at_the_first_token(self):
         out, report, calls = guided(stopping_criteria=[EndsRows(WIDTH, [1, 1, 1])])
-        assert out.shape == (3, 1) and report.lengths.tolist() == [1, 1, 1] and len(calls) == 2
+        assert out.shape == (3, 1) and report.lengths.tolist() == [1, 1, 1] and len(calls) == 1
         policy = ScriptedPolicy.from_chain(geometric_chain(1.0))
         value = ScriptedLengthValue.from_chain(geometric_chain(1.0), 0.9)
         out, report = generate_guided(
