@@ -253,24 +253,35 @@ class SlotScorer(Scorer):
         for work, follow in part:
             row = work.row
             read, count = len(row.places), len(work.ids)
-            places = self._cache.take(follow + count)
-            whole = row.places + array("q", places)
-            segments.append(Segment(whole, read, follow, count))
+            places = row.places + array("q", self._cache.take(follow + count))
+            segments.append(Segment(places, read, follow, count))
             candidates += range(len(ids) + follow, len(ids) + follow + count)
             ids += row.ids[read : read + follow] + work.ids
             steps = [*range(read, read + follow), *[read + follow] * count]
             positions += [step + self.leap * (step >= row.first) for step in steps]
             at += work.at
-            row.places = whole[: read + follow]
-            row.siblings.update(zip(work.ids, places[follow:], strict=True))
-        with self._cache.reading(PackedForward(segments, self._device)) as cache:
-            output = self.model(
-                input_ids=torch.tensor([ids], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        scored[torch.tensor(at, dtype=torch.long, device=self._device)] = output.logits[0, candidates].float()
+        logits = self._logits(ids, positions, segments)[candidates]
+        scored[torch.tensor(at, dtype=torch.long, device=self._device)] = logits
+        for (work, _), segment in zip(part, segments, strict=True):
+            known = segment.read + segment.follow
+            work.row.places = segment.places[:known]
+            work.row.siblings.update(zip(work.ids, segment.places[known:], strict=True))
+
+    def _logits(self, ids: list[int], positions: list[int], segments: list[Segment]) -> Tensor:
+        """Logits `(N,)` of a packed forward. If it fails, its places are free again, and no row has read anything."""
+        try:
+            with self._cache.reading(PackedForward(segments, self._device)) as cache:
+                output = self.model(
+                    input_ids=torch.tensor([ids], device=self._device),
+                    position_ids=torch.tensor([positions], device=self._device),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+        except BaseException:
+            for each in segments:
+                self._cache.give_back(each.places[each.read :])
+            raise
+        return output.logits[0].float()
 
     def _make_room(self, part: list[tuple[_Work, int]]) -> None:
         """Drops rows that are not at work until there is place for what is: those that were scored longest ago."""

@@ -107,7 +107,7 @@ class TokenCache:
 
     @contextmanager
     def reading(self, forward: PackedForward) -> Iterator[DynamicCache]:
-        """What to give the model as its cache in a packed forward; inside, its attention is replaced."""
+        """What to give the model as its cache in a packed forward; inside, its attention is replaced, for everyone."""
         names = [config._attn_implementation for config in self._configs]
         self.forward = forward
         try:

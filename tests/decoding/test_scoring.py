@@ -259,10 +259,14 @@ def test_the_attention_is_the_models_own_before_and_after():
     slot = scorer.add([1, 2, 3])
     score_lists(scorer, {slot: [4, 5]})
     assert model.backbone.config._attn_implementation == "eager"
-    model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    handle = model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    scorer.append(slot, [6, 7])
     with pytest.raises(ZeroDivisionError):
         score_lists(scorer, {slot: [4, 5]})
     assert model.backbone.config._attn_implementation == "eager"
+    # What failed was not read: it is when it is asked for again.
+    handle.remove()
+    assert scorer.cached_tokens == 3 and score_lists(scorer, {slot: [4]})[slot] == separate(model, [1, 2, 3, 6, 7], [4])
 
 
 @pytest.mark.parametrize("kind", [SlotScorer, FullRowScorer])
