@@ -17,9 +17,10 @@ from eval.speed import batching, memory
 from eval.speed.decoding import DECODING
 from eval.speed.pretraining import PRETRAINING
 from eval.speed.trainers import CRITIC, PPO
+from eval.speed.vllm import ENGINE
 from lenvm_rl.programs import ProgramParser, run_program
 
-PROGRAMS = {program.name: program for program in (PRETRAINING, DECODING, CRITIC, PPO)}
+PROGRAMS = {program.name: program for program in (PRETRAINING, DECODING, ENGINE, CRITIC, PPO)}
 # What is replayed or worked out: a module with its arguments.
 OTHERS = {"batching": (batching, batching.BatchingArguments), "memory": (memory, memory.MemoryArguments)}
 
