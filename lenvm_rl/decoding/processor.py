@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
-from lenvm_rl.decoding.guidance import TILT, LengthGuidance, as_list, check_temperature
+from lenvm_rl.decoding.guidance import LengthGuidance, as_list, check_temperature
 from lenvm_rl.decoding.report import GuidanceReport, RowLog, WatchedCriteria
 from lenvm_rl.decoding.scoring import FullRowScorer, SlotScorer
-from lenvm_rl.endings import end_token_ids, likeliest_end
+from lenvm_rl.decoding.step import GuidedRow, guide_rows
+from lenvm_rl.endings import end_token_ids
 from lenvm_rl.modeling.completions import prompt_mask
-from lenvm_rl.returns import remaining_from_logits
 
 SCORERS = {"cached": SlotScorer, "full": FullRowScorer}
 # Above this many tokens, scoring the whole vocabulary at every step is surely a mistake.
@@ -86,13 +86,9 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         self.same_tokenizer = same_tokenizer
         self.record = record
         self._log: RowLog | None = None
-        self._warpers = {each: each.warpers() for each in set(self.guidance)}
         self._needs_values = any(each.needs_values for each in self.guidance)
-        self._needs_lengths = any(each.mode != TILT for each in self.guidance)
         # Greedy rows beside sampled ones: `generate` samples them all, so their distribution is put on one token.
         self._mixed = len({each.temperature > 0 for each in self.guidance}) > 1
-        # Candidates before the end was barred, and after.
-        self._barred: dict[LengthGuidance, tuple[Tensor, Tensor]] = {}
         self._watched = WatchedCriteria()
         self._seen: Tensor | None = None
         # Of the rows that values have a say in and that go on.
@@ -148,25 +144,12 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
     def _guided_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._untouched:
             return scores
-        written = input_ids.shape[1] - self._prompt_width
-        policy = self._by_group(lambda each, rows: self._candidates(each, rows, input_ids, scores, written))
-        if self._needs_values:
-            values, remaining = self._score(policy)
-            base = policy
-            policy = self._by_group(
-                lambda each, rows: self._guide(
-                    each, rows, scores[rows], base[rows], values[rows], remaining[rows], written
-                )
-            )
-        if self._mixed:
-            policy = self._decide_greedy_rows(policy)
+        ends, written = tuple(self._log.ends.tolist()), input_ids.shape[1] - self._prompt_width
+        rows = [GuidedRow(each, ends, written, self._slots.get(row)) for row, each in enumerate(self._per_row)]
+        step = guide_rows(rows, scores, self.scorer, self.gamma)
+        self._log.force(slice(None), step.overruled)
+        policy = self._decide_greedy_rows(step.scores) if self._mixed else step.scores
         return policy * self.generation_temperature
-
-    def _by_group(self, of_rows: Callable[[LengthGuidance, Tensor | slice], Tensor]) -> Tensor:
-        """`(B, V)` in the order of the rows, from what is made for the rows of each guidance."""
-        if len(self._groups) == 1:
-            return of_rows(self._groups[0][0], slice(None))
-        return torch.cat([of_rows(each, rows) for each, rows in self._groups])[self._back]
 
     def _continues(self, input_ids: Tensor) -> bool:
         """Whether `input_ids` are the prefixes of the last call with one more token."""
@@ -203,18 +186,12 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
                 f"{len(self.guidance)} guidances do not fit {rows} rows: give one, or one for each prompt."
             )
         # `num_return_sequences` repeats each prompt in place.
-        per_row = [each for each in self.guidance for _ in range(rows // len(self.guidance))]
+        per_row = self._per_row = [each for each in self.guidance for _ in range(rows // len(self.guidance))]
         device = scores.device
-        self._groups = [
-            (each, torch.tensor([row for row, own in enumerate(per_row) if own == each], device=device))
-            for each in dict.fromkeys(per_row)
-        ]
-        self._back = torch.cat([members for _, members in self._groups]).argsort()
         self._untouched = not (self._needs_values or self._mixed) and all(
             not each.truncates and self.generation_temperature == (each.temperature or 1.0) for each in per_row
         )
         self._greedy = torch.tensor([each.temperature == 0 for each in per_row], device=device)
-        self._guided = torch.tensor([each.needs_values for each in per_row], device=device)
         self._watched.ended = None
         # An id that the policy has no score for ends nothing.
         ends = [end for end in self.eos_token_ids if 0 <= end < vocab_size]
@@ -234,8 +211,9 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         for slot in self._slots.values():
             self.scorer.remove(slot)
         self._slots = {}
-        for row in self._guided.nonzero().flatten().tolist():
-            self._slots[row] = self.scorer.add(input_ids[row][exists[row]].tolist())
+        for row, each in enumerate(self._per_row):
+            if each.needs_values:
+                self._slots[row] = self.scorer.add(input_ids[row][exists[row]].tolist())
 
     def _check_vocabulary(self, vocab_size: int) -> None:
         if not self.same_tokenizer and vocab_size != self.scorer.vocab_size:
@@ -261,94 +239,6 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
                 self.scorer.remove(self._slots.pop(row))
             else:
                 self.scorer.append(slot, [tokens[row]])
-
-    def _candidates(
-        self, guidance: LengthGuidance, rows: Tensor | slice, input_ids: Tensor, scores: Tensor, written: int
-    ) -> Tensor:
-        """The policy after temperature and candidate rule; where the end is barred, with and without it."""
-        warpers, ids = self._warpers[guidance], input_ids[rows]
-        own = scores[rows] / (guidance.temperature or 1.0)
-        if guidance.needs_values:
-            own = self._bar_unknown(own)
-        policy = warpers(ids, own)
-        if not guidance.bars_end(written):
-            return policy
-        without = own.index_fill(1, self._log.ends, -torch.inf)
-        # Where nothing but the end is left to choose, it stays.
-        possible = torch.isfinite(without).any(dim=1, keepdim=True)
-        without = warpers(ids, torch.where(possible, without, own))
-        self._barred[guidance] = (policy, without)
-        return torch.maximum(policy, without)
-
-    def _bar_unknown(self, scores: Tensor) -> Tensor:
-        """Bars what the length value model's smaller table has no row for, except ends, whose value is known."""
-        known = self.scorer.vocab_size
-        if scores.shape[1] <= known:
-            return scores
-        barred = scores.clone()
-        barred[:, known:] = -torch.inf
-        barred[:, self._log.ends] = scores[:, self._log.ends]
-        # Where nothing else can be chosen, scoring will say so.
-        return torch.where(torch.isfinite(barred).any(dim=1, keepdim=True), barred, scores)
-
-    def _score(self, policy: Tensor) -> tuple[Tensor, Tensor]:
-        """Values of the states after each candidate and tokens still to come there, `(B, V)`.
-
-        Both are 0 at end-of-sequence. Where there is no candidate, and in rows that have nothing to choose or are not
-        guided, what stands there does not matter. Lengths are left out where no row asks for one.
-        """
-        values = torch.zeros_like(policy)
-        # Any token but the end has at least the end still to come.
-        remaining = torch.ones_like(policy) if self._needs_lengths else values
-        rows = torch.tensor(list(self._slots), dtype=torch.long, device=policy.device)
-        candidate = self._by_group(lambda each, own: each.weighed(policy[own]))[rows]
-        # The only candidate of a row is chosen whatever its value; its forward waits until one is needed.
-        candidate = candidate & (candidate.sum(dim=1, keepdim=True) > 1)
-        candidate[:, self._log.ends] = False
-        width = int(candidate.sum(dim=1).max()) if len(rows) else 0
-        if width:
-            candidates = candidate.int().topk(width, dim=1).indices
-            scored = self.scorer.score(list(self._slots.values()), candidates, candidate.gather(1, candidates))
-            if not bool(torch.isfinite(scored).all()):
-                raise FloatingPointError(
-                    "the length value model gave NaN or infinity: check its weights and its dtype."
-                )
-            at = rows.unsqueeze(1), candidates
-            values[at] = -scored.sigmoid().to(values.dtype)
-            if self._needs_lengths:
-                lengths = remaining_from_logits(scored, self.gamma).clamp(min=1.0)
-                remaining[at] = lengths.to(remaining.dtype)
-        values[:, self._log.ends] = 0.0
-        remaining[:, self._log.ends] = 0.0
-        return values, remaining
-
-    def _guide(
-        self,
-        guidance: LengthGuidance,
-        rows: Tensor | slice,
-        scores: Tensor,
-        policy: Tensor,
-        values: Tensor,
-        remaining: Tensor,
-        written: int,
-    ) -> Tensor:
-        """The guided scores of rows with one guidance, with the hard bound on top."""
-        if guidance.bars_end(written):
-            with_end, without = (guidance.guide(each, values, remaining, written) for each in self._barred[guidance])
-            overruled = self._end_mass(with_end) - self._end_mass(without)
-            guided = without
-        else:
-            guided = guidance.guide(policy, values, remaining, written)
-            if not guidance.puts_end(written):
-                return guided
-            overruled = 1.0 - self._end_mass(guided)
-            end = likeliest_end(scores, self._log.ends.tolist()).unsqueeze(1)
-            guided = torch.full_like(guided, -torch.inf).scatter_(1, end, 0.0)
-        self._log.force(rows, overruled)
-        return guided
-
-    def _end_mass(self, scores: Tensor) -> Tensor:
-        return scores.softmax(dim=1)[:, self._log.ends].sum(dim=1)
 
     def _decide_greedy_rows(self, policy: Tensor) -> Tensor:
         chosen = policy.argmax(dim=1, keepdim=True)

@@ -18,6 +18,9 @@ from lenvm_rl.decoding.scoring import Scorer
 from lenvm_rl.endings import likeliest_end
 from lenvm_rl.returns import remaining_from_logits
 
+# In these, strength times value would overflow, or be rounded away.
+HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class GuidedRow:
@@ -27,7 +30,8 @@ class GuidedRow:
         guidance ([`LengthGuidance`]): its own.
         ends (tuple of `int`): tokens that end it, all of them among the scores.
         written (`int`): tokens of its completion that stand already.
-        slot (`int`, *optional*): of the scorer; needed where `guidance.needs_values`.
+        slot (`int`, *optional*): of the scorer. Without one, as for a row that is over, no candidate is scored, and
+            what comes out is of no use where `guidance.needs_values`.
     """
 
     guidance: LengthGuidance
@@ -97,7 +101,7 @@ def _candidates(row: GuidedRow, members: list[int], scores: Tensor, known: int) 
     warpers = guidance.warpers()
     at = torch.tensor(members, device=scores.device)
     ends = torch.tensor(row.ends, dtype=torch.long, device=scores.device)
-    own = scores[at].float() / (guidance.temperature or 1.0)
+    own = (scores[at].float() if scores.dtype in HALF else scores[at]) / (guidance.temperature or 1.0)
     if guidance.needs_values:
         own = _bar_unknown(own, known, ends)
     policy, without = warpers(None, own), None
@@ -144,7 +148,12 @@ def _values(
         slots += [rows[number].slot for number in each.rows.tolist()]
         ids.append(torch.nn.functional.pad(each.ids, room))
         valid.append(torch.nn.functional.pad(wanted, room))
-    scored = scorer.score(slots, torch.cat(ids), torch.cat(valid))
+    live = torch.tensor([slot is not None for slot in slots], device=ids[0].device)
+    whole = torch.cat(ids)
+    scored = torch.zeros(whole.shape, dtype=torch.float32, device=whole.device)
+    there = [slot for slot in slots if slot is not None]
+    if there:
+        scored[live] = scorer.score(there, whole[live], torch.cat(valid)[live])
     if not bool(torch.isfinite(scored).all()):
         raise FloatingPointError("the length value model gave NaN or infinity: check its weights and its dtype.")
     parts = iter(scored.split([len(each.rows) for _, each in asked]))
