@@ -76,7 +76,7 @@ def guidance_of_params(params: SamplingParams) -> LengthGuidance | None:
 
 
 @dataclass(eq=False)
-class Request:
+class GuidedRequest:
     """A guided request: what it asks for, and how many of its tokens the scorer knows."""
 
     guidance: LengthGuidance
@@ -87,7 +87,7 @@ class Request:
     known: int = 0
 
     @classmethod
-    def of_params(cls, params: SamplingParams) -> Request | None:
+    def of_params(cls, params: SamplingParams) -> GuidedRequest | None:
         """A request of these parameters; `None` where guidance would change nothing."""
         guidance = guidance_of_params(params)
         if guidance is None or not (guidance.needs_values or guidance.truncates):
@@ -129,14 +129,14 @@ class RequestGuide:
         self.gamma = model.config.gamma
         self.scorer = SlotScorer(model, max_cached_tokens=settings.get("length_value_cache_tokens"))
 
-    def forget(self, request: Request) -> None:
+    def forget(self, request: GuidedRequest) -> None:
         """A request that is over, or was interrupted: it comes back with all its tokens."""
         if request.slot is not None:
             self.scorer.remove(request.slot)
             request.slot, request.known = None, 0
 
     @torch.no_grad()
-    def apply(self, logits: Tensor, rows: list[tuple[int, Request]]) -> Tensor:
+    def apply(self, logits: Tensor, rows: list[tuple[int, GuidedRequest]]) -> Tensor:
         """Puts guided scores in the place of some rows of `logits` `(B, V)`; returns `logits`."""
         if not rows:
             return logits
@@ -152,7 +152,7 @@ class RequestGuide:
         logits[at] = step.scores * torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)
         return logits
 
-    def _catch_up(self, request: Request) -> None:
+    def _catch_up(self, request: GuidedRequest) -> None:
         prompt, output = request.prompt_ids, request.output_ids
         if request.slot is None:
             request.slot = self.scorer.add(prompt + output)
@@ -179,7 +179,7 @@ class V1Rows:
 
     def __init__(self, guide: RequestGuide):
         self._guide = guide
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, GuidedRequest] = {}
 
     def update(self, update: BatchUpdate) -> None:
         """Follows the batch."""
@@ -187,7 +187,7 @@ class V1Rows:
             self._drop(index)
         for index, params, prompt_ids, output_ids in update.added:
             self._drop(index)
-            request = Request.of_params(params)
+            request = GuidedRequest.of_params(params)
             if request is None:
                 continue
             if prompt_ids is None:
@@ -209,7 +209,7 @@ class V1Rows:
         if request is not None:
             self._guide.forget(request)
 
-    def rows(self, count: int) -> list[tuple[int, Request]]:
+    def rows(self, count: int) -> list[tuple[int, GuidedRequest]]:
         """The guided ones of the first `count` rows."""
         found = sorted((index, request) for index, request in self._requests.items() if index < count)
         for _, request in found:
@@ -226,19 +226,19 @@ class V2Rows:
 
     def __init__(self, guide: RequestGuide, states: Any):
         self._guide, self._states = guide, states
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, GuidedRequest] = {}
 
     def fill(self, slot: int, params: SamplingParams) -> bool:
         """A request comes into a slot; whether it is guided."""
         before = self._requests.pop(slot, None)
         if before is not None:
             self._guide.forget(before)
-        request = Request.of_params(params)
+        request = GuidedRequest.of_params(params)
         if request is not None:
             self._requests[slot] = request
         return request is not None
 
-    def rows(self, context: Any) -> list[tuple[int, Request]]:
+    def rows(self, context: Any) -> list[tuple[int, GuidedRequest]]:
         """The guided rows of a step, but for those that read a part of their prompt only."""
         found = []
         for row, slot in enumerate(context.idx_mapping_np.tolist()):
