@@ -3,8 +3,8 @@
     python -m eval.speed pretraining
     python -m eval.speed pretraining --help
 
-Every subcommand has cases that `eval.speed.harness` measures, but for two: `batching` replays what was sampled, and
-`memory` works out what a run of some size needs.
+Every subcommand has cases that `eval.speed.harness` measures, but for three: `batching` replays what was sampled,
+`memory` works out what a run of some size needs, and `queue` has vLLM serve requests in three orders.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from eval.speed import batching, memory
+from eval.speed import batching, memory, queue
 from eval.speed.decoding import DECODING
 from eval.speed.pretraining import PRETRAINING
 from eval.speed.trainers import CRITIC, PPO
@@ -22,7 +22,11 @@ from lenvm_rl.programs import ProgramParser, run_program
 
 PROGRAMS = {program.name: program for program in (PRETRAINING, DECODING, ENGINE, CRITIC, PPO)}
 # What is replayed or worked out: a module with its arguments.
-OTHERS = {"batching": (batching, batching.BatchingArguments), "memory": (memory, memory.MemoryArguments)}
+OTHERS = {
+    "batching": (batching, batching.BatchingArguments),
+    "memory": (memory, memory.MemoryArguments),
+    "queue": (queue, queue.QueueArguments),
+}
 
 
 def make_parser(name: str) -> ProgramParser:

@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from ragged import make_rollout
 from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
 
 from eval.speed import __main__ as speed
-from eval.speed import batching, trainers
+from eval.speed import batching, queue, trainers
 from eval.speed.decoding import DECODING
 from eval.speed.harness import MARK, Measurement, Program, Sizes, measure_in_process, median_ratio, peak_memory
 from eval.speed.memory import QWEN, count_parameters, qwen_config, training_memory
@@ -234,3 +236,40 @@ def test_sizes_of_qwen_are_those_that_its_names_say():
     counts = {name: count_parameters(qwen_config(name)).policy / 1e9 for name in QWEN}
     # Parameters in 10^9 as the models' cards give them.
     assert [round(count, 2) for count in counts.values()] == [0.49, 7.62, 32.76]
+
+
+def test_a_queue_is_served_in_the_order_of_its_priorities_and_compared():
+    """An engine with one place that serves one token a second: four requests of 3, 1, 4 and 1 tokens."""
+    tokens = [3, 1, 4, 1]
+
+    class Engine:
+        def __init__(self):
+            self.waiting, self.clock = [], 0
+
+        def add_request(self, name, prompt, params, priority):
+            self.waiting.append((priority, len(self.waiting), int(name)))
+
+        def has_unfinished_requests(self):
+            return bool(self.waiting)
+
+        def step(self):
+            self.waiting.sort()
+            _, _, number = self.waiting.pop(0)
+            self.clock += tokens[number]
+            output = SimpleNamespace(token_ids=[0] * tokens[number])
+            return [SimpleNamespace(finished=True, request_id=f"{number}-x", outputs=[output])]
+
+    def latency(priorities):
+        engine = Engine()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: options))
+            patch.setattr(queue, "now", lambda: engine.clock)
+            args = queue.QueueArguments("policy", "lenvm", "prompts.jsonl")
+            return queue.serve_all(SimpleNamespace(llm_engine=engine), [[1]] * 4, priorities, args)
+
+    first, oracle = latency([0] * 4), latency(tokens)
+    assert first[:, 0].tolist() == [3, 4, 8, 9] and oracle[:, 0].tolist() == [5, 1, 9, 2]
+    assert first[:, 1].tolist() == oracle[:, 1].tolist() == tokens
+    rows = queue.make_rows({queue.FIRST_COME: first[:, 0], queue.ORACLE: oracle[:, 0]}, seed=0)
+    assert [row["mean"] for row in rows] == [6.0, 4.25] and rows[0]["ratio"] is None
+    assert rows[1]["ratio"].estimate == pytest.approx(4.25 / 6) and rows[1]["ratio"].low <= 4.25 / 6
