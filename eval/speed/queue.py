@@ -126,7 +126,5 @@ def main(args: QueueArguments) -> None:
     print_table(
         console, rows, columns, f"{len(ids)} requests, {args.places} places, {lengths.mean():.0f} tokens on average"
     )
-    console.print(
-        f"Spearman's correlation of predicted and true lengths: {order:.2f}. Of the completions, at least {min(same):.0%} "
-        "have the same length in every order."
-    )
+    console.print(f"Spearman's correlation of predicted and true lengths: {order:.2f}.")
+    console.print(f"At least {min(same):.0%} of the completions have the same length in every order.")
