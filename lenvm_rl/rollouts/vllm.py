@@ -3,7 +3,7 @@
 vLLM is none of this library's requirements and of none of its extras, because it insists on a torch version of its
 own: install it as its documentation says, in an environment where this library's requirements still hold.
 
-Tested against a stand-in; run for real with vLLM 0.32 on a CPU.
+Run for real with vLLM 0.32 on a CPU (`tests/engine/test_engine_rollouts.py`).
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ class VLLMJob(SamplingJob):
             batch = steps[start : start + size]
             prompts = [{"prompt_token_ids": self.prompt_ids[self.prompt_of(number)]} for number in batch]
             params = [self._params(vllm, number) for number in batch]
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+            with _random_states_kept():
+                outputs = llm.generate(prompts, params, use_tqdm=False)
             for number, output in zip(batch, outputs, strict=True):
                 ids = list(output.outputs[0].token_ids)
                 ended = strip_completion(ids, self.eos_token_ids, self.settings.max_new_tokens)
@@ -149,7 +150,8 @@ class VLLMJob(SamplingJob):
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """vLLM seeds the random numbers of the process that it is loaded in: they are put back."""
+    """vLLM seeds the random numbers of the process that it is loaded in, and on a CPU draws from them beside the seeds
+    of requests: they are put back."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     # A GPU that nobody used yet has no state, and must not be touched before vLLM starts processes of its own.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
