@@ -362,6 +362,7 @@ class LengthValueModel(ValueModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool = False,
+        hidden_states: torch.FloatTensor | None = None,
         **backbone_kwargs: Any,
     ) -> LengthValueOutput:
         """Logit and value at every position.
@@ -377,11 +378,15 @@ class LengthValueModel(ValueModel):
                 a recurrent state.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, H)`, *optional*): embedded tokens.
             use_cache (`bool`, *optional*, defaults to `False`): whether to return the cache, with these tokens added.
+            hidden_states (`torch.FloatTensor` of shape `(B, S, H)`, *optional*): for a head alone, in the place of all
+                above, see [`~LengthValueModel.from_hidden_states`].
             backbone_kwargs: further arguments of the decoder: for pictures, all else that the processor returns.
 
         Returns:
             [`LengthValueOutput`]: what stands at masked positions means nothing.
         """
+        if hidden_states is not None:
+            return self.from_hidden_states(hidden_states)
         shared = self._shared
         # The owner may have made the embeddings ask for gradients by a hook.
         detached = self.config.form == HEAD or (shared is not None and self.frozen)

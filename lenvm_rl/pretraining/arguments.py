@@ -33,6 +33,17 @@ class LengthValueTrainingArguments(TrainingArguments):
         "(--base), and a run that trains a policy shares the one it has.",
         metadata={"choices": list(FORMS)},
     )
+    frozen_dtype: str = HfArg(
+        default="float32",
+        help="Dtype of the frozen backbone of the forms adapter and head, in which it is loaded from a path. What "
+        "learns is float32 in any case.",
+        metadata={"choices": ["float32", "bfloat16"]},
+    )
+    cache_hidden_states: bool = HfArg(
+        default=True,
+        help="For a head alone: compute what the frozen backbone says once, and keep it in output_dir, twice the "
+        "hidden size in bytes for each token; then an epoch takes seconds. Off, each epoch runs the backbone.",
+    )
     gamma: float | None = HfArg(
         default=None,
         help="Discount of the length return, in (0, 1). If omitted, it is fitted to the rollouts, so that the "

@@ -29,6 +29,8 @@ from lenvm_rl.pretraining.loss import IGNORED
 # Decoders and attention implementations for which equality with completions alone is tested.
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 ATTENTION = ("eager", "sdpa")
+# What a model takes of a batch.
+MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "hidden_states")
 _SHARED = 0  # sibling number of a prompt's tokens
 
 
@@ -164,7 +166,7 @@ def check_sharing(model: LengthValueModel) -> None:
 
 def model_inputs(batch: dict[str, Tensor], model: LengthValueModel) -> dict[str, Tensor]:
     """What an unwrapped model takes of a batch of either collator, with the attention mask of shared prompts made."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     if "siblings" in batch:
         attention = model.backbone.config._attn_implementation
         inputs["attention_mask"] = sibling_mask(batch["blocks"], batch["siblings"], attention, model.backbone.dtype)

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
@@ -19,11 +22,12 @@ import torch
 from accelerate import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from lenvm_rl.files import MetricsFile, write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.modeling.sharing import FULL, HEAD
 from lenvm_rl.pretraining.arguments import LengthValueTrainingArguments, check_precision
 from lenvm_rl.pretraining.batches import (
     COLUMNS,
@@ -34,6 +38,7 @@ from lenvm_rl.pretraining.batches import (
     longest_first,
     unpack,
 )
+from lenvm_rl.pretraining.hidden_states import HiddenStateCollator, HiddenStates, decoder_digest, with_rows
 from lenvm_rl.pretraining.loss import IGNORED, length_value_loss, value_targets
 from lenvm_rl.pretraining.metrics import (
     domain_metrics,
@@ -43,7 +48,7 @@ from lenvm_rl.pretraining.metrics import (
     summarize,
 )
 from lenvm_rl.pretraining.references import reference_metrics
-from lenvm_rl.pretraining.resuming import RECORD, check_resumed, find_checkpoint, settings_of
+from lenvm_rl.pretraining.resuming import RECORD, check_resumed, find_checkpoint, fingerprint, settings_of
 from lenvm_rl.pretraining.shared_prompts import SharedPromptCollator, check_sharing, model_inputs
 from lenvm_rl.returns import fit_gamma
 from lenvm_rl.rollouts.record import RolloutMetadata, warn_of_cuts
@@ -152,6 +157,7 @@ def make_length_value_model(
         sampling=metadata.sampling,
         truncated_share=metadata.truncated_share,
         form=args.form,
+        dtype=None if args.form == FULL else args.frozen_dtype,
     )
 
 
@@ -191,11 +197,13 @@ class LengthValueTrainer(Trainer):
         self._domain_of = {}
         if args.domain_column is not None and eval_dataset is not None:
             self._domain_of = domains_of_prompts(eval_dataset, args.domain_column)
+        self._keeps_states = model.config.form == HEAD and args.cache_hidden_states
+        read = with_rows if self._keeps_states else partial(Dataset.select_columns, column_names=COLUMNS)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=None if train_dataset is None else train_dataset.select_columns(COLUMNS),
-            eval_dataset=None if eval_dataset is None else eval_dataset.select_columns(COLUMNS),
+            train_dataset=None if train_dataset is None else read(train_dataset),
+            eval_dataset=None if eval_dataset is None else read(eval_dataset),
             **{
                 "data_collator": _make_collator(model, args),
                 "compute_loss_func": self._token_mean_loss,
@@ -217,6 +225,36 @@ class LengthValueTrainer(Trainer):
                 "eval_on_start=True instead, or make a new trainer."
             )
         return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; for a head alone, the backbone has its say before."""
+        with self._collating_states(self.train_dataset, "train"):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """As in `Trainer`; for a head alone, the backbone has its say before."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        with self._collating_states(dataset, "eval"):
+            return super().get_eval_dataloader(eval_dataset)
+
+    @contextmanager
+    def _collating_states(self, dataset: Dataset | None, name: str) -> Iterator[None]:
+        """Inside, data loaders read hidden states of a dataset, which are computed first, each process its share."""
+        if not self._keeps_states or dataset is None:
+            yield
+            return
+        model, args = self._unwrapped, self.args
+        about = {"rollouts": fingerprint(dataset), "dtype": str(model.backbone.dtype), "decoder": decoder_digest(model)}
+        place = os.path.join(args.output_dir, f"hidden_states_{name}.bin")
+        part = {"process": args.process_index, "processes": args.world_size}
+        states = HiddenStates(place, dataset, model.head.hidden.in_features, args.truncated, about, **part)
+        states.fill(model, args.eval_batch_size, progress=not args.disable_tqdm and args.process_index == 0)
+        self.accelerator.wait_for_everyone()
+        kept, self.data_collator = self.data_collator, HiddenStateCollator(states)
+        try:
+            yield
+        finally:
+            self.data_collator = kept
 
     def compute_loss(
         self,

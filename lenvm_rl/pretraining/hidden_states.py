@@ -1,0 +1,183 @@
+"""Hidden states of a frozen decoder along rollouts, computed once and kept in a file, for a head that learns from them.
+
+A head alone learns from what the decoder says at each state, and the decoder does not change: one forward for each
+completion serves every epoch. The states lie in a memory-mapped file in bfloat16, `2 * hidden size` bytes each, so that
+they need not fit into memory; what was computed before an interruption is not computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lenvm_rl.files import read_json, write_json
+from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.pretraining.batches import COLUMNS, LengthValueCollator, blank_batch, read_tokens, write_labels
+
+logger = logging.getLogger(__name__)
+
+# The place of a rollout among those whose states are kept.
+ROW_COLUMN = "row"
+# Completions between two notes of how far the work has come.
+NOTED = 64
+
+
+class HiddenStates:
+    """The last hidden states of a decoder at every state of some rollouts.
+
+    Args:
+        path (`str` or path): the file, made if it is not there; files beside it say what is in it.
+        rollouts (`datasets.Dataset`): whose states.
+        hidden_size (`int`): H.
+        truncated (`str`): what is made of cut completions, see [`~lenvm_rl.pretraining.batches.read_tokens`].
+        about (mapping): what the states depend on, as JSON; a file of something else is made anew.
+        process, processes (`int`, *optional*): which part of the rollouts is this process's to compute; all of them
+            write into one file, and read all of it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        rollouts: Dataset,
+        hidden_size: int,
+        truncated: str,
+        about: dict[str, Any],
+        process: int = 0,
+        processes: int = 1,
+    ):
+        self.path, self.truncated, self.hidden_size = Path(path), truncated, hidden_size
+        share = -(-len(rollouts) // processes)
+        self.part = range(min(process * share, len(rollouts)), min((process + 1) * share, len(rollouts)))
+        self._rollouts = rollouts
+        pairs = rollouts.select_columns(["completion_ids", "finish_reason"])
+        # The state at the prompt's end, and one after each token that is read.
+        self.counts = [1 + len(read_tokens(each, truncated)) for each in pairs]
+        self.first = np.concatenate([[0], np.cumsum(self.counts)])
+        self._about = {**about, "states": int(self.first[-1]), "hidden_size": hidden_size}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Not opened anew: another process may have written its part already.
+        with open(self.path, "ab") as file:
+            file.truncate(self.bytes)
+        if self._note().get("about") != self._about:
+            self._say(self.part.start)
+        shape = (int(self.first[-1]), hidden_size)
+        self._array = np.memmap(self.path, dtype=np.uint16, mode="r+", shape=shape)
+
+    @property
+    def done(self) -> int:
+        """The first rollout of this process's part whose states are not there."""
+        return self._note()["done"]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return 2 * self.hidden_size * int(self.first[-1])
+
+    def fill(self, model: LengthValueModel, batch_size: int, progress: bool = True) -> None:
+        """Computes what is missing, in batches of completions packed into rows.
+
+        Args:
+            model ([`LengthValueModel`]): of form `"head"`, whose decoder is asked.
+            batch_size (`int`): completions in a forward.
+            progress (`bool`, *optional*, defaults to `True`): whether to show a bar.
+        """
+        if self.done == self.part.stop:
+            return
+        logger.info("hidden states of %d states: %.2f GiB in %s", self.first[-1], self.bytes / 2**30, self.path)
+        collate = LengthValueCollator(truncated=self.truncated)
+        training = model.training
+        model.eval()
+        before = self.done - self.part.start
+        with tqdm(total=len(self.part), initial=before, desc="hidden states", disable=not progress) as bar:
+            for rows in self._missing(batch_size):
+                batch = collate([self._rollouts[row] for row in rows])
+                states = _last_hidden_states(model, batch)
+                for row, (line, column, *_) in zip(rows, batch["sequences"].tolist(), strict=True):
+                    found = states[line, column : column + self.counts[row]].to(torch.bfloat16).cpu()
+                    self._array[self.first[row] : self.first[row + 1]] = found.view(torch.uint16).numpy()
+                bar.update(len(rows))
+                if rows[-1] + 1 == self.part.stop or rows[-1] // NOTED > rows[0] // NOTED:
+                    self._array.flush()
+                    self._say(rows[-1] + 1)
+        model.train(training)
+
+    def of(self, row: int) -> Tensor:
+        """The states of a rollout, `(states, H)` bfloat16."""
+        found = np.array(self._array[self.first[row] : self.first[row + 1]])
+        return torch.from_numpy(found).view(torch.bfloat16)
+
+    def _missing(self, batch_size: int) -> Iterator[Sequence[int]]:
+        for start in range(self.done, self.part.stop, batch_size):
+            yield range(start, min(start + batch_size, self.part.stop))
+
+    @property
+    def _place(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.{self.part.start}-{self.part.stop}.json")
+
+    def _note(self) -> dict[str, Any]:
+        return read_json(self._place) if self._place.exists() else {}
+
+    def _say(self, done: int) -> None:
+        write_json(self._place, {"about": self._about, "done": done})
+
+
+@torch.no_grad()
+def _last_hidden_states(model: LengthValueModel, batch: dict[str, Tensor]) -> Tensor:
+    """Of a batch's rows, `(R, C, H)`, as the head is given them."""
+    caught = []
+    hook = model.backbone.register_forward_hook(lambda module, given, output: caught.append(output.last_hidden_state))
+    try:
+        model(**{name: batch[name].to(model.backbone.device) for name in ("input_ids", "position_ids")})
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+@dataclass
+class HiddenStateCollator:
+    """Rollouts with the column `row` as one row of their states, instead of their tokens.
+
+    Args:
+        states ([`HiddenStates`]): of all of them.
+
+    Returns:
+        `dict[str, torch.Tensor]`: as of [`~lenvm_rl.pretraining.LengthValueCollator`], with `hidden_states` `(1, C, H)`
+        in the place of ids and positions.
+    """
+
+    states: HiddenStates
+
+    def __call__(self, rollouts: list[dict[str, Any]]) -> dict[str, Tensor]:
+        found = [self.states.of(rollout[ROW_COLUMN]) for rollout in rollouts]
+        batch = blank_batch(1, sum(map(len, found)), len(rollouts), 0)
+        del batch["input_ids"]
+        batch["hidden_states"] = torch.cat(found).unsqueeze(0)
+        start = 0
+        for index, (rollout, each) in enumerate(zip(rollouts, found, strict=True)):
+            write_labels(batch, 0, start, index, rollout, self.states.truncated)
+            start += len(each)
+        return batch
+
+
+def with_rows(rollouts: Dataset) -> Dataset:
+    """Rollouts with the columns that a collator reads, and the place of each."""
+    return rollouts.select_columns(COLUMNS).add_column(ROW_COLUMN, list(range(len(rollouts))))
+
+
+def decoder_digest(model: LengthValueModel) -> str:
+    """A digest that changes with the weights of a decoder: of a few numbers of each."""
+    digest = hashlib.sha256()
+    for name, weight in model.backbone.named_parameters():
+        digest.update(name.encode())
+        digest.update(weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

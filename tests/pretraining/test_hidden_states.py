@@ -1,0 +1,124 @@
+"""What a frozen decoder says is computed once, kept, and the same as when it is asked again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from ragged import random_rollouts
+from tiny import tiny_llama, tiny_tokenizer
+
+from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.pretraining import LengthValueTrainer, LengthValueTrainingArguments
+from lenvm_rl.pretraining.hidden_states import HiddenStates
+
+GAMMA = 0.9
+
+
+def make_model():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA, form="head", tokenizer=tiny_tokenizer())
+
+
+def kept(path, rollouts, truncated="bootstrap", **part):
+    return HiddenStates(path, rollouts, 16, truncated, {"of": "this"}, **part)
+
+
+@pytest.mark.parametrize("truncated", ["bootstrap", "infinite"])
+def test_states_are_those_of_each_completion_alone(truncated, tmp_path):
+    rollouts = Dataset.from_list(random_rollouts(12, cut_share=0.5))
+    model = make_model()
+    states = kept(tmp_path / "states.bin", rollouts, truncated)
+    states.fill(model, batch_size=5, progress=False)
+    assert states.bytes == (tmp_path / "states.bin").stat().st_size == 2 * 16 * sum(states.counts)
+    for row, rollout in enumerate(rollouts):
+        ids = torch.tensor([rollout["prompt_ids"] + rollout["completion_ids"]])
+        with torch.no_grad():
+            alone = model.backbone(ids).last_hidden_state[0, len(rollout["prompt_ids"]) - 1 :]
+        # The state after the last token is read where a cut is bootstrapped, and nowhere else.
+        reads_cut = truncated == "bootstrap" and rollout["finish_reason"] == "length"
+        assert len(states.of(row)) == len(rollout["completion_ids"]) + reads_cut
+        torch.testing.assert_close(states.of(row).float(), alone[: len(states.of(row))], atol=2e-2, rtol=1e-2)
+
+
+def test_what_was_computed_before_an_interruption_is_not_computed_again(tmp_path, monkeypatch):
+    rollouts = Dataset.from_list(random_rollouts(200, cut_share=0.0))
+    model = make_model()
+    asked = []
+    hook = model.backbone.register_forward_pre_hook(lambda *_: asked.append(1))
+    states = kept(tmp_path / "states.bin", rollouts)
+
+    def interrupt(module, given):
+        if len(asked) == 12:
+            raise KeyboardInterrupt
+
+    stop = model.backbone.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        states.fill(model, batch_size=10, progress=False)
+    stop.remove()
+    again = kept(tmp_path / "states.bin", rollouts)
+    # Eleven batches of ten were done; the note is of the last one that crossed 64.
+    assert again.done == 70
+    asked.clear()
+    again.fill(model, batch_size=10, progress=False)
+    assert len(asked) == 13
+    asked.clear()
+    kept(tmp_path / "states.bin", rollouts).fill(model, batch_size=10, progress=False)
+    assert asked == []
+    hook.remove()
+    fresh = kept(tmp_path / "other.bin", rollouts)
+    fresh.fill(model, batch_size=10, progress=False)
+    assert np.array_equal(np.fromfile(tmp_path / "states.bin"), np.fromfile(tmp_path / "other.bin"), equal_nan=True)
+    # Of something else, it is made anew.
+    other = HiddenStates(tmp_path / "states.bin", rollouts, 16, "bootstrap", {"of": "that"})
+    assert other.done == 0
+
+
+def test_processes_write_their_shares_into_one_file(tmp_path):
+    rollouts = Dataset.from_list(random_rollouts(9, cut_share=0.3))
+    model = make_model()
+    for process in range(4):
+        kept(tmp_path / "shared.bin", rollouts, process=process, processes=4).fill(model, 2, progress=False)
+    alone = kept(tmp_path / "alone.bin", rollouts)
+    alone.fill(model, 2, progress=False)
+    shared = kept(tmp_path / "shared.bin", rollouts, process=3, processes=4)
+    for row in range(9):
+        torch.testing.assert_close(shared.of(row), alone.of(row))
+
+
+@pytest.mark.parametrize("truncated", ["bootstrap", "drop"])
+def test_a_head_learns_the_same_from_kept_states(truncated, tmp_path):
+    """Steps, losses and metrics are those of a run that asks the decoder every time, up to bfloat16."""
+    rollouts = Dataset.from_list(random_rollouts(48, cut_share=0.0 if truncated == "drop" else 0.2))
+    logs = []
+    for name, keep in (("asked", False), ("kept", True)):
+        args = LengthValueTrainingArguments(
+            str(tmp_path / name),
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            use_cpu=True,
+            learning_rate=1e-2,
+            num_train_epochs=3,
+            per_device_train_batch_size=16,
+            truncated=truncated,
+            cache_hidden_states=keep,
+        )
+        trainer = LengthValueTrainer(make_model(), args, train_dataset=rollouts, eval_dataset=rollouts)
+        asked = []
+        trainer.model.backbone.register_forward_pre_hook(lambda *_, asked=asked: asked.append(1))
+        trainer.train()
+        found = trainer.evaluate()
+        logs.append(([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], found))
+        # Nine steps, and an evaluation of six batches; or each completion once, in batches of eight, twice.
+        assert len(asked) == (12 if keep else 9 + 6)
+        assert (tmp_path / name / "hidden_states_train.bin").exists() == keep
+    (losses, metrics), (kept_losses, kept_metrics) = logs
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(kept_losses, losses, rtol=2e-2)
+    assert kept_metrics.keys() == metrics.keys()
+    assert kept_metrics["eval_length_mae_at_0"] == pytest.approx(metrics["eval_length_mae_at_0"], rel=2e-2)
+    assert json.loads((tmp_path / "kept").glob("hidden_states_eval.bin.*.json").__next__().read_text())["done"] == 48
