@@ -271,7 +271,6 @@ _OF_CONFIGS = {
     "it into the reward",
     "kl_estimator": "leave it out: the loss has the estimator k3, the reward k1",
     "kl_penalty": "leave it out: the loss has the estimator k3, the reward k1",
-    "missing_eos_penalty": "subtract it in a function of `reward_funcs=`, or set `mask_truncated_completions=True`",
     "whiten_rewards": "set `whiten` of LenVMPPOConfig, which acts on the advantages",
     "sft_model_path": "pass the path as `model=` to the trainer",
     "model_name": "pass the path as `model=` to the trainer",

@@ -349,6 +349,17 @@ class LenVMPPOConfig(LenVMConfig):
         "learns it too. Needs beta > 0, without which TRL has no reference policy; the loss keeps its own term, so "
         "give a small beta if the divergence is to be paid once. Every token costs, so it also shortens completions.",
     )
+    missing_eos_penalty: Annotated[float | None, NOT_NEGATIVE] = _setting(
+        None, "Subtract this from the reward of a completion that was cut, before anything else is done with it."
+    )
+    reward_normalization: bool = _setting(
+        False,
+        "Shift and scale rewards to mean 0 and standard deviation 1 over all completions of the run so far. It is no "
+        "use to rewards of 0 and 1, whose scale is known.",
+    )
+    reward_clip: Annotated[float | None, POSITIVE] = _setting(
+        None, "Bound rewards to plus and minus this, after they are normalised."
+    )
     critic_lam: Annotated[float | None, UNIT] = _setting(
         None,
         "Lambda of the critic's targets; task_lam when unset. task_lam=0.95, critic_lam=1.0 gives the policy less "

@@ -336,6 +336,12 @@ def _check_without(args) -> None:
             "truncation='terminal', or learn a critic."
         )
     checks.check_no_critic(args)
+    scaled = [name for name in ("missing_eos_penalty", "reward_normalization", "reward_clip") if getattr(args, name)]
+    if scaled and args.task_baseline == "group":
+        raise ValueError(
+            f"{scaled[0]} changes rewards that task_baseline='group' does not read: TRL compares those of a group as "
+            "they are. Set task_baseline='batch', learn a critic, or do it in the reward function."
+        )
     if args.num_generations == 1 and args.task_baseline == "group":
         raise ValueError(
             "task_baseline='group' compares the completions of a prompt, and num_generations=1 samples one of "

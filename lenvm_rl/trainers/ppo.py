@@ -28,6 +28,7 @@ from lenvm_rl.trainers.critic import (
 )
 from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_kl_reward
 from lenvm_rl.trainers.reading import value_logits
+from lenvm_rl.trainers.reward_scale import RewardScale
 from lenvm_rl.trainers.streams import (
     Batch,
     Streams,
@@ -167,6 +168,7 @@ class LenVMPPOTrainer(LenVMTrainer):
             **grpo_arguments,
         )
         check_settings(critic, self)
+        self._reward_scale = RewardScale(self.args)
         # Metrics of steps' batches: they are read when something is logged, so that no batch waits for them.
         self._unread: list[tuple[str, BatchMetrics]] = []
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
@@ -179,6 +181,10 @@ class LenVMPPOTrainer(LenVMTrainer):
 
     def _collect(self, batch: dict) -> Batch:
         read = super()._collect(batch)
+        outcomes, reduce = read.outcomes, read.processes.reduce
+        learn = self._mode == "train"
+        rewards = self._reward_scale(outcomes.rewards, outcomes.scored, ~read.completions.finished, reduce, learn)
+        read = replace(read, outcomes=replace(outcomes, rewards=rewards))
         if self.critic is None:
             return read
         with torch.no_grad():
@@ -283,6 +289,9 @@ class LenVMPPOTrainer(LenVMTrainer):
     def _run_epoch(self, *arguments, **options):
         super()._run_epoch(*arguments, **options)
         self._read_value_losses()
+
+    def _moving_parts(self) -> dict[str, object]:
+        return {**super()._moving_parts(), "reward_scale": self._reward_scale}
 
     def _write_state(self, folder: str) -> None:
         self._read_value_losses()
