@@ -168,7 +168,7 @@ CONFIGS = (
     LenVMPPOConfig, StageArguments, ModelConfig, LengthGuidance, LengthValueTrainingArguments, SampleArguments,
     SamplingSettings,
 )  # fmt: skip
-GROUPS = "length|lenvm|advantage|critic|steering|refresh|guidance|completions|kl_reward|clip_ratio"
+GROUPS = "length|lenvm|advantage|critic|steering|refresh|guidance|completions|kl_reward|clip_ratio|policy"
 METRIC = re.compile(rf"`((?:{GROUPS})/\w+|eval_[a-rt-z]\w+)`")
 
 

@@ -299,6 +299,10 @@ class LenVMGRPOConfig(LenVMConfig):
     """
 
 
+# So small that the loss has no term of it, and the reference is loaded all the same.
+NEGLIGIBLE_BETA = 1e-12
+
+
 class _GroupOfOne(int):
     """A 1 that passes for 2 where TRL asks: it refuses groups of one, which leave its own advantage nothing."""
 
@@ -346,8 +350,14 @@ class LenVMPPOConfig(LenVMConfig):
     kl_reward_coef: Annotated[float, NOT_NEGATIVE] = _setting(
         0.0,
         "Add -kl_reward_coef * (log pi - log pi_ref) of each token to the rewards, before GAE, so that the critic "
-        "learns it too. Needs beta > 0, without which TRL has no reference policy; the loss keeps its own term, so "
-        "give a small beta if the divergence is to be paid once. Every token costs, so it also shortens completions.",
+        "learns it too. The loss has a term of its own where beta is set as well. Every token costs, so it also "
+        "shortens completions.",
+    )
+    target_kl: Annotated[float | None, POSITIVE] = _setting(
+        None,
+        "Stop learning from a generation batch once an optimizer step's mean divergence from the policy that sampled "
+        "it (policy/approx_kl) is above this; the critic goes on. For batches that are used more than once "
+        "(num_iterations, steps_per_generation).",
     )
     missing_eos_penalty: Annotated[float | None, NOT_NEGATIVE] = _setting(
         None, "Subtract this from the reward of a completion that was cut, before anything else is done with it."
@@ -393,6 +403,9 @@ class LenVMPPOConfig(LenVMConfig):
     def __post_init__(self):
         if self.num_generations == 1:
             self.num_generations = _GroupOfOne(1)
+        if self.kl_reward_coef > 0.0 and self.beta == 0.0:
+            # TRL has a reference policy with beta > 0 only.
+            self.beta = NEGLIGIBLE_BETA
         super().__post_init__()
         self.num_generations = int(self.num_generations)
         if self.num_generations == 1 and (self.length_gate_center or self.length_gate == "pass_rate"):
@@ -406,11 +419,6 @@ class LenVMPPOConfig(LenVMConfig):
             raise ValueError(
                 f"critic_warmup_steps={self.critic_warmup_steps} are steps in which the critic alone learns, and with "
                 "critic_learning_rate=0 it does not: set one of the two."
-            )
-        if self.kl_reward_coef > 0.0 and self.beta == 0.0:
-            raise ValueError(
-                f"kl_reward_coef={self.kl_reward_coef} compares with the reference policy, which TRL has with beta > 0 "
-                "only: set beta, to a small number such as 1e-6 if the loss is to have no such term of its own."
             )
         if self.length_adaptive_alpha is not None and self.task_lam != 1.0:
             raise ValueError(

@@ -26,6 +26,7 @@ from lenvm_rl.trainers.critic import (
     place_critic,
     read_critic,
 )
+from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl
 from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_kl_reward
 from lenvm_rl.trainers.reading import value_logits
 from lenvm_rl.trainers.reward_scale import RewardScale
@@ -169,6 +170,9 @@ class LenVMPPOTrainer(LenVMTrainer):
         )
         check_settings(critic, self)
         self._reward_scale = RewardScale(self.args)
+        self._divergence = BatchDivergence(self.args.target_kl, self._sum_over_processes)
+        # Log-probabilities of the loss under way, as TRL computes them.
+        self._log_probs: Tensor | None = None
         # Metrics of steps' batches: they are read when something is logged, so that no batch waits for them.
         self._unread: list[tuple[str, BatchMetrics]] = []
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
@@ -181,6 +185,8 @@ class LenVMPPOTrainer(LenVMTrainer):
 
     def _collect(self, batch: dict) -> Batch:
         read = super()._collect(batch)
+        if self._mode == "train":
+            self._divergence.begin()
         outcomes, reduce = read.outcomes, read.processes.reduce
         learn = self._mode == "train"
         rewards = self._reward_scale(outcomes.rewards, outcomes.scored, ~read.completions.finished, reduce, learn)
@@ -235,17 +241,39 @@ class LenVMPPOTrainer(LenVMTrainer):
     def _policy_learns(self) -> bool:
         return self.state.global_step >= self.args.critic_warmup_steps
 
+    def _get_per_token_logps_and_entropies(self, *arguments, **options):
+        found = super()._get_per_token_logps_and_entropies(*arguments, **options)
+        self._log_probs = found[0].detach()
+        return found
+
     def _compute_loss(self, model, inputs):
-        if self._mode == "train" and not self._policy_learns:
+        training = self._mode == "train"
+        if training and (self._divergence.stopped or not self._policy_learns):
             # Without gradients, not with gradients of 0: the optimizer then neither decays nor moves a weight, and
             # its moments start with the first step that is one.
             with torch.no_grad():
-                super()._compute_loss(model, inputs)
-            return self.args.vf_coef * self._value_loss(inputs)
-        loss = super()._compute_loss(model, inputs)
+                loss = super()._compute_loss(model, inputs)
+            loss = torch.zeros_like(loss).requires_grad_()
+        else:
+            loss = super()._compute_loss(model, inputs)
+        self._measure_divergence(inputs, training)
         if not self._critic_learns:
             return loss
         return loss + self.args.vf_coef * self._value_loss(inputs)
+
+    def _measure_divergence(self, inputs: dict, training: bool) -> None:
+        """How far the policy has moved from the one that sampled the batch, of which TRL keeps nothing where it has
+        not moved."""
+        old, mask = inputs.get("old_per_token_logps"), inputs["completion_mask"]
+        if old is None:
+            return
+        divergence = approximate_kl(self._log_probs, old)
+        metrics = BatchMetrics(self._sum_over_processes)
+        metrics.mean("policy/approx_kl", divergence, mask)
+        metrics.mean("policy/stopped", torch.full_like(divergence, float(self._divergence.stopped)), mask)
+        self._unread.append((self._mode, metrics))
+        if training:
+            self._divergence.add(divergence, mask, last=self.accelerator.sync_gradients)
 
     def _value_loss(self, inputs: dict) -> Tensor:
         """The value loss as a mean over the tokens of the optimizer step that this batch is a part of."""

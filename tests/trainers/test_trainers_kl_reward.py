@@ -98,13 +98,21 @@ def test_a_run_logs_what_the_page_says_and_starts_at_the_reference(tmp_path, pol
     assert first == pytest.approx(0.0, abs=1e-6) and second != 0.0
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"kl_reward_coef": 0.1}, "set beta"), ({"kl_reward_coef": -0.1, "beta": 0.1}, "kl_reward_coef=-0.1")],
-)
+@pytest.mark.parametrize(("changes", "message"), [({"kl_reward_coef": -0.1, "beta": 0.1}, "kl_reward_coef=-0.1")])
 def test_refusals(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         LenVMPPOConfig(**settings(tmp_path, **changes))
+
+
+def test_without_beta_the_reference_is_loaded_and_the_loss_has_no_term_of_it(tmp_path, policy):
+    """Every weight as with a beta that float32 does not see."""
+    trained = []
+    for beta in (0.0, 1e-30):
+        trainer = ppo(tmp_path, lenvm=random_lenvm(), policy=policy, beta=beta, kl_reward_coef=0.05, max_steps=3)
+        trainer.train()
+        assert trainer.ref_model is not None
+        trained.append([weight.detach().clone() for weight in trainer.model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
 
 
 def test_without_a_critic_it_is_refused(tmp_path, policy):

@@ -1,0 +1,83 @@
+"""A policy that has moved far from the one that sampled a batch rests until the next, and its critic goes on."""
+
+import math
+
+import pytest
+import torch
+from test_trainers_coefficient import table
+from trainer_parts import first_is_w8, ppo, random_lenvm
+from transformers import TrainerCallback
+
+from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl
+
+
+def test_the_estimate_by_hand():
+    found = approximate_kl(torch.log(torch.tensor([0.5, 0.25, 0.25])), torch.log(torch.tensor([0.25, 0.5, 0.25])))
+    torch.testing.assert_close(found, torch.tensor([1 - math.log(2), math.log(2) - 0.5, 0.0]))
+
+
+def test_a_step_decides_over_all_of_its_micro_batches_and_processes():
+    """Two micro-batches of 3 tokens with sums .3 and .9, as on another process: the mean is 1.2 / 6 = .2."""
+    for target, stops in ((0.21, False), (0.19, True)):
+        divergence = BatchDivergence(target, lambda sums: 2 * sums)
+        mask = torch.tensor([[1, 1, 1, 0]])
+        divergence.add(torch.tensor([[0.1, 0.1, 0.1, 50.0]]), mask, last=False)
+        assert not divergence.stopped
+        divergence.add(torch.tensor([[0.3, 0.3, 0.3, 50.0]]), mask, last=True)
+        assert divergence.stopped == stops
+        # A batch that it stopped in stays so until the next.
+        divergence.add(torch.zeros(1, 4), mask, last=True)
+        assert divergence.stopped == stops
+        divergence.begin()
+        assert not divergence.stopped
+
+
+class Weights(TrainerCallback):
+    """Keeps a weight of the policy and of the critic after every optimizer step."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.kept.append([part.detach().clone() for part in self.parts()])
+
+
+def run(folder, **settings):
+    kept = Weights()
+    settings = {"num_iterations": 4, "learning_rate": 0.02, "critic_learning_rate": 0.02, "max_steps": 8} | settings
+    trainer = ppo(folder, first_is_w8, random_lenvm(), logging_steps=1, **settings)
+    kept.parts = lambda: (
+        [next(trainer.model.parameters())]
+        + ([] if trainer.critic is None else [trainer.accelerator.unwrap_model(trainer.critic).head.output.weight])
+    )
+    trainer.add_callback(kept)
+    trainer.train()
+    moved = [
+        [not torch.equal(one, other) for one, other in zip(before, after, strict=True)]
+        for before, after in zip(kept.kept, kept.kept[1:], strict=False)
+    ]
+    return trainer, [each[0] for each in moved], [each[-1] for each in moved]
+
+
+def test_the_policy_rests_and_the_critic_learns(tmp_path):
+    trainer, policy, critic = run(tmp_path, target_kl=1e-6)
+    # The first step of a batch moves; the second, which is the first to see how far, moves too; then it rests.
+    assert policy == [True, False, False, True, True, False, False]
+    assert all(critic)
+    stopped = [entry["policy/stopped"] for entry in trainer.state.log_history if "policy/stopped" in entry]
+    assert stopped == [0, 0, 1, 1, 0, 0, 1, 1]
+    divergence = [entry["policy/approx_kl"] for entry in trainer.state.log_history if "policy/approx_kl" in entry]
+    assert divergence[0] == pytest.approx(0.0, abs=1e-6) and divergence[1] > 1e-6
+    names = {name for entry in trainer.state.log_history for name in entry if name.startswith("policy/")}
+    assert names == table("Divergence within a batch")
+
+
+def test_without_a_target_or_within_it_every_step_moves(tmp_path):
+    for target in (None, 1e9):
+        _, policy, _ = run(tmp_path, target_kl=target)
+        assert all(policy)
+
+
+def test_without_a_learned_critic_nothing_moves_while_it_rests(tmp_path):
+    _, policy, _ = run(tmp_path, target_kl=1e-6, critic="lenvm", length_coef=0.5, length_gate="all")
+    assert policy == [True, False, False, True, True, False, False]
