@@ -154,7 +154,7 @@ def _full_rows(
     longer = {name: torch.cat([each, each[:, -1:].expand(-1, 3)], dim=1) for name, each in inputs.items()}
     alone = model(**inputs).logits[:, -1].float()
     again = model(**longer).logits[:, rows.shape[1] - 1].float()
-    return alone.view(candidates.shape), float((again - alone).abs().max())
+    return alone.view(*candidates.shape, *alone.shape[1:]), float((again - alone).abs().max())
 
 
 def _name(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ Temperature and the most tokens are the request's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -27,7 +28,11 @@ MOST_CANDIDATES = 256
 
 
 def guidance_of_request(
-    given: Mapping[str, Any], temperature: float, max_tokens: int | None = None, min_tokens: int = 0
+    given: Mapping[str, Any],
+    temperature: float,
+    max_tokens: int | None = None,
+    min_tokens: int = 0,
+    vocab_size: float = math.inf,
 ) -> LengthGuidance | None:
     """The guidance that a request asks for, `None` if none of its keys is of length guidance.
 
@@ -36,6 +41,7 @@ def guidance_of_request(
         temperature (`float`): of the request; 0 is greedy.
         max_tokens (`int`, *optional*): the most tokens of a completion, end-of-sequence counted.
         min_tokens (`int`, *optional*, defaults to `0`): tokens before which the end is barred.
+        vocab_size (`float`, *optional*): where it is known and small, all tokens may be candidates.
 
     Raises:
         ValueError: a key is not known, a value is out of its bounds, or two settings exclude each other.
@@ -50,10 +56,10 @@ def guidance_of_request(
     if settings.get("enforce") in (0, 1):
         # Where truth values come as numbers.
         settings["enforce"] = bool(settings["enforce"])
-    if settings.get("mode", TILT) == TILT and "strength" not in settings:
-        raise ValueError("length_strength is missing: without it, mode 'tilt' does nothing.")
     guidance = LengthGuidance(temperature=temperature, **settings)
-    if guidance.needs_values and not 0 < guidance.top_k <= MOST_CANDIDATES:
+    if guidance.mode == TILT and "strength" not in settings:
+        raise ValueError("length_strength is missing: without it, mode 'tilt' does nothing.")
+    if guidance.needs_values and min(guidance.top_k or math.inf, vocab_size) > MOST_CANDIDATES:
         raise ValueError(
             f"length_top_k must lie in [1, {MOST_CANDIDATES}], the candidates scored at every step. 15 is usual."
         )

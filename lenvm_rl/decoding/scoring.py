@@ -8,12 +8,14 @@ a row is scored: until then, its tokens wait.
 - [`SlotScorer`]: one forward for each scoring. The candidates of a row are siblings: they stand at the same position,
   see the cached prefix and themselves, and not each other. The keys and values of the chosen candidate become part of
   the prefix, so that no second forward is needed; tokens that wait join it in the forward of the next candidates.
+  It also says what a model gives at the [`~SlotScorer.last`] token of rows: so it decodes a policy's rows.
 - [`FullRowScorer`]: runs each candidate as a complete row. Slow; works with any backbone, and serves as the reference.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from array import array
 from collections import deque
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 from lenvm_rl.decoding.comparison import check_against_full_rows
 from lenvm_rl.decoding.token_cache import PackedForward, Segment, TokenCache
-from lenvm_rl.modeling.backbones import context_of
+from lenvm_rl.modeling.backbones import CACHE_NAMES, context_of
 from lenvm_rl.modeling.completions import check_in_eval_mode, pad_left
 
 
@@ -43,11 +45,17 @@ class _Row:
 
 @dataclass
 class _Work:
-    """Candidates of a row that are still to be scored: where they stand in the result, and which they are."""
+    """Candidates of a row that are still to be scored: where they stand in the result, and which they are. Without any,
+    it is the row's last token whose output is wanted."""
 
     row: _Row
     at: list[int]
     ids: list[int]
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the row that are not in the cache."""
+        return len(self.row.ids) - len(self.row.places)
 
 
 class Scorer:
@@ -63,7 +71,8 @@ class Scorer:
         self._next_slot = 0
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the model is."""
         return self.model.get_input_embeddings().weight.device
 
     def check_length(self, tokens: int) -> None:
@@ -140,7 +149,8 @@ class SlotScorer(Scorer):
     Args:
         length_value_model (`LengthValueModel`): or any model whose decoder takes its attention from transformers'
             `AttentionInterface`, with a forward of `input_ids`, `position_ids`, `past_key_values` and `use_cache` that
-            returns `.logits` `(B, S)`. However it was loaded, its own attention is not used.
+            returns `.logits` `(B, S)`. However it was loaded, its own attention is not used. The logits of a policy are
+            `(B, S, V)`, and what is `(R, k)` below is `(R, k, V)` then.
         max_tokens (`int`, *optional*, defaults to `16384`): the most tokens in one forward; more are read in several.
         max_cached_tokens (`int`, *optional*): the most tokens whose keys and values are held, candidates included.
             Without it, as many as there are. A token takes ``2 * layers * key-value heads * head size`` numbers of the
@@ -157,6 +167,10 @@ class SlotScorer(Scorer):
             raise ValueError(f"max_cached_tokens must be at least 2, a token and a candidate, got {max_cached_tokens}.")
         self.max_cached_tokens = max_cached_tokens
         self._cache = TokenCache(length_value_model, max_cached_tokens)
+        taken = inspect.signature(length_value_model.forward).parameters
+        # What saves a policy the scores after tokens that nobody asks for.
+        self._keeps = "logits_to_keep" in taken
+        self._cache_name = next((name for name in CACHE_NAMES if name in taken), "past_key_values")
         self._time = 0
         # For the comparison: how much further out than they stand tokens are, but for those that a row came with.
         self.leap = 0
@@ -210,16 +224,39 @@ class SlotScorer(Scorer):
     @torch.no_grad()
     def score(self, slots: Sequence[int], candidates: Tensor, valid: Tensor) -> Tensor:
         """Logits of the states after each candidate, as [`Scorer.score`] says, in one forward if they fit into one."""
-        work = deque(self._work(slots, candidates, valid))
-        scored = torch.zeros(candidates.numel(), dtype=torch.float32, device=self._device)
+        at, logits = self._read(self._work(slots, candidates, valid))
+        scored = logits.new_zeros(candidates.numel(), *logits.shape[1:])
+        scored[at] = logits
+        return scored.view(*candidates.shape, *logits.shape[1:]).to(candidates.device)
+
+    @torch.no_grad()
+    def last(self, slots: Sequence[int]) -> Tensor:
+        """What the model gives at the last token of each row, float32: a length value model logits `(R,)`, a policy
+        scores of the next token `(R, V)`. Tokens are read once, except that asking twice reads the last one again.
+
+        Args:
+            slots (sequence of `int`, R of them, at least one): rows, each named once.
+        """
+        work = [_Work(self._rows[slot], [index], []) for index, slot in enumerate(slots)]
+        self.check_length(max(len(each.row.ids) for each in work))
+        for each in work:
+            if not each.unread:
+                self._cache.give_back([each.row.places.pop()])
+        at, logits = self._read(work)
+        return torch.empty_like(logits).index_copy_(0, at, logits)
+
+    def _read(self, work: list[_Work]) -> tuple[Tensor, Tensor]:
+        """Does the work: where in the result, and the logits that belong there."""
         self._time += 1
         for each in work:
             each.row.used = self._time
             # Those that were not chosen.
             self._forget_siblings(each.row)
-        while work:
-            self._forward(self._part(work), scored)
-        return scored.view(candidates.shape).to(candidates.device)
+        left, found = deque(work), [([], torch.zeros(0, device=self.device))] if not work else []
+        while left:
+            found.append(self._forward(self._part(left)))
+        at = torch.tensor([place for places, _ in found for place in places], dtype=torch.long, device=self.device)
+        return at, torch.cat([logits for _, logits in found])
 
     def _part(self, work: deque[_Work]) -> list[tuple[_Work, int]]:
         """Takes from the work what fits into a forward, and with it into the cache: of each row so many tokens that
@@ -235,53 +272,61 @@ class SlotScorer(Scorer):
             fit = int(min(tokens, room - len(row.places) - len(row.siblings)))
             if fit < 1 or (part and room - len(row.ids) < 1):
                 break
-            follow = min(len(row.ids) - len(row.places), fit)
-            count = min(len(each.ids), fit - follow) if len(row.places) + follow == len(row.ids) else 0
-            part.append((_Work(row, each.at[:count], each.ids[:count]), follow))
+            follow = min(each.unread, fit)
+            read_through = follow == each.unread
+            count = min(len(each.ids), fit - follow) if read_through else 0
+            at = each.at[:count] if each.ids else each.at[:read_through]
+            part.append((_Work(row, at, each.ids[:count]), follow))
             tokens -= follow + count
             room -= len(row.places) + len(row.siblings) + follow + count
-            if count < len(each.ids):
-                each.at, each.ids = each.at[count:], each.ids[count:]
+            if count < len(each.ids) or not read_through:
+                each.at, each.ids = each.at[len(at) :], each.ids[count:]
                 break
             work.popleft()
         return part
 
-    def _forward(self, part: list[tuple[_Work, int]], scored: Tensor) -> None:
-        """Reads what follows in each row, scores its candidates, and keeps both."""
+    def _forward(self, part: list[tuple[_Work, int]]) -> tuple[list[int], Tensor]:
+        """Reads what follows in each row, scores its candidates, and keeps both. Returns as [`_read`] does."""
         self._make_room(part)
-        segments, ids, positions, at, candidates = [], [], [], [], []
+        segments, ids, positions, at, asked = [], [], [], [], []
         for work, follow in part:
             row = work.row
             read, count = len(row.places), len(work.ids)
             places = row.places + array("q", self._cache.take(follow + count))
             segments.append(Segment(places, read, follow, count))
-            candidates += range(len(ids) + follow, len(ids) + follow + count)
+            # Candidates, or the token before where they would stand.
+            first = len(ids) + follow - (not count)
+            asked += range(first, first + len(work.at))
             ids += row.ids[read : read + follow] + work.ids
             steps = [*range(read, read + follow), *[read + follow] * count]
             positions += [step + self.leap * (step >= row.first) for step in steps]
             at += work.at
-        logits = self._logits(ids, positions, segments)[candidates]
-        scored[torch.tensor(at, dtype=torch.long, device=self._device)] = logits
+        logits = self._logits(ids, positions, segments, asked)
         for (work, _), segment in zip(part, segments, strict=True):
             known = segment.read + segment.follow
             work.row.places = segment.places[:known]
             work.row.siblings.update(zip(work.ids, segment.places[known:], strict=True))
+        return at, logits
 
-    def _logits(self, ids: list[int], positions: list[int], segments: list[Segment]) -> Tensor:
-        """Logits `(N,)` of a packed forward. If it fails, its places are free again, and no row has read anything."""
+    def _logits(self, ids: list[int], positions: list[int], segments: list[Segment], asked: list[int]) -> Tensor:
+        """Logits of the tokens `asked` for in a packed forward. If it fails, its places are free again, and no row has
+        read anything."""
+        wanted = torch.tensor(asked, dtype=torch.long, device=self.device)
+        keep = {"logits_to_keep": wanted} if self._keeps else {}
         try:
-            with self._cache.reading(PackedForward(segments, self._device)) as cache:
+            with self._cache.reading(PackedForward(segments, self.device)) as cache:
                 output = self.model(
-                    input_ids=torch.tensor([ids], device=self._device),
-                    position_ids=torch.tensor([positions], device=self._device),
-                    past_key_values=cache,
+                    input_ids=torch.tensor([ids], device=self.device),
+                    position_ids=torch.tensor([positions], device=self.device),
                     use_cache=True,
+                    **{self._cache_name: cache},
+                    **keep,
                 )
         except BaseException:
             for each in segments:
                 self._cache.give_back(each.places[each.read :])
             raise
-        return output.logits[0].float()
+        return (output.logits[0] if self._keeps else output.logits[0, wanted]).float()
 
     def _make_room(self, part: list[tuple[_Work, int]]) -> None:
         """Drops rows that are not at work until there is place for what is: those that were scored longest ago."""
@@ -319,12 +364,12 @@ class FullRowScorer(Scorer):
     def score(self, slots: Sequence[int], candidates: Tensor, valid: Tensor) -> Tensor:
         """Logits of the states after each candidate, as [`Scorer.score`] says."""
         work = self._work(slots, candidates, valid)
-        scored = torch.zeros(candidates.numel(), dtype=torch.float32, device=self._device)
+        scored = torch.zeros(candidates.numel(), dtype=torch.float32, device=self.device)
         rows = [[*each.row.ids, candidate] for each in work for candidate in each.ids]
-        at = torch.tensor([index for each in work for index in each.at], dtype=torch.long, device=self._device)
+        at = torch.tensor([index for each in work for index in each.at], dtype=torch.long, device=self.device)
         size = max(1, self.max_tokens // max(map(len, rows), default=1))
         for start in range(0, len(rows), size):
-            ids, exists = pad_left(rows[start : start + size], device=self._device)
+            ids, exists = pad_left(rows[start : start + size], device=self.device)
             logits = self.model(input_ids=ids, attention_mask=exists).logits[:, -1]
             scored[at[start : start + size]] = logits.float()
         return scored.view(candidates.shape).to(candidates.device)

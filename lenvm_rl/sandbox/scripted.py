@@ -218,9 +218,12 @@ class ScriptedPolicy(ScriptedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
+        use_cache: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits `(B, S, V)` of `input_ids` `(B, S)`; masks, positions and cache change nothing."""
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(logits=self.table(input_ids[:, keep]), past_key_values=past_key_values)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.serve.engine import Engine, Job
-from lenvm_rl.serve.protocol import Answer, ChatRequest, CompletionRequest, GenerationRequest, RequestError, check_model
+from lenvm_rl.serve.protocol import Answer, ChatRequest, CompletionRequest, GenerationRequest, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,6 @@ def create_app(engine: Engine) -> FastAPI:
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="lenvm_rl.serve", lifespan=lifespan, openapi_url=None)
-    card = {"id": engine.name, "object": "model", "created": int(time.time()), "owned_by": "lenvm_rl"}
 
     @app.get("/health")
     async def health() -> dict:
@@ -90,12 +88,8 @@ def create_app(engine: Engine) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict:
+        card = {"id": engine.name, "object": "model", "created": 0, "owned_by": "lenvm_rl"}
         return {"object": "list", "data": [card]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict:
-        check_model(name, engine.name)
-        return card
 
     app.add_route("/v1/completions", partial(answer, engine, CompletionRequest), methods=["POST"])
     app.add_route("/v1/chat/completions", partial(answer, engine, ChatRequest), methods=["POST"])
@@ -104,12 +98,6 @@ def create_app(engine: Engine) -> FastAPI:
     async def refused(request: Request, error: RequestError) -> Response:
         headers = {"Retry-After": "1"} if error.status == 429 else {}
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
-
-    @app.exception_handler(404)
-    @app.exception_handler(405)
-    async def no_such_endpoint(request: Request, error: Exception) -> Response:
-        message = f"There is no {request.method} {request.url.path} here: see GET /v1/models, and POST /v1/completions "
-        return await refused(request, RequestError(f"{message}and /v1/chat/completions.", status=error.status_code))
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
@@ -138,9 +126,9 @@ async def answer(engine: Engine, kind: type[GenerationRequest], request: Request
             if await request.is_disconnected():
                 return Response(status_code=NOBODY_READS)
         check_not_failed(job)
+        return JSONResponse(Answer(job, engine.name).whole())
     finally:
         job.cancel()
-    return JSONResponse(Answer(job, engine.name).whole())
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -161,8 +149,6 @@ async def stream(job: Job, name: str, news: asyncio.Event) -> AsyncIterator[str]
     """The server-sent events of a streamed answer."""
     writer, done = Answer(job, name), False
     try:
-        for chunk in writer.opening():
-            yield event(chunk)
         while not done:
             await news.wait()
             news.clear()

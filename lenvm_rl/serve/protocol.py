@@ -1,8 +1,11 @@
 """What requests to `lenvm_rl.serve` may say, and the bodies of its answers: OpenAI's, and what length guidance adds.
 
 No field is ignored: what the server cannot do is refused by name, unless it is asked for at the value at which it does
-nothing. The guidance stands in a field of its own, where the `extra_body` of OpenAI's client puts it:
-``"length_guidance": {"mode": "equal_to", "target_length": 50, "top_k": 64}``.
+nothing. Guidance, from the `extra_body` of OpenAI's client, stands in a field of its own or under the flat keys of
+[`lenvm_rl.decoding.requests`]:
+
+    {"length_guidance": {"mode": "equal_to", "target_length": 50, "top_k": 15}}
+    {"length_mode": "equal_to", "length_target": 50, "length_top_k": 15}
 
 An answer's `length_guidance` holds `predicted_length`, what the length value model predicted at the prompt, and
 `forced`, the steps at which the hard bound overruled the choice, over all choices; each choice has its own `length` and
@@ -16,26 +19,30 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lenvm_rl.decoding.guidance import LengthGuidance
+from lenvm_rl.decoding.requests import KEYS, PREFIX, guidance_of_request
 
 if TYPE_CHECKING:
     from lenvm_rl.serve.engine import Choice, Job
 
-# `temperature` and `top_p` are OpenAI's own and stay at the top of the request.
-KNOBS = tuple(field.name for field in fields(LengthGuidance) if field.name not in ("temperature", "top_p"))
-# Below this, float32 scores overflow; the distribution has been on one token for long.
-COLDEST = 1e-6
+# From field to flat key.
+FLAT = {name: key for key, name in KEYS.items()}
+# Fields of OpenAI's that are not supported, which may stand at the values, in JSON, at which they do nothing.
+DOES_NOTHING = {
+    "best_of": ["1"], "echo": ["false"], "suffix": ['""'], "logit_bias": ["{}"], "metadata": ["{}"],
+    "store": ["false"], "frequency_penalty": ["0", "0.0"], "presence_penalty": ["0", "0.0"],
+    "service_tier": ['"auto"', '"default"'], "logprobs": ["false"], "top_logprobs": ["0"], "tools": ["[]"],
+    "tool_choice": ['"none"', '"auto"'], "functions": ["[]"], "function_call": ['"none"'],
+    "parallel_tool_calls": ["true"], "modalities": ['["text"]'], "reasoning_effort": ['"none"'],
+    "response_format": ['{"type": "text"}'],
+}  # fmt: skip
 MAX_INTEGER = 2**63 - 1
 # Characters of an error, which may quote what it is about.
 MAX_MESSAGE = 400
-# What OpenAI calls the type of an error, by its status.
-TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
 class RequestError(Exception):
@@ -43,19 +50,33 @@ class RequestError(Exception):
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
         super().__init__(message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 1] + "…")
-        # A name that is no Unicode cannot be sent.
-        param = None if param is None else param.encode("utf-8", "backslashreplace").decode()
         self.param, self.code, self.status = param, code, status
 
     def body(self) -> dict[str, Any]:
         """The body of the answer."""
-        kind = TYPES.get(self.status, "invalid_request_error")
-        message = str(self).encode("utf-8", "backslashreplace").decode()
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        # What is no Unicode cannot be sent.
+        texts = (text and text.encode("utf-8", "backslashreplace").decode() for text in (str(self), self.param))
+        message, param = texts
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
 def _without_nulls(data: Any) -> Any:
     return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+def _tidied(data: Any) -> Any:
+    """Without the fields that do nothing, and with flat keys in the place of an object of guidance."""
+    if not isinstance(data, dict):
+        return data
+    told = {name: value for name, value in data.items() if json.dumps(value) not in DOES_NOTHING.get(name, ())}
+    if "length_guidance" not in told:
+        flat = [name for name in told if name.startswith(PREFIX)]
+        told["length_guidance"] = {name: told.pop(name) for name in flat}
+    # Two names for one.
+    if (most := told.get("max_completion_tokens")) == told.setdefault("max_tokens", most):
+        told.pop("max_completion_tokens", None)
+    return told
 
 
 def _one_prompt(prompt: Any) -> Any:
@@ -72,16 +93,14 @@ def _one_prompt(prompt: Any) -> Any:
 
 
 def _joined(content: Any) -> Any:
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("may hold parts of type text only, each with its text")
+        content = "".join(texts)
     if isinstance(content, str):
         content.encode()
-    if not isinstance(content, list):
-        return content
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("may hold parts of type text only, each with its text")
-    joined = "".join(texts)
-    joined.encode()
-    return joined
+    return content
 
 
 def _as_list(stop: Any) -> Any:
@@ -90,10 +109,6 @@ def _as_list(stop: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 StopString = Annotated[str, Field(min_length=1)]
-# For fields of OpenAI's that are not supported, which may stand at the values at which they do nothing.
-Zero = Annotated[float, Field(ge=0, le=0)]
-EmptyObject = Annotated[dict, Field(max_length=0)]
-EmptyList = Annotated[list, Field(max_length=0)]
 
 
 class Body(BaseModel):
@@ -117,19 +132,14 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] = False
 
 
-class ResponseFormat(Body):
-    """The one format that there is."""
-
-    type: Literal["text"]
-
-
 class GenerationRequest(Body):
-    """What both endpoints take; `max_tokens` and `max_completion_tokens` are two names for one."""
+    """What both endpoints take; `max_completion_tokens` is another name for `max_tokens`."""
 
+    # Such validators run from the last to the first.
+    _tidy = model_validator(mode="before")(_tidied)
     model: str
     n: Count = 1
     max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-MAX_INTEGER - 1, le=MAX_INTEGER)] | None = None
@@ -137,56 +147,35 @@ class GenerationRequest(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
-    # The other fields of `LengthGuidance`.
+    # By the names of its fields and by flat keys.
     length_guidance: dict[str, Any] = {}
     # They say who asks, and change no answer.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    frequency_penalty: Zero = 0.0
-    presence_penalty: Zero = 0.0
-    logit_bias: EmptyObject = {}
-    metadata: EmptyObject = {}
-    store: Literal[False] = False
-    service_tier: Literal["auto", "default"] = "auto"
-
-    @property
-    def max_tokens_field(self) -> str:
-        """What the request calls the most tokens of a choice."""
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @cached_property
-    def guidance(self) -> LengthGuidance:
-        """How to guide; a [`RequestError`] where that makes no sense."""
-        for name in self.length_guidance:
-            if name not in KNOBS:
-                place = "stands at the top of the request" if name in ("temperature", "top_p") else "is no such field"
-                message = f"length_guidance: {name!r} {place}; its fields are {', '.join(KNOBS)}."
-                raise RequestError(message, f"length_guidance.{name}", "unknown_parameter")
+    def guidance(self, max_tokens: float, vocab_size: int) -> LengthGuidance:
+        """How to guide completions of at most so many tokens; a [`RequestError`] where that makes no sense."""
+        given = _without_nulls(self.length_guidance)
+        flat = any(name.startswith(PREFIX) for name in given)
+        stated = {FLAT.get(name, name if flat else PREFIX + name): value for name, value in given.items()}
+        if stated and self.top_p < 1 and stated.setdefault(FLAT["top_p"], self.top_p) != self.top_p:
+            raise RequestError("top_p and the top_p of length guidance differ: leave one out.", "top_p")
         try:
-            knobs = _without_nulls(self.length_guidance)
-            return LengthGuidance(temperature=self.temperature, top_p=self.top_p, **knobs)
+            guidance = guidance_of_request(stated, self.temperature, max_tokens, vocab_size=vocab_size)
+            return guidance or LengthGuidance(temperature=self.temperature, top_p=self.top_p)
         except ValueError as error:
-            # Its messages begin with the name of the field.
-            first = re.match(r"\w*", str(error)).group()
-            place = f"length_guidance.{first}" if first in KNOBS else "length_guidance"
-            raise RequestError(str(error), place) from error
-
-    @model_validator(mode="after")
-    def _check(self) -> GenerationRequest:
-        most = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(most) == 2:
-            raise RequestError("max_tokens and max_completion_tokens differ: give one of them.", "max_tokens")
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options is for streams: set stream to true, or leave it out.", "stream_options")
-        if 0 < self.temperature < COLDEST:
-            raise RequestError(f"temperature is {self.temperature}: say 0 for greedy decoding.", "temperature")
-        return self
+            # Its messages begin with the name of a field or of its key.
+            first = re.match(r"[^\s=]*", str(error)).group()
+            key = FLAT.get(first, first)
+            name = key if flat else KEYS.get(key, key.removeprefix(PREFIX))
+            place = name if flat or first == "temperature" else f"length_guidance.{name}"
+            raise RequestError(str(error).replace(key, name), place) from error
 
 
 class CompletionRequest(GenerationRequest):
@@ -196,15 +185,6 @@ class CompletionRequest(GenerationRequest):
     # As at OpenAI; a chat goes on as far as context and limit allow.
     default_tokens: ClassVar[int | None] = 16
     prompt: Annotated[Any, BeforeValidator(_one_prompt)]
-    best_of: Count | None = None
-    echo: Literal[False] = False
-    suffix: Literal[""] = ""
-
-    @model_validator(mode="after")
-    def _check_best(self) -> CompletionRequest:
-        if self.best_of not in (None, 1, self.n):
-            raise RequestError("best_of is not supported: leave it out, or say n.", "best_of")
-        return self
 
 
 class ChatRequest(GenerationRequest):
@@ -213,16 +193,6 @@ class ChatRequest(GenerationRequest):
     prompt_field: ClassVar[str] = "messages"
     default_tokens: ClassVar[int | None] = None
     messages: Annotated[list[Message], Field(min_length=1)]
-    function_call: Literal["none"] = "none"
-    functions: EmptyList = []
-    tool_choice: Literal["none", "auto"] = "auto"
-    tools: EmptyList = []
-    parallel_tool_calls: Literal[True] = True
-    logprobs: Literal[False] = False
-    top_logprobs: Zero = 0
-    modalities: list[Literal["text"]] = ["text"]
-    reasoning_effort: Literal["none"] = "none"
-    response_format: ResponseFormat | None = None
 
     @property
     def prompt(self) -> list[dict[str, str]]:
@@ -239,26 +209,21 @@ def read_request(body: bytes, kind: type[GenerationRequest], served: str) -> Gen
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
         if not place:
             raise RequestError("The request's body must be a JSON object.") from error
-        if first["type"] == "extra_forbidden" and place in KNOBS:
-            message = f"{place} is a knob of length guidance: write it into length_guidance."
-            raise RequestError(message, place, "unknown_parameter") from error
-        code = "unknown_parameter" if first["type"] == "extra_forbidden" else None
-        shown = json.dumps(first["input"], default=str)[:80]
-        raise RequestError(f"{place[:80]}: {first['msg']} (got {shown}).", place, code) from error
+        unknown = first["type"] == "extra_forbidden"
+        message = f"{place[:80]}: {first['msg']} (got {json.dumps(first['input'], default=str)[:80]})."
+        if unknown and place in KEYS.values():
+            message = f"{place} is a setting of length guidance: write it into length_guidance."
+        raise RequestError(message, place, "unknown_parameter" if unknown else None) from error
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The request's body is not JSON ({error}): send a JSON object.") from error
-    check_model(request.model, served)
+    if request.model != served:
+        message = f"The model {request.model!r} is not served here: say {served!r}."
+        raise RequestError(message, "model", "model_not_found", 404)
     return request
 
 
-def check_model(name: str, served: str) -> None:
-    """Raises a [`RequestError`] unless the model is the one that is served."""
-    if name != served:
-        raise RequestError(f"The model {name!r} is not served here: say {served!r}.", "model", "model_not_found", 404)
-
-
 class Answer:
-    """Writes the answer to one job, whole, or in chunks: the first ones, then what is new, then the last ones."""
+    """Writes the answer to one job, whole, or in chunks: what is new, and then the last ones."""
 
     def __init__(self, job: Job, model: str):
         self.job, self.request, self.chat = job, job.request, isinstance(job.request, ChatRequest)
@@ -281,11 +246,6 @@ class Answer:
             choices.append(self._choice(choice.index, content, choice.token_ids, choice))
         return {**self._head, "choices": choices, "usage": self._usage(), **self._about_all()}
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Chunks before the first piece: in a chat, they say who speaks."""
-        said = {"delta": {"role": "assistant", "content": ""}}
-        return [self._chunk(self._choice(index, said, [])) for index in range(self.request.n if self.chat else 0)]
-
     def news(self) -> Iterator[dict[str, Any]]:
         """A chunk for each choice that went on; the one that finishes the last choice says what guidance did."""
         for choice in [choice for choice in self.job.choices if choice.index not in self._finished]:
@@ -296,7 +256,8 @@ class Answer:
             if text or over:
                 self._sent[choice.index] = characters + len(text), tokens + len(ids)
                 self._finished |= {choice.index} if over else set()
-                content = {"delta": {"content": text}} if self.chat else {"text": text}
+                role = {} if characters or tokens else {"role": "assistant"}
+                content = {"delta": {**role, "content": text}} if self.chat else {"text": text}
                 about = self._about_all() if len(self._finished) == self.request.n else {}
                 yield {**self._chunk(self._choice(choice.index, content, ids, over)), **about}
 

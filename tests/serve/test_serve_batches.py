@@ -1,4 +1,4 @@
-"""Requests that wait together are generated together, and each gets what it would get alone."""
+"""Requests that are there at the same time are generated together, and each gets what it would get alone."""
 
 import logging
 import math
@@ -13,28 +13,37 @@ from test_serve import MESSAGES, complete, ids_of, lengths_of, scripted_engine, 
 from tiny import tiny_gpt2, tiny_length_value_model, tiny_llama, tiny_tokenizer
 from transformers import RwkvConfig, RwkvForCausalLM
 
+from lenvm_rl.decoding.policy import SingleRowReader
+from lenvm_rl.decoding.scoring import SlotScorer
 from lenvm_rl.sandbox.scripted import EOS, START, geometric_chain
 from lenvm_rl.serve.engine import Engine
 
 
 @contextmanager
 def together(engine, size):
-    """A pool whose first `size` requests wait until all are there. Yields it and, for each generation, its rows."""
-    release, rows, generate = threading.Event(), [], engine.model.generate
+    """A pool whose first `size` requests wait until all are there. Yields it and, for each step, its choices."""
+    release, rows = threading.Event(), []
+    advance, fits = engine._scores, engine._fits
 
-    def spied(prompts, **arguments):
-        rows.append(prompts.shape[0])
-        return generate(prompts, **arguments)
+    def spied(jobs):
+        rows.append(sum(len(job.living) if job.choices else job.request.n for job in jobs))
+        return advance(jobs)
 
-    engine.model.generate = spied
-    engine._worker.submit(release.wait, 20)
+    engine._scores, engine._fits = spied, lambda: release.is_set() and fits()
+
+    def go():
+        wait_until(lambda: len(engine.jobs) == size)
+        release.set()
+        with engine._changed:
+            engine._changed.notify()
+
     try:
         with ThreadPoolExecutor(size + 1) as pool:
-            pool.submit(lambda: (wait_until(lambda: len(engine.jobs) == size), release.set()))
+            pool.submit(go)
             yield pool, rows
     finally:
         release.set()
-        engine.model.generate = generate
+        engine._scores, engine._fits = advance, fits
 
 
 def said(answer):
@@ -77,7 +86,7 @@ def test_each_gets_what_it_gets_alone(make):
         with together(engine, len(MIXED)) as (pool, rows):
             beside = list(pool.map(lambda fields: ask(client, fields), MIXED))
         # One of them has three choices.
-        assert rows == [len(MIXED) + 2]
+        assert rows[0] == len(MIXED) + 2
     for (choices, usage, about), (others, counts, told) in zip(alone, beside, strict=True):
         assert choices == others and usage == counts and about["forced"] == told["forced"]
         assert told["predicted_length"] == pytest.approx(about["predicted_length"], rel=1e-4, abs=1e-4)
@@ -96,27 +105,17 @@ def test_chats_and_completions_share_a_generation():
         with together(engine, 2) as (pool, rows):
             jobs = pool.submit(chat, 0), pool.submit(complete, client, temperature=0, max_tokens=9)
             assert (jobs[0].result(), jobs[1].result().choices[0].text) == alone
-        assert rows == [2]
+        assert rows[0] == 2
 
 
 def test_a_token_costs_one_forward_for_all_who_wait():
     engine = scripted_engine(geometric_chain(1e-9, 20))
     forwards = []
-    engine.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    engine.policy.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     with serving(engine) as client, together(engine, 8) as (pool, rows):
         answers = list(pool.map(lambda i: complete(client, [START + i], max_tokens=10 + i), range(8)))
     assert [lengths_of(answer) for answer in answers] == [[10 + i] for i in range(8)]
-    assert rows == [8] and len(forwards) == 17
-
-
-def test_requests_sent_at_once_find_each_other(monkeypatch):
-    """The first of them does not run off alone."""
-    monkeypatch.setattr("lenvm_rl.serve.engine.GATHER", 0.5)
-    engine = scripted_engine(geometric_chain(1e-9, 20))
-    with serving(engine) as client, together(engine, 1) as (pool, rows):
-        complete(client, [START], max_tokens=1)
-        assert list(pool.map(lambda _: complete(client, [START], max_tokens=4), range(2)))
-    assert rows == [1, 2]
+    assert rows == [8 - max(0, step - 9) for step in range(17)] and len(forwards) == 17
 
 
 def test_no_more_rows_than_max_choices_in_the_order_of_arrival():
@@ -128,17 +127,26 @@ def test_no_more_rows_than_max_choices_in_the_order_of_arrival():
             if place < 4:
                 wait_until(lambda place=place: len(engine.jobs) == place)
         assert [len(job.result().choices) for job in jobs] == [3, 2, 1, 4]
-    assert rows == [3, 3, 4]
+    assert rows == [3] * 6 + [4] * 3
 
 
-def test_who_is_done_is_answered_while_others_go_on():
+def test_who_comes_joins_those_under_way_and_is_answered_while_they_go_on():
     engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000)
-    with serving(engine) as client, together(engine, 2) as (pool, rows):
-        endless = pool.submit(complete, client, [START], max_tokens=50_000, stream=True)
-        assert lengths_of(pool.submit(complete, client, [START], max_tokens=3).result(10)) == [3]
-        assert rows == [2] and engine.jobs
-        endless.result().close()
-        wait_until(lambda: not engine.jobs, 5)
+    with serving(engine) as client, complete(client, [START], max_tokens=50_000, stream=True) as endless:
+        next(iter(endless))
+        assert lengths_of(complete(client, [START], max_tokens=3)) == [3]
+        (job,) = engine.jobs
+        assert job.choices[0].finish_reason is None
+
+
+def test_who_joins_late_gets_what_it_gets_alone():
+    engine = tiny_engine()
+    fields = {"guidance": {"strength": -3.0, "top_k": 9}, "max_tokens": 30, "seed": 4, "n": 2}
+    with serving(engine) as client:
+        alone = said(complete(client, **fields))
+        with complete(client, "w9", {"strength": -90.0, "top_k": 9}, max_tokens=500, stream=True) as other:
+            next(iter(other))
+            assert said(complete(client, **fields)) == alone
 
 
 def test_who_leaves_frees_its_row_and_the_last_one_ends_the_generation():
@@ -154,7 +162,7 @@ def test_who_leaves_frees_its_row_and_the_last_one_ends_the_generation():
                 going = next(job for job in jobs if not job.cancelled)
                 before = len(going.choices[0].token_ids)
                 wait_until(lambda going=going, before=before: len(going.choices[0].token_ids) > before)
-        assert lengths_of(complete(client, [START], max_tokens=3)) == [3] and rows == [3, 1]
+        assert lengths_of(complete(client, [START], max_tokens=3)) == [3] and rows[0] == 3
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -171,7 +179,8 @@ def test_one_that_fails_does_not_take_the_others_with_it(streams):
         with pytest.raises(openai.APIError, match="gave NaN or infinity"):
             bad.result()
         assert [job.result()[0][0][1:] for job in good] == [("length", {"length": 8, "forced": 0})] * 2
-    assert sorted(rows) == [1, 1, 1, 3]
+    # Each tries alone, and the two go on together.
+    assert rows[:5] == [3, 1, 1, 1, 2]
 
 
 def test_rows_that_are_not_guided_are_not_scored():
@@ -184,35 +193,32 @@ def test_rows_that_are_not_guided_are_not_scored():
         guided = pool.submit(complete, client, guidance={"strength": -9.0, "top_k": 5}, max_tokens=20)
         plain = [pool.submit(complete, client, max_tokens=20) for _ in range(2)]
         assert len(ids_of(guided.result())[0]) and all(job.result().choices for job in plain)
-    assert rows == [3]
+    assert rows[0] == 3
     # The prompts, to predict; one prompt and its candidates; its candidates alone.
-    assert [tuple(shape) for shape in widths[:3]] == [(3, 3), (1, 3 + 5), (1, 5)]
-    # (Rows of 2 and 6, and a few long ones, compare what is cached with full rows.)
-    steps = [size for count, size in widths[3:] if count == 1 and size <= 6]
-    assert len(steps) > 4 and not any(count == 3 for count, _ in widths[3:])
+    widths = [tuple(shape) for shape in widths]
+    assert widths[:5] == [(1, 3)] * 3 + [(1, 3 + 5), (1, 5)] and not any(count == 3 for count, _ in widths)
 
 
-class TestWhatMayStandTogether:
-    """Where the company of others would change an answer, it is given alone."""
+class TestAnyDecoder:
+    """Where rows cannot share a forward, they share a step."""
 
-    def test_rows_go_on_past_a_context_that_rotates_and_never_past_a_table(self):
+    @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+    def test_rows_go_up_to_the_context_together(self, make):
         long, short = {"prompt": "w6 " * 100, "max_tokens": 20}, {"prompt": "w6 w7", "max_tokens": 110}
-        for make, expected in ((tiny_gpt2, [1, 1]), (lambda seed=0: tiny_llama(max_position_embeddings=128), [2])):
-            tokenizer = tiny_tokenizer()
-            value = tiny_length_value_model(make(seed=1), tokenizer=tokenizer).freeze()
-            model = make()
-            # It never ends, so that both go on as long as they may.
-            model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight.clone())
-            model.get_output_embeddings().weight.data[EOS] = 0.0
-            engine = Engine(model, value, tokenizer, "tiny")
-            with serving(engine) as client:
-                asked = [{**fields, "guidance": {"strength": -200.0}, "temperature": 0} for fields in (long, short)]
-                alone = [ask(client, fields) for fields in asked]
-                with together(engine, 2) as (pool, rows):
-                    assert [choices for choices, *_ in pool.map(lambda fields: ask(client, fields), asked)] == [
-                        choices for choices, *_ in alone
-                    ]
-                assert rows == expected
+        tokenizer = tiny_tokenizer()
+        value = tiny_length_value_model(make(seed=1), tokenizer=tokenizer).freeze()
+        model = make()
+        # It never ends, so that both go on as long as they may.
+        model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight.clone())
+        model.get_output_embeddings().weight.data[EOS] = 0.0
+        engine = Engine(model, value, tokenizer, "tiny")
+        assert type(engine.policy) is SlotScorer
+        with serving(engine) as client:
+            asked = [{**fields, "guidance": {"strength": -200.0}, "temperature": 0} for fields in (long, short)]
+            alone = [ask(client, fields)[0] for fields in asked]
+            with together(engine, 2) as (pool, rows):
+                assert [choices for choices, *_ in pool.map(lambda fields: ask(client, fields), asked)] == alone
+            assert rows[0] == 2
 
     def test_frequencies_of_the_longest_row(self):
         rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0}
@@ -220,16 +226,16 @@ class TestWhatMayStandTogether:
         tokenizer = tiny_tokenizer()
         model = tiny_llama(rope_parameters=rope)
         engine = Engine(model, tiny_length_value_model(tokenizer=tokenizer).freeze(), tokenizer, "tiny")
-        assert engine.widest == 16
+        assert type(engine.policy) is SingleRowReader
         short, long = ({"prompt": "w6 " * size, "max_tokens": 6, "temperature": 0} for size in (4, 30))
         with serving(engine) as client:
             alone = [ask(client, fields)[0] for fields in (short, long)]
             with together(engine, 3) as (pool, rows):
                 jobs = [pool.submit(ask, client, fields) for fields in (short, short, long)]
                 assert [job.result()[0] for job in jobs] == [alone[0], alone[0], alone[1]]
-            assert sorted(rows) in ([1, 2], [1, 1, 1])
+            assert rows[0] == 3
 
-    def test_decoders_that_read_padding(self, caplog):
+    def test_decoders_without_a_cache_of_keys(self, caplog):
         config = RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -237,12 +243,12 @@ class TestWhatMayStandTogether:
         tokenizer = tiny_tokenizer()
         with caplog.at_level(logging.WARNING):
             engine = Engine(
-                model, tiny_length_value_model(tokenizer=tokenizer).freeze(), tokenizer, "t", max_new_tokens_limit=9
+                model, tiny_length_value_model(tokenizer=tokenizer).freeze(), tokenizer, "tiny", max_new_tokens_limit=9
             )
-        engine.close()
-        assert engine.widest == 0 and "one after the other" in caplog.text
-
-    def test_most_decoders_bear_company_of_any_width(self):
-        engine = tiny_engine()
-        engine.close()
-        assert engine.widest == math.inf
+        assert "one after the other" in caplog.text
+        with serving(engine) as client, together(engine, 2) as (pool, rows):
+            prompts = [[6, 7, 8], [9]]
+            answers = pool.map(lambda ids: complete(client, ids, temperature=0, max_tokens=9), prompts)
+            for ids, answer in zip(prompts, answers, strict=True):
+                expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=9, eos_token_id=EOS)
+                assert ids_of(answer) == [expected[0, len(ids) :].tolist()]

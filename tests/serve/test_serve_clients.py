@@ -28,7 +28,7 @@ def tiny_client():
 @pytest.fixture(scope="module")
 def endless():
     """A policy that hardly ever ends: engine and client."""
-    engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000, max_waiting=1)
+    engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000, max_waiting=1, max_choices=1)
     with serving(engine) as client:
         yield engine, client
 
@@ -111,7 +111,7 @@ class TestClients:
                 assert error.value.response.headers["connection"] == "close"
 
     def test_stopping_the_server_tells_who_waits(self):
-        engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000)
+        engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000, max_choices=1)
         with ThreadPoolExecutor(2) as pool, serving(engine) as client:
             stream = complete(client, [START], stream=True, max_tokens=50_000)
             next(iter(stream))
