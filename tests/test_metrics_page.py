@@ -202,7 +202,7 @@ def test_steps_that_reuse_a_batch_log_what_the_page_says(tmp_path):
     ppo(tmp_path, first_is_w8, random_lenvm(), max_steps=2, num_iterations=2).train()
     (listed,) = re.findall(r"^- Every optimizer step gives (.+?)\. All other", PAGE, re.MULTILINE | re.DOTALL)
     listed = re.findall(r"`([^`]+)`", listed)
-    of_step = there({NO_KL, NO_CISPO}) | columns("training")
+    of_step = there({NO_KL, NO_CISPO}, [*POLICY, "Divergence within a batch"]) | columns("training")
     of_step = {n for n in of_step if any(n == each or n.startswith(each.removesuffix("…")) for each in listed)}
     fresh, reused = (set(entry) for entry in entries(tmp_path, "training"))
     assert reused == of_step | {"epoch", "step"} and fresh > reused
