@@ -27,6 +27,12 @@ KEYS = {
 MOST_CANDIDATES = 256
 
 
+def keys_of_guidance(guidance: LengthGuidance) -> dict[str, Any]:
+    """Keys and values of a request that asks for a guidance: [`guidance_of_request`] the other way round."""
+    stated = {key: getattr(guidance, field) for key, field in KEYS.items()}
+    return {key: value for key, value in stated.items() if value is not None}
+
+
 def guidance_of_request(
     given: Mapping[str, Any],
     temperature: float,

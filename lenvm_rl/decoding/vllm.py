@@ -100,34 +100,13 @@ class RequestGuide:
     """Guides the rows of a step, whichever runner they come from; holds the length value model.
 
     Args:
-        vllm_config (`vllm.config.VllmConfig`): of the engine.
-        device (`torch.device`): where its logits are.
+        model (`LengthValueModel`): frozen, on the device where it is to compute.
+        max_cached_tokens (`int`, *optional*): see [`~lenvm_rl.decoding.scoring.SlotScorer`].
     """
 
-    def __init__(self, vllm_config: Any, device: torch.device):
-        settings = getattr(vllm_config, "additional_config", None) or {}
-        path = settings.get("length_value_model")
-        if not path:
-            raise ValueError(
-                "length_value_model is missing: give --additional-config '{\"length_value_model\": PATH}'."
-            )
-        base = settings.get("length_value_base")
-        if read_config(path).form != FULL and base is None:
-            base = vllm_config.model_config.model
-            logger.warning("the length value model has no decoder of its own: %s is loaded once more for it", base)
-        default = torch.get_default_dtype()
-        # vLLM makes models with another one, and a float32 head is to stay one.
-        torch.set_default_dtype(torch.float32)
-        try:
-            model = load_length_value_model(
-                path, base, device=device, dtype=settings.get("length_value_dtype", "float32")
-            )
-        finally:
-            torch.set_default_dtype(default)
-        if device.type == "cpu":
-            use_kernels(model.backbone)
+    def __init__(self, model: nn.Module, max_cached_tokens: int | None = None):
         self.gamma = model.config.gamma
-        self.scorer = SlotScorer(model, max_cached_tokens=settings.get("length_value_cache_tokens"))
+        self.scorer = SlotScorer(model, max_cached_tokens=max_cached_tokens)
 
     def forget(self, request: GuidedRequest) -> None:
         """A request that is over, or was interrupted: it comes back with all its tokens."""
@@ -159,6 +138,33 @@ class RequestGuide:
         elif request.known < len(prompt) + len(output):
             self.scorer.append(request.slot, output[request.known - len(prompt) :])
         request.known = len(prompt) + len(output)
+
+
+def load_guide(vllm_config: Any, device: torch.device) -> RequestGuide:
+    """The guide that an engine's `additional_config` asks for.
+
+    Args:
+        vllm_config (`vllm.config.VllmConfig`): of the engine.
+        device (`torch.device`): where its logits are.
+    """
+    settings = getattr(vllm_config, "additional_config", None) or {}
+    path = settings.get("length_value_model")
+    if not path:
+        raise ValueError("length_value_model is missing: give --additional-config '{\"length_value_model\": PATH}'.")
+    base = settings.get("length_value_base")
+    if read_config(path).form != FULL and base is None:
+        base = vllm_config.model_config.model
+        logger.warning("the length value model has no decoder of its own: %s is loaded once more for it", base)
+    default = torch.get_default_dtype()
+    # vLLM makes models with another one, and a float32 head is to stay one.
+    torch.set_default_dtype(torch.float32)
+    try:
+        model = load_length_value_model(path, base, device=device, dtype=settings.get("length_value_dtype", "float32"))
+    finally:
+        torch.set_default_dtype(default)
+    if device.type == "cpu":
+        use_kernels(model.backbone)
+    return RequestGuide(model, settings.get("length_value_cache_tokens"))
 
 
 def use_kernels(model: nn.Module) -> None:
@@ -272,8 +278,12 @@ class LengthGuidanceProcessor(LogitsProcessor, LogitsProcessorV2):
 
     def __init__(self, vllm_config: Any, place: Any, is_pin_memory: bool | None = None):
         self._is_v1 = isinstance(place, torch.device)
-        self.guide = RequestGuide(vllm_config, place if self._is_v1 else place.device)
+        self.guide = self.make_guide(vllm_config, place if self._is_v1 else place.device)
         self._followed = V1Rows(self.guide) if self._is_v1 else V2Rows(self.guide, place)
+
+    def make_guide(self, vllm_config: Any, device: torch.device) -> RequestGuide:
+        """What guides the rows: by default with the length value model that `additional_config` names."""
+        return load_guide(vllm_config, device)
 
     def is_argmax_invariant(self) -> bool:
         """Guidance may change which token is the most probable."""

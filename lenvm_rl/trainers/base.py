@@ -23,6 +23,7 @@ from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.checks import trainer_keywords
 from lenvm_rl.trainers.coefficient import LengthCoefficient
 from lenvm_rl.trainers.config import LenVMConfig
+from lenvm_rl.trainers.engine import check_guided_engine, engine_ratio, guided_engine, guided_requests
 from lenvm_rl.trainers.frozen import FrozenLengthValues, check_shards, length_value_model_of, place_length_value_model
 from lenvm_rl.trainers.metrics import BatchMetrics, add_completions, add_guidance, add_streams, add_values
 from lenvm_rl.trainers.resuming import ResumableTrainer, stop_between_generations
@@ -104,15 +105,21 @@ class LenVMTrainer(ResumableTrainer):
         if self._sets_advantages:
             checks.check_loss(args)
         length_value_model = length_value_model_of(length_value_model, args)
-        super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **grpo_arguments,
-        )
+        self._guidance, self._guidance_report = read_guidance(args), None
+        engine = contextlib.nullcontext()
+        if self._guidance is not None and args.use_vllm:
+            check_guided_engine(args, self._guidance)
+            engine = guided_engine(lambda: self.accelerator.unwrap_model(self.length_value_model))
+        with engine:
+            super().__init__(
+                model,
+                reward_funcs,
+                args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **grpo_arguments,
+            )
         check_shards(self)
         check_embeds(self._tokenizer, self.model, "the policy")
         checks.warn_of_another_reference(model, self)
@@ -130,7 +137,6 @@ class LenVMTrainer(ResumableTrainer):
             check_ends(self)
         self._sampled: Sampled | None = None
         self._raw_rewards: Tensor | None = None
-        self._guidance, self._guidance_report = read_guidance(args), None
         if self._guidance is not None:
             check_guided_rollouts(self)
         self.add_callback(MetricsFile())
@@ -179,6 +185,9 @@ class LenVMTrainer(ResumableTrainer):
     def _sample_turn(self, *args, **kwargs):
         if self._guidance is None or self._mode != "train":
             return super()._generate_single_turn(*args, **kwargs)
+        if self.use_vllm:
+            with guided_requests(self.vllm_generation, self._guidance):
+                return super()._generate_single_turn(*args, **kwargs)
         model, values = (self.accelerator.unwrap_model(each) for each in (self.model_wrapped, self.length_value_model))
         with guided_generation(model, values, self._guidance) as reports:
             completions = super()._generate_single_turn(*args, **kwargs)
@@ -255,7 +264,11 @@ class LenVMTrainer(ResumableTrainer):
         if not self._sets_advantages:
             return
         advantages = batch["advantages"] = streams.advantages
-        if self._guidance_report is not None:
+        if self._guidance is not None and self.use_vllm and self._mode == "train":
+            # TRL weighs by it in the loss.
+            ratio, weight = engine_ratio(batch, read.completions.mask)
+            add_guidance(metrics, ratio, weight < ratio, read.completions)
+        elif self._guidance_report is not None:
             ratio, weight = importance_ratio(self._guidance_report, read.completions.mask)
             add_guidance(metrics, ratio, weight < ratio, read.completions)
             batch["advantages"] = weight * advantages

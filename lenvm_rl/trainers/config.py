@@ -157,7 +157,7 @@ class LenVMConfig(GRPOConfig):
         None,
         "Guide the rollouts of training, but not of evaluation, in length: fields of LengthGuidance as JSON, such as "
         "'{\"strength\": 2.0}', but temperature, top_k, top_p and min_p, which are the trainer's. They are off-policy "
-        "then, and each token is weighed by its importance ratio, truncated at 3.",
+        "then, and each token is weighed by its importance ratio, truncated at 3. Of vLLM, colocated alone.",
     )
     refresh_steps: Annotated[int, NOT_NEGATIVE] = _setting(
         0,

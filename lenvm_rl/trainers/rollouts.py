@@ -177,12 +177,7 @@ def read_guidance(args: LenVMConfig) -> LengthGuidance | None:
 
 
 def check_guided_rollouts(trainer: GRPOTrainer) -> None:
-    """Raise a `ValueError` where completions do not come from `generate` in this process, which alone can be guided."""
-    args = trainer.args
-    if args.use_vllm:
-        raise ValueError(
-            "rollout_guidance guides transformers' generate, not vLLM: set use_vllm=False or leave it out."
-        )
+    """Raise a `ValueError` where completions come from what cannot be guided; of vLLM, see `check_guided_engine`."""
     if trainer.use_transformers_continuous_batching:
         raise ValueError("rollout_guidance needs plain generate: leave continuous batching out.")
     if trainer.rollout_func is not None:

@@ -3,7 +3,7 @@
 import pytest
 
 from lenvm_rl.decoding.guidance import LengthGuidance
-from lenvm_rl.decoding.requests import KEYS, guidance_of_request
+from lenvm_rl.decoding.requests import KEYS, guidance_of_request, keys_of_guidance
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,20 @@ def test_keys_name_the_fields(given, guidance):
 def test_every_field_has_a_key_but_the_temperature():
     assert set(KEYS.values()) == set(LengthGuidance.__dataclass_fields__) - {"temperature"}
     assert KEYS["length_target"] == "target_length" and KEYS["length_top_k"] == "top_k"
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        LengthGuidance(strength=-2.0, top_k=8, top_p=0.9, candidate_mass=0.5, temperature=0.7),
+        LengthGuidance(mode="equal_to", target_length=9, rule="patient", tolerance=0.2, top_k=3, enforce=True),
+        LengthGuidance(mode="at_least", target_length=9, top_k=3, min_p=0.1, enforce=False),
+    ],
+)
+def test_a_guidance_goes_through_its_keys(guidance):
+    keys = keys_of_guidance(guidance)
+    assert guidance_of_request(keys, guidance.temperature) == guidance
+    assert None not in keys.values()
 
 
 TARGET = {"length_mode": "at_most", "length_target": 20, "length_top_k": 8}

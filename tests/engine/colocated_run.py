@@ -15,7 +15,7 @@ import torch
 import trl.generation.vllm_generation as trl_vllm
 import vllm.model_executor.layers.utils as vllm_layers
 from tiny import tiny_llama, tiny_tokenizer
-from trainer_parts import VOCAB, counts_of_w8, grpo, ppo, prompts, random_lenvm
+from trainer_parts import VOCAB, batch_of, counts_of_w8, grpo, ppo, prompts, random_lenvm, weights
 
 TRAINERS = {"grpo": grpo, "ppo": ppo}
 
@@ -26,12 +26,16 @@ def keep_weights(layer, remove_weight):
     layer.cpu_linear = torch.nn.functional.linear
 
 
+def policy_of_run():
+    """Where every run begins. Heads of 64: vLLM's attention has kernels for few sizes only."""
+    return tiny_llama(VOCAB, hidden=128, seed=1, initializer_range=0.1)
+
+
 def colocated(folder, trainer, **changes):
     """The trainer of a run on a policy in `folder`, the engine in float32 as they are."""
     vllm_layers.dispatch_cpu_unquantized_gemm = keep_weights
     trl_vllm.LLM = partial(trl_vllm.LLM, dtype="float32", enforce_eager=True)
-    # Heads of 64: vLLM's attention has kernels for few sizes only.
-    tiny_llama(VOCAB, hidden=128, seed=1).save_pretrained(f"{folder}/policy")
+    policy_of_run().save_pretrained(f"{folder}/policy")
     tiny_tokenizer(VOCAB).save_pretrained(f"{folder}/policy")
     settings = {
         "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.1, "vllm_max_model_length": 128,
@@ -42,12 +46,16 @@ def colocated(folder, trainer, **changes):
     return TRAINERS[trainer](f"{folder}/run", **{**settings, **changes})
 
 
+def tensors(batch):
+    return {name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
 def batches_of(trainer):
-    """Trains, and returns what went into the loss at every step."""
+    """Trains, and returns what went into the loss at every step, with the weights of the policy there."""
     batches, compute = [], trainer._compute_loss
 
     def spy(model, inputs):
-        batches.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        batches.append(tensors(inputs) | {"policy": weights(model)})
         return compute(model, inputs)
 
     trainer._compute_loss = spy
@@ -58,4 +66,6 @@ def batches_of(trainer):
 if __name__ == "__main__":
     run = colocated(sys.argv[1], **json.loads(sys.argv[2]))
     found = {"batches": batches_of(run), "log": run.state.log_history}
-    torch.save(found | {"policy": run.accelerator.unwrap_model(run.model).state_dict()}, f"{sys.argv[1]}/found.pt")
+    # Of evaluation, after the last step.
+    found["evaluated"] = tensors(batch_of(run, "eval")) | {"policy": weights(run.model)}
+    torch.save(found, f"{sys.argv[1]}/found.pt")

@@ -18,7 +18,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from lenvm_rl.decoding import LengthGuidance, generate_guided
-from lenvm_rl.decoding.requests import KEYS
+from lenvm_rl.decoding.requests import keys_of_guidance
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 
 PROCESSOR = "lenvm_rl.decoding.vllm:LengthGuidanceProcessor"
@@ -58,17 +58,9 @@ def random_prompts(count, seed=0, longest=40):
     return [[rng.randrange(6, 64) for _ in range(rng.randrange(2, longest))] for _ in range(count)]
 
 
-def as_keys(guidance):
-    """The keys of a request that asks for a guidance."""
-    default = LengthGuidance()
-    stated = {key: getattr(guidance, field) for key, field in KEYS.items()}
-    kept = {key: value for key, value in stated.items() if value != getattr(default, KEYS[key])}
-    return kept | ({"length_strength": guidance.strength} if guidance.mode == "tilt" else {})
-
-
 def parameters(guidance=None, **settings):
     """`SamplingParams` of a request, greedy unless said otherwise."""
-    extra = None if guidance is None else as_keys(guidance)
+    extra = None if guidance is None else keys_of_guidance(guidance)
     return SamplingParams(**{"temperature": 0.0, "max_tokens": NEW_TOKENS, "extra_args": extra, **settings})
 
 

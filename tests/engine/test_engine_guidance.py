@@ -8,7 +8,6 @@ from engine_parts import (
     ASKED,
     GUIDANCES,
     NEW_TOKENS,
-    as_keys,
     as_prompts,
     guide_of,
     parameters,
@@ -22,6 +21,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from lenvm_rl.decoding.processor import LengthGuidedLogitsProcessor
+from lenvm_rl.decoding.requests import keys_of_guidance
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 
 SETTINGS = {"logprobs_mode": "processed_logprobs"}
@@ -83,14 +83,14 @@ def test_several_samples_stop_strings_ends_and_least_tokens(engine, models):
     ("settings", "named"),
     [
         ({"extra_args": {"length_strenght": 1}}, "length_strenght"),
-        ({"extra_args": as_keys(GUIDANCES[0]) | {"length_top_k": 0}}, "length_top_k"),
+        ({"extra_args": keys_of_guidance(GUIDANCES[0]) | {"length_top_k": 0}}, "length_top_k"),
         ({"top_p": 0.9}, "top_p.*length_top_p"),
         ({"top_k": 5}, "length_top_k"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"extra_args": as_keys(GUIDANCES[3]) | {"length_target": NEW_TOKENS}}, "max_tokens"),
+        ({"extra_args": keys_of_guidance(GUIDANCES[3]) | {"length_target": NEW_TOKENS}}, "max_tokens"),
     ],
 )
 def test_what_cannot_be_guided_is_refused(engine, settings, named):
-    given = {"temperature": 1.0, "max_tokens": NEW_TOKENS, "extra_args": as_keys(GUIDANCES[0])} | settings
+    given = {"temperature": 1.0, "max_tokens": NEW_TOKENS, "extra_args": keys_of_guidance(GUIDANCES[0])} | settings
     with pytest.raises((ValueError, VLLMValidationError), match=named):
         engine.generate(as_prompts([[7, 8]]), SamplingParams(**given), use_tqdm=False)

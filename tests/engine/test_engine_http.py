@@ -9,8 +9,10 @@ import urllib.request
 
 import openai
 import pytest
-from engine_parts import GUIDANCES, NEW_TOKENS, PROCESSOR, as_keys, random_prompts, references
+from engine_parts import GUIDANCES, NEW_TOKENS, PROCESSOR, random_prompts, references
 from places import ROOT
+
+from lenvm_rl.decoding.requests import keys_of_guidance
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def ids_of(choice):
 
 
 def complete(client, prompt, guidance=None, **options):
-    keys = {} if guidance is None else {"vllm_xargs": as_keys(guidance)}
+    keys = {} if guidance is None else {"vllm_xargs": keys_of_guidance(guidance)}
     given = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "logprobs": 0, "extra_body": keys} | options
     return client.completions.create(model="policy", prompt=prompt, **given)
 
@@ -58,7 +60,7 @@ def test_completions_are_those_of_generate_guided(client, models):
 
 def test_chats_streams_and_several_choices(client):
     question = [{"role": "user", "content": "w7 w8"}]
-    xargs = {"vllm_xargs": as_keys(GUIDANCES[5])}
+    xargs = {"vllm_xargs": keys_of_guidance(GUIDANCES[5])}
     options = {"model": "policy", "messages": question, "max_tokens": NEW_TOKENS, "extra_body": xargs}
     answer = client.chat.completions.create(temperature=0.0, **options)
     # At most 5 tokens, the end not counted.
@@ -75,8 +77,8 @@ def test_chats_streams_and_several_choices(client):
     [
         ({"length_strenght": 1.0}, {}, "length_strenght"),
         ({"length_mode": "equal_to", "length_top_k": 8}, {}, "target_length"),
-        (as_keys(GUIDANCES[3]), {"max_tokens": 5}, "max_tokens"),
-        (as_keys(GUIDANCES[0]), {"top_p": 0.5, "temperature": 1.0}, "length_top_p"),
+        (keys_of_guidance(GUIDANCES[3]), {"max_tokens": 5}, "max_tokens"),
+        (keys_of_guidance(GUIDANCES[0]), {"top_p": 0.5, "temperature": 1.0}, "length_top_p"),
     ],
 )
 def test_what_makes_no_sense_is_a_400_with_our_sentence(client, xargs, options, named):

@@ -140,6 +140,23 @@ class TestRefusals:
         with pytest.raises(ValueError, match="length_value_model"):
             grpo(tmp_path, lenvm=None, rollout_guidance={"strength": 1.0})
 
+    @pytest.mark.parametrize(
+        ("changes", "named"),
+        [
+            ({"vllm_mode": "server"}, "vllm_mode"),
+            ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size"),
+            ({"vllm_importance_sampling_correction": False}, "vllm_importance_sampling_correction"),
+            # TRL's default.
+            ({"vllm_importance_sampling_mode": "sequence_mask"}, "vllm_importance_sampling_mode"),
+            ({"top_k": 0}, "top_k"),
+            ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ],
+    )
+    def test_settings_of_vllm_before_it_is_loaded(self, tmp_path, changes, named):
+        settings = {"vllm_mode": "colocate", "vllm_importance_sampling_mode": "token_truncate", "top_k": 8} | changes
+        with pytest.raises(ValueError, match=named):
+            grpo(tmp_path, lenvm=random_lenvm(), use_vllm=True, rollout_guidance={"strength": 1.0}, **settings)
+
     def test_rollouts_of_another_make(self, tmp_path):
         args = LenVMGRPOConfig(**settings(tmp_path, rollout_guidance={"strength": 1.0}))
         with pytest.raises(ValueError, match="both say how to generate"):
