@@ -6,6 +6,7 @@ import contextlib
 import os
 import textwrap
 from dataclasses import replace
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -13,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.grpo_trainer import RewardFunc
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from lenvm_rl.modeling.critic import TaskCritic
 from lenvm_rl.modeling.length_value_model import LengthValueModel
@@ -56,6 +58,24 @@ PPO_CITATION = textwrap.dedent("""\
 def _counted(read: Batch) -> Tensor:
     """Which tokens the critic learns from, `(B, T)`: actions of completions that were scored."""
     return read.completions.actions & read.outcomes.scored.unsqueeze(1)
+
+
+def dealt_again(parts: list[dict]) -> list[dict]:
+    """The rows of all mini-batches of a generation batch, shuffled and cut into as many again.
+
+    With pictures, whose rows are of different sizes, they stay as they are.
+    """
+    if len(parts) < 2 or any(name.startswith("pixel") for name in parts[0]):
+        return parts
+
+    def joined(values: list) -> Any:
+        first = values[0]
+        if isinstance(first, Tensor) and first.dim():
+            return torch.cat(values)
+        return [each for value in values for each in value] if isinstance(first, list) else first
+
+    whole = {name: joined([part[name] for part in parts]) for name in parts[0]}
+    return split_tensor_dict(shuffle_sequence_dict(whole), len(parts))
 
 
 def ppo_streams(args: LenVMPPOConfig, batch: Batch) -> Streams:
@@ -240,6 +260,14 @@ class LenVMPPOTrainer(LenVMTrainer):
     @property
     def _policy_learns(self) -> bool:
         return self.state.global_step >= self.args.critic_warmup_steps
+
+    def _prepare_inputs(self, generation_batch):
+        parts = self._buffered_inputs
+        begins = self._mode == "train" and parts is not None and self._step % self.args.steps_per_generation == 0
+        if begins and self._step % (self.args.steps_per_generation * self.num_iterations):
+            # Another pass through a batch that is there: TRL would cut it into the same mini-batches again.
+            self._buffered_inputs = dealt_again(parts)
+        return super()._prepare_inputs(generation_batch)
 
     def _get_per_token_logps_and_entropies(self, *arguments, **options):
         found = super()._get_per_token_logps_and_entropies(*arguments, **options)
