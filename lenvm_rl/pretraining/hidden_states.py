@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # The place of a rollout among those whose states are kept.
 ROW_COLUMN = "row"
+# Its name, by what is done with the rollouts.
+FILE = "hidden_states_{}.bin"
 # Completions between two notes of how far the work has come.
 NOTED = 64
 
@@ -181,3 +183,9 @@ def decoder_digest(model: LengthValueModel) -> str:
         digest.update(name.encode())
         digest.update(weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def remove_hidden_states(folder: str | Path) -> None:
+    """Deletes the files of hidden states in a folder, and what is beside them."""
+    for path in Path(folder).glob(FILE.format("*") + "*"):
+        path.unlink()

@@ -38,7 +38,14 @@ from lenvm_rl.pretraining.batches import (
     longest_first,
     unpack,
 )
-from lenvm_rl.pretraining.hidden_states import HiddenStateCollator, HiddenStates, decoder_digest, with_rows
+from lenvm_rl.pretraining.hidden_states import (
+    FILE,
+    HiddenStateCollator,
+    HiddenStates,
+    decoder_digest,
+    remove_hidden_states,
+    with_rows,
+)
 from lenvm_rl.pretraining.loss import IGNORED, length_value_loss, value_targets
 from lenvm_rl.pretraining.metrics import (
     domain_metrics,
@@ -245,7 +252,7 @@ class LengthValueTrainer(Trainer):
             return
         model, args = self._unwrapped, self.args
         about = {"rollouts": fingerprint(dataset), "dtype": str(model.backbone.dtype), "decoder": decoder_digest(model)}
-        place = os.path.join(args.output_dir, f"hidden_states_{name}.bin")
+        place = os.path.join(args.output_dir, FILE.format(name))
         part = {"process": args.process_index, "processes": args.world_size}
         states = HiddenStates(place, dataset, model.head.hidden.in_features, args.truncated, about, **part)
         states.fill(model, args.eval_batch_size, progress=not args.disable_tqdm and args.process_index == 0)
@@ -404,4 +411,7 @@ def pretrain(
     if metrics:
         trainer.accelerator.unwrap_model(trainer.model).config.metrics = metrics_for_card(metrics)
     trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        # Large, and of no use to those who read the model.
+        remove_hidden_states(args.output_dir)
     return trainer.accelerator.unwrap_model(trainer.model).eval(), metrics

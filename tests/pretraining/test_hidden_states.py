@@ -11,7 +11,7 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.pretraining import LengthValueTrainer, LengthValueTrainingArguments
-from lenvm_rl.pretraining.hidden_states import HiddenStates
+from lenvm_rl.pretraining.hidden_states import HiddenStates, remove_hidden_states
 
 GAMMA = 0.9
 
@@ -122,3 +122,11 @@ def test_a_head_learns_the_same_from_kept_states(truncated, tmp_path):
     assert kept_metrics.keys() == metrics.keys()
     assert kept_metrics["eval_length_mae_at_0"] == pytest.approx(metrics["eval_length_mae_at_0"], rel=2e-2)
     assert json.loads((tmp_path / "kept").glob("hidden_states_eval.bin.*.json").__next__().read_text())["done"] == 48
+
+
+def test_a_finished_model_is_left_without_them(tmp_path):
+    (tmp_path / "hidden_states_train.bin").write_bytes(b"0")
+    (tmp_path / "hidden_states_train.bin.0-4.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"0")
+    remove_hidden_states(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
