@@ -41,9 +41,9 @@ class LengthValueTrainingArguments(TrainingArguments):
     )
     cache_hidden_states: bool = HfArg(
         default=True,
-        help="For a head alone: compute what the frozen backbone says once, and keep it in output_dir until the model is "
-        "saved, twice the hidden size in bytes for each token; an epoch then takes seconds. Off, each epoch runs the "
-        "backbone.",
+        help="For a head alone: compute what the frozen backbone says once, and keep it in output_dir until the model "
+        "is saved, twice the hidden size in bytes for each token; an epoch then takes seconds. Off, each epoch runs "
+        "the backbone.",
     )
     gamma: float | None = HfArg(
         default=None,
