@@ -19,8 +19,8 @@ from transformers.hf_argparser import HfArg
 
 from eval.report import Column, print_table
 from lenvm_rl.modeling.backbones import load_model
+from lenvm_rl.modeling.heads import LengthValueHead
 from lenvm_rl.modeling.sharing import lora_settings
-from lenvm_rl.modeling.value_model import LengthValueHead
 
 # Bytes of a parameter.
 FROZEN, FROZEN_FLOAT32, TRAINED = 2, 4, 16

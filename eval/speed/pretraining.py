@@ -24,8 +24,8 @@ from transformers.hf_argparser import HfArg
 from eval.report import Column
 from eval.speed.harness import GAMMA, WARM_UP, Measurement, Program, Sizes, make_policy, now, random_ids
 from eval.speed.trainers import Clock, common_arguments
+from lenvm_rl.modeling.heads import LengthValueHead
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.modeling.value_model import LengthValueHead
 from lenvm_rl.pretraining.loss import IGNORED, length_value_loss
 from lenvm_rl.pretraining.trainer import LengthValueCollator, LengthValueTrainer, LengthValueTrainingArguments
 from lenvm_rl.returns import discounted_return

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -16,8 +17,10 @@ from transformers.utils import ModelOutput
 
 from lenvm_rl.modeling.adapters import add_adapters, bare_model, merged_copy
 from lenvm_rl.modeling.backbones import copy_decoder, decoder_from_config, is_quantized, load_decoder, load_model
+from lenvm_rl.modeling.heads import LengthValueHead, ScoreHead
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.modeling.value_model import LengthValueHead, ScoreHead, ValueModel, ValueModelConfig
+from lenvm_rl.modeling.sharing import ADAPTER, FULL, lora_settings, shared_decoder
+from lenvm_rl.modeling.value_model import ValueModel, ValueModelConfig
 
 MLP, LINEAR = HEADS = ("mlp", "linear")
 
@@ -28,12 +31,13 @@ class TaskCriticConfig(ValueModelConfig):
     Args:
         backbone_config (`PretrainedConfig` or `dict`, *optional*): the decoder's. No critic can be made without it.
         head (`str`, *optional*, defaults to `"mlp"`): `"mlp"`: a [`TaskCriticHead`]; `"linear"`: a
-            [`~lenvm_rl.modeling.value_model.ScoreHead`].
+            [`~lenvm_rl.modeling.heads.ScoreHead`].
         head_bias (`bool`, *optional*, defaults to `True`): whether a linear head has a bias.
         adapters (`dict`, *optional*): settings of PEFT's adapters by name, see
             [`~lenvm_rl.modeling.adapters.adapter_settings`].
         frozen (`dict`, *optional*): the weights that do not learn, by name, and the dtype that each is held in. All
             others are float32.
+        form, lora: see [`~lenvm_rl.modeling.value_model.ValueModelConfig`].
     """
 
     model_type = "lenvm_task_critic"
@@ -45,9 +49,11 @@ class TaskCriticConfig(ValueModelConfig):
         head_bias: bool = True,
         adapters: dict | None = None,
         frozen: dict | None = None,
+        form: str = FULL,
+        lora: dict | None = None,
         **kwargs: Any,
     ):
-        super().__init__(backbone_config, **kwargs)
+        super().__init__(backbone_config, form, lora, **kwargs)
         if head not in HEADS:
             raise ValueError(f"head='{head}' is none of a task critic; there are {', '.join(HEADS)}.")
         self.head, self.head_bias = head, head_bias
@@ -85,40 +91,61 @@ class TaskCritic(ValueModel):
         config ([`TaskCriticConfig`]): with `backbone_config`.
         backbone (`PreTrainedModel`, *optional*): the decoder to use as it is; a random one from the config if omitted.
         head (`torch.nn.Module`, *optional*): the head to use as it is, of the kind that the config names.
+        base (`PreTrainedModel`, *optional*): for the forms `"adapter"` and `"head"`: the decoder to share, as in
+            [`LengthValueModel`].
     """
 
     config_class = TaskCriticConfig
 
     def __init__(
-        self, config: TaskCriticConfig, backbone: PreTrainedModel | None = None, head: nn.Module | None = None
+        self,
+        config: TaskCriticConfig,
+        backbone: PreTrainedModel | None = None,
+        head: nn.Module | None = None,
+        base: PreTrainedModel | None = None,
     ):
         if config.backbone_config is None:
             raise ValueError("The config has no `backbone_config`: make a critic with `TaskCritic.from_backbone`.")
         super().__init__(config)
-        self.backbone = decoder_from_config(config.backbone_config) if backbone is None else backbone
+        if config.form != FULL or base is not None:
+            self._share(base)
+        else:
+            self.backbone = decoder_from_config(config.backbone_config) if backbone is None else backbone
         if head is None:
             hidden_size = config.get_text_config(decoder=True).hidden_size
             head = TaskCriticHead(hidden_size) if config.head == MLP else ScoreHead(hidden_size, config.head_bias)
         self.head = head
         if backbone is None:
             add_adapters(self, config.adapters or {})
-        self._complete(given=backbone is not None)
+        self._complete(given=backbone is not None or base is not None)
 
     @classmethod
     def from_backbone(
-        cls, model_or_path: PreTrainedModel | str | os.PathLike, trust_remote_code: bool = False
+        cls,
+        model_or_path: PreTrainedModel | str | os.PathLike,
+        trust_remote_code: bool = False,
+        form: str = FULL,
+        lora: LoraConfig | dict | None = None,
     ) -> TaskCritic:
         """A float32 critic, all of which learns, with the decoder of another model and a new head.
+
+        In the forms `"adapter"` and `"head"` the decoder stays the other model's, and only what is added to it learns.
 
         Args:
             model_or_path (`PreTrainedModel` or `peft.PeftModel` or `str`): a causal language model, a decoder, or a
                 [`LengthValueModel`], whose weights are copied; adapters are merged into the copy (of a shared decoder,
                 the length value model's alone). Or a folder or hub id to load a decoder from (safetensors only).
             trust_remote_code (`bool`, *optional*, defaults to `False`): for a path, whether code beside it is run.
+            form, lora: as in [`LengthValueModel.from_backbone`]: `model_or_path` is a model, whose decoder is shared.
 
         Raises:
             `ValueError`: the weights are quantised, or see [`~lenvm_rl.modeling.backbones.check_decoder`].
         """
+        if form != FULL:
+            base = shared_decoder(model_or_path)
+            lora = lora_settings(lora) if form == ADAPTER or lora is not None else None
+            config = TaskCriticConfig(copy.deepcopy(base.config), form=form, lora=lora, dtype=torch.float32)
+            return cls(config, base=base).to(base.device)
         if isinstance(model_or_path, (str, os.PathLike)):
             backbone = load_decoder(model_or_path, torch.float32, trust_remote_code=trust_remote_code)
         elif isinstance(model_or_path, LengthValueModel):
@@ -137,6 +164,7 @@ class TaskCritic(ValueModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
+        base: PreTrainedModel | str | os.PathLike | None = None,
         dtype: str | torch.dtype | None = None,
         **kwargs: Any,
     ) -> TaskCritic:
@@ -144,11 +172,14 @@ class TaskCritic(ValueModel):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): folder or hub id; only safetensors are loaded.
+            base (`PreTrainedModel`, `peft.PeftModel`, `str` or `os.PathLike`, *optional*): for the forms `"adapter"`
+                and `"head"`: the model whose decoder they share.
             dtype (`str` or `torch.dtype`, *optional*): one for all weights but the head's, instead.
             kwargs: as for any model of transformers.
         """
-        kwargs["dtype"] = dtype or torch.float32
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if base is None or dtype is not None:
+            kwargs["dtype"] = dtype or torch.float32
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, base=base, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         frozen = model.config.frozen or {}
         for name, weight in model.named_parameters():
@@ -169,18 +200,22 @@ class TaskCritic(ValueModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        hidden_states: Tensor | None = None,
         **backbone_kwargs: Any,
     ) -> TaskCriticOutput:
-        """Values at every position; `(B, S)` arguments.
+        """Values at every position; `(B, S)` arguments, or `hidden_states` `(B, S, H)` of the decoder in their place,
+        which a head alone reads.
 
         Positions are counted from the mask where none are given, or made by a decoder that sees pictures, which takes
         all else that the processor returns.
         """
-        outputs, _ = self._decode(input_ids, attention_mask, position_ids, None, None, False, backbone_kwargs)
-        return TaskCriticOutput(logits=self.head(outputs.last_hidden_state))
+        if hidden_states is None:
+            outputs, _ = self._decode(input_ids, attention_mask, position_ids, None, None, False, backbone_kwargs)
+            hidden_states = outputs.last_hidden_state
+        return TaskCriticOutput(logits=self.head(hidden_states))
 
 
 def unset_like(critic: TaskCritic) -> TaskCritic:
@@ -206,9 +241,11 @@ def renew_buffers(critic: TaskCritic, like: TaskCritic) -> None:
             critic.get_submodule(parent)._buffers[leaf] = buffer.to(critic.device)
 
 
-def load_critic(folder: str | os.PathLike, trust_remote_code: bool = False) -> TaskCritic:
-    """The critic that was saved in `folder`, as it was."""
-    return load_model(TaskCritic.from_pretrained, folder, trust_remote_code=trust_remote_code)
+def load_critic(
+    folder: str | os.PathLike, trust_remote_code: bool = False, base: PreTrainedModel | None = None
+) -> TaskCritic:
+    """The critic that was saved in `folder`, as it was; one that shares its decoder, on that of `base`."""
+    return load_model(TaskCritic.from_pretrained, folder, base=base, trust_remote_code=trust_remote_code)
 
 
 AutoConfig.register(TaskCriticConfig.model_type, TaskCriticConfig, exist_ok=True)

@@ -11,7 +11,7 @@ import copy
 import numbers
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,18 +28,9 @@ from lenvm_rl.modeling.backbones import (
     load_model,
 )
 from lenvm_rl.modeling.card import write_model_card
-from lenvm_rl.modeling.sharing import (
-    ADAPTER,
-    FULL,
-    HEAD,
-    SharedDecoder,
-    check_form,
-    check_same_architecture,
-    decoder_for,
-    lora_settings,
-    shared_decoder,
-)
-from lenvm_rl.modeling.value_model import LengthValueHead, ValueModel, ValueModelConfig
+from lenvm_rl.modeling.heads import LengthValueHead
+from lenvm_rl.modeling.sharing import ADAPTER, FULL, HEAD, check_form, decoder_for, lora_settings
+from lenvm_rl.modeling.value_model import ValueModel, ValueModelConfig
 
 HOW_TO_ADD_GAMMA = (
     "If a model's config lacks it and you know it: `LengthValueModel.from_pretrained(path, "
@@ -61,9 +52,7 @@ class LengthValueConfig(ValueModelConfig):
         truncated_share (`float`, *optional*): share of those completions that were cut before their end, in [0, 1].
         sampling (`dict`, *optional*): the settings that those completions were sampled with: free form.
         metrics (`dict`, *optional*): what the model reached, for its card: `{domain: {metric: number}}`.
-        form (`str`, *optional*, defaults to `"full"`): `"full"`: a decoder and a head; `"adapter"`: a LoRA adapter and
-            a head on a base that is shared; `"head"`: a head alone on a base that is shared.
-        lora (`dict`, *optional*): settings of the adapter, see [`~lenvm_rl.modeling.sharing.lora_settings`].
+        form, lora: see [`~lenvm_rl.modeling.value_model.ValueModelConfig`].
 
     Raises:
         `ValueError`: gamma is not in (0, 1), there is no such form, transformers does not know the decoder's type, or
@@ -94,7 +83,7 @@ class LengthValueConfig(ValueModelConfig):
                 f"This model was fitted to target={target!r}, an ablation that has no values: pretrain one on the "
                 "length return."
             )
-        super().__init__(backbone_config, **kwargs)
+        super().__init__(backbone_config, form, lora, **kwargs)
         self.gamma = None if gamma is None else checked_gamma(gamma)
         self.gamma_fit = gamma_fit
         self.tokenizer_fingerprint = tokenizer_fingerprint
@@ -102,9 +91,6 @@ class LengthValueConfig(ValueModelConfig):
         self.truncated_share = truncated_share
         self.sampling = sampling
         self.metrics = metrics
-        check_form(form, lora)
-        self.form = form
-        self.lora = lora
 
 
 def checked_gamma(gamma: float) -> float:
@@ -179,7 +165,6 @@ class LengthValueModel(ValueModel):
     _no_split_modules = ["LengthValueHead"]
 
     _frozen = False
-    _shared = None
 
     def __init__(
         self, config: LengthValueConfig, backbone: PreTrainedModel | None = None, base: PreTrainedModel | None = None
@@ -192,32 +177,6 @@ class LengthValueModel(ValueModel):
             self.backbone = decoder_from_config(config.backbone_config) if backbone is None else backbone
         self.head = LengthValueHead(config.get_text_config(decoder=True).hidden_size)
         self._complete(given=backbone is not None or base is not None)
-
-    def _share(self, base) -> None:
-        form = self.config.form
-        if form == FULL:
-            raise ValueError("A model of form='full' has a decoder of its own and takes no `base`: leave it out.")
-        if base is None:
-            raise ValueError(
-                f"A length value model of form={form!r} holds no decoder: give the one that it was fitted on, "
-                "`LengthValueModel.from_pretrained(path, base=model_or_path)`."
-            )
-        check_same_architecture(self.config, base)
-        self._shared = SharedDecoder(base, self.config.lora)
-        self.config.lora = self._shared.lora
-        if form == ADAPTER:
-            self.adapter = self._shared.adapter
-        # Not registered: the base is not saved, trained, frozen or cast with this model.
-        object.__setattr__(self, "backbone", base)
-        # Recomputed in the backward pass, a layer would have the adapters of that moment.
-        self.supports_gradient_checkpointing = False
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        device = self.head.output.weight.device
-        if self._shared is not None and device.type != "meta" and device != self.backbone.device:
-            self.backbone.to(device)
-        return self
 
     @classmethod
     def from_backbone(
@@ -304,14 +263,7 @@ class LengthValueModel(ValueModel):
         """
         if "gamma" in kwargs:
             raise ValueError(f"gamma belongs to the weights and is read from the model's config. {HOW_TO_ADD_GAMMA}")
-        if base is not None:
-            settings = {name: kwargs.pop(name) for name in ("dtype", "attn_implementation") if name in kwargs}
-            kwargs["base"] = shared_decoder(base, **settings)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        if base is not None:
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.to(model.backbone.device)
-        return loaded
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, base=base, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
         """As for any model of transformers, with a model card; a base that is shared is not saved."""
@@ -387,13 +339,9 @@ class LengthValueModel(ValueModel):
         """
         if hidden_states is not None:
             return self.from_hidden_states(hidden_states)
-        shared = self._shared
-        # The owner may have made the embeddings ask for gradients by a hook.
-        detached = self.config.form == HEAD or (shared is not None and self.frozen)
-        with nullcontext() if shared is None else shared.seen_alone(), torch.no_grad() if detached else nullcontext():
-            outputs, deltas = self._decode(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, backbone_kwargs
-            )
+        outputs, deltas = self._decode(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, backbone_kwargs
+        )
         return self._output(outputs.last_hidden_state, cache_of(self.backbone, outputs) if use_cache else None, deltas)
 
     def copied_decoder(self, dtype: str | torch.dtype) -> PreTrainedModel:

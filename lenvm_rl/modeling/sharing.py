@@ -1,7 +1,7 @@
-"""The forms of a length value model that share their decoder with others: a LoRA adapter and a head, or a head alone.
+"""The forms of a value model that share their decoder with others: a LoRA adapter and a head, or a head alone.
 
 A shared decoder belongs to somebody else, a policy or its reference: its weights are neither copied nor saved, no
-gradient reaches them, and outside of the length value model's own forward nothing about it has changed. Adapters of
+gradient reaches them, and outside of the value model's own forward nothing about it has changed. Adapters of
 others on the same decoder are out of action during that forward.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lenvm_rl.modeling.adapters import adapted_layers, as_json, bare_model
 from lenvm_rl.modeling.backbones import check_decoder, copy_decoder, load_decoder
-from lenvm_rl.modeling.value_model import Float32Module
+from lenvm_rl.modeling.heads import Float32Module
 
 FULL, ADAPTER, HEAD = FORMS = ("full", "adapter", "head")
 ADAPTER_NAME = "length_value"
@@ -73,7 +73,7 @@ def decoder_for(
     dtype: str | torch.dtype | None = None,
     **load_kwargs: Any,
 ) -> PreTrainedModel:
-    """The decoder of a new length value model: its own, copied or loaded, or in the other forms one to share.
+    """The decoder of a new value model: its own, copied or loaded, or in the other forms one to share.
 
     Arguments as in [`~lenvm_rl.modeling.LengthValueModel.from_backbone`].
     """
@@ -111,7 +111,7 @@ def check_same_architecture(config: PretrainedConfig, decoder: PreTrainedModel) 
     ]
     if differing:
         raise ValueError(
-            f"The length value model was fitted on another base than this one ({'; '.join(differing)}): give the base "
+            f"The value model was fitted on another base than this one ({'; '.join(differing)}): give the base "
             "that it was fitted on."
         )
 
@@ -120,7 +120,7 @@ class SharedDecoder:
     """A decoder that belongs to somebody else, seen through one's own adapter, or through none.
 
     The adapter's layers stand in the decoder only while it is looked at, in the places of those that they wrap, so that
-    the owner finds, trains and saves what it always had. No module, so that nothing that is done to a length value
+    the owner finds, trains and saves what it always had. No module, so that nothing that is done to a value
     model (`train`, `freeze`, a cast) is done to the decoder.
 
     Args:
@@ -128,7 +128,7 @@ class SharedDecoder:
         lora (`dict`, *optional*): settings of the adapter, see [`lora_settings`]; without them, there is none.
 
     Attributes:
-        adapter ([`~lenvm_rl.modeling.value_model.Float32Module`] or `None`): the adapter's weights, under the names of
+        adapter ([`~lenvm_rl.modeling.heads.Float32Module`] or `None`): the adapter's weights, under the names of
             the decoder's layers.
         lora (`dict` or `None`): the settings, `target_modules` being resolved.
     """
@@ -148,12 +148,16 @@ class SharedDecoder:
     def seen_alone(self) -> Iterator[PreTrainedModel]:
         """The decoder without dropout, gradients or adapters but one's own; afterwards, all is as it was before.
 
+        With no adapter that learns, no gradient is kept, not even where the owner made the embeddings ask for one.
+
         An adapter that is merged into the decoder's weights, or a layer that was replaced, is a `ValueError`.
         """
         # A policy in the middle of a generation needs its own.
         offsets = vars(self.decoder).get("rope_deltas")
         still = _switched_off(self.decoder.modules(), "training")
-        with _bare(self.decoder), still, _switched_off(self.decoder.parameters(), "requires_grad"):
+        learns = self.adapter is not None and any(weight.requires_grad for weight in self.adapter.parameters())
+        kept = nullcontext() if learns else torch.no_grad()
+        with _bare(self.decoder), still, _switched_off(self.decoder.parameters(), "requires_grad"), kept:
             try:
                 for path, layer in self._layers.items():
                     self._put(path, layer.base_layer, layer)
@@ -179,7 +183,7 @@ class SharedDecoder:
         siblings = self.decoder.get_submodule(parent)._modules
         if siblings[name] is not there:
             raise ValueError(
-                f"The layer {path!r} of the shared base was replaced since the length value model was made: make or "
+                f"The layer {path!r} of the shared base was replaced since the value model was made: make or "
                 "load it again on the base as it is now."
             )
         siblings[name] = instead

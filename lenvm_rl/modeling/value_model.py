@@ -1,92 +1,27 @@
 """What every value model here is: a decoder of any kind under a head that gives one float32 number at every position.
 
-[`~lenvm_rl.modeling.LengthValueModel`] and [`~lenvm_rl.modeling.critic.TaskCritic`] are made of this: the heads, the
-config that holds the decoder's, and the model with what is common in making, loading and running it.
+[`~lenvm_rl.modeling.LengthValueModel`] and [`~lenvm_rl.modeling.critic.TaskCritic`] are made of this: the config that
+holds the decoder's, and the model with what is common in making, loading and running it, its forms included
+([`lenvm_rl.modeling.sharing`]).
 """
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lenvm_rl.modeling.backbones import cache_keyword, decoder_config_from_dict, load_model, save_code, with_code
 from lenvm_rl.modeling.completions import position_ids_from_mask
+from lenvm_rl.modeling.heads import LengthValueHead
+from lenvm_rl.modeling.sharing import ADAPTER, FULL, SharedDecoder, check_form, check_same_architecture, shared_decoder
 
 _PICTURES = ("image_grid_thw", "video_grid_thw")
-
-
-class Float32Module(nn.Module):
-    """A module whose weights stay float32 when it, or a parent, is cast; to another device they follow."""
-
-    def to_float32(self) -> Float32Module:
-        """Cast whatever is of another dtype; weights without data (on the device "meta") are left."""
-        return super()._apply(lambda weight: weight if weight.is_meta else weight.float())
-
-    def _apply(self, fn, recurse=True):
-        # `.to()`, `.half()`, `.bfloat16()` of any parent come through here: follow to the device, not to the dtype.
-        def to_device_only(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(to_device_only, recurse)
-
-
-class LengthValueHead(Float32Module):
-    """`z = W2 SiLU(W1 h + b1) + b2` on the decoder's last hidden state h (arXiv 2604.27039, §3.1).
-
-    Weights and arithmetic are float32 whatever the dtype of the decoder or of autocast, and stay so when the whole
-    model is cast: with gamma near 1, one token more changes the logit by less than bfloat16 resolves.
-
-    A new head says `z ≈ 0`, hence `V ≈ -1/2`, at every state. That is the middle of the range of the return and the
-    steepest point of the sigmoid, so an error either way is corrected at the same speed. In tokens it is
-    `ln 2 / -ln(gamma)`: 15 % of the length that gamma covers to 99 %. The last layer starts small (z spreads by about
-    0.06 for hidden states of unit size) but not at zero, so that the decoder learns from the first step on.
-
-    Args:
-        hidden_size (`int`): size of h and of the layer between.
-    """
-
-    OUTPUT_SCALE = 0.1
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.hidden = nn.Linear(hidden_size, hidden_size, dtype=torch.float32)
-        self.output = nn.Linear(hidden_size, 1, dtype=torch.float32)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw starting weights as described above."""
-        std = 1 / math.sqrt(self.hidden.in_features)
-        nn.init.normal_(self.hidden.weight, std=std)
-        nn.init.zeros_(self.hidden.bias)
-        nn.init.normal_(self.output.weight, std=self.OUTPUT_SCALE * std)
-        nn.init.zeros_(self.output.bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states `(…, H)` of any floating dtype to logits `(…)` in float32."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.output(nn.functional.silu(self.hidden(hidden_states.float()))).squeeze(-1)
-
-
-class ScoreHead(Float32Module):
-    """`v = w h + b`, float32: the head of a reward model, whose score of a whole text is read at its last token."""
-
-    def __init__(self, hidden_size: int, bias: bool):
-        super().__init__()
-        self.output = nn.Linear(hidden_size, 1, bias=bias, dtype=torch.float32)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states `(…, H)` of any floating dtype to values `(…)` in float32."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.output(hidden_states.float()).squeeze(-1)
 
 
 class ValueModelConfig(PretrainedConfig):
@@ -94,13 +29,24 @@ class ValueModelConfig(PretrainedConfig):
 
     Args:
         backbone_config (`PretrainedConfig` or `dict`, *optional*): the decoder's; no model can be made without it.
+        form (`str`, *optional*, defaults to `"full"`): `"full"`: a decoder and a head; `"adapter"`: a LoRA adapter and
+            a head on a base that is shared; `"head"`: a head alone on a base that is shared.
+        lora (`dict`, *optional*): settings of the adapter, see [`~lenvm_rl.modeling.sharing.lora_settings`].
     """
 
     sub_configs = {"backbone_config": AutoConfig}
 
-    def __init__(self, backbone_config: PretrainedConfig | dict | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        backbone_config: PretrainedConfig | dict | None = None,
+        form: str = FULL,
+        lora: dict | None = None,
+        **kwargs: Any,
+    ):
         self.backbone_config = None
         super().__init__(**kwargs)
+        check_form(form, lora)
+        self.form, self.lora = form, lora
         # Set only now: the inherited method hands its own settings to every sub-configuration, so the decoder's choice
         # of attention would be lost, and a model would compute otherwise before saving than after loading.
         if isinstance(backbone_config, dict):
@@ -136,6 +82,36 @@ class ValueModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    # The decoder of somebody else, in the forms that have none of their own.
+    _shared = None
+
+    def _share(self, base) -> None:
+        """Take a decoder that belongs to somebody else as `backbone`, in the forms that have none of their own."""
+        form = self.config.form
+        if form == FULL:
+            raise ValueError("A model of form='full' has a decoder of its own and takes no `base`: leave it out.")
+        if base is None:
+            raise ValueError(
+                f"A {type(self).__name__} of form={form!r} holds no decoder: give the one that it was fitted on, "
+                f"`{type(self).__name__}.from_pretrained(path, base=model_or_path)`."
+            )
+        check_same_architecture(self.config, base)
+        self._shared = SharedDecoder(base, self.config.lora)
+        self.config.lora = self._shared.lora
+        if form == ADAPTER:
+            self.adapter = self._shared.adapter
+        # Not registered: the base is not saved, trained, frozen or cast with this model.
+        object.__setattr__(self, "backbone", base)
+        # Recomputed in the backward pass, a layer would have the adapters of that moment.
+        self.supports_gradient_checkpointing = False
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        device = self.head.output.weight.device
+        if self._shared is not None and device.type != "meta" and device != self.backbone.device:
+            self.backbone.to(device)
+        return self
+
     def _complete(self, given: bool) -> None:
         """What follows when decoder and head are there. If the decoder was given, no weight is drawn: initialisation
         spares only modules that carry its mark, and a layer that was replaced in that decoder would be drawn anew."""
@@ -150,8 +126,21 @@ class ValueModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        base: PreTrainedModel | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ):
         """Load a model, in eval mode; see the classes for what they add.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder that `save_pretrained` wrote, or a hub id.
+            base (`PreTrainedModel`, `peft.PeftModel`, `str` or `os.PathLike`, *optional*): for the forms `"adapter"`
+                and `"head"`: the model that they were fitted on, whose decoder is shared and not copied, with its
+                adapters if it has any; or where to load it from.
+            kwargs: as for any model of transformers.
 
         Raises:
             `FileNotFoundError`: the path does not exist.
@@ -160,6 +149,9 @@ class ValueModel(PreTrainedModel):
         path = pretrained_model_name_or_path
         if kwargs.get("use_safetensors") is False:
             raise ValueError("Only safetensors are loaded (other files can run code): drop `use_safetensors=False`.")
+        if base is not None:
+            settings = {name: kwargs.pop(name) for name in ("dtype", "attn_implementation") if name in kwargs}
+            kwargs["base"] = shared_decoder(base, **settings)
         kwargs = load_model(partial(with_code, cls.config_class), path, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.update(use_safetensors=True, output_loading_info=True)
@@ -170,10 +162,12 @@ class ValueModel(PreTrainedModel):
                 f"The model at '{path}' lacks weights, which would be random: {', '.join(lacking[:6])}. Save it again "
                 f"with `save_pretrained`, or make a new one with `{cls.__name__}.from_backbone`."
             )
+        if base is not None:
+            model.to(model.backbone.device)
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
-        """As for any model of transformers."""
+        """As for any model of transformers; a base that is shared is not saved."""
         if is_main_process and "backbone" in self._modules:
             save_code(self.backbone, save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -186,17 +180,18 @@ class ValueModel(PreTrainedModel):
         cache = cache_keyword(self.backbone, past_key_values)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         position_ids = self._positions(inputs, attention_mask, position_ids, past_key_values, backbone_kwargs)
-        outputs = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **cache,
-            **backbone_kwargs,
-        )
-        made_its_own = position_ids is None and self._places_on_grid
-        return outputs, self.backbone.rope_deltas if made_its_own else None
+        with nullcontext() if self._shared is None else self._shared.seen_alone():
+            outputs = self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **cache,
+                **backbone_kwargs,
+            )
+            made_its_own = position_ids is None and self._places_on_grid
+            return outputs, self.backbone.rope_deltas if made_its_own else None
 
     @property
     def _places_on_grid(self) -> bool:

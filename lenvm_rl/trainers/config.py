@@ -329,6 +329,13 @@ class LenVMPPOConfig(LenVMConfig):
         "Where a learned critic starts: 'policy', 'lenvm' (a copy of that decoder, and a new head), or a folder or hub "
         "id, of a reward model with its head as well.",
     )
+    critic_form: Literal["full", "adapter", "head"] = _setting(
+        "full",
+        "What a critic that starts at the policy is: 'full' (a decoder and a head, all of which learns), 'adapter' "
+        "(LoRA and a head) or 'head' (a head alone) on a decoder that this run keeps frozen: the reference's (beta > "
+        "0), or the base under the policy's adapters. A head alone reads the reference's forward. A critic that is "
+        "given is taken as it is.",
+    )
     critic_learning_rate: Annotated[float, NOT_NEGATIVE] = _setting(
         1e-5,
         "Peak learning rate of the critic; it follows the policy's schedule. Ten times the policy's default. At 0 the "
@@ -419,6 +426,11 @@ class LenVMPPOConfig(LenVMConfig):
             raise ValueError(
                 f"critic_warmup_steps={self.critic_warmup_steps} are steps in which the critic alone learns, and with "
                 "critic_learning_rate=0 it does not: set one of the two."
+            )
+        if self.critic_form != "full" and self.critic_init == "lenvm":
+            raise ValueError(
+                f"critic_form='{self.critic_form}' is on the decoder of the policy or its reference, and "
+                "critic_init='lenvm' starts a critic of form 'full': leave one of them out."
             )
         if self.length_adaptive_alpha is not None and self.task_lam != 1.0:
             raise ValueError(

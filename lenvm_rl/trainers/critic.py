@@ -46,15 +46,17 @@ from lenvm_rl.modeling.critic import (
     renew_buffers,
     unset_like,
 )
+from lenvm_rl.modeling.heads import ScoreHead
 from lenvm_rl.modeling.length_value_model import LengthValueConfig, LengthValueModel
-from lenvm_rl.modeling.sharing import SAME_ARCHITECTURE
-from lenvm_rl.modeling.value_model import ScoreHead
+from lenvm_rl.modeling.sharing import FULL, SAME_ARCHITECTURE
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.reading import check_sees_pictures
+from lenvm_rl.trainers.shared_base import check_base_stays_frozen
 
 logger = logging.getLogger(__name__)
 
 LEARNED, NO_CRITIC = "learned", "lenvm"
+TASK_CRITIC = "task critic"
 # Models with a head that scores, by the end of the name of their class.
 _SCORERS = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
@@ -69,6 +71,8 @@ def make_critic(
     policy: PreTrainedModel | PeftModel,
     length_value_model: LengthValueModel | None,
     trust_remote_code: bool = False,
+    form: str = FULL,
+    base: PreTrainedModel | PeftModel | None = None,
 ):
     """The task critic that `LenVMPPOTrainer(…, critic=)` asks for.
 
@@ -88,6 +92,9 @@ def make_critic(
         policy (`PreTrainedModel` or `peft.PeftModel`): the policy.
         length_value_model ([`LengthValueModel`], *optional*): the frozen one.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with weights is run.
+        form (`str`, *optional*, defaults to `"full"`): of a critic that starts here. One that is given has its own.
+        base (`PreTrainedModel` or `peft.PeftModel`, *optional*, defaults to the policy): the model whose decoder a
+            critic of the other forms shares.
 
     Returns:
         [`TaskCritic`], or `None` for `"lenvm"`.
@@ -103,9 +110,11 @@ def make_critic(
     if _is(critic, LEARNED):
         if length_value_model is None and critic_init == "lenvm":
             raise ValueError(_NO_LENVM)
+        if form != FULL and critic_init == "policy":
+            return TaskCritic.from_backbone(policy if base is None else base, form=form)
         critic = {"policy": policy, "lenvm": length_value_model}.get(critic_init, critic_init)
     if isinstance(critic, (str, os.PathLike)):
-        critic = _loaded(critic, trust_remote_code)
+        critic = _loaded(critic, trust_remote_code, policy if base is None else base)
     elif not isinstance(critic, (PreTrainedModel, PeftModel)):
         raise ValueError(
             f"`critic` is a {type(critic).__name__}; it has to be 'learned', 'lenvm', a model of transformers (with "
@@ -115,6 +124,14 @@ def make_critic(
         return TaskCritic.from_backbone(policy)
     elif not isinstance(critic, (TaskCritic, LengthValueModel)) or _has_new_adapters(critic):
         critic = copy.deepcopy(critic)
+    given = critic.config.form if isinstance(critic, TaskCritic) else FULL
+    if form not in (FULL, given):
+        raise ValueError(
+            f"critic_form='{form}' is of a critic that starts with this run (critic='learned', critic_init='policy'), "
+            f"and the one that is given is of form '{given}': leave critic_form at 'full', which takes it as it is."
+        )
+    if given != FULL:
+        return critic
     if isinstance(critic, LengthValueModel):
         logger.info("the critic starts from the decoder of a length value model, with a new head")
         return TaskCritic.from_backbone(critic)
@@ -148,14 +165,14 @@ def check_apart(critic: TaskCritic, policy: nn.Module) -> None:
         )
 
 
-def _loaded(path, trust_remote_code: bool):
-    """The model at a path, whatever it is; adapters learn, on a frozen base."""
+def _loaded(path, trust_remote_code: bool, base):
+    """The model at a path, whatever it is; adapters learn, on a frozen base. A critic may share the one of `base`."""
     settings = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     if load_model(find_adapter_config_file, path) is not None:
         return _with_adapters(path, settings)
     config = load_model(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
     if isinstance(config, TaskCriticConfig):
-        return load_critic(path, trust_remote_code)
+        return load_critic(path, trust_remote_code, None if config.form == FULL else base)
     if isinstance(config, LengthValueConfig):
         return LengthValueModel.from_pretrained(path, trust_remote_code=trust_remote_code)
     scorer = _scorer(config)
@@ -356,8 +373,10 @@ def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
         `ValueError`: the critic cannot read what the policy writes, or there is nothing in it that learns.
     """
     args = trainer.args
+    if critic.config.form != FULL:
+        check_base_stays_frozen(critic, trainer, TASK_CRITIC, "set critic_form='full'")
     if trainer._is_vlm:
-        check_sees_pictures(critic, trainer, "task critic")
+        check_sees_pictures(critic, trainer, TASK_CRITIC)
     # Padding is masked, and read as another token.
     check_embeds(trainer._tokenizer, critic, "the task critic", ordinary=True, padding=False)
     check_causal(critic.backbone)
@@ -377,10 +396,11 @@ def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
             "set critic_learning_rate=0, which takes it as it is."
         )
     critic.train()
-    # Layers that keep their inputs for the backward pass alone do so in training mode only.
-    critic.backbone.train(args.gradient_checkpointing)
-    if args.gradient_checkpointing:
-        _checkpoint_activations(critic, args.gradient_checkpointing_kwargs)
+    if critic.config.form == FULL:
+        # Layers that keep their inputs for the backward pass alone do so in training mode only.
+        critic.backbone.train(args.gradient_checkpointing)
+        if args.gradient_checkpointing:
+            _checkpoint_activations(critic, args.gradient_checkpointing_kwargs)
     critic = trainer.accelerator.prepare_model(critic)
     trainer.add_callback(CriticGradientReset(critic))
     return critic
@@ -448,6 +468,8 @@ def _differences(folder: Path, critic: TaskCritic) -> list[str]:
         for theirs, ours in [(_of_decoder(each, name) for each in (there, here))]
         if theirs != ours
     ]
+    if there.get("form", FULL) != here["form"]:
+        found.append(f"form '{there.get('form', FULL)}' there and '{here['form']}' here")
     if there.get("head", "mlp") != here["head"]:
         found.append(f"a head of kind '{there.get('head', 'mlp')}' there and '{here['head']}' here")
     adapters = [sorted(each.get("adapters") or {}) for each in (there, here)]

@@ -18,20 +18,24 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from lenvm_rl.modeling.critic import TaskCritic
 from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.modeling.sharing import HEAD
 from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer
 from lenvm_rl.trainers.config import LenVMPPOConfig
 from lenvm_rl.trainers.critic import (
     CRITIC_FOLDER,
+    TASK_CRITIC,
     check_same_critic,
     check_settings,
     make_critic,
     place_critic,
     read_critic,
 )
+from lenvm_rl.trainers.critic_states import CriticStates, state_values
 from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl
 from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_kl_reward
 from lenvm_rl.trainers.reading import value_logits
 from lenvm_rl.trainers.reward_scale import RewardScale
+from lenvm_rl.trainers.shared_base import run_base
 from lenvm_rl.trainers.streams import (
     Batch,
     Streams,
@@ -45,7 +49,7 @@ from lenvm_rl.trainers.streams import (
     with_length_stream,
 )
 
-_CRITIC = "task critic"
+_STATES = "critic_states"
 PPO_CITATION = textwrap.dedent("""\
     @article{schulman2017proximal,
         title        = {{Proximal Policy Optimization Algorithms}},
@@ -125,10 +129,14 @@ class LenVMPPOTrainer(LenVMTrainer):
     given stays so, and adapters and a score head are kept ([`lenvm_rl.trainers.critic.make_critic`]). It is
     saved with the policy, in `critic/` of every checkpoint and of what `save_model` writes, and restored on resume.
 
+    With `critic_form="adapter"` or `"head"` it holds no decoder: it shares the reference's, or the base under the
+    policy's adapters. A head alone reads one forward per generation batch, the reference's own where there is one, and
+    keeps its hidden states, `(B, T + 1, H)`, for the steps that follow.
+
     Refused at construction, beside what [`LenVMGRPOTrainer`] refuses: a learned critic under FSDP or DeepSpeed (its
-    weights are not sharded), with an optimizer that steps layer by layer, or with
-    `multi_objective_aggregation="normalize_then_sum"`; `truncation="bootstrap"`, and whatever only a critic reads,
-    without a critic.
+    weights are not sharded), on a shared decoder that does not stay frozen, with an optimizer that steps layer by
+    layer, or with `multi_objective_aggregation="normalize_then_sum"`; `truncation="bootstrap"`, and whatever only a
+    critic reads, without a critic.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, further, grpo_arguments:
@@ -196,8 +204,12 @@ class LenVMPPOTrainer(LenVMTrainer):
         # Metrics of steps' batches: they are read when something is logged, so that no batch waits for them.
         self._unread: list[tuple[str, BatchMetrics]] = []
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
-        critic = make_critic(critic, args.critic_init, policy, self.length_value_model, args.runs_remote_code)
+        shared = {"form": args.critic_form, "base": run_base(self)}
+        critic = make_critic(critic, args.critic_init, policy, self.length_value_model, args.runs_remote_code, **shared)
         self.critic = None if critic is None else place_critic(critic, self)
+        self._states = None
+        if critic is not None and critic.config.form == HEAD:
+            self._states = CriticStates(self.critic, self)
 
     @property
     def _critic_learns(self) -> bool:
@@ -214,11 +226,22 @@ class LenVMPPOTrainer(LenVMTrainer):
         if self.critic is None:
             return read
         with torch.no_grad():
-            values_bt1 = value_logits(self.critic, _CRITIC, batch, self, self._chunk_size)
+            if self._states is not None:
+                # They are shuffled and split with the rest of the batch.
+                batch[_STATES] = self._states.of_batch(batch, self._chunk_size)
+            values_bt1 = self._values(batch, self._chunk_size)
+            if not self._critic_learns:
+                batch.pop(_STATES, None)
             log_ratio = None
             if self.args.kl_reward_coef > 0.0:
                 log_ratio = torch.where(read.completions.actions, self._log_ratio(batch), 0.0)
         return replace(read, critic_values_bt1=values_bt1, log_ratio=log_ratio)
+
+    def _values(self, batch: dict, chunk_size: int | None = None) -> Tensor:
+        """The critic's values at every state, `(B, T + 1)`."""
+        if self._states is not None:
+            return state_values(self.critic, batch[_STATES], batch, self, chunk_size)
+        return value_logits(self.critic, TASK_CRITIC, batch, self, chunk_size)
 
     def _log_ratio(self, batch: dict) -> Tensor:
         """``log pi - log pi_ref`` of each token, `(B, T)`, of the policy that the completions were sampled from."""
@@ -269,8 +292,14 @@ class LenVMPPOTrainer(LenVMTrainer):
             self._buffered_inputs = dealt_again(parts)
         return super()._prepare_inputs(generation_batch)
 
-    def _get_per_token_logps_and_entropies(self, *arguments, **options):
-        found = super()._get_per_token_logps_and_entropies(*arguments, **options)
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *arguments, **options
+    ):
+        states = self._states
+        with contextlib.nullcontext() if states is None else states.reading(model, logits_to_keep):
+            found = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *arguments, **options
+            )
         self._log_probs = found[0].detach()
         return found
 
@@ -309,7 +338,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         # As Trainer does for the policy: processes exchange gradients once per optimizer step.
         defer = not self.accelerator.sync_gradients
         with self.accelerator.no_sync(self.critic) if defer else contextlib.nullcontext():
-            values = value_logits(self.critic, _CRITIC, inputs, self)[:, :-1]
+            values = self._values(inputs)[:, :-1]
         losses, clipped = value_loss(values, old, returns, mask, self.args.cliprange_value)
         metrics = BatchMetrics(self._sum_over_processes)
         metrics.mean("critic/value_loss", losses, mask)

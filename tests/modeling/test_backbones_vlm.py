@@ -15,8 +15,8 @@ from tiny import (
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from lenvm_rl.modeling.heads import LengthValueHead
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.modeling.value_model import LengthValueHead
 from lenvm_rl.pretraining.batches import check_isolation
 
 IMAGE, VIDEO, VISION_START, VISION_END = 60, 61, 62, 63

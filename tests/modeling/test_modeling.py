@@ -21,8 +21,8 @@ from tiny import (
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
+from lenvm_rl.modeling.heads import LengthValueHead
 from lenvm_rl.modeling.length_value_model import LengthValueConfig, LengthValueModel
-from lenvm_rl.modeling.value_model import LengthValueHead
 from lenvm_rl.tokenization import check_same_tokenizer, tokenizer_fingerprint
 
 BACKBONES = {"llama": tiny_llama, "qwen2": tiny_qwen2, "qwen3": tiny_qwen3, "gpt2": tiny_gpt2}

@@ -50,6 +50,12 @@ CASES = {
         "length_coef_rate": 0.5, "num_iterations": 2, "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 4, "critic_warmup_steps": 4, "beta": 0.1, "policy": on_disk,
     },
+    # A head on the reference's forward, whose hidden states two iterations and two steps of each share.
+    "ppo_critic_head": {
+        "make": ppo, "critic_form": "head", "num_iterations": 2, "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4, "critic_warmup_steps": 4, "beta": 0.1, "policy": on_disk,
+    },
+    "ppo_critic_adapter": {"make": ppo, "critic_form": "adapter", "length_coef": 0.3, "beta": 0.1, "policy": on_disk},
     # Six optimizer steps in an epoch of sixteen batches, the last of one batch; four batches of a generation.
     "grpo_uneven_accumulation": {
         "make": grpo, "length_coef": 0.3, "gradient_accumulation_steps": 3, "steps_per_generation": 4,

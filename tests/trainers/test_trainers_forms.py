@@ -14,7 +14,7 @@ from lenvm_rl.modeling.completions import completion_logits
 from lenvm_rl.modeling.critic import TaskCritic
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOTrainer, LenVMPPOTrainer
-from lenvm_rl.trainers import frozen as shared_base
+from lenvm_rl.trainers.frozen import place_length_value_model
 from lenvm_rl.trainers.reading import value_logits
 
 TRAINERS = {"grpo": grpo, "ppo": ppo}
@@ -230,7 +230,7 @@ def test_a_shared_base_is_not_sharded(tmp_path, engine):
     trainer = grpo(tmp_path, no_length)
     setattr(trainer, engine, True)
     with pytest.raises(ValueError, match="form='full'"):
-        shared_base.on_shared_base(lenvm_on(base_policy(), "head"), trainer)
+        place_length_value_model(lenvm_on(base_policy(), "head"), trainer)
 
 
 @pytest.mark.parametrize("form", ["adapter", "head"])

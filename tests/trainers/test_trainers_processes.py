@@ -13,6 +13,7 @@ import torch
 
 from critic_parts import reward_model
 from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
 from trainer_parts import first_is_w8, grpo, ppo, random_lenvm
 
 from lenvm_rl.trainers import streams
@@ -57,6 +58,11 @@ adapted = get_peft_model(reward_model(), LoraConfig(task_type="SEQ_CLS", r=2, ta
 check("ppo", ppo({folder!r} + "/adapted", first_is_w8, random_lenvm(), critic=adapted, **more))
 still = dict(more, critic_warmup_steps=0, critic_learning_rate=0.0)
 check("ppo", ppo({folder!r} + "/still", first_is_w8, random_lenvm(), critic=reward_model(), **still))
+
+# A critic of which a head, or an adapter and a head, learn on the base under the policy's adapters.
+for form in ("head", "adapter"):
+    policy = get_peft_model(tiny_llama(16, seed=1), LoraConfig(r=2, target_modules=["q_proj"]))
+    check("ppo", ppo({folder!r} + "/" + form, first_is_w8, random_lenvm(), policy=policy, critic_form=form, **more))
 
 # Each process re-fits the length value model to completions of its own, with the gradients of both: it moves alike.
 def flat_of(model):
