@@ -27,6 +27,8 @@ Prompt = str | list[dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 SHOWN_DIFFERENCES = 5
+# What stands for a character of which not all bytes are there.
+REPLACEMENT = "\ufffd"
 # Share of the context beyond which a prompt and its completion are near to being refused.
 NEAR_CONTEXT = 0.9
 # How the files that data sets come in are read: the builder of `datasets`, and its settings.
@@ -334,3 +336,43 @@ def check_room(lengths: Sequence[int], max_new_tokens: int, context: int | None,
             f"(max_new_tokens, max_completion_length) it exceeds the model's context of {context}. Allow fewer, or "
             "leave out the prompt: prompts are never cut."
         )
+
+
+class IncrementalText:
+    """Turns token ids into text, piece by piece: no character is split, and nothing of a stop string gets out.
+
+    The pieces together are the text of all tokens, special ones skipped, up to the first stop string. `stopped` says
+    whether a stop string occurred.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        self._told = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now that `token_id` was chosen; often a token more or less."""
+        added = self._tokenizer.added_tokens_decoder.get(token_id)
+        if not self.stopped and added is not None and added.special and added.content in self._stop:
+            # It is no text, and can be named as a stop string all the same.
+            text, self.stopped = self.finish(), True
+            return text
+        self._ids.append(token_id)
+        return self.finish(last=False)
+
+    def finish(self, last: bool = True) -> str:
+        """What was held back, now that no token follows."""
+        if self.stopped:
+            return ""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            self.stopped, text = True, text[: min(found)]
+        elif not last:
+            text = text.rstrip(REPLACEMENT)
+            starts = [size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
+            text = text[: len(text) - max(starts, default=0)]
+        piece = text[self._told :]
+        self._told += len(piece)
+        return piece

@@ -111,7 +111,7 @@ def test_chats_and_completions_share_a_generation():
 def test_a_token_costs_one_forward_for_all_who_wait():
     engine = scripted_engine(geometric_chain(1e-9, 20))
     forwards = []
-    engine.policy.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    engine.decoder.policy.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     with serving(engine) as client, together(engine, 8) as (pool, rows):
         answers = list(pool.map(lambda i: complete(client, [START + i], max_tokens=10 + i), range(8)))
     assert [lengths_of(answer) for answer in answers] == [[10 + i] for i in range(8)]
@@ -131,7 +131,7 @@ def test_no_more_rows_than_max_choices_in_the_order_of_arrival():
 
 
 def test_who_comes_joins_those_under_way_and_is_answered_while_they_go_on():
-    engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000)
+    engine = scripted_engine(geometric_chain(1e-9, 20))
     with serving(engine) as client, complete(client, [START], max_tokens=50_000, stream=True) as endless:
         next(iter(endless))
         assert lengths_of(complete(client, [START], max_tokens=3)) == [3]
@@ -150,7 +150,7 @@ def test_who_joins_late_gets_what_it_gets_alone():
 
 
 def test_who_leaves_frees_its_row_and_the_last_one_ends_the_generation():
-    engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000)
+    engine = scripted_engine(geometric_chain(1e-9, 20))
     with serving(engine) as client, together(engine, 3) as (pool, rows):
         streams = list(pool.map(lambda _: complete(client, [START], max_tokens=50_000, stream=True), range(3)))
         jobs = engine.jobs
@@ -168,7 +168,7 @@ def test_who_leaves_frees_its_row_and_the_last_one_ends_the_generation():
 @pytest.mark.parametrize("streams", [False, True])
 def test_one_that_fails_does_not_take_the_others_with_it(streams):
     engine = scripted_engine(geometric_chain(1e-9, 20))
-    engine.length_value_model.table.weight[START + 1] = math.nan
+    engine.decoder.length_value_model.table.weight[START + 1] = math.nan
     with serving(engine) as client, together(engine, 3) as (pool, rows):
 
         def one(fields):
@@ -188,8 +188,9 @@ def test_rows_that_are_not_guided_are_not_scored():
     engine = tiny_engine()
     with serving(engine) as client, together(engine, 3) as (pool, rows):
         widths = []
-        score = engine.length_value_model.forward
-        engine.length_value_model.forward = lambda **inputs: widths.append(inputs["input_ids"].shape) or score(**inputs)
+        model = engine.decoder.length_value_model
+        score = model.forward
+        model.forward = lambda **inputs: widths.append(inputs["input_ids"].shape) or score(**inputs)
         guided = pool.submit(complete, client, guidance={"strength": -9.0, "top_k": 5}, max_tokens=20)
         plain = [pool.submit(complete, client, max_tokens=20) for _ in range(2)]
         assert len(ids_of(guided.result())[0]) and all(job.result().choices for job in plain)
@@ -212,7 +213,7 @@ class TestAnyDecoder:
         model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight.clone())
         model.get_output_embeddings().weight.data[EOS] = 0.0
         engine = Engine(model, value, tokenizer, "tiny")
-        assert type(engine.policy) is SlotScorer
+        assert type(engine.decoder.policy) is SlotScorer
         with serving(engine) as client:
             asked = [{**fields, "guidance": {"strength": -200.0}, "temperature": 0} for fields in (long, short)]
             alone = [ask(client, fields)[0] for fields in asked]
@@ -226,7 +227,7 @@ class TestAnyDecoder:
         tokenizer = tiny_tokenizer()
         model = tiny_llama(rope_parameters=rope)
         engine = Engine(model, tiny_length_value_model(tokenizer=tokenizer).freeze(), tokenizer, "tiny")
-        assert type(engine.policy) is SingleRowReader
+        assert type(engine.decoder.policy) is SingleRowReader
         short, long = ({"prompt": "w6 " * size, "max_tokens": 6, "temperature": 0} for size in (4, 30))
         with serving(engine) as client:
             alone = [ask(client, fields)[0] for fields in (short, long)]
@@ -242,9 +243,7 @@ class TestAnyDecoder:
             model = RwkvForCausalLM(config).eval()
         tokenizer = tiny_tokenizer()
         with caplog.at_level(logging.WARNING):
-            engine = Engine(
-                model, tiny_length_value_model(tokenizer=tokenizer).freeze(), tokenizer, "tiny", max_new_tokens_limit=9
-            )
+            engine = Engine(model, tiny_length_value_model(tokenizer=tokenizer).freeze(), tokenizer, "tiny")
         assert "one after the other" in caplog.text
         with serving(engine) as client, together(engine, 2) as (pool, rows):
             prompts = [[6, 7, 8], [9]]

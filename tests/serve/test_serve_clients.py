@@ -28,7 +28,7 @@ def tiny_client():
 @pytest.fixture(scope="module")
 def endless():
     """A policy that hardly ever ends: engine and client."""
-    engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000, max_waiting=1, max_choices=1)
+    engine = scripted_engine(geometric_chain(1e-9, 20), max_waiting=1, max_choices=1)
     with serving(engine) as client:
         yield engine, client
 
@@ -91,7 +91,7 @@ class TestClients:
 
     def test_a_generation_that_fails_is_told_and_the_server_goes_on(self):
         engine = scripted_engine(geometric_chain(0.5))
-        engine.length_value_model.table.weight[START + 1] = math.nan
+        engine.decoder.length_value_model.table.weight[START + 1] = math.nan
         with serving(engine) as client:
             for _ in range(2):
                 with pytest.raises(openai.InternalServerError, match="gave NaN or infinity"):
@@ -103,7 +103,7 @@ class TestClients:
     def test_a_failure_that_nobody_foresaw_ends_its_connection_and_says_so(self, monkeypatch):
         """The server drops that connection, so a client that kept it would lose its next request."""
         engine = scripted_engine(geometric_chain(0.5))
-        monkeypatch.setattr(engine, "_tokenize", lambda request: 1 / 0)
+        monkeypatch.setattr(engine, "_tokenize", lambda *asked: 1 / 0)
         with serving(engine) as client:
             for _ in range(2):
                 with pytest.raises(openai.InternalServerError, match="ZeroDivisionError") as error:
@@ -111,7 +111,7 @@ class TestClients:
                 assert error.value.response.headers["connection"] == "close"
 
     def test_stopping_the_server_tells_who_waits(self):
-        engine = scripted_engine(geometric_chain(1e-9, 20), max_new_tokens_limit=50_000, max_choices=1)
+        engine = scripted_engine(geometric_chain(1e-9, 20), max_choices=1)
         with ThreadPoolExecutor(2) as pool, serving(engine) as client:
             stream = complete(client, [START], stream=True, max_tokens=50_000)
             next(iter(stream))
@@ -127,7 +127,7 @@ class TestClients:
 def test_the_models_of_a_folder_are_served(tmp_path):
     arguments = saved(tmp_path)
     engine = load_engine(arguments)
-    assert engine.context == 512 and engine.length_value_model.frozen
+    assert engine.context == 512 and engine.decoder.length_value_model.frozen
     with serving(engine) as client:
         expected = tiny_llama().generate(torch.tensor([[6, 7, 8]]), do_sample=False, max_new_tokens=10)[0, 3:].tolist()
         answer = client.completions.create(

@@ -7,7 +7,7 @@ from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lenvm_rl.serve.engine import IncrementalText
+from lenvm_rl.tokenization import IncrementalText
 
 REPLACEMENT = "\ufffd"
 
