@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from lenvm_rl.modeling.loading import ADAPTER_FILE, model_type
+from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer, checks
 from recipes.arguments import read_arguments
@@ -46,6 +47,12 @@ def main() -> None:
     if critic != "lenvm" and critic != "learned":
         checks.check_model_path(critic, "the critic")
         model_type(critic, ADAPTER_FILE)
+    if config.critic_form != FULL and not model.use_peft and config.beta == 0.0:
+        raise ValueError(
+            f"critic_form='{config.critic_form}' shares a decoder that has to stay as it is, and this policy's is "
+            "trained: set use_peft=true (then its base stays) or beta above 0 (the reference does), or take "
+            "critic_form='full'."
+        )
     prepare_process(sandbox=model.model_name_or_path is None)
     run = begin_run(args, config, model, dense=True)
     train_stage("ppo", run, lambda **kwargs: LenVMPPOTrainer(critic=critic, **kwargs), critic=critic)

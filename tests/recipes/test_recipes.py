@@ -135,6 +135,7 @@ def test_rollouts_are_sampled_as_the_trainer_samples(tmp_path):
         (("--length_lam", "2"), "length_lam"),
         (("--critic", "./nowhere"), "no folder './nowhere' for the critic"),
         (("--critic", str(CONFIGS)), "configs' holds no model"),
+        (("--critic_form", "head"), "use_peft.*beta.*critic_form='full'"),
         (("--length_value_model", str(CONFIGS)), "configs' holds no model"),
         (("--reward_funcs", "test_recipes.sandboxed"), "needs riddle, and the sandbox"),
     ],

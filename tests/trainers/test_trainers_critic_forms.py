@@ -205,6 +205,43 @@ def test_activations_made_again_are_the_policys_alone(tmp_path):
         torch.testing.assert_close(results[0][name], results[1][name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_a_head_learns_what_a_full_critic_on_a_frozen_decoder_learns(tmp_path, base):
+    results = []
+    for form in ("head", "full"):
+        given = "learned"
+        if form == "full":
+            given = TaskCritic.from_backbone(base_policy())
+            given.backbone.requires_grad_(False)
+        trainer = run(tmp_path / form, form, base, critic=given, max_steps=4, num_iterations=2, steps_per_generation=2)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for weight in trainer.critic.head.parameters():
+                weight.normal_(std=0.3, generator=generator)
+        start = weights(trainer.critic.head)
+        torch.manual_seed(0)
+        trainer.train()
+        results.append(weights(trainer.critic.head) | weights(trainer.model))
+    assert not torch.allclose(start["output.weight"], results[0]["output.weight"], atol=1e-3)
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_on_a_base_in_bfloat16_what_learns_is_float32(tmp_path, form):
+    policy = with_adapters(base_policy().bfloat16())
+    trainer = run(tmp_path, form, policy=policy, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    batch = batch_of(trainer)
+    assert {weight.dtype for weight in trainer.critic.parameters()} == {torch.float32}
+    assert trainer.critic.backbone.dtype == torch.bfloat16 and batch["critic_values"].dtype == torch.float32
+    assert float(batch["critic_values"].std()) > 0.0
+    if form == "head":
+        assert batch["critic_states"].dtype == torch.bfloat16
+    loaded = load_critic(tmp_path / "run" / "checkpoint-2" / "critic", base=policy)
+    assert same_weights(weights(loaded), weights(trainer.critic))
+
+
 # ---- what is refused
 
 

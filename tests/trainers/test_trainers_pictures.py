@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from lenvm_rl.advantages import length_advantage
 from lenvm_rl.modeling.completions import completion_logits
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer, TaskCritic
+from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
 from lenvm_rl.trainers.reading import check_sees_pictures, picture_inputs
 
 GAMMA, EOS = 0.9, 1
@@ -145,10 +145,13 @@ def test_both_trainers_learn_from_pictures(tmp_path, name, critic):
         assert any("visual" in key for key in moved) and any("head" in key for key in moved)
 
 
-def test_a_learned_critic_reads_each_row_with_its_pictures(tmp_path):
-    critic = TaskCritic.from_backbone(tiny_vlm(5))
+@pytest.mark.parametrize("form", ["full", "adapter", "head"])
+def test_a_learned_critic_reads_each_row_with_its_pictures(tmp_path, form):
+    tiny_vlm(5).save_pretrained(tmp_path / "policy")
+    policy = str(tmp_path / "policy")
+    trainer = make("ppo", tmp_path / "run", policy=policy, critic="learned", critic_form=form, beta=0.1)
+    critic = trainer.critic
     torch.nn.init.normal_(critic.head.output.weight)
-    trainer = make("ppo", tmp_path, critic=critic)
     batch = batch_of(trainer)
     for row in range(6):
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
