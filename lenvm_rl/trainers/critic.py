@@ -110,8 +110,6 @@ def make_critic(
     if _is(critic, LEARNED):
         if length_value_model is None and critic_init == "lenvm":
             raise ValueError(_NO_LENVM)
-        if form != FULL and critic_init == "policy":
-            return TaskCritic.from_backbone(policy if base is None else base, form=form)
         critic = {"policy": policy, "lenvm": length_value_model}.get(critic_init, critic_init)
     if isinstance(critic, (str, os.PathLike)):
         critic = _loaded(critic, trust_remote_code, policy if base is None else base)
@@ -121,7 +119,7 @@ def make_critic(
             "adapters or without), or the path of one."
         )
     elif bare_model(critic) is bare_model(policy):
-        return TaskCritic.from_backbone(policy)
+        return TaskCritic.from_backbone(base if form != FULL and base is not None else policy, form=form)
     elif not isinstance(critic, (TaskCritic, LengthValueModel)) or _has_new_adapters(critic):
         critic = copy.deepcopy(critic)
     given = critic.config.form if isinstance(critic, TaskCritic) else FULL

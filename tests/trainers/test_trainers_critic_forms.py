@@ -192,6 +192,8 @@ def test_an_object_on_the_base_of_the_policy_is_used_itself(tmp_path):
     trainer = run(tmp_path, "full", policy=policy, critic=given)
     assert trainer.critic is given and given.backbone is policy.get_base_model().model
     trainer.train()
+    # The policy itself stands for "learned".
+    assert run(tmp_path, "head", policy=policy, critic=policy).critic.config.form == "head"
 
 
 def test_activations_made_again_are_the_policys_alone(tmp_path):
