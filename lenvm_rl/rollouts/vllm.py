@@ -95,7 +95,7 @@ class VLLMJob(SamplingJob):
             return self._llm
         vllm = import_vllm()
         with _random_states_kept():
-            self._llm = vllm.LLM(model=self.model, seed=self.seed, **self.engine_arguments)
+            self._llm = vllm.LLM(model=self.model, seed=self.seed, **(_defaults() | self.engine_arguments))
         config = self._llm.llm_engine.model_config
         self.check_room(config.max_model_len)
         facts = {"vllm_version": vllm.__version__, "dtype": str(config.dtype).removeprefix("torch.")}
@@ -146,6 +146,12 @@ class VLLMJob(SamplingJob):
             stop_token_ids=self.eos_token_ids,
             detokenize=False,
         )
+
+
+def _defaults() -> dict[str, Any]:
+    """Settings of the engine where nobody gives them: on a CPU, a seed and a prompt that is read in parts end
+    vLLM 0.32, whose generators there have no offset to go back to."""
+    return {} if torch.accelerator.is_available() else {"enable_chunked_prefill": False}
 
 
 @contextmanager
