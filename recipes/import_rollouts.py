@@ -123,6 +123,10 @@ def main(args: ImportArguments) -> RolloutMetadata:
     )
     metadata = write_rollouts(args.output, rollouts, metadata)
     logger.info("%s: %s", args.output, described(rollouts, metadata))
+    logger.info(
+        "next: accelerate launch recipes/pretrain_lenvm.py --rollouts %s --model_name_or_path %s --output_dir lenvm",
+        args.output, args.tokenizer_name_or_path,
+    )  # fmt: skip
     return metadata
 
 

@@ -82,6 +82,11 @@ def main(args: PromptArguments) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in draw_prompts(args)]
     with atomic_file(args.output) as file:
         file.write("".join(lines).encode())
+    logger.info(
+        "next: python recipes/sample_rollouts.py --dataset_name %s --keep_columns domain --chat true "
+        "--model_name_or_path MODEL --output rollouts.jsonl",
+        args.output,
+    )  # fmt: skip
 
 
 def make_parser() -> ProgramParser:

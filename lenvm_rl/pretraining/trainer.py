@@ -403,6 +403,7 @@ def pretrain(
     )
     settings = settings_of(args, model, train)
     if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
         check_resumed(os.path.dirname(checkpoint), settings)
     elif trainer.is_world_process_zero():
         write_json(os.path.join(args.output_dir, RECORD), settings)
