@@ -287,8 +287,10 @@ class LenVMPPOTrainer(LenVMTrainer):
     def _prepare_inputs(self, generation_batch):
         parts = self._buffered_inputs
         begins = self._mode == "train" and parts is not None and self._step % self.args.steps_per_generation == 0
-        if begins and self._step % (self.args.steps_per_generation * self.num_iterations):
-            # Another pass through a batch that is there: TRL would cut it into the same mini-batches again.
+        again = begins and self._step % (self.args.steps_per_generation * self.num_iterations)
+        if again and self.critic is not None:
+            # Another pass through a batch that is there, which TRL cuts into the same mini-batches, as it does without a
+            # critic.
             self._buffered_inputs = dealt_again(parts)
         return super()._prepare_inputs(generation_batch)
 
