@@ -289,8 +289,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         begins = self._mode == "train" and parts is not None and self._step % self.args.steps_per_generation == 0
         again = begins and self._step % (self.args.steps_per_generation * self.num_iterations)
         if again and self.critic is not None:
-            # Another pass through a batch that is there, which TRL cuts into the same mini-batches, as it does without a
-            # critic.
+            # Another pass through a batch that is there: TRL would cut it into the same mini-batches again.
             self._buffered_inputs = dealt_again(parts)
         return super()._prepare_inputs(generation_batch)
 
