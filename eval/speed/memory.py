@@ -109,12 +109,14 @@ def training_memory(n: ParameterCounts) -> dict[str, int]:
     }
 
 
-def pretraining_costs(n: ParameterCounts) -> dict[str, tuple[float, float]]:
-    """For each form of a length value model, bytes while it is fitted, and operations for a token."""
+def pretraining_costs(n: ParameterCounts) -> dict[str, tuple[int, int, int]]:
+    """For each form of a length value model, bytes while it is fitted, and operations for a token: once, and in each
+    epoch. Under a head alone the decoder is run once (`cache_hidden_states`)."""
+    adapted = n.adapters + n.head
     return {
-        "head": (FROZEN * n.decoder + TRAINED * n.head, 2 * n.decoder + 6 * n.head),
-        "adapter": (FROZEN * n.decoder + TRAINED * (n.adapters + n.head), 4 * n.decoder + 6 * (n.adapters + n.head)),
-        "full": (TRAINED * (n.decoder + n.head), 6 * (n.decoder + n.head)),
+        "head": (FROZEN * n.decoder + TRAINED * n.head, 2 * n.decoder, 6 * n.head),
+        "adapter": (FROZEN * n.decoder + TRAINED * adapted, 0, 4 * n.decoder + 6 * adapted),
+        "full": (TRAINED * (n.decoder + n.head), 0, 6 * (n.decoder + n.head)),
     }
 
 
@@ -135,11 +137,12 @@ def main(args: MemoryArguments) -> None:
     title = "weights, gradients and optimizer, computed"
     columns = [Column(name, name, 1, scale=2.0**-30) for name in counts]
     print_table(console, rows, [Column("training, GiB", "what"), *columns], title)
-    tokens = args.completions * args.tokens * args.epochs
+    tokens = args.completions * args.tokens
     rows = []
     for form in fitting[first]:
         memory = {name: each[form][0] / 2**30 for name, each in fitting.items()}
-        minutes = {name: each[form][1] * tokens / (args.teraflops * 1e12) / 60 for name, each in fitting.items()}
+        operations = {name: each[form][1] + each[form][2] * args.epochs for name, each in fitting.items()}
+        minutes = {name: each * tokens / (args.teraflops * 1e12) / 60 for name, each in operations.items()}
         rows.append({"form": form, **{name: f"{memory[name]:.1f} GiB, {minutes[name]:.1f} min" for name in counts}})
     title = (
         f"value pretraining on {args.completions} completions of {args.tokens} tokens, {args.epochs:g} epochs, computed"
