@@ -31,6 +31,7 @@ from lenvm_rl.programs import AGAIN, ProgramParser, run_program
 from lenvm_rl.rollouts.formats import SOURCE_FORMATS
 from lenvm_rl.rollouts.record import RolloutMetadata, check_suffix, described, write_rollouts
 from lenvm_rl.rollouts.text import ASSUMPTIONS, import_completions
+from recipes.stage_records import PRETRAIN, say_next
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +124,15 @@ def main(args: ImportArguments) -> RolloutMetadata:
     )
     metadata = write_rollouts(args.output, rollouts, metadata)
     logger.info("%s: %s", args.output, described(rollouts, metadata))
-    logger.info(
-        "next: accelerate launch recipes/pretrain_lenvm.py --rollouts %s --model_name_or_path %s --output_dir lenvm",
-        args.output, args.tokenizer_name_or_path,
-    )  # fmt: skip
+    say_next(
+        *PRETRAIN,
+        "--rollouts",
+        args.output,
+        "--model_name_or_path",
+        args.tokenizer_name_or_path,
+        "--output_dir",
+        "lenvm",
+    )
     return metadata
 
 

@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from lenvm_rl.files import atomic_file
 from lenvm_rl.programs import AGAIN, ProgramParser, run_program
+from recipes.stage_records import say_next
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +83,8 @@ def main(args: PromptArguments) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in draw_prompts(args)]
     with atomic_file(args.output) as file:
         file.write("".join(lines).encode())
-    logger.info(
-        "next: python recipes/sample_rollouts.py --dataset_name %s --keep_columns domain --chat true "
-        "--model_name_or_path MODEL --output rollouts.jsonl",
-        args.output,
-    )  # fmt: skip
+    sample = ("python", "recipes/sample_rollouts.py", "--dataset_name", args.output, "--keep_columns", "domain")
+    say_next(*sample, "--chat", "true", "--model_name_or_path", "MODEL", "--output", "rollouts.jsonl")
 
 
 def make_parser() -> ProgramParser:

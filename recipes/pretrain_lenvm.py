@@ -32,6 +32,7 @@ from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import ProgramParser, run_program
 from lenvm_rl.rollouts.record import read_rollouts, split_by_prompt, write_rollouts
+from recipes.stage_records import say_next
 
 logger = logging.getLogger(__name__)
 
@@ -100,16 +101,12 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
     if metrics and training_args.process_index == 0:
         print_comparison(metrics, Console(width=120))
     logger.info("saved in %s, with all metrics in its metrics.jsonl and its model card", training_args.output_dir)
-    shared = f" --base {args.model_name_or_path}" if training_args.form != FULL else ""
-    logger.info(
-        "next: python -m eval.viewer --rollouts %s --length_value_model %s%s",
-        args.rollouts, training_args.output_dir, shared,
-    )  # fmt: skip
-    logger.info(
-        "next: accelerate launch recipes/ppo_shaped.py --model_name_or_path %s --length_value_model %s "
-        "--length_coef 0.1 --dataset_name DATA --reward_funcs MODULE.FUNCTION --output_dir RUN",
-        metadata.generator, training_args.output_dir,
-    )  # fmt: skip
+    shared = ["--base", args.model_name_or_path] if training_args.form != FULL else []
+    model = ("--length_value_model", training_args.output_dir)
+    say_next("python", "-m", "eval.viewer", "--rollouts", args.rollouts, *model, *shared)
+    train = ("accelerate", "launch", "recipes/ppo_shaped.py", "--model_name_or_path", metadata.generator, *model)
+    data = ("--dataset_name", "DATA", "--reward_funcs", "MODULE.FUNCTION", "--output_dir", "RUN")
+    say_next(*train, "--length_coef", "0.1", *data)
     return metrics
 
 

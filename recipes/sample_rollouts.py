@@ -37,6 +37,7 @@ from lenvm_rl.rollouts.server import SERVERS, ServerJob, connect
 from lenvm_rl.rollouts.vllm import VLLMJob
 from lenvm_rl.tokenization import check_prompts, load_prompts
 from recipes.arguments import DataArguments
+from recipes.stage_records import PRETRAIN, say_next
 
 logger = logging.getLogger(__name__)
 
@@ -194,10 +195,9 @@ def main(args: SampleArguments, settings: SamplingSettings) -> None:
     job = JOBS[args.backend](args, tokenizer, prompts, settings, seed=args.seed, extra_columns=columns)
     rollouts, metadata = sample_to_file(args.output, job, args.model_name_or_path)
     logger.info("%s: %s", args.output, described(rollouts, metadata))
-    logger.info(
-        "next: accelerate launch recipes/pretrain_lenvm.py --rollouts %s --model_name_or_path %s --output_dir lenvm",
-        args.output, args.model_name_or_path,
-    )  # fmt: skip
+    say_next(
+        *PRETRAIN, "--rollouts", args.output, "--model_name_or_path", args.model_name_or_path, "--output_dir", "lenvm"
+    )
 
 
 def make_parser() -> ProgramParser:

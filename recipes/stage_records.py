@@ -18,9 +18,12 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 
 from lenvm_rl.files import Journal, last_complete_checkpoint, read_json, write_json
 
+# What follows rollouts, from wherever they come.
+PRETRAIN = ("accelerate", "launch", "recipes/pretrain_lenvm.py")
 # Variables by which launchers tell processes of each other.
 OF_A_LAUNCH = (
     "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_",
@@ -39,7 +42,7 @@ def say(text: Any) -> None:
 
 def say_next(*command: str) -> None:
     """Print the command that a person would give next."""
-    say(f"next: {shlex.join(command)}")
+    say(escape(f"next: {shlex.join(command)}"))
 
 
 def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Callable[[], Any]) -> None:

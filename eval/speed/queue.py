@@ -10,7 +10,6 @@ its own, so that it writes the same in any order. Latency is processor time, fro
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from eval.report import Column, print_table
 from eval.speed.harness import now
+from eval.speed.vllm import engine_in_process
 from eval.statistics import percentile_interval
 from lenvm_rl.modeling.loading import load_length_value_model, load_tokenizer
 from lenvm_rl.prediction import predict_length
@@ -51,12 +51,11 @@ class QueueArguments:
 
 def serve_all(llm: Any, prompts: Sequence[list[int]], priorities: Sequence[int], args: QueueArguments) -> np.ndarray:
     """Serves all requests; for each its latency in seconds and its tokens, `(N, 2)`."""
-    from vllm import SamplingParams
-
+    vllm = engine_in_process()
     engine, served = llm.llm_engine, np.zeros((len(prompts), 2))
     start = now()
     for number, (ids, priority) in enumerate(zip(prompts, priorities, strict=True)):
-        params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed + number)
+        params = vllm.SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed + number)
         engine.add_request(str(number), {"prompt_token_ids": ids}, params, priority=priority)
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -86,18 +85,14 @@ def make_rows(latencies: dict[str, np.ndarray], seed: int) -> list[dict[str, Any
 
 def main(args: QueueArguments) -> None:
     """Serves the queue in each order, and prints a table."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    from vllm import LLM
-
+    vllm = engine_in_process()
     tokenizer = load_tokenizer(args.model)
     column = load_prompts(args.dataset_name, None, "train", args.requests)["prompt"][:]
     prompts = [[{"role": "user", "content": text}] for text in column] if args.chat else column
     model = load_length_value_model(args.length_value_model, args.base or args.model, tokenizer=tokenizer)
     predicted = predict_length(model, tokenizer, prompts).tolist()
     ids = tokenize_prompts(tokenizer, prompts)
-    llm = LLM(
+    llm = vllm.LLM(
         args.model,
         dtype=args.dtype,
         max_num_seqs=args.places,

@@ -19,6 +19,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from eval.speed.harness import GAMMA, Measurement, Program, Sizes, make_policy, 
 from lenvm_rl.decoding.requests import PREFIX
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.modeling.loading import load_tokenizer
+from lenvm_rl.rollouts.vllm import import_vllm
 
 CASES = {
     "plain": "vLLM, not guided",
@@ -37,6 +39,13 @@ CASES = {
     "mass": "guided, candidate_mass",
     "small": "guided, min_p, a quarter of the layers",
     "floor": "plain and a bare forward",
+}
+# Read by vLLM when it is imported.
+ENGINE_VARIABLES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 PROMPTS = (
     "What is the capital of France?", "Write a short story about a dog.", "Explain why the sky is blue.",
@@ -60,6 +69,13 @@ class EngineSizes(Sizes):
     def __post_init__(self) -> None:
         if self.model is None:
             raise ValueError("Give --model, a folder of a policy with its tokenizer: `make smollm2` makes one.")
+
+
+def engine_in_process() -> ModuleType:
+    """The module `vllm`, whose engines run in this process and on the cores that it has."""
+    for name, value in ENGINE_VARIABLES.items():
+        os.environ.setdefault(name, value)
+    return import_vllm()
 
 
 def save_length_value_model(sizes: EngineSizes, folder: Path, quarter: bool) -> str:
@@ -103,15 +119,10 @@ def time_forward(sizes: EngineSizes, path: str) -> float:
 
 def measure_engine(case: str, sizes: EngineSizes) -> Measurement:
     """One of the cases, in this process."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
-
+    vllm = engine_in_process()
     with tempfile.TemporaryDirectory() as folder:
         path = save_length_value_model(sizes, Path(folder), quarter=case == "small")
-        llm = LLM(
+        llm = vllm.LLM(
             sizes.model,
             dtype=sizes.policy_dtype,
             max_model_len=512,
@@ -127,7 +138,7 @@ def measure_engine(case: str, sizes: EngineSizes) -> Measurement:
 
     def seconds(tokens: int) -> float:
         options = {"temperature": sizes.temperature, "max_tokens": tokens, "min_tokens": tokens, "extra_args": extra}
-        params = [SamplingParams(seed=sizes.seed + n, **options) for n in range(sizes.requests)]
+        params = [vllm.SamplingParams(seed=sizes.seed + n, **options) for n in range(sizes.requests)]
         start = now()
         llm.chat(chats, params, use_tqdm=False)
         return now() - start

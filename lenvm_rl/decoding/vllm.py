@@ -252,9 +252,12 @@ class V2Rows:
             length = int(context.seq_lens_upper_bound_np[row])
             if request is None or length < int(self._states.prefill_len.np[slot]):
                 continue
-            ids = self._states.all_token_ids.gpu[slot, :length].tolist()
-            prompt = int(self._states.prompt_len.np[slot])
-            request.prompt_ids, request.output_ids = ids[:prompt], ids[prompt:]
+            have = len(request.prompt_ids) + len(request.output_ids)
+            new = self._states.all_token_ids.gpu[slot, have:length].tolist()
+            if not have:
+                prompt = int(self._states.prompt_len.np[slot])
+                request.prompt_ids, new = new[:prompt], new[prompt:]
+            request.output_ids += new
             found.append((row, request))
         return found
 
