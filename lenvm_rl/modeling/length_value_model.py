@@ -28,7 +28,7 @@ from lenvm_rl.modeling.backbones import (
     load_model,
 )
 from lenvm_rl.modeling.card import write_model_card
-from lenvm_rl.modeling.heads import LengthValueHead
+from lenvm_rl.modeling.heads import LengthValueHead, check_layers, states_of_layers
 from lenvm_rl.modeling.sharing import ADAPTER, FULL, HEAD, check_form, decoder_for, lora_settings
 from lenvm_rl.modeling.value_model import ValueModel, ValueModelConfig
 
@@ -52,6 +52,8 @@ class LengthValueConfig(ValueModelConfig):
         truncated_share (`float`, *optional*): share of those completions that were cut before their end, in [0, 1].
         sampling (`dict`, *optional*): the settings that those completions were sampled with: free form.
         metrics (`dict`, *optional*): what the model reached, for its card: `{domain: {metric: number}}`.
+        layers (list of `int`, *optional*): for form="head": the layers of the decoder whose hidden states the head
+            reads, see [`~lenvm_rl.modeling.heads.check_layers`]. By default the last.
         form, lora: see [`~lenvm_rl.modeling.value_model.ValueModelConfig`].
 
     Raises:
@@ -72,6 +74,7 @@ class LengthValueConfig(ValueModelConfig):
         truncated_share: float | None = None,
         sampling: dict | None = None,
         metrics: dict | None = None,
+        layers: list[int] | None = None,
         form: str = FULL,
         lora: dict | None = None,
         **kwargs: Any,
@@ -91,6 +94,11 @@ class LengthValueConfig(ValueModelConfig):
         self.truncated_share = truncated_share
         self.sampling = sampling
         self.metrics = metrics
+        if layers is not None and form != HEAD:
+            raise ValueError(f"layers are for form='head', whose decoder does not learn, not for form={form!r}.")
+        # A config without a decoder is asked for by transformers itself, for the differences to the defaults.
+        text = self.get_text_config(decoder=True)
+        self.layers = layers if self.backbone_config is None else check_layers(layers, text.num_hidden_layers)
 
 
 def checked_gamma(gamma: float) -> float:
@@ -175,7 +183,8 @@ class LengthValueModel(ValueModel):
             self._share(base)
         else:
             self.backbone = decoder_from_config(config.backbone_config) if backbone is None else backbone
-        self.head = LengthValueHead(config.get_text_config(decoder=True).hidden_size)
+        hidden_size = config.get_text_config(decoder=True).hidden_size
+        self.head = LengthValueHead(hidden_size, hidden_size * len(config.layers or [None]))
         self._complete(given=backbone is not None or base is not None)
 
     @classmethod
@@ -191,6 +200,7 @@ class LengthValueModel(ValueModel):
         sampling: dict | None = None,
         form: str = FULL,
         lora: LoraConfig | dict | None = None,
+        layers: list[int] | None = None,
         **load_kwargs: Any,
     ) -> LengthValueModel:
         """A length value model to be trained: the decoder of an existing model under a new head.
@@ -205,7 +215,7 @@ class LengthValueModel(ValueModel):
                 which no policy can be checked.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): of a decoder that is copied or loaded,
                 float32 because training comes next. Head and adapter are float32 in any case.
-            gamma_fit, generator, truncated_share, sampling, form: for the config, see [`LengthValueConfig`].
+            gamma_fit, generator, truncated_share, sampling, form, layers: for the config, see [`LengthValueConfig`].
             lora (`peft.LoraConfig` or `dict`, *optional*): the adapter, for form="adapter"; see
                 [`~lenvm_rl.modeling.sharing.lora_settings`].
             load_kwargs: further arguments of `AutoModel.from_pretrained`, for a path.
@@ -229,6 +239,7 @@ class LengthValueModel(ValueModel):
             generator=generator,
             truncated_share=truncated_share,
             sampling=sampling,
+            layers=layers,
             form=form,
             lora=lora_settings(lora) if form == ADAPTER or lora is not None else None,
             dtype=backbone.dtype if form == FULL else torch.float32,
@@ -339,10 +350,25 @@ class LengthValueModel(ValueModel):
         """
         if hidden_states is not None:
             return self.from_hidden_states(hidden_states)
-        outputs, deltas = self._decode(
+        hidden_states, outputs, deltas = self._states(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, backbone_kwargs
         )
-        return self._output(outputs.last_hidden_state, cache_of(self.backbone, outputs) if use_cache else None, deltas)
+        return self._output(hidden_states, cache_of(self.backbone, outputs) if use_cache else None, deltas)
+
+    def hidden_states(
+        self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads of the decoder, `(B, S, H)`, or of each of `config.layers`; arguments as of the model."""
+        return self._states(input_ids, attention_mask, position_ids, None, None, False, {})[0]
+
+    def _states(self, *inputs):
+        *others, backbone_kwargs = inputs
+        layers = self.config.layers
+        if layers is not None:
+            backbone_kwargs = {**backbone_kwargs, "output_hidden_states": True}
+        outputs, deltas = self._decode(*others, backbone_kwargs)
+        found = outputs.last_hidden_state if layers is None else states_of_layers(outputs.hidden_states, layers)
+        return found, outputs, deltas
 
     def copied_decoder(self, dtype: str | torch.dtype) -> PreTrainedModel:
         """A decoder of the caller's own, with this model's weights and its adapter, if any, merged into them."""
@@ -353,8 +379,8 @@ class LengthValueModel(ValueModel):
 
         Args:
             hidden_states (`torch.FloatTensor` of shape `(B, S, H)`): the base's last hidden state, after its final norm
-                and with no adapter active (`output_hidden_states=True` gives it as `hidden_states[-1]`). No gradient
-                goes back through it.
+                and with no adapter active (`output_hidden_states=True` gives it as `hidden_states[-1]`); of a head that
+                reads several layers, what [`~LengthValueModel.hidden_states`] gives. No gradient goes back through it.
         """
         if self.config.form != HEAD:
             raise ValueError(

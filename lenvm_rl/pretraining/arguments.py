@@ -33,6 +33,12 @@ class LengthValueTrainingArguments(TrainingArguments):
         "(--base), and a run that trains a policy shares the one it has.",
         metadata={"choices": list(FORMS)},
     )
+    layers: list[int] | None = HfArg(
+        default=None,
+        help="For a head alone: the layers of the backbone that it reads, side by side, e.g. 10 20 -1; 0 is the "
+        "embeddings, -1 the last layer. Default: the last alone, which a run that trains a policy can read off the "
+        "reference's forward; with others it makes a forward of its own.",
+    )
     frozen_dtype: str = HfArg(
         default="float32",
         help="Dtype of the frozen backbone of the forms adapter and head, in which it is loaded from a path. What "

@@ -35,12 +35,12 @@ NOTED = 64
 
 
 class HiddenStates:
-    """The last hidden states of a decoder at every state of some rollouts.
+    """What a head reads of a decoder at every state of some rollouts.
 
     Args:
         path (`str` or path): the file, made if it is not there; files beside it say what is in it.
         rollouts (`datasets.Dataset`): whose states.
-        hidden_size (`int`): H.
+        hidden_size (`int`): H, of all layers that the head reads together.
         truncated (`str`): what is made of cut completions, see [`~lenvm_rl.pretraining.batches.read_tokens`].
         about (mapping): what the states depend on, as JSON; a file of something else is made anew.
         process, processes (`int`, *optional*): which part of the rollouts is this process's to compute; all of them
@@ -85,6 +85,7 @@ class HiddenStates:
         """Size of the file."""
         return 2 * self.hidden_size * int(self.first[-1])
 
+    @torch.no_grad()
     def fill(self, model: LengthValueModel, batch_size: int, progress: bool = True) -> None:
         """Computes what is missing, in batches of completions packed into rows.
 
@@ -103,7 +104,10 @@ class HiddenStates:
         with tqdm(total=len(self.part), initial=before, desc="hidden states", disable=not progress) as bar:
             for rows in self._missing(batch_size):
                 batch = collate([self._rollouts[row] for row in rows])
-                states = _last_hidden_states(model, batch)
+                device = model.backbone.device
+                states = model.hidden_states(
+                    batch["input_ids"].to(device), position_ids=batch["position_ids"].to(device)
+                )
                 for row, (line, column, *_) in zip(rows, batch["sequences"].tolist(), strict=True):
                     found = states[line, column : column + self.counts[row]].to(torch.bfloat16).cpu()
                     self._array[self.first[row] : self.first[row + 1]] = found.view(torch.uint16).numpy()
@@ -131,18 +135,6 @@ class HiddenStates:
 
     def _say(self, done: int) -> None:
         write_json(self._place, {"about": self._about, "done": done})
-
-
-@torch.no_grad()
-def _last_hidden_states(model: LengthValueModel, batch: dict[str, Tensor]) -> Tensor:
-    """Of a batch's rows, `(R, C, H)`, as the head is given them."""
-    caught = []
-    hook = model.backbone.register_forward_hook(lambda module, given, output: caught.append(output.last_hidden_state))
-    try:
-        model(**{name: batch[name].to(model.backbone.device) for name in ("input_ids", "position_ids")})
-    finally:
-        hook.remove()
-    return caught[0]
 
 
 @dataclass

@@ -164,6 +164,7 @@ def make_length_value_model(
         sampling=metadata.sampling,
         truncated_share=metadata.truncated_share,
         form=args.form,
+        layers=args.layers,
         dtype=None if args.form == FULL else args.frozen_dtype,
     )
 
@@ -252,6 +253,7 @@ class LengthValueTrainer(Trainer):
             return
         model, args = self._unwrapped, self.args
         about = {"rollouts": fingerprint(dataset), "dtype": str(model.backbone.dtype), "decoder": decoder_digest(model)}
+        about["layers"] = model.config.layers
         place = os.path.join(args.output_dir, FILE.format(name))
         part = {"process": args.process_index, "processes": args.world_size}
         states = HiddenStates(place, dataset, model.head.hidden.in_features, args.truncated, about, **part)

@@ -136,6 +136,8 @@ def reads_reference(model: ValueModel, trainer: GRPOTrainer, what: str) -> bool:
     decoder = shared_decoder(run_base(trainer))
     if model.backbone is not decoder:
         reason = "its base is not the reference's"
+    elif getattr(model.config, "layers", None) is not None:
+        reason = "it reads layers of the decoder that a forward for probabilities does not give"
     elif trainer.ref_model is None and "ref" in policy.peft_config:
         reason = "the reference has adapters of its own"
     elif _has_dropout(decoder):

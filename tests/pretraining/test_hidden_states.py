@@ -130,3 +130,36 @@ def test_a_finished_model_is_left_without_them(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"0")
     remove_hidden_states(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("layers", [[-1], [0, 2], [1, -1]])
+def test_layers_are_read_side_by_side_each_of_unit_size(layers, tmp_path):
+    """By hand: x / rms(x) of each hidden state, in the order of the layers, then the head; saved, cached and loaded."""
+    base = tiny_llama()
+    model = LengthValueModel.from_backbone(base, gamma=GAMMA, form="head", layers=layers, tokenizer=tiny_tokenizer())
+    ids = torch.tensor([[3, 5, 4, 7]])
+    with torch.no_grad():
+        states = base(ids, output_hidden_states=True).hidden_states
+    read = torch.cat([states[layer] / (states[layer] ** 2).mean(-1, keepdim=True).sqrt() for layer in layers], -1)
+    torch.testing.assert_close(model.hidden_states(ids).detach(), read, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(ids).logits, model.head(read), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.from_hidden_states(read).logits, model.head(read))
+    model.save_pretrained(tmp_path / "model")
+    again = LengthValueModel.from_pretrained(tmp_path / "model", base=base)
+    assert again.config.layers == [layer % 3 for layer in layers]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    rollouts = Dataset.from_list(random_rollouts(5, cut_share=0.0))
+    states = HiddenStates(tmp_path / "s.bin", rollouts, 16 * len(layers), "bootstrap", {})
+    states.fill(model, batch_size=2, progress=False)
+    ids = torch.tensor([rollouts[4]["prompt_ids"] + rollouts[4]["completion_ids"]])
+    alone = model.hidden_states(ids)[0, len(rollouts[4]["prompt_ids"]) - 1 :]
+    torch.testing.assert_close(states.of(4).float(), alone[: len(states.of(4))].detach(), atol=2e-2, rtol=1e-2)
+
+
+def test_layers_that_are_none_are_refused():
+    for layers in ([3], [-4], [1, 1], [2, -1], []):
+        with pytest.raises(ValueError, match="layers"):
+            LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA, form="head", layers=layers)
+    for form in ("full", "adapter"):
+        with pytest.raises(ValueError, match="layers"):
+            LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA, form=form, layers=[1])
