@@ -2,9 +2,10 @@
 
     python recipes/instruction_prompts.py --data_dir path/to/data --output outputs/instructions/prompts.jsonl
 
-The data folder holds the published files: ifeval/input_data.jsonl, mt_bench/question.jsonl (the first turn) and
-self_instruct/user_oriented_instructions.jsonl (the instruction with its input). Each prompt keeps the name of its set
-in the column `domain`, by which recipes/pretrain_lenvm.py reports its metrics too.
+The data folder holds the published files: ifeval/input_data.jsonl, mt_bench/question.jsonl (the first turn),
+self_instruct/user_oriented_instructions.jsonl and seed_tasks.jsonl (the instruction with its input) and
+gsm8k/train.jsonl. Each prompt keeps the name of its set in the column `domain`, by which recipes/pretrain_lenvm.py
+reports its metrics too; `--domains` takes some of the sets, each with how many prompts if that is not the same for all.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ SOURCES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "ifeval": ("ifeval/input_data.jsonl", lambda row: row["prompt"]),
     "mt_bench": ("mt_bench/question.jsonl", lambda row: row["turns"][0]),
     "self_instruct": ("self_instruct/user_oriented_instructions.jsonl", _with_input),
+    "seed_tasks": ("self_instruct/seed_tasks.jsonl", _with_input),
+    "gsm8k": ("gsm8k/train.jsonl", lambda row: row["question"]),
 }
 
 
@@ -44,6 +47,10 @@ class PromptArguments:
 
     data_dir: str = HfArg(help="Folder with the published files.")
     output: str = HfArg(help="The file to write, one JSON object a line.")
+    domains: list[str] = HfArg(
+        default_factory=lambda: ["ifeval", "mt_bench", "self_instruct"],
+        help=f"Sets, of {', '.join(SOURCES)}; one that takes another number of prompts as NAME=NUMBER.",
+    )
     per_domain: int = HfArg(default=60, help="Prompts of each set, or all that it has if fewer.")
     max_characters: int = HfArg(default=1500, help="Longer prompts are left out, and counted.")
     seed: int = HfArg(default=0, help="Which prompts are drawn, and in which order they stand.")
@@ -65,13 +72,25 @@ def published_prompts(data_dir: Path, domain: str) -> list[str]:
     return prompts
 
 
+def wanted_sets(domains: list[str], per_domain: int) -> dict[str, int]:
+    """How many prompts of each set, from `NAME` or `NAME=NUMBER`."""
+    wanted = {}
+    for name, _, number in (each.partition("=") for each in domains):
+        if name not in SOURCES or name in wanted or not (number or "1").isdigit() or number == "0":
+            raise ValueError(
+                f"domains must be some of {', '.join(SOURCES)}, each once, as NAME or NAME=NUMBER; got {domains}."
+            )
+        wanted[name] = int(number or per_domain)
+    return wanted
+
+
 def draw_prompts(args: PromptArguments) -> list[dict[str, str]]:
     """`{"prompt", "domain"}` of the drawn prompts, in random order."""
     drawn = []
-    for domain in SOURCES:
+    for domain, count in wanted_sets(args.domains, args.per_domain).items():
         prompts = published_prompts(Path(args.data_dir), domain)
         short = [prompt for prompt in prompts if len(prompt) <= args.max_characters]
-        chosen = random.Random(args.seed).sample(short, min(args.per_domain, len(short)))
+        chosen = random.Random(args.seed).sample(short, min(count, len(short)))
         logger.info("%s: %d of %d prompts, %d too long", domain, len(chosen), len(prompts), len(prompts) - len(short))
         drawn += [{"prompt": prompt, "domain": domain} for prompt in chosen]
     random.Random(args.seed).shuffle(drawn)

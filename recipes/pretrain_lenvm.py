@@ -31,7 +31,7 @@ from lenvm_rl.modeling.loading import load_tokenizer
 from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import ProgramParser, run_program
-from lenvm_rl.rollouts.record import read_rollouts, split_by_prompt, write_rollouts
+from lenvm_rl.rollouts.record import read_rollout_files, read_rollouts, split_by_prompt, write_rollouts
 from recipes.stage_records import say_next
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,9 @@ ROWS = {
 class PretrainArguments:
     """What to fit, and on what."""
 
-    rollouts: str = HfArg(help="The rollouts: a .jsonl or .parquet file with its .metadata.json beside it.")
+    rollouts: list[str] = HfArg(
+        help="The rollouts: a .jsonl or .parquet file with its .metadata.json beside it, or several of one policy."
+    )
     model_name_or_path: str = HfArg(
         help="The backbone: a folder or a hub id of a decoder with the tokenizer of the rollouts, such as the "
         "policy itself or a smaller model of its family."
@@ -79,7 +81,7 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
     """Reads the rollouts, pretrains, evaluates and saves; returns the metrics. The first process says what it does."""
     level = logging.INFO if training_args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s")
-    rollouts, metadata = read_rollouts(args.rollouts)
+    rollouts, metadata = read_rollout_files(args.rollouts)
     if args.eval_rollouts is not None:
         eval_rollouts, _ = read_rollouts(args.eval_rollouts)
     elif args.eval_share > 0:
@@ -103,7 +105,7 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
     logger.info("saved in %s, with all metrics in its metrics.jsonl and its model card", training_args.output_dir)
     shared = ["--base", args.model_name_or_path] if training_args.form != FULL else []
     model = ("--length_value_model", training_args.output_dir)
-    say_next("python", "-m", "eval.viewer", "--rollouts", args.rollouts, *model, *shared)
+    say_next("python", "-m", "eval.viewer", "--rollouts", args.rollouts[0], *model, *shared)
     train = ("accelerate", "launch", "recipes/ppo_shaped.py", "--model_name_or_path", metadata.generator, *model)
     data = ("--dataset_name", "DATA", "--reward_funcs", "MODULE.FUNCTION", "--output_dir", "RUN")
     say_next(*train, "--length_coef", "0.1", *data)

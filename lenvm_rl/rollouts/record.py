@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.files import atomic_file, read_json, write_json
@@ -238,6 +238,42 @@ def read_rollouts(path: str | os.PathLike, metadata: RolloutMetadata | None = No
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"A column of {path} changes its type within the file: {error}.") from error
     return dataset, replace(metadata, **count_rollouts(dataset))
+
+
+def read_rollout_files(paths: Sequence[str | os.PathLike]) -> tuple[Dataset, RolloutMetadata]:
+    """Rollouts of one policy from several files, such as one for each kind of prompt, as one.
+
+    Args:
+        paths (sequence of `str` or `os.PathLike`): see [`read_rollouts`]. Columns that only some files have are empty
+            for the others.
+
+    Returns:
+        `tuple[datasets.Dataset, RolloutMetadata]`: all records, files one after the other, their groups told apart;
+        what the files' metadata agree on, and of the sampling what they agree on.
+
+    Raises:
+        `ValueError`: the files are of different policies, tokenizers or end tokens.
+    """
+    datasets, all_metadata = zip(*map(read_rollouts, paths), strict=True)
+    first, joined, groups = all_metadata[0], [], 0
+    for path, dataset, metadata in zip(paths, datasets, all_metadata, strict=True):
+        for name in ("generator", "tokenizer_fingerprint", "eos_token_ids"):
+            if getattr(metadata, name) != getattr(first, name):
+                raise ValueError(
+                    f"{path} is not of the policy of {paths[0]}: {name} is {getattr(metadata, name)!r} there and "
+                    f"{getattr(first, name)!r} here. Fit a length value model to one policy's rollouts."
+                )
+        numbers = torch.tensor(dataset["group"][:])
+        joined.append(dataset.remove_columns("group").add_column("group", (numbers + groups).tolist()))
+        groups += int(numbers.max()) + 1
+    rollouts = concatenate_datasets(joined) if len(joined) > 1 else datasets[0]
+    shared = {
+        name: value
+        for name, value in first.sampling.items()
+        if all(m.sampling.get(name) == value for m in all_metadata)
+    }
+    seed = first.seed if all(metadata.seed == first.seed for metadata in all_metadata) else None
+    return rollouts, replace(first, sampling=shared, seed=seed, **count_rollouts(rollouts))
 
 
 def set_aside(path: str | os.PathLike, rejected: list[dict[str, Any]], total: int) -> None:

@@ -11,6 +11,7 @@ from lenvm_rl.rollouts.record import (
     RolloutMetadata,
     find_problem,
     metadata_path,
+    read_rollout_files,
     read_rollouts,
     rejected_path,
     split_by_prompt,
@@ -239,3 +240,20 @@ def test_a_split_keeps_the_completions_of_a_prompt_together():
     assert set(held_out["group"]) != set(split_by_prompt(dataset, 0.3, seed=2)[1]["group"])
     with pytest.raises(ValueError, match="Cannot hold out"):
         split_by_prompt(dataset.select(range(3)), 0.5)
+
+
+def test_files_of_one_policy_are_read_as_one(tmp_path):
+    """Groups 0, 0, 4 of the first file and 0, 1 of the second: 0, 0, 4, 5, 6."""
+    records = [make_record(group) for group in (0, 0, 4)] + [make_record(group, answer="7") for group in (0, 1)]
+    settings = {"temperature": 1.0, "top_k": 5}
+    write_rollouts(tmp_path / "a.jsonl", records[:3], make_metadata(sampling=settings))
+    write_rollouts(tmp_path / "b.jsonl", records[3:], make_metadata(sampling={**settings, "temperature": 0.5}))
+    rollouts, joined = read_rollout_files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert rollouts["group"][:] == [0, 0, 4, 5, 6] and rollouts["answer"][:] == [None] * 3 + ["7"] * 2
+    assert rollouts["completion_ids"][:] == [record["completion_ids"] for record in records]
+    assert joined.sampling == {"top_k": 5} and joined.num_prompts == 4 and joined.num_completions == 5
+    alone, one = read_rollout_files([tmp_path / "a.jsonl"])
+    assert alone["group"][:] == [0, 0, 4] and one.sampling == settings
+    write_rollouts(tmp_path / "c.jsonl", records[3:], make_metadata(generator="another"))
+    with pytest.raises(ValueError, match="generator"):
+        read_rollout_files([tmp_path / "a.jsonl", tmp_path / "c.jsonl"])
