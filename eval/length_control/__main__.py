@@ -2,6 +2,7 @@
 
     python -m eval.length_control                       # on the sandbox, with what recipes/ppo_shaped.py left
     python -m eval.length_control --policy PATH --length_value_model PATH --dataset_name data_lite_no_summary.jsonl
+    .venv-vllm/bin/python -m eval.length_control … --backend vllm --dtype bfloat16   # sampled by vLLM
 
 Arms: the base policy; with the length asked for in the prompt; guided by the length value model without a word in the
 prompt; guided and asked; and, on demand, with the bound enforced. All have one candidate rule and one definition of
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,12 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 from eval.datasets import sandbox_problems
+from eval.engine import VLLM, SamplingArguments
 from eval.length_control.prompts import read_tasks, with_length
 from eval.length_control.report import ACCURACY, ALL, COLUMNS, SCORED_MODES, plot_length_control, summarise_cell
 from eval.length_control.sampler import ARMS, Completion, LengthSampler, cell_completions
 from eval.report import print_table, save_report
-from eval.runs import (
-    OUTPUTS,
-    CandidateArguments,
-    RecipeRun,
-    check_sandbox,
-    find_run,
-    output_folder,
-    run_evaluation,
-    set_threads,
-)
+from eval.runs import OUTPUTS, RecipeRun, check_sandbox, find_run, output_folder, run_evaluation, set_threads
 from lenvm_rl.decoding.guidance import RULES
 from lenvm_rl.endings import end_token_ids, padding_id
 from lenvm_rl.files import atomic_file
@@ -52,7 +46,7 @@ MODELS = ("policy", "length_value_model", "dataset_name")
 
 
 @dataclass
-class LengthControlArguments(CandidateArguments):
+class LengthControlArguments(SamplingArguments):
     """What to compare, on which prompts, and where to write it."""
 
     dataset_name: str | None = HfArg(
@@ -82,7 +76,7 @@ class LengthControlArguments(CandidateArguments):
         default="feasible", help="Rule of the guidance: paper, feasible, or patient (for equal_to, feasible elsewhere)."
     )
     tolerance: float | None = HfArg(default=None, help="Tolerance of equal_to with feasible.")
-    batch_size: int = HfArg(default=48, help="Completions per generate call.")
+    batch_size: int = HfArg(default=48, help="Completions per generate call; vllm: that decode together.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +94,8 @@ class LengthControlArguments(CandidateArguments):
         self.arms = self.arms or [arm for arm in possible if not ARMS[arm].enforced]
         if not set(self.arms) <= set(possible):
             raise ValueError(f"arms: the sandbox's prompts cannot ask for a length, so only {possible} are possible.")
+        if self.backend == VLLM and any(ARMS[arm].enforced for arm in self.arms):
+            raise ValueError("arms: vLLM does not tell what a bound overruled; enforce with --backend transformers.")
 
     @property
     def caps(self) -> dict[int, int]:
@@ -168,6 +164,7 @@ def load_sampler(args: LengthControlArguments, pad_token: str | None) -> tuple[L
     prompts = length_prompts(args, tokenizer)
     policy = load_policy(args.policy)
     ends = end_token_ids(tokenizer, policy.generation_config)
+    longest = max(map(len, chain(prompts.ids, *prompts.asked_ids.values()))) + max(args.caps.values())
     sampler = LengthSampler(
         policy=policy,
         length_value_model=load_length_value_model(
@@ -185,6 +182,7 @@ def load_sampler(args: LengthControlArguments, pad_token: str | None) -> tuple[L
         batch_size=args.batch_size,
         seed=args.seed,
         tokenizer=tokenizer,
+        engine=args.make_engine(longest),
     )
     return sampler, prompts
 

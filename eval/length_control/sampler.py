@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.engine import EngineRequest, GuidedEngine
 from lenvm_rl.decoding.generation import generate_guided
 from lenvm_rl.decoding.guidance import AT_LEAST, EQUAL_TO, FEASIBLE, PATIENT, LengthGuidance
 from lenvm_rl.endings import strip_completion
@@ -29,6 +30,8 @@ from lenvm_rl.tokenization import check_room
 
 # Tokens in one forward that scores texts: their logits over a large vocabulary fill the memory.
 SCORED_TOKENS = 1024
+# Completions of an engine that are scored together, and lost together where a run is killed.
+SCORED_COMPLETIONS = 32
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class LengthSampler:
         eos_token_ids (list of `int`), pad_token_id (`int`), tokenizer (*optional*): of the policy.
         num_samples (`int`), batch_size (`int`): completions per prompt and cell, and per `generate` call.
         seed (`int`): of the whole.
+        engine ([`~eval.engine.GuidedEngine`], *optional*): samples in the place of `generate_guided`, all cells
+            together; the policy says what texts cost.
     """
 
     policy: PreTrainedModel
@@ -145,6 +150,7 @@ class LengthSampler:
     batch_size: int
     seed: int
     tokenizer: PreTrainedTokenizerBase | None = None
+    engine: GuidedEngine | None = None
 
     def __post_init__(self) -> None:
         self.policy.generation_config = GenerationConfig(
@@ -152,8 +158,9 @@ class LengthSampler:
         )
 
     def plan(self, arms: Sequence[str], modes: Sequence[str]) -> list[list[Request]]:
-        """The requests in batches: an arm's with one cap together, whatever their mode, sorted by prompt length."""
-        batches = []
+        """The requests in batches: an arm's with one cap together, whatever their mode, sorted by prompt length. An
+        engine makes batches of its own: for it, each request is one."""
+        batches, size = [], self.batch_size if self.engine is None else 1
         for arm in arms:
             for cap in [max(self.caps.values())] if arm == BASE else sorted(set(self.caps.values())):
                 wanted = [(mode, target) for target, own in self.caps.items() if own == cap for mode in modes]
@@ -170,7 +177,7 @@ class LengthSampler:
                 except ValueError as error:
                     error.add_note("Completions are that long for --targets, --cap_factor and --cap_extra.")
                     raise
-                batches += [requests[at : at + self.batch_size] for at in range(0, len(requests), self.batch_size)]
+                batches += [requests[at : at + size] for at in range(0, len(requests), size)]
         return batches
 
     def run(self, arms: Sequence[str], modes: Sequence[str], path: Path, identity: Any) -> list[Completion]:
@@ -181,26 +188,50 @@ class LengthSampler:
         """
         batches = self.plan(arms, modes)
         settings = [self.candidates, self.rule, self.tolerance, dict(self.caps), self.eos_token_ids, self.seed]
+        settings += [] if self.engine is None else [self.engine.description]
         plan = [[list(asdict(request).values()) for request in batch] for batch in batches]
         prompts = [list(self.prompt_ids), [[list(key), list(rows)] for key, rows in self.asked_ids.items()]]
         job = json.dumps([repr(identity), repr(settings), plan, prompts])
         journal = Journal(path, hashlib.sha256(job.encode()).hexdigest())
         done = journal.open()
-        total, before = sum(map(len, batches)), sum(len(batches[index]) for index in done)
-        with tqdm(total=total, initial=before, desc="sampling", unit="completion") as progress:
-            for index, batch in enumerate(batches):
-                if index not in done:
-                    progress.set_postfix_str(f"{batch[0].arm}, {batch[0].target or 'any'} tokens")
-                    sampled = self.sample(batch, batch_seed(self.seed, index))
-                    done[index] = [asdict(completion) for completion in sampled]
-                    journal.append(index, done[index])
-                    progress.update(len(batch))
+        missing = {index: batch for index, batch in enumerate(batches) if index not in done}
+        total = sum(map(len, batches))
+        sample = self._sample_by_turns if self.engine is None else self._sample_by_engine
+        before = total - sum(map(len, missing.values()))
+        with tqdm(total=total, initial=before, desc="sampling", unit="completion") as bar:
+            for index, sampled in sample(missing):
+                done[index] = [asdict(completion) for completion in sampled]
+                journal.append(index, done[index])
+                bar.set_postfix_str(f"{sampled[0].arm}, {sampled[0].target or 'any'} tokens")
+                bar.update(len(sampled))
         return [Completion(**record) for index in sorted(done) for record in done[index]]
+
+    def _sample_by_turns(self, batches: Mapping[int, list[Request]]) -> Iterator[tuple[int, list[Completion]]]:
+        for index, batch in batches.items():
+            yield index, self.sample(batch, batch_seed(self.seed, index))
+
+    def _sample_by_engine(self, batches: Mapping[int, list[Request]]) -> Iterator[tuple[int, list[Completion]]]:
+        """The completions of all batches, each of one request, as they end; the longest begin first, so that few go on
+        when the others are over."""
+        requests = sorted(((index, batch[0]) for index, batch in batches.items()), key=lambda each: -self._cap(each[1]))
+        asked = [
+            EngineRequest(self._prompt(one), self._guidance(one), self._cap(one), batch_seed(self.seed, index))
+            for index, one in requests
+        ]
+        ended: list[tuple[int, list[int]]] = []
+        for count, completed in enumerate(self.engine.complete(asked, self.eos_token_ids), start=1):
+            ended.append(completed)
+            if len(ended) == SCORED_COMPLETIONS or count == len(asked):
+                ended.sort(key=lambda each: len(each[1]))
+                rows = [ids for _, ids in ended]
+                found = self._as_completions([requests[number][1] for number, _ in ended], rows, [0] * len(ended))
+                yield from ((requests[number][0], [one]) for (number, _), one in zip(ended, found, strict=True))
+                ended = []
 
     @torch.no_grad()
     def sample(self, batch: Sequence[Request], seed: int) -> list[Completion]:
         """The completions of one batch, whose cap is its largest target's."""
-        cap = max(self.caps.values()) if batch[0].target is None else max(self.caps[each.target] for each in batch)
+        cap = max(self._cap(request) for request in batch)
         ids, mask = pad_left([self._prompt(request) for request in batch], self.pad_token_id, self.policy.device)
         torch.manual_seed(seed)
         output, report = generate_guided(
@@ -212,16 +243,26 @@ class LengthSampler:
             max_new_tokens=cap,
             return_report=True,
         )
-        stripped = [strip_completion(row, self.eos_token_ids, cap) for row in output[:, ids.shape[1] :].tolist()]
+        return self._as_completions(batch, output[:, ids.shape[1] :].tolist(), report.forced.tolist())
+
+    def _as_completions(
+        self, requests: Sequence[Request], rows: Sequence[list[int]], forced: Sequence[int]
+    ) -> list[Completion]:
+        """What was sampled for requests, and what it costs; what goes beyond a request's own cap is cut off."""
+        stripped = [
+            strip_completion(row[: self._cap(request)], self.eos_token_ids, self._cap(request))
+            for request, row in zip(requests, rows, strict=True)
+        ]
         costs = completion_nll(
-            self.policy, [self.prompt_ids[each.prompt] for each in batch], [kept for kept, _ in stripped]
+            self.policy, [self.prompt_ids[each.prompt] for each in requests], [kept for kept, _ in stripped]
         )
-        found = []
-        for request, (kept, reason), cost, forced in zip(batch, stripped, costs, report.forced.tolist(), strict=True):
-            own = cap if request.target is None else self.caps[request.target]
-            whole = Completion(**asdict(request), ids=kept, finished=reason == "stop", forced=forced, nll=cost)
-            found.append(whole.cut(own))
-        return found
+        return [
+            Completion(**asdict(request), ids=kept, finished=reason == "stop", forced=steps, nll=cost)
+            for request, (kept, reason), cost, steps in zip(requests, stripped, costs, forced, strict=True)
+        ]
+
+    def _cap(self, request: Request) -> int:
+        return max(self.caps.values()) if request.target is None else self.caps[request.target]
 
     def _prompt(self, request: Request) -> list[int]:
         if ARMS[request.arm].asked:

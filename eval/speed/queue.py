@@ -18,9 +18,9 @@ import numpy as np
 from rich.console import Console
 from transformers.hf_argparser import HfArg
 
+from eval.engine import engine_in_process
 from eval.report import Column, print_table
 from eval.speed.harness import now
-from eval.speed.vllm import engine_in_process
 from eval.statistics import percentile_interval
 from lenvm_rl.modeling.loading import load_length_value_model, load_tokenizer
 from lenvm_rl.prediction import predict_length

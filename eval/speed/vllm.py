@@ -15,22 +15,20 @@ test-vllm` makes `.venv-vllm`).
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.hf_argparser import HfArg
 
+from eval.engine import PROCESSOR, engine_in_process
 from eval.speed.harness import GAMMA, Measurement, Program, Sizes, make_policy, now
 from lenvm_rl.decoding.requests import PREFIX
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.modeling.loading import load_tokenizer
-from lenvm_rl.rollouts.vllm import import_vllm
 
 CASES = {
     "plain": "vLLM, not guided",
@@ -39,13 +37,6 @@ CASES = {
     "mass": "guided, candidate_mass",
     "small": "guided, min_p, a quarter of the layers",
     "floor": "plain and a bare forward",
-}
-# Read by vLLM when it is imported.
-ENGINE_VARIABLES = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "4",
-    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 PROMPTS = (
     "What is the capital of France?", "Write a short story about a dog.", "Explain why the sky is blue.",
@@ -69,13 +60,6 @@ class EngineSizes(Sizes):
     def __post_init__(self) -> None:
         if self.model is None:
             raise ValueError("Give --model, a folder of a policy with its tokenizer: `make smollm2` makes one.")
-
-
-def engine_in_process() -> ModuleType:
-    """The module `vllm`, whose engines run in this process and on the cores that it has."""
-    for name, value in ENGINE_VARIABLES.items():
-        os.environ.setdefault(name, value)
-    return import_vllm()
 
 
 def save_length_value_model(sizes: EngineSizes, folder: Path, quarter: bool) -> str:
@@ -129,7 +113,7 @@ def measure_engine(case: str, sizes: EngineSizes) -> Measurement:
             enforce_eager=True,
             generation_config="vllm",
             max_num_seqs=sizes.requests,
-            logits_processors=["lenvm_rl.decoding.vllm:LengthGuidanceProcessor"],
+            logits_processors=[PROCESSOR],
             additional_config={"length_value_model": path, "length_value_dtype": sizes.value_dtype},
         )
         bare = time_forward(sizes, path) if case == "floor" else 0.0

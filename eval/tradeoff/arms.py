@@ -18,18 +18,19 @@ import numpy as np
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
+from eval.engine import VLLM, SamplingArguments
 from eval.graded import TASKS, EvaluationPrompts, GradedArguments, find_reward
-from eval.runs import CandidateArguments, RecipeRun
+from eval.runs import RecipeRun
 from eval.style_frontier import StyleFrontier, fit_frontier
 from eval.tradeoff.sampler import Arm, Sampler, SampleStore, policy_divergence, value_scale
 from lenvm_rl.modeling.loading import has_tokenizer, load_length_value_model, load_policy, load_tokenizer
-from lenvm_rl.tokenization import check_same_tokenizer
+from lenvm_rl.tokenization import check_same_tokenizer, tokenize_prompts
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TradeoffArguments(GradedArguments, CandidateArguments):
+class TradeoffArguments(GradedArguments, SamplingArguments):
     """What to compare, on which prompts, and where to write it."""
 
     trained: list[str] = HfArg(
@@ -69,6 +70,8 @@ class TradeoffArguments(GradedArguments, CandidateArguments):
             raise ValueError(f"trained takes NAME=PATH, got {self.trained}.")
         if self.prompt_only and self.dataset_name is None:
             raise ValueError("The sandbox's policies read no words, so prompt_only means nothing there: leave it out.")
+        if self.backend == VLLM and self.trained:
+            raise ValueError("trained: vLLM samples one policy in a process; name a trained one as --policy.")
         if "{budget}" not in self.budget_request:
             raise ValueError(f"budget_request must hold {{budget}}, got {self.budget_request!r}.")
         if not all(count > 1 and self.num_samples % count == 0 for count in self.best_of or ()):
@@ -143,20 +146,24 @@ def asked_arms(comparison: Comparison) -> Iterator[Arm]:
 
 
 def ask(sampler: Sampler, policy: PreTrainedModel, name: str, request: str, budget: int) -> Arm:
-    """The policy with a request appended to each prompt; its divergence is from the policy without it."""
-
-    def appended(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-        if isinstance(prompt, str):
-            return prompt + request
-        return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + request}]
-
-    asking = replace(sampler, prompts=[appended(prompt) for prompt in sampler.prompts])
+    """The policy with a request appended to each prompt; its divergence is from the policy without it, and not measured
+    where an engine samples, so that it is there for all arms or for none."""
+    asking = replace(sampler, prompts=[appended(prompt, request) for prompt in sampler.prompts])
     arm = asking.sample(name, "prompt", policy)
     kl, temperature = None, sampler.guidance.temperature
+    if sampler.engine is not None:
+        return replace(arm, setting=float(budget), kl=None)
     if temperature > 0:
         seen, without = ([each.prompt_ids[index] for index in arm.prompt] for each in (asking, sampler))
         kl = policy_divergence(policy, policy, seen, arm.completions, temperature, without)
     return replace(arm, setting=float(budget), kl=kl)
+
+
+def appended(prompt: str | list[dict[str, Any]], request: str) -> str | list[dict[str, Any]]:
+    """A prompt with a request at its end, or at the end of its last message."""
+    if isinstance(prompt, str):
+        return prompt + request
+    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + request}]
 
 
 def chosen_arms(comparison: Comparison) -> Iterator[Arm]:
@@ -269,6 +276,9 @@ def make_sampler(args: TradeoffArguments, run: RecipeRun, data: EvaluationPrompt
     """The sampler of the base policy's arms: models, prompts and reward, checked against each other."""
     tokenizer = load_tokenizer(args.policy, run.data.get("pad_token"))
     reward = find_reward(args, tokenizer, data)
+    # A request for the largest budget has the most digits.
+    request = args.budget_request.format(budget=args.max_new_tokens) if args.prompt_only else ""
+    longest = tokenize_prompts(tokenizer, [appended(prompt, request) for prompt in data.prompts])
     return Sampler(
         tokenizer=tokenizer,
         length_value_model=load_length_value_model(
@@ -283,12 +293,16 @@ def make_sampler(args: TradeoffArguments, run: RecipeRun, data: EvaluationPrompt
         guidance=args.candidates,
         seed=args.seed,
         kept=SampleStore(output_dir / "samples"),
+        engine=args.make_engine(max(map(len, longest)) + args.max_new_tokens),
     )
 
 
 def find_trained(args: TradeoffArguments, run: RecipeRun) -> dict[str, str]:
     """Name and path of every trained policy, of which `tilt` names some."""
     trained = dict(entry.split("=", 1) for entry in args.trained) or run.trained
+    if args.backend == VLLM and trained:
+        logger.info("trained policies are left out, for vLLM samples one policy in a process")
+        trained = {}
     unknown = set(args.tilt) - {"base", *trained}
     if unknown:
         raise ValueError(f"tilt names {sorted(unknown)}, but there are only 'base' and {sorted(trained)}.")

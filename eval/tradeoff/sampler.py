@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from eval.engine import EngineRequest, GuidedEngine
 from eval.graded import grade
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length, padding_id, strip_completion
@@ -42,6 +43,7 @@ from lenvm_rl.modeling.backbones import context_of
 from lenvm_rl.modeling.completions import choice_logits, pad_left, pad_right
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import weights_fingerprint
+from lenvm_rl.rollouts.job import batch_seed
 from lenvm_rl.tokenization import check_room, check_same_tokenizer, tokenize_prompts
 
 logger = logging.getLogger(__name__)
@@ -235,6 +237,8 @@ class Sampler:
         guidance ([`~lenvm_rl.decoding.generation.LengthGuidance`]): temperature and candidate rule of every arm.
         seed (`int`): every arm starts from it.
         kept ([`SampleStore`], *optional*): where sampled arms are kept; sampled anew each time without.
+        engine ([`~eval.engine.GuidedEngine`], *optional*): of the policy; samples in the place of `generate_guided`.
+            The divergence of a tilt, which a logits processor does not hand back, is not known then.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -248,6 +252,7 @@ class Sampler:
     guidance: LengthGuidance
     seed: int
     kept: SampleStore | None = None
+    engine: GuidedEngine | None = None
 
     @cached_property
     def prompt_ids(self) -> list[list[int]]:
@@ -258,7 +263,7 @@ class Sampler:
         """Sample and grade an arm: a policy, tilted by `strength` (0 leaves it as it is).
 
         The arm's `kl` is the divergence from this same policy at strength 0; `None` if it is tilted at temperature 0,
-        where one token has all the probability.
+        where one token has all the probability, or by an engine.
         """
         prompt_ids = self.prompt_ids
         check_room([len(ids) for ids in prompt_ids], self.max_new_tokens, context_of(policy.config))
@@ -268,13 +273,16 @@ class Sampler:
         ends = end_token_ids(self.tokenizer, policy.generation_config)
 
         def sample_all() -> Samples:
-            return self._sample_rows(name, policy, [prompt_ids[index] for index in rows], strength, ends)
+            sample_rows = self._sample_rows if self.engine is None else self._sample_by_engine
+            return sample_rows(name, policy, [prompt_ids[index] for index in rows], strength, ends)
 
         if self.kept is None:
             samples = sample_all()
         else:
             models = [policy] if strength == 0 else [policy, self.length_value_model]
             settings = [self.max_new_tokens, self.batch_size, replace(self.guidance, strength=strength), self.seed]
+            if self.engine is not None:
+                settings[1] = self.engine.description
             samples = self.kept.get(name, models, [prompt_ids, rows, ends, repr(settings)], sample_all)
         correct, graded = self.grade(samples.completions, rows)
         return Arm(
@@ -316,6 +324,22 @@ class Sampler:
             completions=[ids for ids, _ in stripped],
             finished=[reason == "stop" for _, reason in stripped],
             kl=np.concatenate(divergences).tolist() if known else None,
+        )
+
+    def _sample_by_engine(
+        self, name: str, policy: PreTrainedModel, prompts: list[list[int]], strength: float, ends: list[int]
+    ) -> Samples:
+        guidance = replace(self.guidance, strength=strength)
+        requests = [
+            EngineRequest(ids, guidance, self.max_new_tokens, batch_seed(self.seed, number))
+            for number, ids in enumerate(prompts)
+        ]
+        rows = dict(tqdm(self.engine.complete(requests, ends), desc=name, total=len(requests), unit="completion"))
+        stripped = [strip_completion(rows[number], ends, self.max_new_tokens) for number in range(len(requests))]
+        return Samples(
+            completions=[ids for ids, _ in stripped],
+            finished=[reason == "stop" for _, reason in stripped],
+            kl=[0.0] * len(requests) if strength == 0 else None,
         )
 
     @torch.no_grad()

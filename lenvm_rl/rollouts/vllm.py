@@ -94,8 +94,8 @@ class VLLMJob(SamplingJob):
         if self._llm is not None:
             return self._llm
         vllm = import_vllm()
-        with _random_states_kept():
-            self._llm = vllm.LLM(model=self.model, seed=self.seed, **(_defaults() | self.engine_arguments))
+        with random_states_kept():
+            self._llm = vllm.LLM(model=self.model, seed=self.seed, **(engine_defaults() | self.engine_arguments))
         config = self._llm.llm_engine.model_config
         self.check_room(config.max_model_len)
         facts = {"vllm_version": vllm.__version__, "dtype": str(config.dtype).removeprefix("torch.")}
@@ -121,7 +121,7 @@ class VLLMJob(SamplingJob):
             batch = steps[start : start + size]
             prompts = [{"prompt_token_ids": self.prompt_ids[self.prompt_of(number)]} for number in batch]
             params = [self._params(vllm, number) for number in batch]
-            with _random_states_kept():
+            with random_states_kept():
                 outputs = llm.generate(prompts, params, use_tqdm=False)
             for number, output in zip(batch, outputs, strict=True):
                 ids = list(output.outputs[0].token_ids)
@@ -148,14 +148,14 @@ class VLLMJob(SamplingJob):
         )
 
 
-def _defaults() -> dict[str, Any]:
+def engine_defaults() -> dict[str, Any]:
     """Settings of the engine where nobody gives them: on a CPU, a seed and a prompt that is read in parts end
     vLLM 0.32, whose generators there have no offset to go back to."""
     return {} if torch.accelerator.is_available() else {"enable_chunked_prefill": False}
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
+def random_states_kept() -> Iterator[None]:
     """vLLM seeds the random numbers of the process that it is loaded in, and on a CPU draws from them beside the seeds
     of requests: they are put back."""
     of_python, of_numpy = random.getstate(), np.random.get_state()

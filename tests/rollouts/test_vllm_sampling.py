@@ -12,7 +12,7 @@ from scripted_server import sampled
 from tiny import EOS, tiny_tokenizer
 
 from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
-from lenvm_rl.rollouts.vllm import VLLMJob, _defaults, import_vllm
+from lenvm_rl.rollouts.vllm import VLLMJob, engine_defaults, import_vllm
 
 PROMPTS = ["w6 w7", "w12", "w20 w21 w22"]
 SETTINGS = SamplingSettings(num_samples=3, max_new_tokens=8, batch_size=4, temperature=0.7, top_p=0.9, top_k=5)
@@ -61,7 +61,7 @@ def test_ids_are_as_sampled_and_every_setting_is_named(engine, tmp_path):
     dataset, metadata = sample(
         tmp_path / "r.jsonl", "m", tiny_tokenizer(), PROMPTS, SETTINGS, seed=1, tensor_parallel_size=2
     )
-    assert engine.engines == [{"model": "m", "seed": 1, **_defaults(), "tensor_parallel_size": 2}]
+    assert engine.engines == [{"model": "m", "seed": 1, **engine_defaults(), "tensor_parallel_size": 2}]
     assert [len(prompts) for prompts, _ in engine.batches] == [4, 4, 1]
     params = engine.batches[0][1][0]
     assert (params.n, params.temperature, params.top_p, params.top_k, params.max_tokens) == (1, 0.7, 0.9, 5, 8)
@@ -165,4 +165,4 @@ def test_without_vllm_the_error_says_what_else_there_is(monkeypatch):
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_on_a_cpu_prompts_are_read_whole(accelerated, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerated)
-    assert _defaults() == ({} if accelerated else {"enable_chunked_prefill": False})
+    assert engine_defaults() == ({} if accelerated else {"enable_chunked_prefill": False})
