@@ -1,10 +1,10 @@
-"""Writes small arithmetic questions in words, with answers: a task that a model of 135 M parameters solves about half.
+"""Writes small arithmetic questions in words, with answers: a task that a model of 135 M parameters solves in part.
 
     python recipes/arithmetic_questions.py --output_dir outputs/arithmetic
 
 Makes train.jsonl and test.jsonl there, with GSM8K's columns `question` and `answer` (the number alone), so that
-`--task gsm8k` and `reward.gsm8k.gsm8k_reward` grade them, and `kind`. No pair of numbers of a test question stands in a
-training question of the same kind, in either order.
+`--task gsm8k` and `reward.gsm8k.gsm8k_reward` grade them, `kind`, and the domain `arithmetic`. No pair of numbers of a
+test question stands in a training question of the same kind, in either order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ NAMES = ("Tom", "Anna", "Sam", "Lily", "Ben", "Maria", "Omar", "Grace", "Leo", "
 THINGS = ("apples", "books", "coins", "marbles", "pencils", "stickers", "cards", "shells", "balls", "cookies")
 # Draws of a kind's questions before all of them have surely come.
 DRAWS = 50_000
-HOLDERS = ("boxes", "bags", "baskets", "rows", "shelves", "jars")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ KINDS_OF_QUESTIONS = {
     ),
     "plus": QuestionKind(
         ("What is {a} plus {b}?", "What is the sum of {a} and {b}?", "What do you get when you add {b} to {a}?"),
-        range(11, 60), range(2, 20), lambda a, b: a + b,
+        range(2, 13), range(2, 13), lambda a, b: a + b,
     ),
     "buys": QuestionKind(
         (
@@ -54,23 +53,7 @@ KINDS_OF_QUESTIONS = {
             "{name} has {a} {things}. A friend gives {name} {b} more. How many {things} does {name} have in all?",
             "{name} finds {a} {things} in the morning and {b} in the evening. How many {things} is that together?",
         ),
-        range(2, 20), range(2, 20), lambda a, b: a + b,
-    ),
-    "boxes": QuestionKind(
-        (
-            "There are {a} {holders} with {b} {things} in each. How many {things} are there in all?",
-            "{name} fills {a} {holders} with {b} {things} each. How many {things} does {name} use?",
-            "{name} buys {a} {holders} of {things}. Each holds {b} {things}. How many {things} does {name} buy?",
-        ),
-        range(2, 10), range(2, 10), lambda a, b: a * b,
-    ),
-    "gives": QuestionKind(
-        (
-            "{name} has {a} {things} and gives away {b}. How many {things} are left?",
-            "{name} had {a} {things} and lost {b} of them. How many {things} does {name} have now?",
-            "There are {a} {things} on the table. {name} takes {b}. How many {things} remain on the table?",
-        ),
-        range(10, 30), range(2, 10), lambda a, b: a - b,
+        range(2, 13), range(2, 13), lambda a, b: a + b,
     ),
 }  # fmt: skip
 
@@ -83,7 +66,7 @@ class ArithmeticArguments:
     kinds: list[str] = HfArg(
         default_factory=lambda: list(KINDS_OF_QUESTIONS), help=f"Some of {', '.join(KINDS_OF_QUESTIONS)}."
     )
-    train: int = HfArg(default=1024, help="Training questions.")
+    train: int = HfArg(default=768, help="Training questions.")
     test: int = HfArg(default=128, help="Test questions.")
     seed: int = HfArg(default=0, help="Of the questions, and of which numbers are for the test.")
 
@@ -101,11 +84,11 @@ def draw_questions(kind: str, split: str, seed: int) -> Iterator[dict[str, str]]
     draw, seen = random.Random(f"{seed} {kind} {split}"), set()
     for _ in range(DRAWS):
         a, b = draw.choice(made.first), draw.choice(made.second)
-        words = {"name": draw.choice(NAMES), "things": draw.choice(THINGS), "holders": draw.choice(HOLDERS)}
+        words = {"name": draw.choice(NAMES), "things": draw.choice(THINGS)}
         question = draw.choice(made.wordings).format(a=a, b=b, **words)
         if ((min(a, b), max(a, b)) in for_test) == (split == "test") and question not in seen:
             seen.add(question)
-            yield {"question": question, "answer": str(made.answer(a, b)), "kind": kind}
+            yield {"question": question, "answer": str(made.answer(a, b)), "kind": kind, "domain": "arithmetic"}
     raise ValueError(f"there are only {len(seen)} {split} questions of kind {kind!r}: lower --{split}.")
 
 
@@ -118,7 +101,7 @@ def main(args: ArithmeticArguments) -> None:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     train = str(Path(args.output_dir) / "train.jsonl")
     sample = ("python", "recipes/sample_rollouts.py", "--dataset_name", train, "--prompt_column", "question")
-    say_next(*sample, "--chat", "true", "--keep_columns", "kind", "--model_name_or_path", "MODEL")
+    say_next(*sample, "--chat", "true", "--keep_columns", "domain", "--model_name_or_path", "MODEL")
 
 
 def make_parser() -> ProgramParser:

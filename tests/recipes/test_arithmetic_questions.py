@@ -33,10 +33,10 @@ def test_the_numbers_of_the_test_are_new(tmp_path):
 
 
 def test_answers_are_what_the_words_say(tmp_path):
-    signs = {"times": "*", "plus": "+", "buys": "+", "boxes": "*", "gives": "-"}
+    signs = {"times": "*", "plus": "+", "buys": "+"}
     for row in write(tmp_path)["test"]:
         one, other = (int(each) for each in re.findall(r"\d+", row["question"]))
-        value = {"*": one * other, "+": one + other, "-": one - other}[signs[row["kind"]]]
+        value = {"*": one * other, "+": one + other}[signs[row["kind"]]]
         assert row["answer"] == str(value) and value > 0
         texts = [f"Let us see. The answer is {value}.", f"{value + 1}"]
         assert gsm8k_reward(texts, [row["answer"]] * 2) == [1.0, 0.0]
