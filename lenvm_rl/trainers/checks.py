@@ -138,14 +138,6 @@ def check_optimizer(args: GRPOConfig) -> None:
         )
 
 
-def check_no_critic(args: GRPOConfig) -> None:
-    """Raise a `ValueError` if something is set that a learned critic reads, where there is none (`LenVMPPOConfig`)."""
-    fields = ("critic_form", "critic_lam", "length_adaptive_alpha", "critic_warmup_steps", "kl_reward_coef")
-    changed = [name for name in fields if getattr(args, name) != type(args).__dataclass_fields__[name].default]
-    if changed:
-        raise ValueError(f"{', '.join(changed)} needs a learned critic, and critic='lenvm' has none: leave it out.")
-
-
 _SHOWN = 3
 
 

@@ -12,6 +12,7 @@ import copy
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import GRPOTrainer
@@ -50,6 +47,8 @@ from lenvm_rl.modeling.heads import ScoreHead
 from lenvm_rl.modeling.length_value_model import LengthValueConfig, LengthValueModel
 from lenvm_rl.modeling.sharing import FULL, SAME_ARCHITECTURE
 from lenvm_rl.trainers import checks
+from lenvm_rl.trainers.config import LEARNING
+from lenvm_rl.trainers.fields import changed_fields
 from lenvm_rl.trainers.reading import check_sees_pictures
 from lenvm_rl.trainers.shared_base import check_base_stays_frozen
 
@@ -350,7 +349,10 @@ def _check_without(args) -> None:
             "truncation='bootstrap' goes on with the task critic's value, and critic='lenvm' has none: set "
             "truncation='terminal', or learn a critic."
         )
-    checks.check_no_critic(args)
+    unread = ("critic_form", "critic_lam", "length_adaptive_alpha", "kl_reward_coef", *LEARNING)
+    changed = changed_fields(args, unread)
+    if changed:
+        raise ValueError(f"{', '.join(changed)} needs a learned critic, and critic='lenvm' has none: leave it out.")
     scaled = [name for name in ("missing_eos_penalty", "reward_normalization", "reward_clip") if getattr(args, name)]
     if scaled and args.task_baseline == "group":
         raise ValueError(
@@ -388,10 +390,11 @@ def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
                 "learned (`critic=`), or set a learning rate."
             )
         return trainer.accelerator.prepare_model(critic.eval(), evaluation_mode=True)
+    freeze_modules(critic, args.critic_frozen or ())
     if not any(weight.requires_grad for weight in critic.parameters()):
         raise ValueError(
-            "Nothing in the critic learns, since all of it is frozen (`requires_grad`): unfreeze what is to learn, or "
-            "set critic_learning_rate=0, which takes it as it is."
+            "Nothing in the critic learns, since all of it is frozen (`requires_grad`, critic_frozen): unfreeze what "
+            "is to learn, or set critic_learning_rate=0, which takes it as it is."
         )
     critic.train()
     if critic.config.form == FULL:
@@ -399,9 +402,26 @@ def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
         critic.backbone.train(args.gradient_checkpointing)
         if args.gradient_checkpointing:
             _checkpoint_activations(critic, args.gradient_checkpointing_kwargs)
-    critic = trainer.accelerator.prepare_model(critic)
-    trainer.add_callback(CriticGradientReset(critic))
-    return critic
+    return trainer.accelerator.prepare_model(critic)
+
+
+def freeze_modules(critic: TaskCritic, names: Sequence[str]) -> None:
+    """Freeze the modules of a critic that go by these names, such as `"self_attn"`, wherever they stand in it.
+
+    Raises:
+        `ValueError`: there is none of a name.
+    """
+    by_name: dict[str, list[nn.Module]] = {}
+    for path, module in critic.named_modules():
+        if any(True for _ in module.parameters()):
+            by_name.setdefault(path.split(".")[-1], []).append(module)
+    for name in names:
+        if name not in by_name:
+            raise ValueError(
+                f"critic_frozen: '{name}' is no module of the critic, {', '.join(sorted(by_name)[1:])} are."
+            )
+        for module in by_name[name]:
+            module.requires_grad_(False)
 
 
 def _switch_off_dropout(module: nn.Module) -> None:
@@ -517,13 +537,3 @@ def read_critic(checkpoint: str, critic: TaskCritic) -> None:
         raise ValueError(
             f"The critic in '{os.path.join(checkpoint, CRITIC_FOLDER)}' lacks weights: {', '.join(lacking[:_SHOWN])}."
         )
-
-
-class CriticGradientReset(TrainerCallback):
-    """Clears the critic's gradients after each step: `Trainer` clears the gradients of the model that it knows."""
-
-    def __init__(self, critic: nn.Module):
-        self.critic = critic
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.critic.zero_grad()

@@ -31,6 +31,7 @@ from lenvm_rl.trainers.critic import (
     read_critic,
 )
 from lenvm_rl.trainers.critic_states import CriticStates, state_values
+from lenvm_rl.trainers.critic_updates import CriticUpdates, add_critic_groups, set_critic_schedule
 from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl
 from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_kl_reward
 from lenvm_rl.trainers.reading import value_logits
@@ -122,9 +123,10 @@ class LenVMPPOTrainer(LenVMTrainer):
     (`truncation`). Then ``A = A_task + length_coef * A_len``, with ``A_len`` as in [`LenVMGRPOTrainer`]. Settings of
     groups, such as `scale_rewards`, only matter to `critic="lenvm"`.
 
-    The critic has its own parameter group and learning rate (weight decay as for the policy), and its gradient is
-    clipped by itself to `max_grad_norm`. Its loss is the mean over the tokens of the whole optimizer step,
-    accumulation and processes included. In the first `critic_warmup_steps` it alone learns; with
+    The critic has its own parameter group and learning rate, and its gradient is clipped by itself; schedule, weight
+    decay and bound are the policy's where it has none of its own. With `critic_updates_per_step` it learns more often
+    than the policy ([`lenvm_rl.trainers.critic_updates`]). Its loss is the mean over the tokens of the whole optimizer
+    step, accumulation and processes included. In the first `critic_warmup_steps` it alone learns; with
     `critic_learning_rate=0` it does not, and makes no loss. Dropout is off in it. What is frozen in a critic that is
     given stays so, and adapters and a score head are kept ([`lenvm_rl.trainers.critic.make_critic`]). It is
     saved with the policy, in `critic/` of every checkpoint and of what `save_model` writes, and restored on resume.
@@ -207,6 +209,9 @@ class LenVMPPOTrainer(LenVMTrainer):
         shared = {"form": args.critic_form, "base": run_base(self)}
         critic = make_critic(critic, args.critic_init, policy, self.length_value_model, args.runs_remote_code, **shared)
         self.critic = None if critic is None else place_critic(critic, self)
+        if self._critic_learns:
+            self._updates = CriticUpdates(self.critic, self)
+            self.add_callback(self._updates)
         self._states = None
         if critic is not None and critic.config.form == HEAD:
             self._states = CriticStates(self.critic, self)
@@ -317,7 +322,9 @@ class LenVMPPOTrainer(LenVMTrainer):
         self._measure_divergence(inputs, training)
         if not self._critic_learns:
             return loss
-        return loss + self.args.vf_coef * self._value_loss(inputs)
+        if training:
+            self._updates.keep(inputs)
+        return loss + self.args.vf_coef * self._value_loss(inputs, self.accelerator.sync_gradients)
 
     def _measure_divergence(self, inputs: dict, training: bool) -> None:
         """How far the policy has moved from the one that sampled the batch, of which TRL keeps nothing where it has
@@ -333,12 +340,16 @@ class LenVMPPOTrainer(LenVMTrainer):
         if training:
             self._divergence.add(divergence, mask, last=self.accelerator.sync_gradients)
 
-    def _value_loss(self, inputs: dict) -> Tensor:
-        """The value loss as a mean over the tokens of the optimizer step that this batch is a part of."""
+    def _value_loss(self, inputs: dict, is_last: bool = True) -> Tensor:
+        """The value loss as a mean over the tokens of the optimizer step that this batch is a part of.
+
+        Args:
+            inputs (`dict`): a micro-batch.
+            is_last (`bool`, *optional*, defaults to `True`): whether it is the last of its step.
+        """
         mask, old, returns = inputs["critic_mask"], inputs["critic_values"], inputs["critic_returns"]
         # As Trainer does for the policy: processes exchange gradients once per optimizer step.
-        defer = not self.accelerator.sync_gradients
-        with self.accelerator.no_sync(self.critic) if defer else contextlib.nullcontext():
+        with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.critic):
             values = self._values(inputs)[:, :-1]
         losses, clipped = value_loss(values, old, returns, mask, self.args.cliprange_value)
         metrics = BatchMetrics(self._sum_over_processes)
@@ -384,32 +395,19 @@ class LenVMPPOTrainer(LenVMTrainer):
         super()._write_state(folder)
 
     def create_optimizer(self, model: nn.Module | None = None):
-        """As `Trainer.create_optimizer`, with parameter groups of the critic's own learning rate."""
+        """As `Trainer.create_optimizer`, with parameter groups of the critic's own."""
         optimizer = super().create_optimizer(model)
-        if not self._critic_learns:
-            return optimizer
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        named = [(name, p) for name, p in self.critic.named_parameters() if p.requires_grad]
-        if any(id(parameter) in known for _, parameter in named):
-            return optimizer
-        decayed = set(self.get_decay_parameter_names(self.critic))
-        for weight_decay, wanted in ((self.args.weight_decay, True), (0.0, False)):
-            optimizer.add_param_group(
-                {
-                    "params": [p for name, p in named if (name in decayed) == wanted],
-                    "lr": self.args.critic_learning_rate,
-                    "weight_decay": weight_decay,
-                }
-            )
+        if self._critic_learns:
+            add_critic_groups(optimizer, self.critic, self)
         return optimizer
 
-    def _clip_grad_norm(self, model):
-        # First, because it also unscales the gradients of every parameter where there is a gradient scaler.
-        norm = super()._clip_grad_norm(model)
-        if self._critic_learns:
-            critic_norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
-            self._log_all({"critic/grad_norm": critic_norm.item()})
-        return norm
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As `Trainer.create_scheduler`, with a schedule of the critic's own where it has one."""
+        made = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if made and self._critic_learns:
+            set_critic_schedule(scheduler, self.critic, self, num_training_steps)
+        return scheduler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, with a learned critic in the folder `critic` beside the policy.

@@ -1,0 +1,135 @@
+"""How a critic learns beside the policy: its groups in the optimizer, its schedule, the bound of its gradient, and the
+updates of an optimizer step in which it learns alone.
+
+A policy's optimizer leaves a weight alone that has no gradient. So an update of the critic alone is a step of the same
+optimizer after the policy's gradients are cleared; its moments are kept, saved and resumed with all others.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+
+from lenvm_rl.trainers.metrics import BatchMetrics
+
+if TYPE_CHECKING:
+    from lenvm_rl.trainers.ppo import LenVMPPOTrainer
+
+# Of `critic_lr_scheduler_type`.
+AS_POLICY = "policy"
+
+
+def add_critic_groups(optimizer: torch.optim.Optimizer, critic: nn.Module, trainer: LenVMPPOTrainer) -> None:
+    """Add the critic's weights that learn to the optimizer of a run, unless they are there.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`), critic (`torch.nn.Module`): of the run, the critic as it is placed.
+        trainer ([`LenVMPPOTrainer`]): says which of them decay.
+    """
+    args = trainer.args
+    named = [(name, weight) for name, weight in critic.named_parameters() if weight.requires_grad]
+    if critic_groups(optimizer, critic):
+        return
+    decayed = set(trainer.get_decay_parameter_names(critic))
+    own = args.weight_decay if args.critic_weight_decay is None else args.critic_weight_decay
+    for weight_decay, wanted in ((own, True), (0.0, False)):
+        optimizer.add_param_group(
+            {
+                "params": [weight for name, weight in named if (name in decayed) == wanted],
+                "lr": args.critic_learning_rate,
+                "weight_decay": weight_decay,
+            }
+        )
+
+
+def critic_groups(optimizer: torch.optim.Optimizer, critic: nn.Module) -> list[int]:
+    """Which parameter groups of an optimizer hold weights of the critic."""
+    own = {id(weight) for weight in critic.parameters()}
+    groups = enumerate(optimizer.param_groups)
+    return [index for index, group in groups if any(id(weight) in own for weight in group["params"])]
+
+
+def set_critic_schedule(scheduler: LambdaLR, critic: nn.Module, trainer: LenVMPPOTrainer, steps: int) -> None:
+    """Let the critic's groups follow `critic_lr_scheduler_type` instead of the policy's schedule.
+
+    Args:
+        scheduler (`torch.optim.lr_scheduler.LambdaLR`): of the run, which has made no step.
+        critic (`torch.nn.Module`), trainer ([`LenVMPPOTrainer`]): of the run.
+        steps (`int`): optimizer steps of the run.
+
+    Raises:
+        `ValueError`: the policy's schedule is none of the step alone.
+    """
+    args = trainer.args
+    if args.critic_lr_scheduler_type == AS_POLICY:
+        return
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"critic_lr_scheduler_type='{args.critic_lr_scheduler_type}' goes beside a schedule that follows from the "
+            f"step, and lr_scheduler_type='{args.lr_scheduler_type}' reacts to what is measured: leave one of them out."
+        )
+    alone = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    own = get_scheduler(args.critic_lr_scheduler_type, alone, args.get_warmup_steps(steps), steps)
+    for index in critic_groups(scheduler.optimizer, critic):
+        scheduler.lr_lambdas[index] = own.lr_lambdas[0]
+        rate = scheduler.base_lrs[index] * own.lr_lambdas[0](0)
+        scheduler.optimizer.param_groups[index]["lr"] = scheduler._last_lr[index] = rate
+
+
+class CriticUpdates(TrainerCallback):
+    """What an optimizer step is for a critic: its gradient is clipped by itself, and cleared; where
+    `critic_updates_per_step` is above 1, it learns from the same mini-batch again, alone.
+
+    Args:
+        critic (`torch.nn.Module`): placed.
+        trainer ([`LenVMPPOTrainer`]): of the run.
+    """
+
+    def __init__(self, critic: nn.Module, trainer: LenVMPPOTrainer):
+        self.critic, self.trainer = critic, trainer
+        self._micro_batches: list[dict] = []
+
+    def keep(self, inputs: dict) -> None:
+        """Take in a micro-batch of the optimizer step under way."""
+        if self.trainer.args.critic_updates_per_step > 1:
+            self._micro_batches.append(inputs)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Called by the Trainer, which has unscaled all gradients (AMP) and clipped the policy's."""
+        self._clip()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Called by the Trainer after the step of policy and critic, and before the schedule goes on."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        group = trainer.optimizer.param_groups[critic_groups(trainer.optimizer, self.critic)[0]]
+        # As the Trainer logs the policy's: the last one.
+        trainer._metrics["train"]["critic/learning_rate"] = [group["lr"]]
+        micro_batches, self._micro_batches = self._micro_batches, []
+        if micro_batches:
+            trainer.model.zero_grad()
+        for _ in range(args.critic_updates_per_step - 1):
+            self.critic.zero_grad()
+            for inputs in micro_batches:
+                with trainer.compute_loss_context_manager():
+                    loss = args.vf_coef * trainer._value_loss(inputs, is_last=inputs is micro_batches[-1])
+                accelerator.backward(loss)
+            accelerator.unscale_gradients()
+            self._clip()
+            trainer.optimizer.step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Called by the Trainer, which clears the gradients of the model that it knows."""
+        self.critic.zero_grad()
+
+    def _clip(self) -> None:
+        args = self.trainer.args
+        bound = args.max_grad_norm if args.critic_max_grad_norm is None else args.critic_max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), bound or math.inf).detach()
+        metrics = BatchMetrics(self.trainer._sum_over_processes)
+        metrics.mean("critic/grad_norm", norm.view(1), torch.ones_like(norm).view(1))
+        self.trainer._unread.append(("train", metrics))
