@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,6 +240,25 @@ def renew_buffers(critic: TaskCritic, like: TaskCritic) -> None:
         if name not in saved:
             parent, _, leaf = name.rpartition(".")
             critic.get_submodule(parent)._buffers[leaf] = buffer.to(critic.device)
+
+
+def freeze_modules(critic: TaskCritic, names: Sequence[str]) -> None:
+    """Freeze the modules of a critic that go by these names, such as `"self_attn"`, wherever they stand in it.
+
+    Raises:
+        `ValueError`: there is none of a name.
+    """
+    by_name: dict[str, list[nn.Module]] = {}
+    for path, module in critic.named_modules():
+        if any(True for _ in module.parameters()):
+            by_name.setdefault(path.split(".")[-1], []).append(module)
+    for name in names:
+        if name not in by_name:
+            raise ValueError(
+                f"critic_frozen: '{name}' is no module of the critic, {', '.join(sorted(by_name)[1:])} are."
+            )
+        for module in by_name[name]:
+            module.requires_grad_(False)
 
 
 def load_critic(

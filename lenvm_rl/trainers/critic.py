@@ -12,7 +12,6 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from lenvm_rl.modeling.critic import (
     TaskCritic,
     TaskCriticConfig,
     TaskCriticHead,
+    freeze_modules,
     load_critic,
     renew_buffers,
     unset_like,
@@ -403,25 +403,6 @@ def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
         if args.gradient_checkpointing:
             _checkpoint_activations(critic, args.gradient_checkpointing_kwargs)
     return trainer.accelerator.prepare_model(critic)
-
-
-def freeze_modules(critic: TaskCritic, names: Sequence[str]) -> None:
-    """Freeze the modules of a critic that go by these names, such as `"self_attn"`, wherever they stand in it.
-
-    Raises:
-        `ValueError`: there is none of a name.
-    """
-    by_name: dict[str, list[nn.Module]] = {}
-    for path, module in critic.named_modules():
-        if any(True for _ in module.parameters()):
-            by_name.setdefault(path.split(".")[-1], []).append(module)
-    for name in names:
-        if name not in by_name:
-            raise ValueError(
-                f"critic_frozen: '{name}' is no module of the critic, {', '.join(sorted(by_name)[1:])} are."
-            )
-        for module in by_name[name]:
-            module.requires_grad_(False)
 
 
 def _switch_off_dropout(module: nn.Module) -> None:
