@@ -112,13 +112,12 @@ def main(args: CompareArguments) -> dict[str, Any]:
     if args.report is None:
         records, worlds = Records(args.output_dir), Worlds(args)
         run_open(args, records, worlds)
-        first = worlds.worlds[0]
-        shown = {"decoding": decoding_arms(first), "samples": sample_answers(first)}
-        collected = records.collected() | shown
+        decoding = [arm for world in worlds.worlds for arm in decoding_arms(world)]
+        collected = records.collected() | {"decoding": decoding, "samples": sample_answers(worlds.worlds[0])}
     else:
         collected = read_json(args.report)
     report = make_report(collected)
-    print_cells(report, Console(width=150, highlight=False))
+    print_cells(report, Console(width=180, highlight=False))
     write_comparison(report, collected, args.output_dir)
     return report
 

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from eval.compare.arms import ARMS, LENVM, LENVM_95, TASK_ONLY, TrainingArm
-from eval.compare.measures import Judged, answers_to_break_even, judge_curve, tokens_until
+from eval.compare.measures import Judged, answers_to_break_even, area_between, judge_curve, tokens_until
 from eval.compare.page import write_page
 from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, TrainingCell, reported_runs
 from eval.compare.records import Collected, judge_record, recorded_runs
+from eval.compare.samples import TASK_TILTED, TILTED
 from eval.report import Column, cell_text, mean_and_range, print_table, save_figure, save_json
 
 # Work over a token, in forwards of a model of the policy's size.
@@ -27,24 +28,35 @@ COLORS = {TASK_ONLY: "#000000", LENVM: "#d62728", LENVM_95: "#ff7f0e", ORACLE: "
 PENALTY_COLORS = ("#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
 # Penalties that a cell shows.
 BEST = 3
+# Kinds of decoding that make a curve of accuracy over tokens beside which a training's is held.
+RIVALS = {"over_tilt": ("base", TILTED), "over_task_tilt": (TASK_TILTED,)}
 
 
 def make_report(collected: Collected) -> dict[str, Any]:
     """The report of records: the world, and of every cell each arm's settings, curves and criteria."""
     worlds = list(collected["worlds"].values())
+    # The frontier and the decoding that are shown are of one policy.
+    shown = next(iter(collected["worlds"]), None)
     by_run = recorded_runs(collected)
     cells = [{**cell_entry(cell), "arms": report_arms(cell, by_run, collected)} for cell in CELLS]
     return {
         "world": {
             **{f"base_{name}": mean_and_range([one["start"][name] for one in worlds]) for name in DRAWN if worlds},
+            "times_floor": mean_and_range([times_floor(one) for one in worlds]),
             "floors": worlds[0]["floors"] if worlds else {},
             "policies": len(worlds),
         },
         "cells": [cell for cell in cells if cell["arms"]],
         "frontier": worlds[0]["frontier"] if worlds else None,
-        "decoding": collected.get("decoding", []),
+        "decoding": [arm for arm in collected.get("decoding", []) if arm["policy"] == shown],
         "samples": collected.get("samples", []),
     }
+
+
+def times_floor(world: Mapping[str, Any]) -> float:
+    """The base policy's tokens over those of the cheapest good ways, the mean over difficulties."""
+    floors = world["floors"].values()
+    return world["start"]["tokens"] / (sum(floors) / len(floors))
 
 
 def cell_entry(cell: TrainingCell) -> dict[str, Any]:
@@ -102,10 +114,26 @@ def report_arm(
         "until_most": median_and_range([one.until_most for one in found]),
         **{f"end_{name}": mean_and_range([getattr(one, f"end_{name}") for one in found]) for name in DRAWN},
         "frontier_gap": mean_and_range(gaps),
+        **{name: mean_and_range(areas_over(kinds, records, collected)) for name, kinds in RIVALS.items()},
         "break_even": median_and_range(even) if even else None,
         "unsafe": sum(one.unsafe for one in found) / len(found),
         "kept": sum(one.kept for one in found) / len(found),
     }
+
+
+def areas_over(kinds: Sequence[str], records: Sequence[Mapping[str, Any]], collected: Collected) -> list[float | None]:
+    """For each record, the area between its curve and the decoding of the given kinds from the same base policy."""
+    areas = []
+    for record in records:
+        curve = [collected["worlds"][record["policy"]]["start"], *record["curve"]]
+        rival = [
+            (arm["tokens"]["estimate"], arm["accuracy"]["estimate"])
+            for arm in collected.get("decoding", [])
+            if arm["policy"] == record["policy"] and arm["kind"] in kinds
+        ]
+        points = [(point["tokens"], point["accuracy"]) for point in curve]
+        areas.append(area_between(points, rival) if rival else None)
+    return areas
 
 
 def break_even(
@@ -178,37 +206,47 @@ def reached_text(until: Mapping[str, Any] | None, digits: int = 0) -> str:
     return median if low == high else f"{median} [{low}, {high}]"
 
 
-COLUMNS = (
+# How soon, and where to.
+PACE_COLUMNS = (
     Column("arm", "name"),
     Column("rate", lambda row: f"{row['learning_rate']:g}"),
     Column("strength", lambda row: "–" if row["strength"] is None else f"{row['strength']:g}"),
     Column("until 50 %", lambda row: reached_text(row["until_half"])),
     Column("until 90 %", lambda row: reached_text(row["until_most"])),
     Column("x LenVM", lambda row: reached_text(row["times_lenvm"], 2)),
+    Column("break-even", lambda row: reached_text(row["break_even"])),
+)
+END_COLUMNS = (
+    Column("arm", "name"),
     Column("accuracy", "end_accuracy", 3),
     Column("tokens", "end_tokens"),
     Column("waste", "end_excess"),
-    Column("below frontier", lambda row: cell_text(row["frontier_gap"], 3, ends=False)),
-    Column("break-even", lambda row: reached_text(row["break_even"])),
+    Column("below frontier", "frontier_gap", 3, ends=False),
     Column("unsafe", "unsafe", 0, scale=100, unit="%"),
+    Column("over tilted base", "over_tilt", 3, sign="+"),
+    Column("over tilted task only", "over_task_tilt", 3, sign="+"),
 )
 
 
 def print_cells(report: Mapping[str, Any], console: Console) -> None:
-    """Print a table for each cell."""
+    """Print two tables for each cell. "Over": along training, above tilted decoding of the same mean tokens."""
     world = report["world"]
     if not report["cells"]:
         console.print("No reported run yet.")
         return
+    accuracy, tokens, waste = (
+        cell_text(world[f"base_{name}"], digits) for name, digits in (("accuracy", 3), ("tokens", 1), ("excess", 1))
+    )
+    ratio = cell_text(world["times_floor"], 2)
     console.print(
-        "Base: {:.3f} accuracy, {:.1f} tokens, {:.1f} of them waste (means over {} policies).".format(
-            *(world[f"base_{name}"]["estimate"] for name in ("accuracy", "tokens", "excess")), world["policies"]
-        )
+        f"Base: {accuracy} accuracy, {tokens} tokens, {waste} of them waste; {ratio} times the tokens of "
+        f"the cheapest good ways (means over {world['policies']} policies)."
     )
     for cell in report["cells"]:
         seeds = max(arm["seeds"] for arm in cell["arms"])
         title = f"{cell['completions']} completions a step in groups of {cell['group_size']}, {cell['algorithm']}"
-        print_table(console, cell["arms"], COLUMNS, f"{title}; {seeds} seeds", sections=lambda arm: arm["kind"])
+        for columns in (PACE_COLUMNS, END_COLUMNS):
+            print_table(console, cell["arms"], columns, f"{title}; {seeds} seeds", sections=lambda arm: arm["kind"])
 
 
 def best_penalties(cell: Mapping[str, Any], count: int) -> list[str]:

@@ -16,7 +16,11 @@ from lenvm_rl.sandbox.task import EOS
 
 # Strength of the tilt, in units of 1/std(V).
 TILT = 0.5
-DECODING = ("truncation", "tilt")
+# Arms of `eval.tradeoff` that train nothing for length, by their kinds: those of the base policy, and tilted answers of
+# the policy that the task's reward alone has trained, which is the first of its kind itself.
+TASK_POLICY = "task_only"
+TILTED, TASK_TILTED = "tilt", f"tilt of {TASK_POLICY}"
+DECODING = ("base", "truncation", TILTED, TASK_TILTED)
 
 
 def sample_answers(world: World) -> list[dict[str, Any]]:
@@ -50,7 +54,12 @@ def answer_row(world: World, arm: Arm, prompt: int) -> dict[str, Any]:
 
 
 def decoding_arms(world: World) -> list[dict[str, Any]]:
-    """What `eval.tradeoff` found of the base policy without training, if it has been run in the folder."""
+    """What `eval.tradeoff` found of a world's policies without a price on length, if it has been run in the folder."""
     report = read_report(Path(world.folder) / "tradeoff" / "tradeoff.json") or {"arms": []}
-    names = ("name", "kind", "tokens", "accuracy")
-    return [{name: arm[name] for name in names} for arm in report["arms"] if arm["kind"] in DECODING]
+    found = []
+    for arm in report["arms"]:
+        kind = TASK_TILTED if arm["name"] == TASK_POLICY else arm["kind"]
+        if kind in DECODING:
+            point = {name: arm[name] for name in ("name", "tokens", "accuracy")}
+            found.append({"policy": world.fingerprint, "kind": kind, **point})
+    return found

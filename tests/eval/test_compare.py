@@ -12,7 +12,7 @@ from transformers import set_seed
 from eval.compare import __main__ as program
 from eval.compare import plan, samples, training
 from eval.compare.arms import ARMS, BY_NAME, LENVM, LENVM_95, TASK_ONLY
-from eval.compare.measures import Judged, answers_to_break_even, judge_curve, rollouts_until, tokens_until
+from eval.compare.measures import Judged, answers_to_break_even, area_between, judge_curve, rollouts_until, tokens_until
 from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, TrainingCell, chosen_settings, few_arms, open_runs
 from eval.compare.records import Records
 from eval.compare.report import (
@@ -83,6 +83,17 @@ class TestMeasures:
         assert tokens_until(falling, START, 50) == pytest.approx(1375)
         assert tokens_until(falling, START, 1000) == pytest.approx(2500)
         assert answers_to_break_even(1000, 30, 20) == 100 and answers_to_break_even(1000, 30, 30) is None
+
+    def test_area_between_by_hand(self):
+        rising, flat = [(20, 1.0), (10, 0.8)], [(15, 0.6), (30, 0.6)]
+        # From 15 to 20 tokens: 0.9 to 1.0 beside 0.6.
+        assert area_between(rising, flat) == pytest.approx(0.35)
+        assert area_between(flat, rising) == pytest.approx(-0.35)
+        # A corner between: 0.5 above it at 10, 0 at 14 and 0 at 20, a triangle of 1 over a range of 10.
+        assert area_between([(10, 1.0), (20, 1.0)], [(0, 0.5), (10, 0.5), (14, 1.0), (20, 1.0)]) == pytest.approx(0.1)
+        # Two evaluations of the same length count as their mean: 0.9 to 1.0 beside 0.6 on all of 10 to 20.
+        assert area_between([(20, 1.0), (10, 0.8), (10, 1.0)], [(0, 0.6), (40, 0.6)]) == pytest.approx(0.35)
+        assert area_between(rising, [(20, 0.5), (30, 0.5)]) is None
 
 
 def judged(until=None, accuracy=0.95, excess=1.0, unsafe=False, kept=True):
@@ -265,6 +276,8 @@ class TestReport:
         report = make_report(collected)
         [cell] = report["cells"]
         assert report["world"]["base_tokens"]["estimate"] == 30 and report["world"]["policies"] == 1
+        # 30 tokens, where 2 would do.
+        assert report["world"]["times_floor"]["estimate"] == 15
         assert [arm["name"] for arm in cell["arms"]] == [TASK_ONLY, LENVM, "linear"]
         task, ours, linear = cell["arms"]
         assert ours["rollouts"] == [0.0, 100, 200, 300] and ours["excess"]["mean"] == [10, 2, 0.5, 0.5]
@@ -288,6 +301,21 @@ class TestReport:
             program.CompareArguments(report=str(tmp_path / "out" / "compare.json"), output_dir=str(tmp_path / "o"))
         )
         assert again == report
+
+    def test_training_beside_tilted_decoding_of_its_own_policy(self, tmp_path):
+        def point(kind, tokens, accuracy, policy="f"):
+            entries = {"tokens": {"estimate": tokens}, "accuracy": {"estimate": accuracy}}
+            return {"policy": policy, "name": kind, "kind": kind, **entries}
+
+        # Ours is at .9, .95 and .97 (twice) with 30, 22 and 20.5 tokens, tilted answers at .7 from 20 to 30.
+        decoding = [point("base", 30.0, 0.7), point("tilt", 20.0, 0.7), point("tilt", 20.0, 0.0, "another")]
+        collected = collected_from(tmp_path, self.CURVES) | {"decoding": decoding}
+        report = make_report(collected)
+        found = {arm["name"]: arm for arm in report["cells"][0]["arms"]}[LENVM]
+        area = 8 * 0.225 + 1.5 * 0.26
+        assert found["over_tilt"]["estimate"] == pytest.approx(area / 9.5)
+        assert found["over_task_tilt"]["estimate"] is None
+        assert report["decoding"] == decoding[:2]
 
     def test_what_training_costs(self):
         arm, cell, world = BY_NAME[LENVM], CELLS[0], FakeWorld().described()
@@ -397,6 +425,17 @@ def test_answers_side_by_side(world, small, monkeypatch):
     # The same policy under another name, from the same seed.
     assert all(one["rows"][0]["text"] == one["rows"][2]["text"] for one in shown)
     assert decoding_arms(world) == []
+
+
+def test_decoding_of_what_was_not_trained_for_length(world):
+    point = {"tokens": {"estimate": 20.0}, "accuracy": {"estimate": 0.9}, "excess_tokens": None}
+    kinds = {"base": "base", "cut at 9": "truncation", "tilt +1": "tilt", "ppo": "trained", "task_only": "trained"}
+    arms = [{"name": name, "kind": kind, **point} for name, kind in kinds.items()]
+    arms.append({"name": "task_only tilt +1", "kind": "tilt of task_only", **point})
+    write_json(f"{world.folder}/tradeoff/tradeoff.json", {"arms": arms})
+    found = decoding_arms(world)
+    assert [one["kind"] for one in found] == ["base", "truncation", "tilt", *["tilt of task_only"] * 2]
+    assert all(one["policy"] == world.fingerprint and "excess_tokens" not in one for one in found)
 
 
 @pytest.mark.parametrize("size", [1, 2])
