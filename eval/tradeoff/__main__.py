@@ -8,8 +8,10 @@
 Prints one table and writes tradeoff.json, .csv and .png, and samples/, with which an interrupted comparison goes on.
 Every arm uses the same prompts, the same candidate rule and the same length: tokens without end-of-sequence. Intervals
 are 95 % bootstraps over prompts. A task adds two baselines, the budget asked for in the prompt and the shortest of
-several samples (its cost is in "sampled tokens"); other data has them by --prompt_only and --best_of. "KL to base" is
-how far an arm is from the base policy, see `eval.tradeoff.sampler`.
+several samples (its cost is in "sampled tokens"); other data has them by --prompt_only and --best_of. The figure's last
+panel, and "within_budget" of the JSON, say how many answers of each arm are right where every completion is cut off
+after so many tokens. "KL to base" is how far an arm is from the base policy, see `eval.tradeoff.sampler`; with
+`--backend vllm` it is not known, for a logits processor hands nothing back.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from eval.graded import read_run
 from eval.report import print_table, save_report
 from eval.runs import OUTPUTS, output_folder, run_evaluation, set_threads
 from eval.tradeoff.arms import TradeoffArguments, collect_arms
-from eval.tradeoff.report import plot_tradeoff, remarks, summarise_arm, table_columns
+from eval.tradeoff.report import budget_remark, plot_tradeoff, remarks, summarise_arm, table_columns
 
 # What a comparison is about: results about others are not written over.
 MODELS = ("policy", "length_value_model", "trained")
@@ -40,9 +42,10 @@ def main(args: TradeoffArguments) -> list[dict[str, Any]]:
     args = args.as_fitted()
     default = Path(source.folder or OUTPUTS) / "tradeoff"
     output_dir = output_folder(args.output_dir, default, "tradeoff.json", asdict(args), MODELS)
-    arms, unit, frontier = collect_arms(args, source, data, output_dir)
+    arms, unit, frontier, curves = collect_arms(args, source, data, output_dir)
     rows = [summarise_arm(arm, frontier, data.difficulties, args.seed) for arm in arms]
     report: dict[str, Any] = {"arguments": asdict(args), "strength_unit": unit, "arms": rows}
+    report["within_budget"] = curves
     if frontier is not None:
         report["style_frontier"] = {
             "tokens": frontier.tokens.tolist(),
@@ -51,7 +54,7 @@ def main(args: TradeoffArguments) -> list[dict[str, Any]]:
             "points": {str(difficulty): styles for difficulty, styles in frontier.points.items()},
         }
     save_report(output_dir, "tradeoff", report, rows)
-    plot_tradeoff(rows, frontier, output_dir / "tradeoff.png")
+    plot_tradeoff(rows, frontier, output_dir / "tradeoff.png", curves)
     console = Console(width=190)
     count = f"{len(data.prompts)} prompts x {args.num_samples} completions of at most {args.max_new_tokens} tokens"
     title = f"{count}; {args.candidate_text}"
@@ -59,7 +62,7 @@ def main(args: TradeoffArguments) -> list[dict[str, Any]]:
     if frontier is not None:
         described = ", ".join(f"{floor:.0f} at {d} operations" for d, floor in sorted(frontier.floors.items()))
         console.print(f"Fewest tokens of a style that is good enough: {described}.")
-    for remark in remarks(rows, len(data.prompts), args.max_new_tokens):
+    for remark in [*remarks(rows, len(data.prompts), args.max_new_tokens), *budget_remark(rows, curves)]:
         console.print(remark)
     console.print(
         f"Tilt strengths are in units of 1/std(V) = {unit:.2f}; KL is in nats for each completion. Written to "

@@ -22,6 +22,7 @@ from eval.engine import VLLM, SamplingArguments
 from eval.graded import TASKS, EvaluationPrompts, GradedArguments, find_reward
 from eval.runs import RecipeRun
 from eval.style_frontier import StyleFrontier, fit_frontier
+from eval.tradeoff.budgets import Grade, budget_curves
 from eval.tradeoff.sampler import Arm, Sampler, SampleStore, policy_divergence, value_scale
 from lenvm_rl.modeling.loading import has_tokenizer, load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.tokenization import check_same_tokenizer, tokenize_prompts
@@ -257,8 +258,9 @@ KINDS = {
 
 def collect_arms(
     args: TradeoffArguments, run: RecipeRun, data: EvaluationPrompts, output_dir: Path
-) -> tuple[list[Arm], float, StyleFrontier | None]:
-    """Sample every arm. Returns them with the unit of the tilt's strengths and, on the sandbox, the style frontier.
+) -> tuple[list[Arm], float, StyleFrontier | None, dict[str, Any]]:
+    """Sample every arm. Returns them with the unit of the tilt's strengths, on the sandbox the style frontier, and the
+    accuracies within token budgets.
 
     What is sampled is kept in `samples/` of the folder, so that an interrupted comparison goes on where it was. What
     cannot be compared is refused before anything is sampled, not in the middle of hours.
@@ -269,7 +271,12 @@ def collect_arms(
     unit = comparison.unit
     arms = [arm for kind in KINDS.values() for arm in kind.make(comparison)]
     frontier = fit_frontier(sampler, comparison.policy) if data.difficulties is not None else None
-    return arms, unit, frontier
+
+    def grader(arm: Arm) -> Grade:
+        # Of several samples one was chosen, so that fewer are side by side.
+        return replace(sampler, num_samples=len(arm.lengths) // len(data.prompts)).grade
+
+    return arms, unit, frontier, budget_curves(arms, grader, args.seed)
 
 
 def make_sampler(args: TradeoffArguments, run: RecipeRun, data: EvaluationPrompts, output_dir: Path) -> Sampler:

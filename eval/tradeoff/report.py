@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from eval.report import (
     MANY_CUT,
@@ -26,6 +27,7 @@ from eval.report import (
 from eval.statistics import mean_interval, statistic_interval
 from eval.style_frontier import StyleFrontier
 from eval.tradeoff.arms import KINDS
+from eval.tradeoff.budgets import widest_lead
 from eval.tradeoff.sampler import Arm
 
 TRAINED_COLORS = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
@@ -118,16 +120,33 @@ def remarks(rows: list[dict[str, Any]], prompts: int, max_new_tokens: int) -> li
     return found
 
 
-def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, path: Path) -> None:
-    """Accuracy against mean tokens with 95 % intervals: over all completions, and against the tokens of correct ones.
+def budget_remark(rows: list[dict[str, Any]], curves: dict[str, Any]) -> list[str]:
+    """At which token budget tilted decoding is furthest above the base policy cut off there, if it is."""
+    found = widest_lead(curves, [row["name"] for row in rows if row["kind"] == "tilt"], rows[0]["name"])
+    if found is None:
+        return []
+    name, budget = found
+    ours, theirs = (
+        cell_text(curves["accuracy"][each][curves["budgets"].index(budget)], 0, 100, unit=" %")
+        for each in (name, rows[0]["name"])
+    )
+    return [f"Cut off after {budget} tokens, where it leads most: {name} {ours} right, the base policy {theirs}."]
+
+
+def plot_tradeoff(
+    rows: list[dict[str, Any]], frontier: StyleFrontier | None, path: Path, curves: dict[str, Any] | None = None
+) -> None:
+    """Accuracy against mean tokens with 95 % intervals: over all completions, and against the tokens of correct ones;
+    and, of `curves` (see `eval.tradeoff.budgets`), within token budgets.
 
     In the left panel, points that are away from the base policy have their divergence from it beside them, in nats. An
     arm whose accuracy is not known is left out.
     """
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    panels = 2 if curves is None else 3
+    figure = Figure(figsize=(5.5 * panels, 5.2), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True)
     known = [row for row in rows if is_known(row["accuracy"])]
-    for axis, key, title in zip(axes, ("tokens", "tokens_correct"), ("all", "correct"), strict=True):
+    for axis, key, title in zip(axes[:2], ("tokens", "tokens_correct"), ("all", "correct"), strict=True):
         _draw_arms(known, key, axis)
         axis.set_xlabel(f"mean tokens, {title} completions")
         axis.grid(alpha=0.3)
@@ -144,9 +163,30 @@ def plot_tradeoff(rows: list[dict[str, Any]], frontier: StyleFrontier | None, pa
     if not any(row["tokens_correct"] for row in known):
         nobody = "no completion is correct" if known else "no completion was graded"
         axes[1].text(0.5, 0.5, nobody, ha="center", transform=axes[1].transAxes)
+    if curves is not None:
+        _draw_curves(known, curves, axes[2])
     axes[0].set_ylabel("accuracy, 95 % intervals over prompts")
     legend_below(figure, axes[0])
     save_figure(path, figure)
+
+
+def _draw_curves(rows: list[dict[str, Any]], curves: dict[str, Any], axis: Axes) -> None:
+    """Accuracy within each budget: a line for each arm in its kind's colour, paler for the first of a kind."""
+    colors = {name: look.color for name, look in KINDS.items()}
+    trained = [row["name"] for row in rows if row["kind"] == "trained"]
+    by_name = dict(zip(trained, cycle(TRAINED_COLORS), strict=False))
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row["name"] for row in rows if row["kind"] == kind and row["name"] in curves["accuracy"]]
+        for number, name in enumerate(own, start=1):
+            color = by_name.get(name) or by_name.get(kind.removeprefix("tilt of ")) or colors[kind]
+            look = {"color": color, "linestyle": "-", "linewidth": 2 if kind == "base" else 1.2, "marker": "."}
+            look |= {"alpha": 0.3 + 0.7 * number / len(own), "zorder": 4 if kind == "base" else 3}
+            draw_intervals(axis, curves["budgets"], curves["accuracy"][name], **look)
+    axis.set(xscale="log", xlabel="budget: every completion is cut off after so many tokens")
+    axis.xaxis.set(major_formatter=ScalarFormatter(), minor_formatter=NullFormatter())
+    axis.set_xticks(curves["budgets"][::3], [str(budget) for budget in curves["budgets"][::3]])
+    axis.set_title("stronger colour: stronger tilt, larger budget asked for, more samples", fontsize=8, color="#444444")
+    axis.grid(alpha=0.3)
 
 
 def _draw_arms(rows: list[dict[str, Any]], key: str, axis: Axes) -> None:

@@ -104,6 +104,20 @@ def test_a_tradeoff_without_correct_graded_or_several_prompts_is_drawn(drawn, tm
     assert figure.axes[0].get_ylim()[1] > 0.5
 
 
+def test_accuracy_within_budgets_has_a_panel_of_its_own(drawn, tmp_path):
+    rows = [arm("base", "base", 12, 0.75, 0.0), arm("tilt +1", "tilt", 5, 0.5, 0.5), arm("mine", "trained", 9, 0.9)]
+    budgets = [2, 3, 5, 8, 12, 20]
+    accuracy = {row["name"]: [interval(0.1 * n, 0.05) for n in range(6)] for row in rows}
+    accuracy["tilt +1"][0] = NOTHING
+    plot_tradeoff(rows, None, tmp_path / "t.png", {"budgets": budgets, "accuracy": accuracy})
+    ((figure, renderer),) = drawn
+    left, _, panel = figure.axes
+    assert panel.get_xscale() == "log" and "cut off after" in panel.get_xlabel()
+    lines = [len(line.get_xdata()) for line in panel.get_lines() if len(line.get_xdata()) > 1]
+    assert sorted(lines) == [5, 6, 6]
+    assert not any(overlapping(labels, renderer) for axis in figure.axes for labels in ticks_of(axis))
+
+
 def test_gradients_that_cannot_be_told_are_left_out_and_cosines_beyond_one_are_explained(drawn, tmp_path):
     kinds = [each.kind for each in estimators(2)][:3]
     known = {"snr": interval(0.5, 0.9), "cosine_to_task": interval(1.4, 0.1), "cosine_to_length": NOTHING}
