@@ -31,6 +31,8 @@ ENGINE_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "4",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+# Tokens in one step of the engine, where a prompt is not read in parts.
+READ_AT_ONCE = 2048
 # Of a GPU's memory, where --engine_arguments do not say: the length value model and what scores texts need the rest.
 GPU_SHARE = 0.5
 
@@ -162,8 +164,12 @@ class GuidedEngine:
                     "length_value_dtype": self.value_dtype,
                 },
             }
+            defaults = engine_defaults()
+            if not defaults.get("enable_chunked_prefill", True):
+                # A prompt that is read at once needs room for all of it.
+                settings["max_num_batched_tokens"] = max(READ_AT_ONCE, self.max_model_len)
             with random_states_kept():
-                self._llm = vllm.LLM(self.policy, **(engine_defaults() | settings | self.engine_arguments))
+                self._llm = vllm.LLM(self.policy, **(defaults | settings | self.engine_arguments))
         return self._llm
 
     def _params(self, vllm: ModuleType, request: EngineRequest, eos_token_ids: Sequence[int]) -> Any:
