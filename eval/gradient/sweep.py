@@ -270,11 +270,12 @@ COLUMNS = (
     Column("passes", lambda row: f"{row['passes']:g}" + (f" x {row['repeats']}" if row["repeats"] > 1 else "")),
     Column("tokens", "mean_tokens", 0, ends=False),
     Column("group", "group_size"),
+    Column("policies", "policies"),
     Column("V explains", "explained_variance", 2, ends=False),
     *(Column(name.removeprefix("LenVM, "), name, 1) for name in SHOWN),
     Column("cosine of 0.95", "cosine", 2, ends=False),
     Column("cut", "cut", 0, scale=100, unit="%"),
-    Column("best penalty", "best_penalty", left=True),
+    Column("best penalty", lambda row: row["best_penalty"].replace(" penalty", ""), left=True),
 )
 
 
@@ -349,7 +350,7 @@ def main(args: SweepArguments) -> list[dict[str, Any]]:
     set_threads(sandbox=True)
     results = run_sweep(args)
     rows, fits = grouped(results), slopes(results)
-    console = Console(width=170, highlight=False)
+    console = Console(width=220, highlight=False)
     print_table(console, rows, COLUMNS, "signal to noise over the best penalty's", sections=lambda row: row["passes"])
     print_table(console, fits, SLOPE_COLUMNS, "ratio = a x^b", sections=lambda row: row["estimator"])
     save_json(Path(args.output_dir) / "sweep.json", {"results": results, "slopes": fits})
