@@ -1,4 +1,4 @@
-"""Guided rollouts from the vLLM that TRL runs inside of the processes of training.
+"""The vLLM that TRL runs inside of the processes of training: weights that can be loaded anew, and guided rollouts.
 
 TRL makes the engine and hands it no logits processor, so it is given one where it is made; the length value model is
 the trainer's own. Which completions are guided is said request by request: those of training.
@@ -11,7 +11,7 @@ the weight that guided rollouts need ([`lenvm_rl.trainers.rollouts`]): nothing i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 
 import torch
@@ -55,6 +55,52 @@ def check_guided_engine(args: LenVMConfig, guidance: LengthGuidance) -> None:
             f"repetition_penalty={args.repetition_penalty} would act on the guided distribution, after it is tilted: "
             "leave it or rollout_guidance out."
         )
+
+
+@contextmanager
+def engine_in_process(
+    args: LenVMConfig, guidance: LengthGuidance | None, find_model: Callable[[], nn.Module]
+) -> Iterator[None]:
+    """While it lasts, TRL makes the engine of a run as the run needs it; without an engine in this process, nothing.
+
+    Args:
+        args (`LenVMGRPOConfig` or `LenVMPPOConfig`): of the run.
+        guidance ([`LengthGuidance`], *optional*): of its rollouts.
+        find_model (`Callable`): see [`guided_engine`].
+    """
+    with ExitStack() as made:
+        if args.use_vllm and args.vllm_mode == "colocate" and trl_vllm.is_vllm_available():
+            made.enter_context(loadable_weights())
+        if args.use_vllm and guidance is not None:
+            check_guided_engine(args, guidance)
+            made.enter_context(guided_engine(find_model))
+        yield
+
+
+@contextmanager
+def loadable_weights() -> Iterator[None]:
+    """While it lasts, engines on a CPU keep the weights of linear layers; on a GPU they do so anyway.
+
+    vLLM packs them for a CPU's kernels and drops them. TRL would have nothing to load the next step's into, and what
+    is packed would stay as it was.
+    """
+    # Loads vLLM, which is an extra of TRL's.
+    import vllm.model_executor.layers.utils as vllm_layers
+
+    pack = vllm_layers.dispatch_cpu_unquantized_gemm
+
+    def keep(layer: nn.Module, remove_weight: bool) -> None:
+        if layer.weight.ndim == 2:
+            # vLLM's own way for a layer that it does not pack.
+            layer.cpu_linear = nn.functional.linear
+        else:
+            pack(layer, remove_weight)
+
+    vllm_layers.dispatch_cpu_unquantized_gemm = keep
+    try:
+        yield
+    finally:
+        vllm_layers.dispatch_cpu_unquantized_gemm = pack
 
 
 @contextmanager

@@ -6,6 +6,7 @@ An engine and the process group that TRL gives it last as long as the process, s
 import json
 import os
 import sys
+from copy import deepcopy
 from functools import partial
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -13,17 +14,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch
 import trl.generation.vllm_generation as trl_vllm
-import vllm.model_executor.layers.utils as vllm_layers
+from peft import LoraConfig, PeftModel
 from tiny import tiny_llama, tiny_tokenizer
 from trainer_parts import VOCAB, batch_of, counts_of_w8, grpo, ppo, prompts, random_lenvm, weights
 
-TRAINERS = {"grpo": grpo, "ppo": ppo}
+from lenvm_rl.trainers import LenVMGRPOTrainer, LenVMPPOTrainer
 
-
-def keep_weights(layer, remove_weight):
-    """Instead of vLLM's preparation of a linear layer for a CPU: that packs the weights and drops them, and TRL would
-    have nothing to load new ones into. On a GPU they stay as they are."""
-    layer.cpu_linear = torch.nn.functional.linear
+TRAINERS = {"grpo": (grpo, LenVMGRPOTrainer), "ppo": (ppo, LenVMPPOTrainer)}
 
 
 def policy_of_run():
@@ -31,9 +28,8 @@ def policy_of_run():
     return tiny_llama(VOCAB, hidden=128, seed=1, initializer_range=0.1)
 
 
-def colocated(folder, trainer, **changes):
+def colocated(folder, trainer, lora=False, **changes):
     """The trainer of a run on a policy in `folder`, the engine in float32 as they are."""
-    vllm_layers.dispatch_cpu_unquantized_gemm = keep_weights
     trl_vllm.LLM = partial(trl_vllm.LLM, dtype="float32", enforce_eager=True)
     policy_of_run().save_pretrained(f"{folder}/policy")
     tiny_tokenizer(VOCAB).save_pretrained(f"{folder}/policy")
@@ -43,7 +39,15 @@ def colocated(folder, trainer, **changes):
         "length_coef": 0.3, "length_gate": "all", "max_completion_length": 12, "max_steps": 4, "learning_rate": 3e-3,
         "loss_type": "dr_grpo",
     }  # fmt: skip
-    return TRAINERS[trainer](f"{folder}/run", **{**settings, **changes})
+    make, kind = TRAINERS[trainer]
+    if lora:
+        kind = partial(kind, peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    return make(f"{folder}/run", trainer=kind, **{**settings, **changes})
+
+
+def policy_weights(model):
+    """Those of the policy, with its adapters in them."""
+    return weights(deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model)
 
 
 def tensors(batch):
@@ -55,7 +59,7 @@ def batches_of(trainer):
     batches, compute = [], trainer._compute_loss
 
     def spy(model, inputs):
-        batches.append(tensors(inputs) | {"policy": weights(model)})
+        batches.append(tensors(inputs) | {"policy": policy_weights(model)})
         return compute(model, inputs)
 
     trainer._compute_loss = spy
@@ -67,5 +71,5 @@ if __name__ == "__main__":
     run = colocated(sys.argv[1], **json.loads(sys.argv[2]))
     found = {"batches": batches_of(run), "log": run.state.log_history}
     # Of evaluation, after the last step.
-    found["evaluated"] = tensors(batch_of(run, "eval")) | {"policy": weights(run.model)}
+    found["evaluated"] = tensors(batch_of(run, "eval")) | {"policy": policy_weights(run.model)}
     torch.save(found, f"{sys.argv[1]}/found.pt")

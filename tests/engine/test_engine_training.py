@@ -42,11 +42,17 @@ def log_probabilities(weights, batch, guidance=None):
     return found
 
 
+# Adapters are merged into the weights that go to the engine; the critic reads the base without them.
+LORA = {"lora": True, "learning_rate": 3e-2}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["grpo", "ppo"])
-def test_the_engine_samples_from_the_policy_of_each_step(tmp_path, trainer):
+@pytest.mark.parametrize(
+    ("trainer", "settings"), [("grpo", {}), ("ppo", {}), ("grpo", LORA), ("ppo", {**LORA, "critic_form": "head"})]
+)
+def test_the_engine_samples_from_the_policy_of_each_step(tmp_path, trainer, settings):
     """Its log-probabilities are those that the policy has when it is asked, and not those that it began with."""
-    found = outcome(tmp_path, trainer=trainer)
+    found = outcome(tmp_path, trainer=trainer, **settings)
     batches, first = found["batches"], policy_of_run().state_dict()
     assert len(batches) == 4
     for step, batch in enumerate([*batches, found["evaluated"]]):
