@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Everything that a length value model is good for, on SmolLM2-135M-Instruct.
+#
+#     bash recipes/study_smollm2.sh              all stages, one after the other
+#     bash recipes/study_smollm2.sh rl lens      some of them
+#
+# A stage that is done is left out, and an interrupted one goes on where it was. Needs the environments of `make test`
+# and `make test-vllm`. Beside each stage stands about how long it takes on two cores.
+set -euo pipefail
+
+MODEL=${MODEL:-models/SmolLM2-135M-Instruct}
+# Published files: ifeval/, mt_bench/, self_instruct/, gsm8k/, lifebench/
+DATA=${DATA:-data}
+OUT=${OUT:-outputs/smollm2}
+SEEDS=${SEEDS:-0}
+STEPS=${STEPS:-60}
+
+LENVM=$OUT/lenvm
+TRAIN=$OUT/arithmetic/train.jsonl
+TEST=$OUT/arithmetic/test.jsonl
+PYTHON=${PYTHON:-.venv/bin/python}
+VLLM=${VLLM:-.venv-vllm/bin/python}
+export PYTHONPATH=. TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=2 VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
+
+# A stage runs its commands until they have all succeeded once.
+stage() {
+    local name=$1
+    mkdir -p "$OUT/done"
+    if [ -e "$OUT/done/$name" ]; then echo "== $name: done before"; return; fi
+    echo "== $name"
+    "stage_$name"
+    touch "$OUT/done/$name"
+}
+
+stage_fetch() { # 1 minute
+    [ -e "$MODEL/config.json" ] || "$PYTHON" recipes/fetch_smollm2.py
+}
+
+stage_prompts() { # seconds
+    "$PYTHON" recipes/instruction_prompts.py --data_dir "$DATA" --output "$OUT/prompts.jsonl" \
+        --domains ifeval mt_bench self_instruct seed_tasks gsm8k --per_domain 200
+    "$PYTHON" recipes/arithmetic_questions.py --output_dir "$OUT/arithmetic"
+}
+
+stage_rollouts() {
+    "$VLLM" recipes/sample_rollouts.py --model_name_or_path "$MODEL" --backend vllm --chat true \
+        --dataset_name "$OUT/prompts.jsonl" --keep_columns domain --num_samples 6 --max_new_tokens 512 \
+        --temperature 0.7 --batch_size 1024 --output "$OUT/rollouts_text.jsonl" \
+        --engine_arguments '{"dtype": "bfloat16", "max_model_len": 1536, "max_num_seqs": 128}'
+    "$VLLM" recipes/sample_rollouts.py --model_name_or_path "$MODEL" --backend vllm --chat true \
+        --dataset_name "$TRAIN" --prompt_column question --keep_columns domain --num_samples 6 --max_new_tokens 512 \
+        --temperature 0.7 --batch_size 1024 --output "$OUT/rollouts_arithmetic.jsonl" \
+        --engine_arguments '{"dtype": "bfloat16", "max_model_len": 1536, "max_num_seqs": 128}'
+}
+
+stage_lenvm() { # states of the frozen decoder once, then epochs of seconds
+    "$PYTHON" recipes/pretrain_lenvm.py --rollouts "$OUT/rollouts_text.jsonl" "$OUT/rollouts_arithmetic.jsonl" \
+        --model_name_or_path "$MODEL" --form head --learning_rate 1e-3 --num_train_epochs 6 --eval_share 0.1 \
+        --domain_column domain --use_cpu true --save_strategy epoch --resume true --report_to none --output_dir "$LENVM"
+}
+
+stage_prediction() {
+    "$PYTHON" -m eval.length_prediction --rollouts "$LENVM/held_out.jsonl" --length_value_model "$LENVM" \
+        --base "$MODEL" --domain_column domain --output_dir "$OUT/length_prediction"
+}
+
+stage_control() {
+    "$VLLM" -m eval.length_control --policy "$MODEL" --length_value_model "$LENVM" --backend vllm --dtype bfloat16 \
+        --dataset_name "$DATA/lifebench/data_lite_no_summary.jsonl" --chat true --targets 32 64 128 256 \
+        --output_dir "$OUT/length_control"
+}
+
+stage_tradeoff() {
+    "$VLLM" -m eval.tradeoff --policy "$MODEL" --length_value_model "$LENVM" --task gsm8k --dataset_name "$TEST" \
+        --backend vllm --dtype bfloat16 --output_dir "$OUT/tradeoff"
+}
+
+# The task's reward alone, the length stream by GRPO and by PPO, and two penalties.
+train() { # NAME RECIPE OPTION...
+    local name=$1 recipe=$2
+    shift 2
+    for seed in $SEEDS; do
+        "$VLLM" "recipes/$recipe.py" --config recipes/configs/smollm2_arithmetic.yaml --model_name_or_path "$MODEL" \
+            --dataset_name "$TRAIN" --length_value_model "$LENVM" --max_steps "$STEPS" --seed "$seed" \
+            --output_dir "$OUT/rl/seed_$seed" --trained_name "$name" "$@"
+    done
+}
+
+stage_rl() {
+    train task grpo_shaped --length_coef 0
+    train lenvm grpo_shaped
+    train lenvm_ppo ppo_shaped --critic_form head --critic_learning_rate 1e-3
+    train kimi grpo_shaped --length_coef 0 --reward_funcs reward.baselines.gsm8k_kimi
+    train arora grpo_shaped --length_coef 0 --reward_funcs reward.baselines.gsm8k_arora
+}
+
+stage_trained() {
+    for seed in $SEEDS; do
+        "$PYTHON" -m eval.tradeoff --run_dir "$OUT/rl/seed_$seed" --task gsm8k --dataset_name "$TEST" --tilt base lenvm
+    done
+}
+
+stage_queue() {
+    "$VLLM" -m eval.speed queue --model "$MODEL" --length_value_model "$LENVM" --dataset_name "$OUT/prompts.jsonl"
+}
+
+stage_lens() {
+    "$PYTHON" -m eval.length_tokens --rollouts "$LENVM/held_out.jsonl" --length_value_model "$LENVM" --base "$MODEL" \
+        --output_dir "$OUT/length_tokens"
+    "$PYTHON" -m eval.viewer --rollouts "$LENVM/held_out.jsonl" --length_value_model "$LENVM" --base "$MODEL" \
+        --rows 0 5 --output "$OUT/viewer.html"
+}
+
+for name in "${@:-fetch prompts rollouts lenvm prediction control tradeoff rl trained queue lens}"; do
+    for each in $name; do stage "$each"; done
+done
