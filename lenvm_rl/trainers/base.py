@@ -23,7 +23,7 @@ from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.checks import trainer_keywords
 from lenvm_rl.trainers.coefficient import LengthCoefficient
 from lenvm_rl.trainers.config import LenVMConfig
-from lenvm_rl.trainers.engine import engine_in_process, engine_ratio, guided_requests
+from lenvm_rl.trainers.engine import colocated_engine, engine_ratio, guided_requests
 from lenvm_rl.trainers.frozen import FrozenLengthValues, check_shards, length_value_model_of, place_length_value_model
 from lenvm_rl.trainers.metrics import BatchMetrics, add_completions, add_guidance, add_streams, add_values
 from lenvm_rl.trainers.resuming import ResumableTrainer, stop_between_generations
@@ -106,7 +106,7 @@ class LenVMTrainer(ResumableTrainer):
             checks.check_loss(args)
         length_value_model = length_value_model_of(length_value_model, args)
         self._guidance, self._guidance_report = read_guidance(args), None
-        with engine_in_process(args, self._guidance, lambda: self.accelerator.unwrap_model(self.length_value_model)):
+        with colocated_engine(args, self._guidance, lambda: self.accelerator.unwrap_model(self.length_value_model)):
             super().__init__(
                 model,
                 reward_funcs,

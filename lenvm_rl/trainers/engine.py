@@ -58,7 +58,7 @@ def check_guided_engine(args: LenVMConfig, guidance: LengthGuidance) -> None:
 
 
 @contextmanager
-def engine_in_process(
+def colocated_engine(
     args: LenVMConfig, guidance: LengthGuidance | None, find_model: Callable[[], nn.Module]
 ) -> Iterator[None]:
     """While it lasts, TRL makes the engine of a run as the run needs it; without an engine in this process, nothing.
