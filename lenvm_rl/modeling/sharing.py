@@ -131,11 +131,13 @@ class SharedDecoder:
         adapter ([`~lenvm_rl.modeling.heads.Float32Module`] or `None`): the adapter's weights, under the names of
             the decoder's layers.
         lora (`dict` or `None`): the settings, `target_modules` being resolved.
+        whole (`torch.nn.Module` or `None`): the model that the decoder is a part of, by way of which it is then run: an
+            engine that holds weights in shards gathers them where it has been told to, from the outermost model in.
     """
 
     def __init__(self, decoder: PreTrainedModel, lora: dict | None = None):
         self.decoder = decoder
-        self.adapter = self.lora = None
+        self.adapter = self.lora = self.whole = None
         self._layers = {}
         if lora is not None:
             config = LoraConfig(**copy.deepcopy(lora))
@@ -168,6 +170,24 @@ class SharedDecoder:
                         self._put(path, layer, layer.base_layer)
                 if "rope_deltas" in vars(self.decoder):
                     self.decoder.rope_deltas = offsets
+
+    def run(self, **inputs: Any) -> Any:
+        """The decoder's outputs, see `whole`; to be called while it is [`~SharedDecoder.seen_alone`]."""
+        if self.whole is None:
+            return self.decoder(**inputs)
+        caught = []
+        hook = self.decoder.register_forward_hook(lambda module, arguments, outputs: caught.append(outputs))
+        # FSDP2 gathers weights again for the backward pass when it comes to what the outermost model has put out.
+        if torch.is_grad_enabled():
+            inputs = {**inputs, "output_hidden_states": True}
+        try:
+            whole = self.whole(**inputs, logits_to_keep=1)
+        finally:
+            hook.remove()
+        (outputs,) = caught
+        if whole.hidden_states is not None:
+            outputs.last_hidden_state, outputs.hidden_states = whole.hidden_states[-1], whole.hidden_states
+        return outputs
 
     def copy(self, dtype: str | torch.dtype) -> PreTrainedModel:
         """A decoder of one's own with what is seen here: the shared weights, and one's adapter merged into them."""

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -105,10 +106,15 @@ class ValueModel(PreTrainedModel):
         # Recomputed in the backward pass, a layer would have the adapters of that moment.
         self.supports_gradient_checkpointing = False
 
+    def run_by(self, whole: nn.Module) -> None:
+        """Run a shared decoder by way of the model that it is a part of, whose weights are held in shards."""
+        self._shared.whole = whole
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         device = self.head.output.weight.device
-        if self._shared is not None and device.type != "meta" and device != self.backbone.device:
+        moves = self._shared is not None and self._shared.whole is None
+        if moves and device.type != "meta" and device != self.backbone.device:
             self.backbone.to(device)
         return self
 
@@ -172,6 +178,10 @@ class ValueModel(PreTrainedModel):
             save_code(self.backbone, save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
+    def decoded(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoder's last hidden states `(B, S, H)` of ids `(B, S)`, as this model sees it."""
+        return self._decode(input_ids, None, position_ids, None, None, False, {})[0].last_hidden_state
+
     def _decode(
         self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, backbone_kwargs
     ):
@@ -180,8 +190,9 @@ class ValueModel(PreTrainedModel):
         cache = cache_keyword(self.backbone, past_key_values)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         position_ids = self._positions(inputs, attention_mask, position_ids, past_key_values, backbone_kwargs)
-        with nullcontext() if self._shared is None else self._shared.seen_alone():
-            outputs = self.backbone(
+        shared = self._shared
+        with nullcontext() if shared is None else shared.seen_alone():
+            outputs = (self.backbone if shared is None else shared.run)(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,

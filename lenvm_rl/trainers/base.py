@@ -24,7 +24,7 @@ from lenvm_rl.trainers.checks import trainer_keywords
 from lenvm_rl.trainers.coefficient import LengthCoefficient
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.engine import colocated_engine, engine_ratio, guided_requests
-from lenvm_rl.trainers.frozen import FrozenLengthValues, check_shards, length_value_model_of, place_length_value_model
+from lenvm_rl.trainers.frozen import FrozenLengthValues, length_value_model_of, place_length_value_model
 from lenvm_rl.trainers.metrics import BatchMetrics, add_completions, add_guidance, add_streams, add_values
 from lenvm_rl.trainers.resuming import ResumableTrainer, stop_between_generations
 from lenvm_rl.trainers.rewards import Gate, check_rewards, watched_rewards
@@ -39,6 +39,7 @@ from lenvm_rl.trainers.rollouts import (
     read_sampled,
     run_end_ids,
 )
+from lenvm_rl.trainers.sharding import check_shards
 from lenvm_rl.trainers.streams import Batch, Processes, Streams
 
 LENVM_CITATION = textwrap.dedent("""\

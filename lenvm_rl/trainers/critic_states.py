@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,11 @@ class CriticStates:
         bare = trainer.accelerator.unwrap_model(critic)
         self._decoder = bare.backbone
         self._states = CaughtStates(self._decoder, lambda states: states.detach())
-        self._reads_reference = reads_reference(bare, trainer, TASK_CRITIC)
+
+    @cached_property
+    def _reads_reference(self) -> bool:
+        # Asked for only now: an engine has no weights of the policy at hand before it runs.
+        return reads_reference(self._trainer.accelerator.unwrap_model(self._critic), self._trainer, TASK_CRITIC)
 
     def reading(self, model: nn.Module, logits_to_keep: int) -> contextlib.AbstractContextManager:
         """A context for a forward of TRL's: inside, states are kept if `model` runs as the reference."""

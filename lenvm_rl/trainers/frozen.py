@@ -1,7 +1,7 @@
 """The frozen length value model of a run: where it is placed, and what the run asks of it.
 
-Under FSDP and DeepSpeed its decoder goes the way of TRL's reference model, and its float32 head stays whole. In the
-forms `"adapter"` and `"head"` it shares a decoder that this run keeps frozen ([`lenvm_rl.trainers.shared_base`]).
+In the forms `"adapter"` and `"head"` it shares a decoder that this run keeps frozen
+([`lenvm_rl.trainers.shared_base`]). Under FSDP2 and DeepSpeed, see [`lenvm_rl.trainers.sharding`].
 """
 
 from __future__ import annotations
@@ -10,17 +10,12 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.utils import strtobool
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
 
 from lenvm_rl.modeling.backbones import check_embeds
 from lenvm_rl.modeling.length_value_model import LengthValueModel, is_shared
@@ -28,10 +23,10 @@ from lenvm_rl.tokenization import check_same_tokenizer
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.reading import check_finite, check_sees_pictures, check_text_only_arguments, value_logits
 from lenvm_rl.trainers.refresh import LengthValueRefresh
+from lenvm_rl.trainers.sharding import is_sharded, loaded_whole, place_sharded
 from lenvm_rl.trainers.shared_base import (
     CaughtStates,
     check_base_stays_frozen,
-    check_not_sharded,
     is_reference_forward,
     reads_reference,
     run_base,
@@ -86,9 +81,9 @@ def place_length_value_model(model_or_path: LengthValueModel | str | os.PathLike
     """
     model = model_or_path
     if is_shared(model_or_path):
-        check_not_sharded(trainer, NAME, _INSTEAD)
         if isinstance(model_or_path, (str, os.PathLike)):
-            model = LengthValueModel.from_pretrained(model_or_path, base=run_base(trainer))
+            with loaded_whole(trainer.args):
+                model = LengthValueModel.from_pretrained(model_or_path, base=run_base(trainer))
         check_base_stays_frozen(model, trainer, NAME, _INSTEAD)
     if trainer._is_vlm:
         check_sees_pictures(model, trainer, "length value model")
@@ -97,8 +92,8 @@ def place_length_value_model(model_or_path: LengthValueModel | str | os.PathLike
     # Padding is masked, and read as another token.
     check_embeds(trainer._tokenizer, model, "the length value model", ordinary=True, padding=False)
     model.freeze()
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return place_sharded(model, trainer)
+    if is_sharded(trainer):
+        return place_sharded(model, trainer, NAME)
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
@@ -113,12 +108,17 @@ class FrozenLengthValues:
         self._model, self._trainer = model, trainer
         bare: LengthValueModel = trainer.accelerator.unwrap_model(model)
         self.gamma = bare.config.gamma
-        self._reference = None
-        if reads_reference(bare, trainer, NAME):
-            self._reference = CaughtStates(bare.backbone, lambda states: bare.from_hidden_states(states).logits)
         self.drift, self.refresh = Drift(), None
         if trainer.args.refresh_steps > 0:
             self.refresh = LengthValueRefresh(bare, trainer.args, trainer.accelerator)
+
+    @cached_property
+    def _reference(self) -> CaughtStates | None:
+        # Asked for only now: an engine has no weights of the policy at hand before it runs.
+        bare: LengthValueModel = self._trainer.accelerator.unwrap_model(self._model)
+        if not reads_reference(bare, self._trainer, NAME):
+            return None
+        return CaughtStates(bare.backbone, lambda states: bare.from_hidden_states(states).logits)
 
     def reading(self, model: nn.Module, logits_to_keep: int) -> contextlib.AbstractContextManager:
         """A context for a forward of TRL's: inside, a head alone reads along if `model` runs as the reference."""
@@ -151,58 +151,6 @@ class FrozenLengthValues:
         if self.refresh is not None:
             self.refresh.add(batch, completions, correct)
         return self.drift.observe(measured)
-
-
-@contextmanager
-def loaded_whole(args: TrainingArguments) -> Iterator[None]:
-    """Inside, models are loaded whole: ZeRO-3 would cut them up as they are loaded, and cast a head with the rest."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    # transformers only has a weak reference, to the one of these that the arguments have made.
-    config = args.deepspeed_plugin.dschf if args.deepspeed is None else args.hf_deepspeed_config
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(config)
-
-
-def place_sharded(model: LengthValueModel, trainer: GRPOTrainer):
-    """Place a frozen length value model of form `"full"` in a run under FSDP or DeepSpeed.
-
-    Args:
-        model ([`LengthValueModel`]): frozen, whole. Its decoder is replaced by the engine's.
-        trainer (`trl.GRPOTrainer`): constructed.
-
-    Returns:
-        [`LengthValueModel`]: the same.
-
-    Raises:
-        `ValueError`: ZeRO-3 has cut it up already.
-    """
-    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
-        raise ValueError(
-            "DeepSpeed cut up the length value model when it was loaded, and cast its float32 head to the precision of "
-            "the run: give the trainer its path, or load it before the config of the run is made."
-        )
-    prepare = prepare_deepspeed if trainer.is_deepspeed_enabled else prepare_fsdp
-    model.backbone = prepare(model.backbone, trainer.accelerator)
-    model.head.to(trainer.accelerator.device)
-    return model
-
-
-def check_shards(trainer: GRPOTrainer) -> None:
-    """Raise a `ValueError` if the run was launched to be sharded and is not: accelerate says nothing on a CPU."""
-    for engine, variable, enabled in (
-        ("FSDP", "ACCELERATE_USE_FSDP", trainer.is_fsdp_enabled),
-        ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", trainer.is_deepspeed_enabled),
-    ):
-        if strtobool(os.environ.get(variable, "false")) and not enabled:
-            raise ValueError(
-                f"This run was launched with a config for {engine} ({variable}), but on a CPU accelerate leaves it "
-                "out, and every process has all weights: launch with torchrun for DDP, or on GPUs."
-            )
 
 
 class Drift:

@@ -39,6 +39,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.files import is_complete, last_complete_checkpoint, write_json
 from lenvm_rl.trainers.rewards import keep_reward_states
+from lenvm_rl.trainers.sharding import check_engine, engine_of
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class ResumableTrainer(GRPOTrainer):
                 + (f"Resume from '{earlier}'." if earlier else "There is no complete one beside it: start anew.")
             )
         state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        check_engine(self._state_of(checkpoint).get("engine"), checkpoint, self)
         step, end, generations = state.global_step, self._end, self._generations
         processes = self.accelerator.num_processes
         names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
@@ -268,7 +270,7 @@ class ResumableTrainer(GRPOTrainer):
     def _write_state(self, folder: str) -> None:
         """Write what TRL does not: every process calls this, and what follows makes the checkpoint complete."""
         state = {name: part.state_dict() for name, part in self._moving_parts().items()}
-        write_json(self._state_file(folder), state | {"log": self._pending()})
+        write_json(self._state_file(folder), state | {"log": self._pending(), "engine": engine_of(self)})
         if not self.args.should_save:
             return
         for callback in self.callback_handler.callbacks:
@@ -294,15 +296,13 @@ class ResumableTrainer(GRPOTrainer):
     def _read_state(self, checkpoint: str) -> None:
         """Take up what `_write_state` wrote."""
         self._reward_states.resume_from(checkpoint)
-        path = self._state_file(checkpoint)
         old = [name for pattern in _OF_EARLIER for name in Path(checkpoint).glob(pattern)]
-        if old and not path.exists():
+        state = self._state_of(checkpoint)
+        if old and not state:
             raise ValueError(
                 f"The checkpoint '{checkpoint}' was written by an earlier version ({old[0].name}), whose state this "
                 "one does not read: resume with that version, or start a new run from its weights (`model=`)."
             )
-        # One that was written by a trainer of TRL has none.
-        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for name, part in self._moving_parts().items():
             part.load_state_dict(state.get(name))
         self._pending_log = state.get("log")
@@ -323,6 +323,11 @@ class ResumableTrainer(GRPOTrainer):
 
     def _state_file(self, folder: str) -> Path:
         return Path(folder, f"lenvm_state_rank{self.accelerator.process_index}.json")
+
+    def _state_of(self, checkpoint: str) -> dict[str, Any]:
+        path = self._state_file(checkpoint)
+        # One that was written by a trainer of TRL has none.
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def _pending(self) -> dict[str, Any] | None:
         """What was measured since the last log, where a checkpoint falls between two."""

@@ -47,15 +47,6 @@ def check_base_stays_frozen(model: ValueModel, trainer: GRPOTrainer, what: str, 
         )
 
 
-def check_not_sharded(trainer: GRPOTrainer, what: str, instead: str) -> None:
-    """Raise a `ValueError` under FSDP or DeepSpeed; the other arguments are as in [`check_base_stays_frozen`]."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"A {what} on a shared base does not run under FSDP or DeepSpeed, which cut the base into shards: launch "
-            f"with DDP, or {instead}."
-        )
-
-
 def run_base(trainer: GRPOTrainer) -> nn.Module:
     """The model whose decoder a run may keep frozen: the reference, or without one the policy, whose base is the
     reference where it has adapters."""
@@ -142,7 +133,7 @@ def reads_reference(model: ValueModel, trainer: GRPOTrainer, what: str) -> bool:
         reason = "the reference has adapters of its own"
     elif _has_dropout(decoder):
         reason = "the reference has dropout"
-    elif not _is_shift_invariant(decoder):
+    elif not _is_shift_invariant(model):
         reason = "its base has absolute positions"
     else:
         return True
@@ -180,10 +171,11 @@ def _has_dropout(decoder) -> bool:
 
 
 @torch.no_grad()
-def _is_shift_invariant(decoder) -> bool:
-    ids = torch.zeros(2, 2, dtype=torch.long, device=decoder.device)
+def _is_shift_invariant(model: ValueModel) -> bool:
+    device = model.head.output.weight.device
+    ids = torch.zeros(2, 2, dtype=torch.long, device=device)
     ids[:, 1] = 1
-    positions = torch.tensor([[0, 1], [_SHIFT, _SHIFT + 1]], device=decoder.device)
-    first, second = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float()
-    tolerance = _ROUNDING.get(decoder.dtype, _ROUNDING_OF_HALF)
+    positions = torch.tensor([[0, 1], [_SHIFT, _SHIFT + 1]], device=device)
+    first, second = model.decoded(ids, positions).float()
+    tolerance = _ROUNDING.get(model.backbone.dtype, _ROUNDING_OF_HALF)
     return bool((first - second).abs().max() <= tolerance * (1.0 + first.abs().max()))

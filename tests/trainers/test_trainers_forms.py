@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from lenvm_rl.modeling.completions import completion_logits
 from lenvm_rl.modeling.critic import TaskCritic
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.trainers import LenVMGRPOTrainer, LenVMPPOTrainer
+from lenvm_rl.trainers import LenVMGRPOTrainer, LenVMPPOTrainer, sharding
 from lenvm_rl.trainers.frozen import place_length_value_model
 from lenvm_rl.trainers.reading import value_logits
 
@@ -225,12 +225,13 @@ def test_a_base_that_does_not_stay_frozen_is_refused(tmp_path, case):
         grpo(tmp_path / "run", no_length, length_coef=0.5, **case(tmp_path))
 
 
-@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_a_shared_base_is_not_sharded(tmp_path, engine):
-    trainer = grpo(tmp_path, no_length)
-    setattr(trainer, engine, True)
-    with pytest.raises(ValueError, match="form='full'"):
-        place_length_value_model(lenvm_on(base_policy(), "head"), trainer)
+def test_a_base_whose_weights_are_laid_end_to_end_is_refused(tmp_path, monkeypatch):
+    base = base_policy()
+    trainer = grpo(tmp_path, no_length, policy=with_adapters(base))
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(sharding, "engine_of", lambda trainer: "FSDP1")
+    with pytest.raises(ValueError, match="fsdp_version"):
+        place_length_value_model(lenvm_on(base, "head"), trainer)
 
 
 @pytest.mark.parametrize("form", ["adapter", "head"])

@@ -1,40 +1,25 @@
 """Both trainers with everything cut up over two processes (FSDP2, DeepSpeed): the numbers are those of whole models."""
 
 import json
-import subprocess
-import sys
-from importlib.util import find_spec
 
 import pytest
+from engines import run_two
 from places import PATHS
 from trainer_parts import grpo, random_lenvm
 
-from lenvm_rl.trainers.frozen import check_shards
+from lenvm_rl.trainers.sharding import check_shards
 
 SCRIPT = """
 import json, os, shutil, sys
 sys.path[:0] = {paths!r}
 engine, folder = sys.argv[1:]
 sharded, zero = engine != "ddp", engine.startswith("zero")
-if engine == "fsdp2":
-    # What `accelerate launch` sets for recipes/accelerate_configs/fsdp2.yaml.
-    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-                      FSDP_RESHARD_AFTER_FORWARD="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true",
-                      FSDP_OFFLOAD_PARAMS="false", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
-elif zero:
-    # Likewise for recipes/accelerate_configs/deepspeed_zero2.yaml, and for stage 3.
-    os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=engine[-1],
-                      ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="none",
-                      ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE="none", ACCELERATE_DEEPSPEED_ZERO3_INIT="true",
-                      ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true", ACCELERATE_TORCH_DEVICE="cpu")
+from engines import is_cut, start, whole
+start(engine)
 
 import pytest
 import torch
-import transformers.training_args
 
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
 from trainer_parts import counts_of_w8, grpo, ppo, random_lenvm
 
 from lenvm_rl.modeling.completions import completion_logits
@@ -43,29 +28,6 @@ from lenvm_rl.modeling.length_value_model import LengthValueModel
 # What the run's is compared with, in each precision of the decoder; ZeRO-3 would cut up what is made later.
 before = random_lenvm().state_dict()
 alone = {{name: LengthValueModel.from_pretrained(folder + "/lenvm", dtype=name) for name in ("float32", "bfloat16")}}
-make_state = PartialState.__init__
-
-def on_processors(self, *arguments, **options):
-    # accelerate runs FSDP on accelerators only, and leaves it out on a CPU without a word.
-    make_state(self, *arguments, **options)
-    if engine == "fsdp2" and self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type = DistributedType.MULTI_GPU
-
-if engine == "fsdp2":
-    PartialState.__init__ = on_processors
-if zero:
-    # accelerate takes DeepSpeed with `use_cpu=False` alone, and transformers then asks a GPU for bfloat16.
-    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-
-def is_cut(weight):
-    return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
-
-def whole(weight):
-    if hasattr(weight, "ds_id"):
-        import deepspeed
-        with deepspeed.zero.GatheredParameters([weight]):
-            return weight.detach().clone()
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
 
 def check_frozen(model, cut):
     # The head is whole and float32 on every process, the decoder is cut, and nothing has moved.
@@ -136,10 +98,7 @@ def launch(tmp_path_factory):
     def launched(engine):
         results = folder / f"{engine}.json"
         if not results.exists():
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
-            command += [str(script), engine, str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-3000:]
+            run_two(script, folder, port=29533, engine=engine)
         return json.loads(results.read_text())
 
     return launched
@@ -148,8 +107,6 @@ def launch(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
 def test_shards_give_the_numbers_of_whole_models(launch, engine):
-    if engine != "fsdp2" and find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: pip install deepspeed")
     ours, theirs = launch(engine), launch("ddp")
     for name in ("grpo", "ppo"):
         for sharded, whole in zip(ours[name], theirs[name], strict=True):
