@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Set
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.hf_argparser import HfArg
 from trl import ModelConfig
+from trl.trainer.utils import get_quantization_config
 
 from lenvm_rl.modeling.sharing import FORMS, FULL
 from lenvm_rl.programs import ProgramParser, read_yaml
@@ -139,14 +141,25 @@ def check_setup(args: StageArguments, model: ModelConfig) -> None:
         raise ValueError("A model of your own needs prompts: give --dataset_name (a hub id or a local file).")
     if args.dataset_name is not None and model.model_name_or_path is None:
         raise ValueError("A dataset of your own needs a policy: give --model_name_or_path.")
-    if model.load_in_4bit or model.load_in_8bit:
+    if not holds_few_bits(model):
+        return
+    if not model.use_peft:
         raise ValueError(
-            "Quantised policies are not supported by the recipes: leave out load_in_4bit and load_in_8bit."
+            "load_in_4bit and load_in_8bit hold the policy in weights that do not learn: set use_peft=true, which "
+            "trains adapters on them."
         )
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes.")
+
+
+def holds_few_bits(model: ModelConfig) -> bool:
+    """Whether the policy is to be loaded in 4 or 8 bits a weight."""
+    return model.load_in_4bit or model.load_in_8bit
 
 
 def model_kwargs(model: ModelConfig) -> dict[str, Any]:
     """How the policy is loaded, in every stage: the arguments of `from_pretrained` that are set."""
     dtype = model.dtype if model.dtype in ("auto", None) else getattr(torch, model.dtype)
     settings = {"dtype": dtype, "attn_implementation": model.attn_implementation, "revision": model.model_revision}
+    settings["quantization_config"] = get_quantization_config(model)
     return {name: value for name, value in settings.items() if value is not None}

@@ -21,7 +21,7 @@ from lenvm_rl.modeling.loading import ADAPTER_FILE, model_type
 from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.programs import run_program
 from lenvm_rl.trainers import LenVMPPOConfig, LenVMPPOTrainer, checks
-from recipes.arguments import read_arguments
+from recipes.arguments import holds_few_bits, read_arguments
 from recipes.stages import begin_run, prepare_process, train_stage
 
 
@@ -52,6 +52,11 @@ def main() -> None:
             f"critic_form='{config.critic_form}' shares a decoder that has to stay as it is, and this policy's is "
             "trained: set use_peft=true (then its base stays) or beta above 0 (the reference does), or take "
             "critic_form='full'."
+        )
+    if config.critic_form == FULL and critic == "learned" and config.critic_init == "policy" and holds_few_bits(model):
+        raise ValueError(
+            "critic_form='full' starts from a copy of the policy, which load_in_4bit and load_in_8bit do not allow: "
+            "set critic_form='head' or 'adapter', which share it, or critic_init to a path."
         )
     prepare_process(sandbox=model.model_name_or_path is None)
     run = begin_run(args, config, model, dense=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
 from lenvm_rl.files import last_complete_checkpoint, read_json, read_metrics, write_json
@@ -36,7 +36,7 @@ from lenvm_rl.tokenization import check_context, check_prompts, check_same_token
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.rewards import gate_index
-from recipes.arguments import StageArguments, model_kwargs
+from recipes.arguments import StageArguments, holds_few_bits, model_kwargs
 from recipes.pretrain_lenvm import print_comparison
 from recipes.reward_trial import try_rewards
 from recipes.sample_rollouts import make_prompts
@@ -162,7 +162,10 @@ class StagedRun:
                     start=self.args.policy_start,
                 )
             )
-        return {"path": self.policy, "pad_token": self.args.pad_token, **self.load_kwargs}
+        settings = {"path": self.policy, "pad_token": self.args.pad_token, **self.load_kwargs}
+        if holds_few_bits(self.model):
+            settings["quantization_config"] = self.load_kwargs["quantization_config"].to_dict()
+        return settings
 
     def artefacts(self) -> list[Path]:
         """What the stages before training make."""
@@ -209,10 +212,8 @@ class StagedRun:
 
         def make() -> None:
             dataset = self.prompts(self.args.sample_prompts, ROLLOUT_SEED)
-            device = "cuda" if torch.cuda.is_available() and not self.config.use_cpu else "cpu"
-            model = load_model(AutoModelForCausalLM.from_pretrained, self.policy, **self.load_kwargs)
             job = TransformersJob(
-                model.to(device).eval(),
+                self._load_policy(),
                 self.tokenizer,
                 dataset["prompt"][:],
                 self.sampling(),
@@ -222,6 +223,13 @@ class StagedRun:
             sample_to_file(self.rollouts, job, self.policy)
 
         run_stage("sampling rollouts of the policy", self.rollouts, self.rollout_settings(), make)
+
+    def _load_policy(self) -> PreTrainedModel:
+        model = load_model(AutoModelForCausalLM.from_pretrained, self.policy, **self.load_kwargs)
+        if not holds_few_bits(self.model):
+            # What is quantised is quantised on the device.
+            model = model.to("cuda" if torch.cuda.is_available() and not self.config.use_cpu else "cpu")
+        return model.eval()
 
     def _kept_columns(self, dataset: Dataset) -> dict[str, list[Any]]:
         """Columns that are kept with the rollouts: those that a file of rollouts holds, if nobody needs the others."""
@@ -281,7 +289,10 @@ class StagedRun:
             seed=self.config.seed,
             **self.precision,
         )
-        model, metrics = pretrain(self.policy, train, metadata, arguments, self.tokenizer, eval_rollouts=held_out)
+        # What shares a decoder reads the hidden states that it has in as many bits as training holds it in.
+        shares = args.pretrain_form != FULL and holds_few_bits(self.model)
+        base = self._load_policy() if shares else self.policy
+        model, metrics = pretrain(base, train, metadata, arguments, self.tokenizer, eval_rollouts=held_out)
         print_comparison(metrics, console)
 
     def _grade(self, rollouts: Dataset) -> Dataset:

@@ -18,6 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_MAPPING,
@@ -139,24 +140,34 @@ def copy_decoder(model: PreTrainedModel, dtype: str | torch.dtype, loadable: boo
     return copied.to(decoder.device).eval()
 
 
-def check_decoder(model: Any, adapters: bool = False) -> None:
-    """Raise unless a value model can be built on a model: one of transformers as it is, with a causal decoder, not
-    quantised and no value model already; whose layers may carry adapters where `adapters` says so."""
+def check_decoder(model: Any, adapters: bool = False, shared: bool = False) -> None:
+    """Raise unless a value model can be built on a model: one of transformers as it is, with a causal decoder, and no
+    value model already; whose layers may carry adapters where `adapters` says so. One that is to be `shared` may be
+    quantised and carry adapters: its weights are read by its own layers alone."""
     plain = isinstance(model, PreTrainedModel)
-    if not plain or (not adapters and any(isinstance(module, BaseTunerLayer) for module in model.modules())):
+    if not plain or (
+        not (adapters or shared) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    ):
         raise ValueError(
             f"A length value model is built on a plain model of transformers; this is a {type(model).__name__}, "
             "wrapped or with adapters: unwrap it (`accelerator.unwrap_model`), merge its adapters (`merge_and_unload`)."
         )
-    if is_quantized(model):
+    if not shared and is_quantized(model):
         raise ValueError(
             f"The weights of this {type(model).__name__} are quantised, and a model that learns cannot start from "
-            "them: give one that is not."
+            "a copy of them: give one that is not, or share them (form='head' or 'adapter')."
         )
     if model.config.model_type == "length_value":
         raise ValueError("This is a length value model already: load it with `LengthValueModel.from_pretrained`.")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; a length value model needs a causal decoder.")
+
+
+def shared_config(decoder: PreTrainedModel) -> PretrainedConfig:
+    """A copy of a decoder's config for a model that shares it, in however many bits its owner holds the weights."""
+    config = copy.copy(decoder.config)
+    vars(config).pop("quantization_config", None)
+    return copy.deepcopy(config)
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -173,9 +184,9 @@ def check_causal(decoder: PreTrainedModel) -> None:
     """Raise if a token's hidden state depends on the tokens after it, as in encoders: it would tell the length.
 
     One short forward says so, whatever the config does. It is left out where the weights are not all here (on the
-    device "meta", or held in parts by DeepSpeed).
+    device "meta", or held in parts by FSDP2 or DeepSpeed).
     """
-    if any(weight.is_meta or not weight.numel() for weight in decoder.parameters()):
+    if any(weight.is_meta or not weight.numel() or isinstance(weight, DTensor) for weight in decoder.parameters()):
         logger.info("%s holds its weights elsewhere: not asked whether it is causal", type(decoder).__name__)
         return
     embedding = decoder.get_input_embeddings().weight

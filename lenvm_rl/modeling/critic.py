@@ -17,7 +17,14 @@ from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
 from lenvm_rl.modeling.adapters import add_adapters, bare_model, merged_copy
-from lenvm_rl.modeling.backbones import copy_decoder, decoder_from_config, is_quantized, load_decoder, load_model
+from lenvm_rl.modeling.backbones import (
+    copy_decoder,
+    decoder_from_config,
+    is_quantized,
+    load_decoder,
+    load_model,
+    shared_config,
+)
 from lenvm_rl.modeling.heads import LengthValueHead, ScoreHead
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.modeling.sharing import ADAPTER, FULL, lora_settings, shared_decoder
@@ -145,7 +152,7 @@ class TaskCritic(ValueModel):
         if form != FULL:
             base = shared_decoder(model_or_path)
             lora = lora_settings(lora) if form == ADAPTER or lora is not None else None
-            config = TaskCriticConfig(copy.deepcopy(base.config), form=form, lora=lora, dtype=torch.float32)
+            config = TaskCriticConfig(shared_config(base), form=form, lora=lora, dtype=torch.float32)
             return cls(config, base=base).to(base.device)
         if isinstance(model_or_path, (str, os.PathLike)):
             backbone = load_decoder(model_or_path, torch.float32, trust_remote_code=trust_remote_code)
@@ -153,8 +160,9 @@ class TaskCritic(ValueModel):
             backbone = model_or_path.copied_decoder(torch.float32)
         elif is_quantized(bare_model(model_or_path)):
             raise ValueError(
-                "The weights are quantised, and a critic that learns cannot start from a copy of them: name a model to "
-                "start from (`critic_init=` or `critic=` of LenVMPPOTrainer), or use critic='lenvm'."
+                "The weights are quantised, and a critic that learns cannot start from a copy of them: share them "
+                "(critic_form='head' or 'adapter'), name a model to start from (`critic_init=` or `critic=` of "
+                "LenVMPPOTrainer), or use critic='lenvm'."
             )
         else:
             backbone = copy_decoder(merged_copy(model_or_path), torch.float32, loadable=False)

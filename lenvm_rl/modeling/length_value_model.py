@@ -7,7 +7,6 @@ beside the weights, says what the values mean: gamma, and what the model was fit
 
 from __future__ import annotations
 
-import copy
 import numbers
 import os
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from lenvm_rl.modeling.backbones import (
     decoder_from_config,
     fitting_fingerprint,
     load_model,
+    shared_config,
 )
 from lenvm_rl.modeling.card import write_model_card
 from lenvm_rl.modeling.heads import LengthValueHead, check_layers, states_of_layers
@@ -232,7 +232,7 @@ class LengthValueModel(ValueModel):
         backbone = decoder_for(form, model_or_path, dtype, **load_kwargs)
         check_causal(backbone)
         config = cls.config_class(
-            backbone_config=backbone.config if form == FULL else copy.deepcopy(backbone.config),
+            backbone_config=backbone.config if form == FULL else shared_config(backbone),
             gamma=gamma,
             gamma_fit=gamma_fit,
             tokenizer_fingerprint=fitting_fingerprint(tokenizer, backbone),

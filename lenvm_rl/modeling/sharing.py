@@ -97,7 +97,7 @@ def shared_decoder(
     if settings:
         raise ValueError(f"{sorted(settings)} say how to load a model, but a model to share was given: leave them out.")
     model = bare_model(model_or_path)
-    check_decoder(model, adapters=True)
+    check_decoder(model, shared=True)
     return model.base_model
 
 

@@ -66,6 +66,16 @@ class ValueModelConfig(PretrainedConfig):
         return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
+class _Uncopied:
+    """A model on its way through `from_pretrained`, which makes a deep copy of its arguments to read a config."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __deepcopy__(self, memo: dict) -> _Uncopied:
+        return self
+
+
 class ValueModel(PreTrainedModel):
     """A decoder, `backbone`, and a `head` on its last hidden state; no language-model head.
 
@@ -96,6 +106,7 @@ class ValueModel(PreTrainedModel):
                 f"A {type(self).__name__} of form={form!r} holds no decoder: give the one that it was fitted on, "
                 f"`{type(self).__name__}.from_pretrained(path, base=model_or_path)`."
             )
+        base = base.model if isinstance(base, _Uncopied) else base
         check_same_architecture(self.config, base)
         self._shared = SharedDecoder(base, self.config.lora)
         self.config.lora = self._shared.lora
@@ -157,7 +168,7 @@ class ValueModel(PreTrainedModel):
             raise ValueError("Only safetensors are loaded (other files can run code): drop `use_safetensors=False`.")
         if base is not None:
             settings = {name: kwargs.pop(name) for name in ("dtype", "attn_implementation") if name in kwargs}
-            kwargs["base"] = shared_decoder(base, **settings)
+            kwargs["base"] = base = _Uncopied(shared_decoder(base, **settings))
         kwargs = load_model(partial(with_code, cls.config_class), path, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.update(use_safetensors=True, output_loading_info=True)

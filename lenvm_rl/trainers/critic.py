@@ -20,6 +20,7 @@ from peft import PeftConfig, PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,6 +51,7 @@ from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.config import LEARNING
 from lenvm_rl.trainers.fields import changed_fields
 from lenvm_rl.trainers.reading import check_sees_pictures
+from lenvm_rl.trainers.sharding import check_critic_engine, copy_whole, is_sharded, place_sharded
 from lenvm_rl.trainers.shared_base import check_base_stays_frozen
 
 logger = logging.getLogger(__name__)
@@ -315,12 +317,6 @@ def check_settings(critic: Any, trainer: GRPOTrainer) -> None:
         _check_without(trainer.args)
         return
     args = trainer.args
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"A learned critic is not sharded, so it does not run under "
-            f"{'DeepSpeed' if trainer.is_deepspeed_enabled else 'FSDP'}: launch with DDP, or use critic='lenvm' or "
-            "LenVMGRPOTrainer."
-        )
     if args.kl_reward_coef > 0.0 and trainer._is_vlm:
         raise ValueError("kl_reward_coef reads text only, and the policy has pictures: use beta alone.")
     if args.multi_objective_aggregation != "sum_then_normalize":
@@ -331,6 +327,7 @@ def check_settings(critic: Any, trainer: GRPOTrainer) -> None:
     if args.critic_learning_rate == 0.0:
         return
     checks.check_optimizer(args)
+    check_critic_engine(args.critic_form if _is(critic, LEARNED) else None, trainer)
     if args.refresh_steps > 0 and args.shaping_coef != 0.0:
         raise ValueError(
             "refresh_steps changes the potential of shaping, which is a part of what a learned critic has learnt: "
@@ -389,7 +386,10 @@ def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
                 "The critic has a new head and critic_learning_rate=0, so it says 0 of everything: give one that has "
                 "learned (`critic=`), or set a learning rate."
             )
+        if is_sharded(trainer):
+            return place_sharded(critic.eval(), trainer, TASK_CRITIC)
         return trainer.accelerator.prepare_model(critic.eval(), evaluation_mode=True)
+    check_critic_engine(critic.config.form, trainer)
     freeze_modules(critic, args.critic_frozen or ())
     if not any(weight.requires_grad for weight in critic.parameters()):
         raise ValueError(
@@ -402,6 +402,8 @@ def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
         critic.backbone.train(args.gradient_checkpointing)
         if args.gradient_checkpointing:
             _checkpoint_activations(critic, args.gradient_checkpointing_kwargs)
+    if is_sharded(trainer):
+        return place_sharded(critic, trainer, TASK_CRITIC, learns=True)
     return trainer.accelerator.prepare_model(critic)
 
 
@@ -503,6 +505,10 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     return found
 
 
+def _place(weight: torch.Tensor) -> int:
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).data_ptr()
+
+
 @torch.no_grad()
 def read_critic(checkpoint: str, critic: TaskCritic) -> None:
     """Take up the weights of the critic in a checkpoint, of which [`check_same_critic`] has found it to be the same."""
@@ -510,10 +516,10 @@ def read_critic(checkpoint: str, critic: TaskCritic) -> None:
     for path in _files(Path(checkpoint, CRITIC_FOLDER)):
         with safe_open(path, "pt", device=str(critic.device)) as file:
             for name in file.keys():  # noqa: SIM118
-                weights[name].copy_(file.get_tensor(name))
-                read.add(weights[name].data_ptr())
+                copy_whole(file.get_tensor(name), weights[name])
+                read.add(_place(weights[name]))
     # Names of one tensor are saved once.
-    lacking = [name for name, weight in weights.items() if weight.data_ptr() not in read]
+    lacking = [name for name, weight in weights.items() if _place(weight) not in read]
     if lacking:
         raise ValueError(
             f"The critic in '{os.path.join(checkpoint, CRITIC_FOLDER)}' lacks weights: {', '.join(lacking[:_SHOWN])}."

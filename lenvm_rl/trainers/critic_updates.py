@@ -15,7 +15,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
+from lenvm_rl.trainers.critic_optimizer import CriticOptimizer
 from lenvm_rl.trainers.metrics import BatchMetrics
+from lenvm_rl.trainers.sharding import is_sharded
 
 if TYPE_CHECKING:
     from lenvm_rl.trainers.ppo import LenVMPPOTrainer
@@ -31,20 +33,25 @@ def add_critic_groups(optimizer: torch.optim.Optimizer, critic: nn.Module, train
         optimizer (`torch.optim.Optimizer`), critic (`torch.nn.Module`): of the run, the critic as it is placed.
         trainer ([`LenVMPPOTrainer`]): says which of them decay.
     """
+    if not critic_groups(optimizer, critic):
+        for group in groups_of_critic(critic, trainer):
+            optimizer.add_param_group(group)
+
+
+def groups_of_critic(critic: nn.Module, trainer: LenVMPPOTrainer) -> list[dict]:
+    """The critic's weights that learn as parameter groups of an optimizer; arguments as of [`add_critic_groups`]."""
     args = trainer.args
     named = [(name, weight) for name, weight in critic.named_parameters() if weight.requires_grad]
-    if critic_groups(optimizer, critic):
-        return
     decayed = set(trainer.get_decay_parameter_names(critic))
     own = args.weight_decay if args.critic_weight_decay is None else args.critic_weight_decay
-    for weight_decay, wanted in ((own, True), (0.0, False)):
-        optimizer.add_param_group(
-            {
-                "params": [weight for name, weight in named if (name in decayed) == wanted],
-                "lr": args.critic_learning_rate,
-                "weight_decay": weight_decay,
-            }
-        )
+    return [
+        {
+            "params": [weight for name, weight in named if (name in decayed) == wanted],
+            "lr": args.critic_learning_rate,
+            "weight_decay": weight_decay,
+        }
+        for weight_decay, wanted in ((own, True), (0.0, False))
+    ]
 
 
 def critic_groups(optimizer: torch.optim.Optimizer, critic: nn.Module) -> list[int]:
@@ -92,7 +99,27 @@ class CriticUpdates(TrainerCallback):
 
     def __init__(self, critic: nn.Module, trainer: LenVMPPOTrainer):
         self.critic, self.trainer = critic, trainer
+        self.own: CriticOptimizer | None = None
         self._micro_batches: list[dict] = []
+
+    def take_optimizer(self) -> None:
+        """Make an optimizer of the critic's own, once, or put its weights into the one of the run, where that takes
+        them."""
+        trainer = self.trainer
+        if not is_sharded(trainer):
+            add_critic_groups(trainer.optimizer, self.critic, trainer)
+        elif self.own is None:
+            self.own = CriticOptimizer(self.critic, groups_of_critic(self.critic, trainer), trainer)
+
+    def take_schedule(self, steps: int) -> None:
+        """Set the critic's schedule, where it is not the one of the run, whose number of optimizer steps this is."""
+        args, trainer = self.trainer.args, self.trainer
+        if self.own is None:
+            set_critic_schedule(trainer.lr_scheduler, self.critic, trainer, steps)
+            return
+        as_policy = args.critic_lr_scheduler_type == AS_POLICY
+        kind = args.lr_scheduler_type if as_policy else args.critic_lr_scheduler_type
+        self.own.follow(kind, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs if as_policy else None)
 
     def keep(self, inputs: dict) -> None:
         """Take in a micro-batch of the optimizer step under way."""
@@ -102,11 +129,14 @@ class CriticUpdates(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer, which has unscaled all gradients (AMP) and clipped the policy's."""
         self._clip()
+        if self.own is not None:
+            self.own.optimizer.step()
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer after the step of policy and critic, and before the schedule goes on."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        group = trainer.optimizer.param_groups[critic_groups(trainer.optimizer, self.critic)[0]]
+        optimizer = trainer.optimizer if self.own is None else self.own.optimizer
+        group = optimizer.param_groups[critic_groups(optimizer, self.critic)[0]]
         # As the Trainer logs the policy's: the last one.
         trainer._metrics["train"]["critic/learning_rate"] = [group["lr"]]
         micro_batches, self._micro_batches = self._micro_batches, []
@@ -117,10 +147,14 @@ class CriticUpdates(TrainerCallback):
             for inputs in micro_batches:
                 with trainer.compute_loss_context_manager():
                     loss = args.vf_coef * trainer._value_loss(inputs, is_last=inputs is micro_batches[-1])
-                accelerator.backward(loss)
-            accelerator.unscale_gradients()
+                # DeepSpeed would make a step of the policy's.
+                (accelerator.backward if self.own is None else torch.Tensor.backward)(loss)
+            if self.own is None:
+                accelerator.unscale_gradients()
             self._clip()
-            trainer.optimizer.step()
+            optimizer.step()
+        if self.own is not None:
+            self.own.schedule.step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer, which clears the gradients of the model that it knows."""
@@ -129,7 +163,11 @@ class CriticUpdates(TrainerCallback):
     def _clip(self) -> None:
         args = self.trainer.args
         bound = args.max_grad_norm if args.critic_max_grad_norm is None else args.critic_max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), bound or math.inf).detach()
+        if self.own is None:
+            norm = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), bound or math.inf).detach()
+        else:
+            self.own.average_gradients()
+            norm = self.own.clip(bound or math.inf)
         metrics = BatchMetrics(self.trainer._sum_over_processes)
         metrics.mean("critic/grad_norm", norm.view(1), torch.ones_like(norm).view(1))
         self.trainer._unread.append(("train", metrics))

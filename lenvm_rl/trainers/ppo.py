@@ -31,11 +31,12 @@ from lenvm_rl.trainers.critic import (
     read_critic,
 )
 from lenvm_rl.trainers.critic_states import CriticStates, state_values
-from lenvm_rl.trainers.critic_updates import CriticUpdates, add_critic_groups, set_critic_schedule
+from lenvm_rl.trainers.critic_updates import CriticUpdates
 from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl
 from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_kl_reward
 from lenvm_rl.trainers.reading import value_logits
 from lenvm_rl.trainers.reward_scale import RewardScale
+from lenvm_rl.trainers.sharding import is_sharded, loaded_whole, whole_state
 from lenvm_rl.trainers.shared_base import run_base
 from lenvm_rl.trainers.streams import (
     Batch,
@@ -135,9 +136,9 @@ class LenVMPPOTrainer(LenVMTrainer):
     policy's adapters. A head alone reads one forward per generation batch, the reference's own where there is one, and
     keeps its hidden states, `(B, T + 1, H)`, for the steps that follow.
 
-    Refused at construction, beside what [`LenVMGRPOTrainer`] refuses: a learned critic under FSDP or DeepSpeed (its
-    weights are not sharded), on a shared decoder that does not stay frozen, with an optimizer that steps layer by
-    layer, or with `multi_objective_aggregation="normalize_then_sum"`; `truncation="bootstrap"`, and whatever only a
+    Refused at construction, beside what [`LenVMGRPOTrainer`] refuses: a learned critic with a decoder of its own under
+    DeepSpeed, on a shared decoder that does not stay frozen, with an optimizer that steps layer by layer, or with
+    `multi_objective_aggregation="normalize_then_sum"`; `truncation="bootstrap"`, and whatever only a
     critic reads, without a critic.
 
     Args:
@@ -207,7 +208,10 @@ class LenVMPPOTrainer(LenVMTrainer):
         self._unread: list[tuple[str, BatchMetrics]] = []
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
         shared = {"form": args.critic_form, "base": run_base(self)}
-        critic = make_critic(critic, args.critic_init, policy, self.length_value_model, args.runs_remote_code, **shared)
+        with loaded_whole(args):
+            critic = make_critic(
+                critic, args.critic_init, policy, self.length_value_model, args.runs_remote_code, **shared
+            )
         self.critic = None if critic is None else place_critic(critic, self)
         if self._critic_learns:
             self._updates = CriticUpdates(self.critic, self)
@@ -349,7 +353,8 @@ class LenVMPPOTrainer(LenVMTrainer):
         """
         mask, old, returns = inputs["critic_mask"], inputs["critic_values"], inputs["critic_returns"]
         # As Trainer does for the policy: processes exchange gradients once per optimizer step.
-        with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.critic):
+        together = is_last or is_sharded(self)
+        with contextlib.nullcontext() if together else self.accelerator.no_sync(self.critic):
             values = self._values(inputs)[:, :-1]
         losses, clipped = value_loss(values, old, returns, mask, self.args.cliprange_value)
         metrics = BatchMetrics(self._sum_over_processes)
@@ -392,13 +397,22 @@ class LenVMPPOTrainer(LenVMTrainer):
 
     def _write_state(self, folder: str) -> None:
         self._read_value_losses()
+        if self._critic_learns and self._updates.own is not None:
+            self._updates.own.save(folder, self.accelerator.process_index)
         super()._write_state(folder)
+
+    def _read_state(self, checkpoint: str) -> None:
+        super()._read_state(checkpoint)
+        if self.critic is not None:
+            read_critic(checkpoint, self._bare_critic)
+        if self._critic_learns and self._updates.own is not None:
+            self._updates.own.load(checkpoint, self.accelerator.process_index)
 
     def create_optimizer(self, model: nn.Module | None = None):
         """As `Trainer.create_optimizer`, with parameter groups of the critic's own."""
         optimizer = super().create_optimizer(model)
         if self._critic_learns:
-            add_critic_groups(optimizer, self.critic, self)
+            self._updates.take_optimizer()
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -406,7 +420,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         made = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if made and self._critic_learns:
-            set_critic_schedule(scheduler, self.critic, self, num_training_steps)
+            self._updates.take_schedule(num_training_steps)
         return scheduler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -415,15 +429,20 @@ class LenVMPPOTrainer(LenVMTrainer):
         So it is in every checkpoint, and `critic="<output_dir>/critic"` takes it up again in another run.
         """
         # First: what follows may upload the folder.
-        if self.critic is not None and self.args.should_save:
+        if self.critic is not None:
             self.save_critic(os.path.join(output_dir or self.args.output_dir, CRITIC_FOLDER))
         super().save_model(output_dir, _internal_call)
 
     def save_critic(self, folder: str) -> None:
-        """Write the learned critic to `folder`: `critic=folder` takes it up again in another run."""
+        """Write the learned critic to `folder`: `critic=folder` takes it up again in another run.
+
+        All processes call this, and one writes.
+        """
         if self.critic is None:
             raise ValueError("critic='lenvm' learns no critic, so there is none to save.")
-        self._bare_critic.save_pretrained(folder)
+        state = whole_state(self._bare_critic)
+        if self.args.should_save:
+            self._bare_critic.save_pretrained(folder, state_dict=state)
 
     def _check_checkpoint(self, checkpoint: str) -> int:
         step = super()._check_checkpoint(checkpoint)
@@ -433,11 +452,6 @@ class LenVMPPOTrainer(LenVMTrainer):
     @property
     def _bare_critic(self) -> TaskCritic | None:
         return None if self.critic is None else self.accelerator.unwrap_model(self.critic)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.critic is not None:
-            read_critic(resume_from_checkpoint, self._bare_critic)
 
     def _load_best_model(self):
         super()._load_best_model()

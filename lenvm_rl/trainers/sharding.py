@@ -8,21 +8,29 @@ goes the way of TRL's reference model; one that is shared is run by way of the m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import strtobool
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
+from lenvm_rl.modeling.sharing import ADAPTER, FULL
 from lenvm_rl.modeling.value_model import ValueModel
 
 # Where nothing is cut into shards: one process, or several with DDP.
 NO_ENGINE = "none"
+_NOT_FSDP1 = (
+    "fsdp_version=1 lays weights end to end, out of their layers, in which a {what} can neither read nor learn: set "
+    "`fsdp_version: 2` in the config of the launch, or use DDP."
+)
 
 
 def is_sharded(trainer: GRPOTrainer) -> bool:
@@ -83,7 +91,7 @@ def check_shards(trainer: GRPOTrainer) -> None:
             )
 
 
-def place_sharded(model: ValueModel, trainer: GRPOTrainer, what: str) -> ValueModel:
+def place_sharded(model: ValueModel, trainer: GRPOTrainer, what: str, learns: bool = False) -> ValueModel:
     """Place a value model in a run under an engine: whole as it is, and afterwards the same object.
 
     Args:
@@ -91,6 +99,7 @@ def place_sharded(model: ValueModel, trainer: GRPOTrainer, what: str) -> ValueMo
             engine's, or with one that it shares with the policy or its reference.
         trainer (`trl.GRPOTrainer`): constructed.
         what (`str`): what errors call it.
+        learns (`bool`, *optional*, defaults to `False`): whether a decoder of its own is to learn.
 
     Raises:
         `ValueError`: ZeRO-3 has cut it up already, or the engine is one that cannot share a decoder.
@@ -101,8 +110,7 @@ def place_sharded(model: ValueModel, trainer: GRPOTrainer, what: str) -> ValueMo
             "give the trainer its path, or load it before the config of the run is made."
         )
     if "backbone" in model._modules:
-        prepare = prepare_deepspeed if trainer.is_deepspeed_enabled else prepare_fsdp
-        model.backbone = prepare(model.backbone, trainer.accelerator)
+        model.backbone = _engine_of_decoder(trainer, learns)(model.backbone)
     else:
         _share_shards(model, trainer, what)
     for part in added_parts(model):
@@ -113,6 +121,66 @@ def place_sharded(model: ValueModel, trainer: GRPOTrainer, what: str) -> ValueMo
     return model
 
 
+def _engine_of_decoder(trainer: GRPOTrainer, learns: bool) -> Callable:
+    if learns:
+        # Layer by layer, as accelerate does it with the policy.
+        return partial(fsdp2_prepare_model, trainer.accelerator)
+    prepare = prepare_deepspeed if trainer.is_deepspeed_enabled else prepare_fsdp
+    return partial(prepare, accelerator=trainer.accelerator)
+
+
+def check_critic_engine(form: str | None, trainer: GRPOTrainer) -> None:
+    """Raise a `ValueError` if a critic could not learn under the engine of the run.
+
+    Args:
+        form (`str`, *optional*): of the critic, once it is known.
+        trainer (`trl.GRPOTrainer`): of the run.
+    """
+    if not is_sharded(trainer):
+        return
+    args, state, engine = trainer.args, trainer.accelerator.state, engine_of(trainer)
+    if engine == "FSDP1":
+        raise ValueError(_NOT_FSDP1.format(what="task critic"))
+    if form == FULL and engine != "FSDP2":
+        raise ValueError(
+            f"critic_form='full' has a decoder of its own, which does not learn under {engine}: set "
+            "critic_form='head' or 'adapter', or launch with FSDP2 or DDP."
+        )
+    if args.fp16:
+        raise ValueError(f"fp16=True scales losses, which a learned critic under {engine} is not: set bf16=True.")
+    waits = [name for name in ("critic_warmup_steps", "target_kl") if getattr(args, name)]
+    if trainer.is_deepspeed_enabled and waits:
+        raise ValueError(
+            f"{', '.join(waits)} lets the critic learn in steps in which the policy does not, and DeepSpeed makes a "
+            "step of the policy's from every loss: leave it out, or launch with FSDP2 or DDP."
+        )
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"`optimizers=` is made for the policy's weights, and under {engine} a learned critic has an optimizer of "
+            "its own, of the same kind: set `optim`, or `optimizer_cls_and_kwargs=`."
+        )
+    if form == ADAPTER and trainer.is_fsdp_enabled and state.fsdp_plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing runs layers of the base again with the adapters of that moment, which are "
+            "not the critic's (critic_form='adapter'): set gradient_checkpointing=True in its place."
+        )
+
+
+def whole_state(model: ValueModel) -> dict[str, torch.Tensor]:
+    """The weights of a value model, put together where they are cut up: all processes ask for them at once."""
+    return {
+        name: weight.full_tensor() if isinstance(weight, DTensor) else weight
+        for name, weight in model.state_dict().items()
+    }
+
+
+def copy_whole(source: torch.Tensor, weight: torch.Tensor) -> None:
+    """Copy a whole tensor into a weight, of which a process may hold a part."""
+    if isinstance(weight, DTensor):
+        source = distribute_tensor(source, weight.device_mesh, weight.placements)
+    weight.copy_(source)
+
+
 def added_parts(model: ValueModel) -> list[nn.Module]:
     """What a value model adds to a decoder, and every process holds whole."""
     return [part for name, part in model.named_children() if name != "backbone"]
@@ -121,10 +189,7 @@ def added_parts(model: ValueModel) -> list[nn.Module]:
 def _share_shards(model: ValueModel, trainer: GRPOTrainer, what: str) -> None:
     """Let a shared decoder be run by way of the policy or the reference, whichever it is a part of."""
     if engine_of(trainer) == "FSDP1":
-        raise ValueError(
-            f"fsdp_version=1 lays the weights of the base that the {what} shares end to end, out of its layers: set "
-            "`fsdp_version: 2` in the config of the launch, or use DDP."
-        )
+        raise ValueError(_NOT_FSDP1.format(what=what))
     if trainer.is_fsdp_enabled:
         # DeepSpeed gathers the weights of each layer as that is run, whoever asks for it.
         parts = [each for each in (trainer.ref_model, trainer.model) if each is not None]

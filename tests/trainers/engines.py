@@ -1,4 +1,4 @@
-"""Two processes of a script (gloo) under an engine that shards, with the settings that a launch with its config makes."""
+"""Two processes of a script (gloo) under an engine that shards, with the settings that its config makes of a launch."""
 
 import os
 import subprocess

@@ -26,7 +26,6 @@ from trl import GRPOConfig
 
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
 from lenvm_rl.trainers.config import LenVMConfig
-from lenvm_rl.trainers.critic import check_settings
 from lenvm_rl.trainers.frozen import place_length_value_model
 from lenvm_rl.trainers.rewards import check_rewards
 
@@ -195,15 +194,6 @@ def test_a_critic_that_cannot_be(tmp_path):
             without.model, first_is_w8, LenVMPPOConfig(**settings(tmp_path)), prompts(),
             processing_class=tiny_tokenizer(VOCAB), optimizers=(optimizer, scheduler),
         )  # fmt: skip
-
-
-@pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
-def test_a_learned_critic_is_not_sharded(tmp_path, engine):
-    trainer = ppo(tmp_path, lenvm=random_lenvm())
-    setattr(trainer, f"is_{engine.lower()}_enabled", True)
-    with pytest.raises(ValueError, match=f"does not run under {engine}: launch with DDP, or use critic='lenvm'"):
-        check_settings("learned", trainer)
-    check_settings("lenvm", trainer)
 
 
 def test_a_multimodal_policy_beside_a_length_value_model(tmp_path):
