@@ -127,6 +127,8 @@ class LenVMTrainer(ResumableTrainer):
         if length_value_model is not None:
             self.length_value_model = place_length_value_model(length_value_model, self)
             self._frozen = FrozenLengthValues(self.length_value_model, self)
+        # What reads the reference's forward along with TRL, if it can.
+        self._readers = [] if self._frozen is None else [self._frozen]
         # TRL cuts what stands behind an end off by these: it knows none of `generation_kwargs`, and before 1.16 the
         # tokenizer's only.
         self.eos_token_ids = run_end_ids(self)
@@ -213,6 +215,8 @@ class LenVMTrainer(ResumableTrainer):
     def _generate_and_score_completions(self, inputs):
         if self._frozen is not None and self._mode == "train":
             self._log_all(self._frozen.refresh_if_due(self.state.global_step, self.args.per_device_train_batch_size))
+        for reader in self._readers:
+            reader.reads_along()
         batch = super()._generate_and_score_completions(inputs)
         read = self._collect(batch)
         streams = self._streams(read)

@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from lenvm_rl.modeling.backbones import check_embeds
+from lenvm_rl.trainers.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +173,7 @@ def warn_of_another_reference(policy: Any, trainer: GRPOTrainer) -> None:
     Raises:
         `ValueError`: the reference cannot read the tokens of the policy.
     """
-    if trainer.ref_model is None or isinstance(policy, str):
-        return
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if trainer.ref_model is None or isinstance(policy, str) or is_sharded(trainer):
         return
     reference = trainer.accelerator.unwrap_model(trainer.ref_model)
     path = get_config_model_id(reference.config)

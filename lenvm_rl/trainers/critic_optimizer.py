@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 from trl import GRPOTrainer
 
@@ -44,8 +45,13 @@ class CriticOptimizer:
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def follow(self, kind: str, warmup: int, steps: int, options: dict[str, Any] | None) -> None:
-        """Set the schedule, see `transformers.get_scheduler`."""
+        """Set the schedule, see `transformers.get_scheduler`; a `ValueError` unless it follows from the step alone."""
         self.schedule = get_scheduler(kind, self.optimizer, warmup, steps, scheduler_specific_kwargs=options)
+        if not isinstance(self.schedule, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type='{kind}' reacts to what is measured of the policy, and under FSDP or DeepSpeed a "
+                "critic has a schedule of its own: set critic_lr_scheduler_type, or another lr_scheduler_type."
+            )
 
     def average_gradients(self) -> None:
         """Average over the processes the gradients that no engine averages."""

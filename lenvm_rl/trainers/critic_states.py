@@ -29,9 +29,12 @@ class CriticStates:
         self._decoder = bare.backbone
         self._states = CaughtStates(self._decoder, lambda states: states.detach())
 
+    def reads_along(self) -> bool:
+        """As [`~lenvm_rl.trainers.frozen.FrozenLengthValues.reads_along`]."""
+        return self._reads_reference
+
     @cached_property
     def _reads_reference(self) -> bool:
-        # Asked for only now: an engine has no weights of the policy at hand before it runs.
         return reads_reference(self._trainer.accelerator.unwrap_model(self._critic), self._trainer, TASK_CRITIC)
 
     def reading(self, model: nn.Module, logits_to_keep: int) -> contextlib.AbstractContextManager:

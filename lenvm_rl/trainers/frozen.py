@@ -114,11 +114,15 @@ class FrozenLengthValues:
 
     @cached_property
     def _reference(self) -> CaughtStates | None:
-        # Asked for only now: an engine has no weights of the policy at hand before it runs.
         bare: LengthValueModel = self._trainer.accelerator.unwrap_model(self._model)
         if not reads_reference(bare, self._trainer, NAME):
             return None
         return CaughtStates(bare.backbone, lambda states: bare.from_hidden_states(states).logits)
+
+    def reads_along(self) -> bool:
+        """Whether the reference's forward is read. Found out by a forward, so asked when nothing else runs; and not
+        before a batch, since an engine has no weights of the policy at hand before it runs."""
+        return self._reference is not None
 
     def reading(self, model: nn.Module, logits_to_keep: int) -> contextlib.AbstractContextManager:
         """A context for a forward of TRL's: inside, a head alone reads along if `model` runs as the reference."""

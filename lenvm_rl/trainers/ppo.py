@@ -219,6 +219,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         self._states = None
         if critic is not None and critic.config.form == HEAD:
             self._states = CriticStates(self.critic, self)
+            self._readers.append(self._states)
 
     @property
     def _critic_learns(self) -> bool:

@@ -39,7 +39,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.files import is_complete, last_complete_checkpoint, write_json
 from lenvm_rl.trainers.rewards import keep_reward_states
-from lenvm_rl.trainers.sharding import check_engine, engine_of
+from lenvm_rl.trainers.sharding import check_engine, engine_of, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ class ResumableTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if checkpoint is not None and not is_sharded(self):
             check_optimizer_fits(self.optimizer, checkpoint)
         # Unlike `_load_from_checkpoint`, this is called whatever the model is sharded by.
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -318,8 +318,7 @@ class ResumableTrainer(GRPOTrainer):
 
     @property
     def _reference_moves(self) -> bool:
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return self.args.sync_ref_model and not sharded
+        return self.args.sync_ref_model and not is_sharded(self)
 
     def _state_file(self, folder: str) -> Path:
         return Path(folder, f"lenvm_state_rank{self.accelerator.process_index}.json")

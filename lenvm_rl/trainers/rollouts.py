@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 from lenvm_rl.decoding import GuidanceReport, LengthGuidance, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length
 from lenvm_rl.trainers.config import LenVMConfig
+from lenvm_rl.trainers.sharding import is_sharded
 from lenvm_rl.trainers.streams import Completions, read_completions
 
 # Truncation of the importance ratio that each token of a guided rollout is weighed by.
@@ -184,7 +185,7 @@ def check_guided_rollouts(trainer: GRPOTrainer) -> None:
         raise ValueError("rollout_guidance and rollout_func both say how to generate: give one of them.")
     if trainer.tools:
         raise ValueError("rollout_guidance counts the tokens of one completion, which tool calls interrupt: drop one.")
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if is_sharded(trainer):
         raise ValueError("rollout_guidance is not supported with FSDP or DeepSpeed: use DDP or one process.")
 
 

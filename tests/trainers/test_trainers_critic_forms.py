@@ -87,6 +87,7 @@ def test_its_values_are_those_of_a_full_critic_on_the_base(tmp_path, form, base)
 def test_a_head_makes_one_forward_per_batch_or_none(tmp_path, base):
     trainer = run(tmp_path, "head", base, num_iterations=2, max_steps=4)
     calls, own = [], base == "adapters"
+    assert trainer._states.reads_along() != own
     trainer.critic._shared.seen_alone = counting(trainer.critic._shared.seen_alone, calls)
     trainer.train()
     # Two generation batches of two steps each.

@@ -5,7 +5,7 @@ import json
 import pytest
 from engines import run_two
 from places import PATHS
-from test_trainers_forms import base_policy, saved_policy, with_adapters
+from test_trainers_forms import base_policy, lenvm_on, saved_policy, with_adapters
 from test_trainers_sharded_bases import close
 from trainer_parts import ppo
 
@@ -37,6 +37,8 @@ def run(case, resume=None, **changes):
     changes.update(beta=0.1 if "reference" in case else 0.0, critic_form=form)
     changes.update(dict(critic_warmup_steps=1) if "warmup" in more else {{}})
     changes.update(dict(critic_updates_per_step=2) if "updates" in more else {{}})
+    lenvm = folder + "/lenvm" if form == "head" else None
+    changes.update(dict(length_coef=0.5) if lenvm else {{}})
     # Bounds that the norms are above of, a schedule, two micro-batches per step, each generation used twice, and steps
     # that make no more of what is rounded otherwise.
     common = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_generations=8, max_steps=4,
@@ -44,7 +46,8 @@ def run(case, resume=None, **changes):
                   weight_decay=0.1, lr_scheduler_type="linear", critic_learning_rate=1e-2, adam_epsilon=1e-4,
                   use_cpu=not engine.startswith("zero"))
     torch.manual_seed(4)
-    trainer = ppo(f"{{folder}}/{{engine}}/{{case}}", counts_of_w8, policy=folder + "/policy", **{{**common, **changes}})
+    trainer = ppo(f"{{folder}}/{{engine}}/{{case}}", counts_of_w8, lenvm, policy=folder + "/policy",
+                  **{{**common, **changes}})
     # What starts from random numbers is the first process's in all of them.
     trainer.train(resume_from_checkpoint=resume)
     critic = trainer.accelerator.unwrap_model(trainer.critic)
@@ -75,6 +78,7 @@ def launch(tmp_path_factory):
     """`launch(engine, *cases)` gives what two processes of the script logged and learned, case by case."""
     folder = tmp_path_factory.mktemp("critics")
     saved_policy(folder / "policy")
+    lenvm_on(base_policy(), "head").save_pretrained(folder / "lenvm")
     script = folder / "two.py"
     script.write_text(SCRIPT.format(paths=PATHS))
 
