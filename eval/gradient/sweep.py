@@ -84,7 +84,7 @@ class SweepArguments:
     )
     passes: list[float] = HfArg(
         default_factory=lambda: [0.0, 1.5, 4.0, 9.0, 19.5, 40.5],
-        help="Mean numbers of passes: about 14, 30, 56, 108, 218 and 440 tokens.",
+        help="Mean numbers of passes: about 14, 29, 55, 105, 195 and 355 tokens.",
     )
     repeats: list[int] = HfArg(
         default_factory=lambda: [4, 14], help="Further scales, with the sandbox's number of passes: longer passes."
