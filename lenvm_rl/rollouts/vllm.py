@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def import_vllm():
-    """The module `vllm`; where it is not installed, the error says what to do."""
+    """The module `vllm`; where it is not installed, the error says what to do. On a CPU its engines run in this process
+    unless the environment says otherwise: one of its own takes a core to wait in."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         return importlib.import_module("vllm")
     except ImportError as error:
