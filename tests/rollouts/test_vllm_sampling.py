@@ -1,6 +1,7 @@
 """vLLM's offline engine, by a stand-in for the module: ids as sampled, settings named, broken runs resumed."""
 
 import logging
+import os
 import random
 import sys
 from types import ModuleType, SimpleNamespace
@@ -163,6 +164,9 @@ def test_without_vllm_the_error_says_what_else_there_is(monkeypatch):
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
-def test_on_a_cpu_prompts_are_read_whole(accelerated, monkeypatch):
+def test_on_a_cpu_prompts_are_read_whole_and_no_second_process_is_started(accelerated, engine, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerated)
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    import_vllm()
+    assert os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == (None if accelerated else "0")
     assert engine_defaults() == ({} if accelerated else {"enable_chunked_prefill": False})
