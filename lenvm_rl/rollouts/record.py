@@ -248,14 +248,15 @@ def read_rollout_files(paths: Sequence[str | os.PathLike]) -> tuple[Dataset, Rol
             for the others.
 
     Returns:
-        `tuple[datasets.Dataset, RolloutMetadata]`: all records, files one after the other, their groups told apart;
-        what the files' metadata agree on, and of the sampling what they agree on.
+        `tuple[datasets.Dataset, RolloutMetadata]`: all records, files one after the other, all completions of a
+        prompt in one group; what the files' metadata agree on, and of the sampling what they agree on.
 
     Raises:
         `ValueError`: the files are of different policies, tokenizers or end tokens.
     """
     datasets, all_metadata = zip(*map(read_rollouts, paths), strict=True)
-    first, joined, groups = all_metadata[0], [], 0
+    first, joined = all_metadata[0], []
+    group_of: dict[tuple[int, ...], int] = {}
     for path, dataset, metadata in zip(paths, datasets, all_metadata, strict=True):
         for name in ("generator", "tokenizer_fingerprint", "eos_token_ids"):
             if getattr(metadata, name) != getattr(first, name):
@@ -263,9 +264,8 @@ def read_rollout_files(paths: Sequence[str | os.PathLike]) -> tuple[Dataset, Rol
                     f"{path} is not of the policy of {paths[0]}: {name} is {getattr(metadata, name)!r} there and "
                     f"{getattr(first, name)!r} here. Fit a length value model to one policy's rollouts."
                 )
-        numbers = torch.tensor(dataset["group"][:])
-        joined.append(dataset.remove_columns("group").add_column("group", (numbers + groups).tolist()))
-        groups += int(numbers.max()) + 1
+        groups = [group_of.setdefault(tuple(ids), len(group_of)) for ids in dataset["prompt_ids"][:]]
+        joined.append(dataset.remove_columns("group").add_column("group", groups))
     rollouts = concatenate_datasets(joined) if len(joined) > 1 else datasets[0]
     shared = {
         name: value

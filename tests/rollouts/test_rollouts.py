@@ -243,15 +243,17 @@ def test_a_split_keeps_the_completions_of_a_prompt_together():
 
 
 def test_files_of_one_policy_are_read_as_one(tmp_path):
-    """Groups 0, 0, 4 of the first file and 0, 1 of the second: 0, 0, 4, 5, 6."""
+    """Prompts A, A, B of the first file and B, C of the second: groups 0, 0, 1, 1, 2, so that B is held out whole."""
     records = [make_record(group) for group in (0, 0, 4)] + [make_record(group, answer="7") for group in (0, 1)]
+    for record, prompt_ids in zip(records, ([5], [5], [6], [6], [5, 6]), strict=True):
+        record["prompt_ids"] = prompt_ids
     settings = {"temperature": 1.0, "top_k": 5}
     write_rollouts(tmp_path / "a.jsonl", records[:3], make_metadata(sampling=settings))
     write_rollouts(tmp_path / "b.jsonl", records[3:], make_metadata(sampling={**settings, "temperature": 0.5}))
     rollouts, joined = read_rollout_files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
-    assert rollouts["group"][:] == [0, 0, 4, 5, 6] and rollouts["answer"][:] == [None] * 3 + ["7"] * 2
+    assert rollouts["group"][:] == [0, 0, 1, 1, 2] and rollouts["answer"][:] == [None] * 3 + ["7"] * 2
     assert rollouts["completion_ids"][:] == [record["completion_ids"] for record in records]
-    assert joined.sampling == {"top_k": 5} and joined.num_prompts == 4 and joined.num_completions == 5
+    assert joined.sampling == {"top_k": 5} and joined.num_prompts == 3 and joined.num_completions == 5
     alone, one = read_rollout_files([tmp_path / "a.jsonl"])
     assert alone["group"][:] == [0, 0, 4] and one.sampling == settings
     write_rollouts(tmp_path / "c.jsonl", records[3:], make_metadata(generator="another"))
