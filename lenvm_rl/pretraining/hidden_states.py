@@ -112,9 +112,10 @@ class HiddenStates:
                     found = states[line, column : column + self.counts[row]].to(torch.bfloat16).cpu()
                     self._array[self.first[row] : self.first[row + 1]] = found.view(torch.uint16).numpy()
                 bar.update(len(rows))
-                if rows[-1] + 1 == self.part.stop or rows[-1] // NOTED > rows[0] // NOTED:
+                after = rows[-1] + 1
+                if after == self.part.stop or after // NOTED > rows[0] // NOTED:
                     self._array.flush()
-                    self._say(rows[-1] + 1)
+                    self._say(after)
         model.train(training)
 
     def of(self, row: int) -> Tensor:

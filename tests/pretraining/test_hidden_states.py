@@ -43,7 +43,9 @@ def test_states_are_those_of_each_completion_alone(truncated, tmp_path):
         torch.testing.assert_close(states.of(row).float(), alone[: len(states.of(row))], atol=2e-2, rtol=1e-2)
 
 
-def test_what_was_computed_before_an_interruption_is_not_computed_again(tmp_path, monkeypatch):
+# Batches of 10 go across a multiple of 64, batches of 16 end on it: the note is of the last that was reached.
+@pytest.mark.parametrize(("size", "noted"), [(10, 70), (16, 128)])
+def test_what_was_computed_before_an_interruption_is_not_computed_again(size, noted, tmp_path):
     rollouts = Dataset.from_list(random_rollouts(200, cut_share=0.0))
     model = make_model()
     asked = []
@@ -56,20 +58,20 @@ def test_what_was_computed_before_an_interruption_is_not_computed_again(tmp_path
 
     stop = model.backbone.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        states.fill(model, batch_size=10, progress=False)
+        states.fill(model, batch_size=size, progress=False)
     stop.remove()
+    # Eleven batches were done.
     again = kept(tmp_path / "states.bin", rollouts)
-    # Eleven batches of ten were done; the note is of the last one that crossed 64.
-    assert again.done == 70
+    assert again.done == noted
     asked.clear()
-    again.fill(model, batch_size=10, progress=False)
-    assert len(asked) == 13
+    again.fill(model, batch_size=size, progress=False)
+    assert len(asked) == -(-(200 - noted) // size)
     asked.clear()
-    kept(tmp_path / "states.bin", rollouts).fill(model, batch_size=10, progress=False)
+    kept(tmp_path / "states.bin", rollouts).fill(model, batch_size=size, progress=False)
     assert asked == []
     hook.remove()
     fresh = kept(tmp_path / "other.bin", rollouts)
-    fresh.fill(model, batch_size=10, progress=False)
+    fresh.fill(model, batch_size=size, progress=False)
     assert np.array_equal(np.fromfile(tmp_path / "states.bin"), np.fromfile(tmp_path / "other.bin"), equal_nan=True)
     # Of something else, it is made anew.
     other = HiddenStates(tmp_path / "states.bin", rollouts, 16, "bootstrap", {"of": "that"})
