@@ -132,8 +132,11 @@ def print_comparison(metrics: dict[str, float], console: Console) -> None:
         f"MRE at the prompt over the noise between halves: {ratio:.2f} ({halves} prompts, halves of {samples:.1f} "
         "completions; an exact model has about 0.7)."
     )
-    explained = metrics["eval_prompt_explained_variance"]
-    console.print(f"Between-prompt variance of the return explained at the prompt: {explained:.3f}.")
+    explained, ceiling = (metrics[f"eval_prompt_explained_{name}"] for name in ("variance", "ceiling"))
+    console.print(
+        f"Between-prompt variance of the return explained at the prompt: {explained:.3f}, by an exact model about "
+        f"{ceiling:.3f}."
+    )
 
 
 def make_parser() -> ProgramParser:

@@ -125,6 +125,8 @@ def length_value_metrics(
         - at the prompt, `consistent_mae`, `consistent_mre`: against the return-consistent length
           ``ln(1 - mean_i(1 - gamma^L_i)) / ln(gamma)`` of each prompt, mean over the `consistent_prompts` prompts that
           have no cut completion; `prompt_explained_variance`: of the mean return between those prompts, by V;
+          `prompt_explained_ceiling`: what of it an exact V would explain, the rest being the noise of means of so few
+          completions (the variance within prompts, pooled, over the number of completions);
           `half_mre`: as `consistent_mre`, against halves of a prompt's completions (see
           [`lenvm_rl.pretraining.references.reference_metrics`], whose `reference_half_mre` an exact model has about
           0.7 of);
@@ -217,13 +219,18 @@ def _boundary_metrics(logits: Tensor, lengths: Tensor, ended: Tensor, groups: Te
     mean_return = mean_by_group(discounted_return(lengths, gamma), group)
     consistent = remaining_from_value(mean_return, gamma)[whole]
     errors = (predicted[whole] - consistent).abs()
-    unexplained = _ratio(_variance((value - mean_return)[whole]), _variance(mean_return[whole]))
+    variance = _variance(mean_return[whole])
+    unexplained = _ratio(_variance((value - mean_return)[whole]), variance)
+    deviations = (discounted_return(lengths, gamma) - mean_return[group])[whole[group]]
+    counts = torch.bincount(group)[whole].double()
+    noise = _ratio(float(deviations.square().sum()), float((counts - 1).sum())) * float((1 / counts).mean())
     return {
         "consistent_prompts": float(whole.sum()),
         "consistent_mae": float(errors.mean()),
         "consistent_mre": float((errors / consistent).mean()),
         "half_mre": half_errors(predicted, lengths, ended, group, gamma),
         "prompt_explained_variance": 1.0 - unexplained,
+        "prompt_explained_ceiling": 1.0 - _ratio(noise, variance),
         "kendall_tau": kendall_tau(predicted[group][ended], lengths[ended]),
     }
 

@@ -101,6 +101,10 @@ def test_between_prompt_variance_by_hand():
     returns = torch.tensor([-(0.5 + 0.9375) / 2, -0.75, -((1 - 0.5**6) + 0.875) / 2])
     expected = 1 - (returns - values).var() / returns.var()
     assert metrics["prompt_explained_variance"] == pytest.approx(float(expected), abs=1e-5)
+    # Within: (0.5, 0.9375) and (1 - 1/64, 0.875), a degree of freedom each; the means are of 2, 1 and 2.
+    within = ((0.9375 - 0.5) ** 2 / 2 + (1 - 1 / 64 - 0.875) ** 2 / 2) / 2
+    ceiling = 1 - within * (0.5 + 1 + 0.5) / 3 / float(returns.var(correction=0))
+    assert metrics["prompt_explained_ceiling"] == pytest.approx(ceiling, abs=1e-5)
 
 
 def test_regression_says_at_least_one_token():

@@ -49,7 +49,7 @@ def test_the_table_holds_the_model_beside_its_references():
     assert rows["the other half of the samples"] == ["–", "–", "–", f"{noise:.3f}"]
     ratio = metrics["half_mre"] / noise
     assert f"noise between halves: {ratio:.2f} (2 prompts, halves of 1.0" in shown
-    assert f"explained at the prompt: {metrics['prompt_explained_variance']:.3f}." in shown
+    assert f"explained at the prompt: {metrics['prompt_explained_variance']:.3f}, by an exact" in shown
 
 
 def test_single_completions_have_no_halves():
