@@ -39,25 +39,27 @@ stage_fetch() { # 1 minute
 
 stage_prompts() { # seconds
     "$PYTHON" recipes/instruction_prompts.py --data_dir "$DATA" --output "$OUT/prompts.jsonl" \
-        --domains ifeval mt_bench self_instruct seed_tasks gsm8k --per_domain 200
+        --domains ifeval=60 mt_bench=60 self_instruct=200 seed_tasks=150 gsm8k=150
     "$PYTHON" recipes/arithmetic_questions.py --output_dir "$OUT/arithmetic"
 }
 
-stage_rollouts() {
+stage_rollouts() { # 70 minutes on one core: about 1000 tokens in 4 seconds
     "$VLLM" recipes/sample_rollouts.py --model_name_or_path "$MODEL" --backend vllm --chat true \
         --dataset_name "$OUT/prompts.jsonl" --keep_columns domain --num_samples 6 --max_new_tokens 512 \
         --temperature 0.7 --batch_size 1024 --output "$OUT/rollouts_text.jsonl" \
         --engine_arguments '{"dtype": "bfloat16", "max_model_len": 1536, "max_num_seqs": 128}'
     "$VLLM" recipes/sample_rollouts.py --model_name_or_path "$MODEL" --backend vllm --chat true \
-        --dataset_name "$TRAIN" --prompt_column question --keep_columns domain --num_samples 6 --max_new_tokens 512 \
-        --temperature 0.7 --batch_size 1024 --output "$OUT/rollouts_arithmetic.jsonl" \
+        --dataset_name "$TRAIN" --limit 160 --prompt_column question --keep_columns domain --num_samples 8 \
+        --max_new_tokens 512 --temperature 0.7 --batch_size 1024 --output "$OUT/rollouts_arithmetic.jsonl" \
         --engine_arguments '{"dtype": "bfloat16", "max_model_len": 1536, "max_num_seqs": 128}'
 }
 
-stage_lenvm() { # states of the frozen decoder once, then epochs of seconds
+stage_lenvm() { # 40 minutes on one core for the states of the frozen decoder, then a minute for each pass
     "$PYTHON" recipes/pretrain_lenvm.py --rollouts "$OUT/rollouts_text.jsonl" "$OUT/rollouts_arithmetic.jsonl" \
-        --model_name_or_path "$MODEL" --form head --learning_rate 1e-3 --num_train_epochs 6 --eval_share 0.1 \
-        --domain_column domain --use_cpu true --save_strategy epoch --resume true --report_to none --output_dir "$LENVM"
+        --model_name_or_path "$MODEL" --form head --layers 10 15 20 25 30 --frozen_dtype bfloat16 --truncated drop \
+        --learning_rate 1e-3 --weight_decay 0.1 --num_train_epochs 2 --per_device_train_batch_size 16 \
+        --per_device_eval_batch_size 2 --eval_share 0.1 --domain_column domain --use_cpu true --save_strategy epoch \
+        --resume true --report_to none --output_dir "$LENVM"
 }
 
 stage_prediction() {
@@ -67,13 +69,16 @@ stage_prediction() {
 
 stage_control() {
     "$VLLM" -m eval.length_control --policy "$MODEL" --length_value_model "$LENVM" --backend vllm --dtype bfloat16 \
-        --dataset_name "$DATA/lifebench/data_lite_no_summary.jsonl" --chat true --targets 32 64 128 256 \
-        --output_dir "$OUT/length_control"
+        --value_dtype bfloat16 --dataset_name "$DATA/lifebench/data_lite_no_summary.jsonl" --targets 64 128 \
+        --modes equal_to at_most --arms base prompt guided --rule patient --temperature 0.7 --min_p 0.05 \
+        --engine_arguments '{"enforce_eager": true}' --output_dir "$OUT/length_control"
 }
 
 stage_tradeoff() {
     "$VLLM" -m eval.tradeoff --policy "$MODEL" --length_value_model "$LENVM" --task gsm8k --dataset_name "$TEST" \
-        --backend vllm --dtype bfloat16 --output_dir "$OUT/tradeoff"
+        --chat true --backend vllm --dtype bfloat16 --value_dtype bfloat16 --temperature 0.7 --top_k 15 --min_p 0.05 \
+        --num_prompts 96 --num_samples 2 --strengths 0.5 1 2 --budget_quantiles 0.5 --best_of 2 --max_new_tokens 256 \
+        --batch_size 96 --engine_arguments '{"enforce_eager": true}' --output_dir "$OUT/tradeoff"
 }
 
 # The task's reward alone, the length stream by GRPO and by PPO, and two penalties.
