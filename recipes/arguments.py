@@ -77,6 +77,10 @@ class StageArguments(DataArguments):
         "alone. The last two share the policy's frozen decoder, so they need --use_peft true, or beta above 0.",
         metadata={"choices": list(FORMS)},
     )
+    pretrain_layers: list[int] | None = HfArg(
+        default=None,
+        help="With form head: the layers of the decoder that it reads side by side, such as 10 20 -1. Default: the last.",
+    )
     pretrain_epochs: float = HfArg(default=2.0, help="Passes over the rollouts.")
     pretrain_learning_rate: float = HfArg(default=2e-5, help="Learning rate of the length value model.")
     pretrain_batch_size: int = HfArg(default=32, help="Completions per optimizer step and process.")

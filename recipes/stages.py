@@ -278,6 +278,7 @@ class StagedRun:
         arguments = LengthValueTrainingArguments(
             output_dir=str(target),
             form=args.pretrain_form,
+            layers=args.pretrain_layers,
             num_train_epochs=args.pretrain_epochs,
             learning_rate=args.pretrain_learning_rate,
             per_device_train_batch_size=args.pretrain_batch_size,
