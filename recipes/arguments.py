@@ -79,7 +79,7 @@ class StageArguments(DataArguments):
     )
     pretrain_layers: list[int] | None = HfArg(
         default=None,
-        help="With form head: the layers of the decoder that it reads side by side, such as 10 20 -1. Default: the last.",
+        help="With form head: the layers of the decoder that it reads together, such as 10 20 -1. Default: the last.",
     )
     pretrain_epochs: float = HfArg(default=2.0, help="Passes over the rollouts.")
     pretrain_learning_rate: float = HfArg(default=2e-5, help="Learning rate of the length value model.")
