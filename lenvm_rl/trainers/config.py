@@ -327,8 +327,8 @@ class LenVMPPOConfig(LenVMConfig):
     )
     critic_updates_per_step: Annotated[int, COUNT] = setting(
         1,
-        "How often the critic learns from the mini-batch of an optimizer step, in which the policy does once: its own "
-        "epochs are num_iterations times this.",
+        "How often the critic learns from the mini-batch of an optimizer step. The policy does once, so that the "
+        "critic's own epochs are num_iterations times this.",
     )
     critic_frozen: list[str] | None = setting(
         None,
@@ -345,7 +345,7 @@ class LenVMPPOConfig(LenVMConfig):
     )
     critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = setting(
         0,
-        "Optimizer steps at the start in which only the critic learns: the policy's weights and its optimizer state "
+        "Optimizer steps at the start in which only the critic learns. The policy's weights and its optimizer state "
         "stay as they are, while its learning rate schedule runs on.",
     )
     kl_reward_coef: Annotated[float, NOT_NEGATIVE] = setting(
@@ -378,8 +378,8 @@ class LenVMPPOConfig(LenVMConfig):
     )
     length_adaptive_alpha: Annotated[float | None, POSITIVE] = setting(
         None,
-        "Make the policy's lambda 1 - 1 / (alpha * L) in a completion of L tokens (arXiv 2504.05118; 0.05 there), "
-        "instead of task_lam, which then has to be left at 1. alpha: the share of a completion that credit reaches "
+        "Make the policy's lambda 1 - 1 / (alpha * L) in a completion of L tokens (arXiv 2504.05118; 0.05 there). It "
+        "takes the place of task_lam, which has to be left at 1. alpha: the share of a completion that credit reaches "
         "over.",
     )
     whiten: Literal["task", "streams", "sum", "none"] = setting(
