@@ -4,7 +4,7 @@ A tilt strength acts on every token of every completion, so the strength that br
 budget is not known beforehand. [`calibrate_strength`] finds it on a sample, [`TargetController`] while the workload
 runs. Both need only that a larger setting gives a smaller measurement, as a larger strength gives shorter completions.
 The trainers steer `length_coef` alike: toward a mean length with the same controller, or, with [`FloorController`], to
-the largest that keeps accuracy.
+the largest that keeps accuracy; and `kl_reward_coef` with [`MultiplicativeController`].
 """
 
 from __future__ import annotations
@@ -274,6 +274,45 @@ class FloorController(_IntegralController):
         self._weighted = self.decay * self._weighted + measured
         self._weight = self.decay * self._weight + 1.0
         return self.average - self.floor
+
+
+class MultiplicativeController:
+    """Multiplies a setting by a little more or less than 1, so that what it lowers settles at a target.
+
+    After each measurement ``setting <- setting * (1 + gain * clip((measured - target) / target, -0.2, 0.2))`` (Ziegler
+    et al., arXiv 1909.08593, section 2.2, there for the weight of a KL penalty, with a gain of 0.1).
+
+    Args:
+        target (`float`): what the measurement is to be, positive.
+        gain (`float`): change of the setting, as a share of itself, for an error of 1, in (0, 5).
+        initial (`float`): setting at the start, positive.
+
+    Example: target 2, gain 0.5, setting 1; a measurement of 3 makes it 1.1, and one of 1.8 then 1.1 * 0.95 = 1.045.
+    """
+
+    LARGEST_ERROR = 0.2
+
+    def __init__(self, target: float, gain: float, initial: float):
+        _check_positive(target=target, gain=gain, initial=initial)
+        if gain * self.LARGEST_ERROR >= 1.0:
+            raise ValueError(f"gain must be below {1 / self.LARGEST_ERROR:g}, or the setting turns 0, got {gain}.")
+        self.target, self.gain, self.setting = target, gain, float(initial)
+
+    def update(self, measured: float) -> float:
+        """Takes a measurement, a mean over the last batch, and returns the new setting."""
+        if not math.isfinite(measured):
+            raise ValueError(f"the measurement is {measured}: measure the mean over at least one token.")
+        error = (measured - self.target) / self.target
+        self.setting *= 1.0 + self.gain * min(max(error, -self.LARGEST_ERROR), self.LARGEST_ERROR)
+        return self.setting
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint has to keep."""
+        return {"setting": self.setting}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from what `state_dict` returned; the target and the gain stay this controller's own."""
+        self.setting = float(state["setting"])
 
 
 def _check_positive(**values: float) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 
-from lenvm_rl.controllers import FloorController, TargetController, calibrate_strength
+from lenvm_rl.controllers import FloorController, MultiplicativeController, TargetController, calibrate_strength
 from lenvm_rl.decoding.generation import LengthGuidance, mean_length_at
 from lenvm_rl.sandbox.scripted import START, ScriptedLengthValue, ScriptedPolicy, random_chain
 from lenvm_rl.trainers import LenVMGRPOConfig
@@ -266,3 +266,34 @@ class TestFloor:
         with pytest.raises(ValueError, match="measurement is nan"):
             controller.update(math.nan)
         assert controller.updates == 0 and controller.setting == 0.0
+
+
+class TestMultiplicative:
+    def test_updates_by_hand(self):
+        """Target 2, gain 1/2: a measurement of 3 is an error of 1/2, which counts as 0.2; one of 1.8 of -0.1."""
+        controller = MultiplicativeController(2.0, gain=0.5, initial=1.0)
+        assert controller.update(3.0) == pytest.approx(1.1)
+        assert controller.update(1.8) == pytest.approx(1.1 * 0.95)
+        assert controller.update(-7.0) == pytest.approx(1.1 * 0.95 * 0.9)
+        assert controller.update(2.0) == controller.setting == pytest.approx(1.1 * 0.95 * 0.9)
+
+    @pytest.mark.parametrize("initial", [0.01, 10.0])
+    def test_it_settles_at_its_target(self, initial):
+        """A world in which the measurement is 1 over the setting: 4 at a setting of 1/4."""
+        controller = MultiplicativeController(4.0, gain=0.5, initial=initial)
+        for _ in range(200):
+            controller.update(1.0 / controller.setting)
+        assert controller.setting == pytest.approx(0.25, rel=1e-3)
+
+    def test_it_goes_on_from_its_state(self):
+        first, second = (MultiplicativeController(1.0, 0.3, 0.1) for _ in range(2))
+        first.update(1.1)
+        second.load_state_dict(first.state_dict())
+        assert second.setting == first.setting and second.update(0.95) == first.update(0.95)
+
+    def test_refusals(self):
+        for wrong in ({"target": 0.0}, {"gain": -1.0}, {"gain": 5.0}, {"initial": 0.0}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                MultiplicativeController(**{"target": 1.0, "gain": 0.1, "initial": 1.0, **wrong})
+        with pytest.raises(ValueError, match="measurement is nan"):
+            MultiplicativeController(1.0, 0.1, 1.0).update(math.nan)

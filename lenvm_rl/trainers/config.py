@@ -354,6 +354,15 @@ class LenVMPPOConfig(LenVMConfig):
         "learns it too. The loss has a term of its own where beta is set as well. Every token costs, so it also "
         "shortens completions.",
     )
+    kl_reward_target: Annotated[float | None, POSITIVE, ("kl_reward_coef",)] = setting(
+        None,
+        "Steer kl_reward_coef so that kl_reward/per_token, in nats, comes to this: after every generation batch that "
+        "the policy learns from, it is multiplied by 1 + e * completions / kl_reward_horizon, where e is the relative "
+        "error, within 0.2 (arXiv 1909.08593).",
+    )
+    kl_reward_horizon: Annotated[float, POSITIVE, ("kl_reward_target",)] = setting(
+        1e4, "Completions in which a steered kl_reward_coef may grow or shrink by about 20 percent."
+    )
     target_kl: Annotated[float | None, POSITIVE] = setting(
         None,
         "Stop learning from a generation batch once an optimizer step's mean divergence from the policy that sampled "
@@ -421,6 +430,11 @@ class LenVMPPOConfig(LenVMConfig):
             raise ValueError(
                 f"{idle[0]}={getattr(self, idle[0])} says how the critic learns, and with critic_learning_rate=0 it "
                 "does not: set one of the two."
+            )
+        if self.kl_reward_target is not None and self.generation_batch_size >= 5 * self.kl_reward_horizon:
+            raise ValueError(
+                f"kl_reward_horizon={self.kl_reward_horizon} with {self.generation_batch_size} completions to a batch "
+                "could take kl_reward_coef to 0 at once: make it larger."
             )
         if self.critic_form != "full" and self.critic_init == "lenvm":
             raise ValueError(

@@ -186,6 +186,30 @@ def add_kl_reward(metrics: BatchMetrics, log_ratio: Tensor, coef: float, complet
     metrics.mean("kl_reward/per_completion", -coef * log_ratio.sum(dim=1), completions.mask.any(dim=1))
 
 
+def add_divergence(
+    metrics: BatchMetrics, divergence: Tensor, ratio: Tensor, clipped: Tensor | None, mask: Tensor, number: int | None
+) -> None:
+    """`policy/…`, of a micro-batch whose policy may have moved since it was sampled.
+
+    - `policy/approx_kl`: mean of [`~lenvm_rl.trainers.divergence.approximate_kl`].
+    - `policy/ratio`: mean ratio.
+    - `policy/pass_<k>/approx_kl`, `policy/pass_<k>/ratio`, `policy/pass_<k>/clip_fraction`: of pass k alone, the last
+      the share of tokens in which the clipped loss has no gradient.
+
+    Args:
+        divergence, ratio, mask (`torch.Tensor` of shape `(B, T)`): of each token, and which of them count.
+        clipped (`torch.BoolTensor` of shape `(B, T)`, *optional*): of a loss that clips.
+        number (`int`, *optional*): k; `None` where there is one pass.
+    """
+    metrics.mean("policy/approx_kl", divergence, mask)
+    metrics.mean("policy/ratio", ratio, mask)
+    if number is not None:
+        metrics.mean(f"policy/pass_{number}/approx_kl", divergence, mask)
+        metrics.mean(f"policy/pass_{number}/ratio", ratio, mask)
+        if clipped is not None:
+            metrics.mean(f"policy/pass_{number}/clip_fraction", clipped.float(), mask)
+
+
 def add_guidance(metrics: BatchMetrics, ratio: Tensor, truncated: Tensor, completions: Completions) -> None:
     """`guidance/…`, of a run with guided rollouts.
 

@@ -32,8 +32,14 @@ from lenvm_rl.trainers.critic import (
 )
 from lenvm_rl.trainers.critic_states import CriticStates, state_values
 from lenvm_rl.trainers.critic_updates import CriticUpdates
-from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl
-from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_kl_reward
+from lenvm_rl.trainers.divergence import (
+    RATIO_CLIPPING_LOSSES,
+    BatchDivergence,
+    KLRewardCoefficient,
+    approximate_kl,
+    beyond_clip,
+)
+from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_divergence, add_kl_reward
 from lenvm_rl.trainers.reading import value_logits
 from lenvm_rl.trainers.reward_scale import RewardScale
 from lenvm_rl.trainers.sharding import is_sharded, loaded_whole, whole_state
@@ -201,6 +207,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         )
         check_settings(critic, self)
         self._reward_scale = RewardScale(self.args)
+        self._kl_coefficient = KLRewardCoefficient(self.args)
         self._divergence = BatchDivergence(self.args.target_kl, self._sum_over_processes)
         # Log-probabilities of the loss under way, as TRL computes them.
         self._log_probs: Tensor | None = None
@@ -245,7 +252,8 @@ class LenVMPPOTrainer(LenVMTrainer):
             log_ratio = None
             if self.args.kl_reward_coef > 0.0:
                 log_ratio = torch.where(read.completions.actions, self._log_ratio(batch), 0.0)
-        return replace(read, critic_values_bt1=values_bt1, log_ratio=log_ratio)
+        coef = self._kl_coefficient.value
+        return replace(read, critic_values_bt1=values_bt1, log_ratio=log_ratio, kl_reward_coef=coef)
 
     def _values(self, batch: dict, chunk_size: int | None = None) -> Tensor:
         """The critic's values at every state, `(B, T + 1)`."""
@@ -273,7 +281,7 @@ class LenVMPPOTrainer(LenVMTrainer):
     def _measure(self, metrics: BatchMetrics, read: Batch, streams: Streams) -> None:
         super()._measure(metrics, read, streams)
         if read.log_ratio is not None:
-            add_kl_reward(metrics, read.log_ratio, self.args.kl_reward_coef, read.completions)
+            add_kl_reward(metrics, read.log_ratio, read.kl_reward_coef, read.completions)
         if self.critic is not None:
             values = read.critic_values_bt1[:, :-1]
             realised = read.completions.finished if self.args.truncation == "bootstrap" else None
@@ -285,6 +293,15 @@ class LenVMPPOTrainer(LenVMTrainer):
             batch["critic_mask"] = _counted(read)
             batch["critic_values"] = read.critic_values_bt1[:, :-1]
             batch["critic_returns"] = streams.critic_targets
+
+    def _react(self, measured: dict[str, float], batch: dict, read: Batch) -> None:
+        super()._react(measured, batch, read)
+        if read.log_ratio is None:
+            return
+        self._log_all({"kl_reward/coef": read.kl_reward_coef})
+        # A policy that stands still answers no coefficient.
+        if self._mode == "train" and self._policy_learns:
+            self._kl_coefficient.observe(measured["kl_reward/per_token"])
 
     @property
     def _policy_step(self) -> int:
@@ -337,9 +354,16 @@ class LenVMPPOTrainer(LenVMTrainer):
         old, mask = inputs.get("old_per_token_logps"), inputs["completion_mask"]
         if old is None:
             return
-        divergence = approximate_kl(self._log_probs, old)
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        args, ratio, clipped = self.args, (self._log_probs - old).exp(), None
+        if args.loss_type in RATIO_CLIPPING_LOSSES:
+            clipped = beyond_clip(ratio, inputs["advantages"], self.epsilon_low, self.epsilon_high)
+        divergence, number = approximate_kl(self._log_probs, old), None
+        if training and self.num_iterations > 1:
+            number = self._step // args.steps_per_generation % self.num_iterations + 1
         metrics = BatchMetrics(self._sum_over_processes)
-        metrics.mean("policy/approx_kl", divergence, mask)
+        add_divergence(metrics, divergence, ratio, clipped, mask, number)
         metrics.mean("policy/stopped", torch.full_like(divergence, float(self._divergence.stopped)), mask)
         self._unread.append((self._mode, metrics))
         if training:
@@ -394,7 +418,8 @@ class LenVMPPOTrainer(LenVMTrainer):
         self._read_value_losses()
 
     def _moving_parts(self) -> dict[str, object]:
-        return {**super()._moving_parts(), "reward_scale": self._reward_scale}
+        parts = {"reward_scale": self._reward_scale, "kl_reward_coef": self._kl_coefficient}
+        return {**super()._moving_parts(), **parts}
 
     def _write_state(self, folder: str) -> None:
         self._read_value_losses()

@@ -105,6 +105,7 @@ class Batch:
         critic_values_bt1 (`torch.Tensor` of shape `(B, T + 1)`, *optional*): of a learned critic.
         log_ratio (`torch.Tensor` of shape `(B, T)`, *optional*):
             ``log pi - log pi_ref``, where the divergence is paid as a reward.
+        kl_reward_coef (`float`, *optional*): its weight in this batch.
     """
 
     completions: Completions
@@ -117,6 +118,7 @@ class Batch:
     length_logits_bt1: Tensor | None = None
     critic_values_bt1: Tensor | None = None
     log_ratio: Tensor | None = None
+    kl_reward_coef: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def token_rewards(args: LenVMPPOConfig, batch: Batch) -> Tensor:
     if args.shaping_coef != 0.0:
         rewards += shaping_rewards(args, batch, args.truncation == "terminal")
     if batch.log_ratio is not None:
-        rewards -= args.kl_reward_coef * batch.log_ratio
+        rewards -= batch.kl_reward_coef * batch.log_ratio
     return rewards
 
 

@@ -1,11 +1,14 @@
 """The divergence from the reference policy in PPO's rewards: by hand on scripted log-probabilities, and in a run."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from test_trainers_coefficient import table
 from test_trainers_ppo import COMPLETIONS, MASK, REWARDS, VALUES, scripted_ppo
 from tiny import EOS, tiny_llama
-from trainer_parts import VOCAB, batch_of, logged, ppo, prompts, random_lenvm, settings
+from trainer_parts import VOCAB, batch_of, logged, ppo, prompts, random_lenvm, same_weights, settings, weights
 
 from lenvm_rl.trainers import LenVMPPOConfig
 
@@ -93,12 +96,57 @@ def test_a_run_logs_what_the_page_says_and_starts_at_the_reference(tmp_path, pol
         lines.append([set(entry) for entry in trainer.state.log_history])
     names = table("Divergence in the reward")
     (plain, *_, plain_eval), (ours, *_, ours_eval) = lines
-    assert ours - plain == names and ours_eval - plain_eval == {f"eval_{name}" for name in names} and len(names) == 2
+    assert ours - plain == names and ours_eval - plain_eval == {f"eval_{name}" for name in names} and len(names) == 3
+    assert logged(trainer, "kl_reward/coef") == [0.05] * 2
     first, second = logged(trainer, "kl_reward/per_token")
     assert first == pytest.approx(0.0, abs=1e-6) and second != 0.0
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"kl_reward_coef": -0.1, "beta": 0.1}, "kl_reward_coef=-0.1")])
+def test_a_steered_coefficient_by_hand(tmp_path, policy):
+    """Per token 0.15 against a target of 0.125, an error of 1/5, and four completions of a horizon of 8: times 1.1."""
+    trainer = kl_ppo(tmp_path, policy, kl_reward_target=0.125, kl_reward_horizon=8.0)
+    for coef in (0.1, 0.11):
+        returns = torch.tensor(REWARDS).unsqueeze(1) - coef * to_come(RATIO)
+        torch.testing.assert_close(batch_of(trainer)["critic_returns"] * MASK, returns * MASK)
+    batch_of(trainer, "eval")
+    batch_of(trainer)
+    assert trainer._metrics["train"]["kl_reward/coef"] == pytest.approx([0.1, 0.11, 0.121])
+    assert trainer._metrics["train"]["kl_reward/per_completion"][2] == pytest.approx(-0.121 * 1.5 / 4)
+    # What an evaluation measures moves nothing.
+    assert trainer._metrics["eval"]["kl_reward/coef"] == pytest.approx([0.121])
+
+
+def test_it_waits_for_the_policy_and_is_resumed(tmp_path, policy):
+    changes = {
+        "policy": policy, "kl_reward_coef": 0.05, "kl_reward_target": 0.5, "kl_reward_horizon": 8.0, "max_steps": 4,
+        "critic_warmup_steps": 1, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    whole = ppo(tmp_path / "whole", **changes)
+    whole.train()
+    # It stands still in the first batch, and is far below its target in the others: an error of -0.2.
+    coefficients = logged(whole, "kl_reward/coef")
+    assert coefficients == pytest.approx([0.05, 0.05, 0.04, 0.032])
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    part = ppo(tmp_path / "part", **changes)
+    part.train(resume_from_checkpoint=True)
+    assert json.loads((tmp_path / "part/metrics.jsonl").read_text().splitlines()[0])["step"] == 2
+    assert logged(part, "kl_reward/coef") == coefficients and same_weights(weights(part.model), weights(whole.model))
+    whole = ppo(tmp_path / "constant", **{**changes, "kl_reward_target": None, "kl_reward_horizon": 1e4})
+    whole.train()
+    with pytest.raises(ValueError, match="kl_reward_target"):
+        ppo(tmp_path / "constant", **changes).train(resume_from_checkpoint=str(tmp_path / "constant/checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_reward_coef": -0.1, "beta": 0.1}, "kl_reward_coef=-0.1"),
+        ({"kl_reward_target": 0.1}, "kl_reward_target=0.1.*kl_reward_coef"),
+        ({"kl_reward_coef": 0.1, "kl_reward_target": -0.1}, "kl_reward_target=-0.1"),
+        ({"kl_reward_coef": 0.1, "kl_reward_horizon": 9.0}, "kl_reward_horizon=9.0.*kl_reward_target"),
+        ({"kl_reward_coef": 0.1, "kl_reward_target": 0.1, "kl_reward_horizon": 1.0}, "kl_reward_horizon=1.0"),
+    ],
+)
 def test_refusals(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         LenVMPPOConfig(**settings(tmp_path, **changes))

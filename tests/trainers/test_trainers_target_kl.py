@@ -8,7 +8,7 @@ from test_trainers_coefficient import table
 from trainer_parts import first_is_w8, ppo, random_lenvm
 from transformers import TrainerCallback
 
-from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl
+from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl, beyond_clip
 
 
 def test_the_estimate_by_hand():
@@ -44,8 +44,9 @@ class Weights(TrainerCallback):
 
 def run(folder, **settings):
     kept = Weights()
-    settings = {"num_iterations": 4, "learning_rate": 0.02, "critic_learning_rate": 0.02, "max_steps": 8} | settings
-    trainer = ppo(folder, first_is_w8, random_lenvm(), logging_steps=1, **settings)
+    rates = {"learning_rate": 0.02, "critic_learning_rate": 0.02}
+    settings = {"num_iterations": 4, "max_steps": 8, "logging_steps": 1} | rates | settings
+    trainer = ppo(folder, first_is_w8, random_lenvm(), **settings)
     kept.parts = lambda: (
         [next(trainer.model.parameters())]
         + ([] if trainer.critic is None else [trainer.accelerator.unwrap_model(trainer.critic).head.output.weight])
@@ -69,7 +70,33 @@ def test_the_policy_rests_and_the_critic_learns(tmp_path):
     divergence = [entry["policy/approx_kl"] for entry in trainer.state.log_history if "policy/approx_kl" in entry]
     assert divergence[0] == pytest.approx(0.0, abs=1e-6) and divergence[1] > 1e-6
     names = {name for entry in trainer.state.log_history for name in entry if name.startswith("policy/")}
-    assert names == table("Divergence within a batch")
+    promised = table("Divergence within a batch")
+    assert names == {name.replace("<k>", str(number)) for name in promised for number in (1, 2, 3, 4)}
+
+
+def test_passes_can_be_told_apart_however_often_a_run_logs(tmp_path):
+    """A line for two batches of four passes has each pass's mean over the two, and over all the mean of the passes."""
+    lines = []
+    for every in (1, 8):
+        trainer, _, _ = run(tmp_path, logging_steps=every, num_generations=1, epsilon=0.01)
+        lines.append([entry for entry in trainer.state.log_history if "policy/approx_kl" in entry])
+    steps, (line,) = lines
+    wholes = {"approx_kl": "policy/approx_kl", "ratio": "policy/ratio", "clip_fraction": "clip_ratio/region_mean"}
+    for name, whole in wholes.items():
+        passes = [line[f"policy/pass_{number}/{name}"] for number in (1, 2, 3, 4)]
+        for number in (1, 2, 3, 4):
+            of_pass = [entry[whole] for entry in steps[number - 1 :: 4]]
+            assert len(of_pass) == 2 and passes[number - 1] == pytest.approx(sum(of_pass) / 2, rel=1e-5, abs=1e-7)
+        assert line[whole] == pytest.approx(sum(passes) / 4, rel=1e-5, abs=1e-7)
+    # The first pass is on-policy, and each goes further.
+    moved = [line[f"policy/pass_{number}/approx_kl"] for number in (1, 2, 3, 4)]
+    assert moved[0] == pytest.approx(0.0, abs=1e-6) and moved == sorted(moved)
+    assert line["policy/pass_4/clip_fraction"] > 0
+
+
+def test_where_the_clipped_loss_has_no_gradient():
+    ratio, advantages = torch.tensor([0.7, 0.7, 1.4, 1.4, 1.1]), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    assert beyond_clip(ratio, advantages, 0.2, 0.3).tolist() == [False, True, True, False, False]
 
 
 def test_without_a_target_or_within_it_every_step_moves(tmp_path):
