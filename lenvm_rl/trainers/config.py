@@ -332,8 +332,8 @@ class LenVMPPOConfig(LenVMConfig):
     )
     critic_frozen: list[str] | None = setting(
         None,
-        "Names of modules of the critic that stay as they are, such as self_attn, wherever they stand in it; the "
-        "others learn.",
+        "Names of modules of the critic that stay as they are, such as self_attn. They may stand anywhere in "
+        "it; the others learn.",
     )
     vf_coef: Annotated[float, POSITIVE] = setting(
         1.0,
@@ -356,7 +356,7 @@ class LenVMPPOConfig(LenVMConfig):
     )
     kl_reward_target: Annotated[float | None, POSITIVE, ("kl_reward_coef",)] = setting(
         None,
-        "Steer kl_reward_coef so that kl_reward/per_token, in nats, comes to this: after every generation batch that "
+        "Steer kl_reward_coef so that kl_reward/per_token, in nats, comes to this. After every generation batch that "
         "the policy learns from, it is multiplied by 1 + e * completions / kl_reward_horizon, where e is the relative "
         "error, within 0.2 (arXiv 1909.08593).",
     )
@@ -365,8 +365,8 @@ class LenVMPPOConfig(LenVMConfig):
     )
     target_kl: Annotated[float | None, POSITIVE] = setting(
         None,
-        "Stop learning from a generation batch once an optimizer step's mean divergence from the policy that sampled "
-        "it (policy/approx_kl) is above this; the critic goes on. For batches that are used more than once "
+        "Stop learning from a generation batch once policy/approx_kl of an optimizer step, its mean divergence from "
+        "the policy that sampled, is above this. The critic goes on. For batches that are used more than once "
         "(num_iterations, steps_per_generation).",
     )
     missing_eos_penalty: Annotated[float | None, NOT_NEGATIVE] = setting(
@@ -382,7 +382,7 @@ class LenVMPPOConfig(LenVMConfig):
     )
     critic_lam: Annotated[float | None, UNIT] = setting(
         None,
-        "Lambda of the critic's targets; task_lam when unset. task_lam=0.95, critic_lam=1.0 gives the policy less "
+        "Lambda of the critic's targets; task_lam when unset. With task_lam=0.95, critic_lam=1.0 the policy has less "
         "variance and the critic targets without bias (arXiv 2503.01491).",
     )
     length_adaptive_alpha: Annotated[float | None, POSITIVE] = setting(
