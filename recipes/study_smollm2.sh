@@ -62,19 +62,19 @@ stage_lenvm() { # 40 minutes on one core for the states of the frozen decoder, t
         --resume true --report_to none --output_dir "$LENVM"
 }
 
-stage_prediction() {
+stage_prediction() { # half an hour: the frozen decoder in float32
     "$PYTHON" -m eval.length_prediction --rollouts "$LENVM/held_out.jsonl" --length_value_model "$LENVM" \
         --base "$MODEL" --domain_column domain --output_dir "$OUT/length_prediction"
 }
 
-stage_control() {
+stage_control() { # 25 minutes on one core
     "$VLLM" -m eval.length_control --policy "$MODEL" --length_value_model "$LENVM" --backend vllm --dtype bfloat16 \
         --value_dtype bfloat16 --dataset_name "$DATA/lifebench/data_lite_no_summary.jsonl" --targets 64 128 \
         --modes equal_to at_most --arms base prompt guided --rule patient --temperature 0.7 --min_p 0.05 \
         --engine_arguments '{"enforce_eager": true}' --output_dir "$OUT/length_control"
 }
 
-stage_tradeoff() {
+stage_tradeoff() { # 10 minutes on one core
     "$VLLM" -m eval.tradeoff --policy "$MODEL" --length_value_model "$LENVM" --task gsm8k --dataset_name "$TEST" \
         --chat true --backend vllm --dtype bfloat16 --value_dtype bfloat16 --temperature 0.7 --top_k 15 --min_p 0.05 \
         --num_prompts 96 --num_samples 2 --strengths 0.5 1 2 --budget_quantiles 0.5 --best_of 2 --max_new_tokens 256 \
@@ -92,7 +92,7 @@ train() { # NAME RECIPE OPTION...
     done
 }
 
-stage_rl() {
+stage_rl() { # 75 seconds a step on one core: more than an hour for each of these
     train task grpo_shaped --length_coef 0
     train lenvm grpo_shaped
     train lenvm_ppo ppo_shaped --critic_form head --critic_learning_rate 1e-3
