@@ -39,7 +39,7 @@ from lenvm_rl.trainers.rollouts import (
     read_sampled,
     run_end_ids,
 )
-from lenvm_rl.trainers.sharding import check_shards
+from lenvm_rl.trainers.sharding import check_engine, check_shards
 from lenvm_rl.trainers.streams import Batch, Processes, Streams
 
 LENVM_CITATION = textwrap.dedent("""\
@@ -308,6 +308,8 @@ class LenVMTrainer(ResumableTrainer):
     def _check_checkpoint(self, checkpoint: str) -> int:
         step = super()._check_checkpoint(checkpoint)
         check_files(checkpoint)
+        # Read only now that its file is known to be whole.
+        check_engine(self._state_of(checkpoint).get("engine"), checkpoint, self)
         return step
 
     def _save_checkpoint(self, model, trial):

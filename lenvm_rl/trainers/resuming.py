@@ -39,7 +39,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from lenvm_rl.files import is_complete, last_complete_checkpoint, write_json
 from lenvm_rl.trainers.rewards import keep_reward_states
-from lenvm_rl.trainers.sharding import check_engine, engine_of, is_sharded
+from lenvm_rl.trainers.sharding import engine_of, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,6 @@ class ResumableTrainer(GRPOTrainer):
                 + (f"Resume from '{earlier}'." if earlier else "There is no complete one beside it: start anew.")
             )
         state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-        check_engine(self._state_of(checkpoint).get("engine"), checkpoint, self)
         step, end, generations = state.global_step, self._end, self._generations
         processes = self.accelerator.num_processes
         names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
