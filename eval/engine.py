@@ -8,9 +8,8 @@ what a hard bound overruled, and how far a tilt led away.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,7 @@ from transformers.hf_argparser import HfArg
 from eval.runs import CandidateArguments
 from lenvm_rl.decoding.guidance import LengthGuidance
 from lenvm_rl.decoding.requests import MOST_CANDIDATES, keys_of_guidance
-from lenvm_rl.rollouts.vllm import engine_defaults, import_vllm, random_states_kept
+from lenvm_rl.rollouts.vllm import engine_defaults, import_vllm, random_states_kept, read_engine_arguments
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
 PROCESSOR = "lenvm_rl.decoding.vllm:LengthGuidanceProcessor"
@@ -66,15 +65,10 @@ class SamplingArguments(CandidateArguments):
             raise ValueError(f"backend must be {TRANSFORMERS} or {VLLM}, got {self.backend!r}.")
         if self.backend == VLLM and not 1 <= self.top_k <= MOST_CANDIDATES:
             raise ValueError(f"top_k must lie in [1, {MOST_CANDIDATES}] with --backend vllm, got {self.top_k}.")
-        try:
-            further = json.loads(self.engine_arguments or "{}")
-        except ValueError as error:
-            raise ValueError(f"engine_arguments must be a JSON object ({error}): {self.engine_arguments}") from error
-        if not isinstance(further, dict):
-            raise ValueError(f"engine_arguments must be a JSON object, got {self.engine_arguments}.")
+        read_engine_arguments(self.engine_arguments)
 
-    def make_engine(self, longest: int) -> GuidedEngine | None:
-        """The engine of complete arguments, for prompts and completions of `longest` tokens together; `None` where
+    def make_engine(self, longest: Callable[[], int]) -> GuidedEngine | None:
+        """The engine of complete arguments, for prompts and completions of `longest()` tokens together; `None` where
         transformers samples."""
         if self.backend == TRANSFORMERS:
             return None
@@ -82,11 +76,11 @@ class SamplingArguments(CandidateArguments):
             policy=self.policy,
             length_value_model=self.length_value_model,
             base=self.base or self.policy,
-            max_model_len=longest,
+            max_model_len=longest(),
             places=self.batch_size,
             dtype=self.dtype,
             value_dtype=self.value_dtype,
-            engine_arguments=json.loads(self.engine_arguments or "{}"),
+            engine_arguments=read_engine_arguments(self.engine_arguments),
         )
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +50,12 @@ def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
     text = json.dumps(content, indent=1, **options)
     with atomic_file(path) as file:
         file.write(text.encode("ascii") + b"\n")
+
+
+def write_json_lines(path: str | os.PathLike, rows: Iterable[Any]) -> None:
+    """Writes a file of a JSON value on each line, atomically."""
+    with atomic_file(path) as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def read_json(path: str | os.PathLike, remedy: str = "remove it, and what it describes") -> Any:

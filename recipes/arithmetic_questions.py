@@ -9,7 +9,6 @@ test question stands in a training question of the same kind, in either order.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from lenvm_rl.files import atomic_file
+from lenvm_rl.files import write_json_lines
 from lenvm_rl.programs import AGAIN, ProgramParser, run_program
 from recipes.stage_records import say_next
 
@@ -97,8 +96,7 @@ def main(args: ArithmeticArguments) -> None:
     for split, count in (("train", args.train), ("test", args.test)):
         sources = [draw_questions(kind, split, args.seed) for kind in args.kinds]
         rows = [next(sources[number % len(sources)]) for number in range(count)]
-        with atomic_file(Path(args.output_dir) / f"{split}.jsonl") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_json_lines(Path(args.output_dir) / f"{split}.jsonl", rows)
     train = str(Path(args.output_dir) / "train.jsonl")
     sample = ("python", "recipes/sample_rollouts.py", "--dataset_name", train, "--prompt_column", "question")
     say_next(*sample, "--chat", "true", "--keep_columns", "domain", "--model_name_or_path", "MODEL")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from lenvm_rl.files import atomic_file
+from lenvm_rl.files import write_json_lines
 from lenvm_rl.programs import AGAIN, ProgramParser, run_program
 from recipes.stage_records import say_next
 
@@ -99,9 +99,7 @@ def draw_prompts(args: PromptArguments) -> list[dict[str, str]]:
 
 def main(args: PromptArguments) -> None:
     """Draws and writes."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in draw_prompts(args)]
-    with atomic_file(args.output) as file:
-        file.write("".join(lines).encode())
+    write_json_lines(args.output, draw_prompts(args))
     sample = ("python", "recipes/sample_rollouts.py", "--dataset_name", args.output, "--keep_columns", "domain")
     say_next(*sample, "--chat", "true", "--model_name_or_path", "MODEL", "--output", "rollouts.jsonl")
 

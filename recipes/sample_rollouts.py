@@ -16,7 +16,6 @@ Killed and started again with the same arguments, it goes on where it was and en
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings, sample_to_file
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import described
 from lenvm_rl.rollouts.server import SERVERS, ServerJob, connect
-from lenvm_rl.rollouts.vllm import VLLMJob
+from lenvm_rl.rollouts.vllm import VLLMJob, read_engine_arguments
 from lenvm_rl.tokenization import check_prompts, load_prompts
 from recipes.arguments import DataArguments
 from recipes.stage_records import PRETRAIN, say_next
@@ -161,12 +160,7 @@ def server_job(args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *given
 
 def vllm_job(args: SampleArguments, tokenizer: PreTrainedTokenizerBase, *given: Any, **options: Any) -> SamplingJob:
     """A job for vLLM in this process."""
-    try:
-        engine = json.loads(args.engine_arguments or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--engine_arguments must be a JSON object ({error}): {args.engine_arguments}") from error
-    if not isinstance(engine, dict):
-        raise ValueError(f"--engine_arguments must be a JSON object, got {args.engine_arguments}.")
+    engine = read_engine_arguments(args.engine_arguments)
     options["eos_token_ids"] = find_eos_ids(args, tokenizer)
     return VLLMJob(args.model_name_or_path, tokenizer, *given, engine_arguments=engine, **options)
 

@@ -164,7 +164,6 @@ def load_sampler(args: LengthControlArguments, pad_token: str | None) -> tuple[L
     prompts = length_prompts(args, tokenizer)
     policy = load_policy(args.policy)
     ends = end_token_ids(tokenizer, policy.generation_config)
-    longest = max(map(len, chain(prompts.ids, *prompts.asked_ids.values()))) + max(args.caps.values())
     sampler = LengthSampler(
         policy=policy,
         length_value_model=load_length_value_model(
@@ -182,7 +181,9 @@ def load_sampler(args: LengthControlArguments, pad_token: str | None) -> tuple[L
         batch_size=args.batch_size,
         seed=args.seed,
         tokenizer=tokenizer,
-        engine=args.make_engine(longest),
+        engine=args.make_engine(
+            lambda: max(map(len, chain(prompts.ids, *prompts.asked_ids.values()))) + max(args.caps.values())
+        ),
     )
     return sampler, prompts
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from eval.engine import VLLM, SamplingArguments
@@ -283,9 +283,6 @@ def make_sampler(args: TradeoffArguments, run: RecipeRun, data: EvaluationPrompt
     """The sampler of the base policy's arms: models, prompts and reward, checked against each other."""
     tokenizer = load_tokenizer(args.policy, run.data.get("pad_token"))
     reward = find_reward(args, tokenizer, data)
-    # A request for the largest budget has the most digits.
-    request = args.budget_request.format(budget=args.max_new_tokens) if args.prompt_only else ""
-    longest = tokenize_prompts(tokenizer, [appended(prompt, request) for prompt in data.prompts])
     return Sampler(
         tokenizer=tokenizer,
         length_value_model=load_length_value_model(
@@ -300,8 +297,16 @@ def make_sampler(args: TradeoffArguments, run: RecipeRun, data: EvaluationPrompt
         guidance=args.candidates,
         seed=args.seed,
         kept=SampleStore(output_dir / "samples"),
-        engine=args.make_engine(max(map(len, longest)) + args.max_new_tokens),
+        engine=args.make_engine(lambda: longest_row(args, tokenizer, data)),
     )
+
+
+def longest_row(args: TradeoffArguments, tokenizer: PreTrainedTokenizerBase, data: EvaluationPrompts) -> int:
+    """Tokens of the longest prompt, with a request where there are any, and of a completion."""
+    # A request for the largest budget has the most digits.
+    request = args.budget_request.format(budget=args.max_new_tokens) if args.prompt_only else ""
+    prompts = tokenize_prompts(tokenizer, [appended(prompt, request) for prompt in data.prompts])
+    return max(map(len, prompts)) + args.max_new_tokens
 
 
 def find_trained(args: TradeoffArguments, run: RecipeRun) -> dict[str, str]:

@@ -222,8 +222,9 @@ class TaskCritic(ValueModel):
         all else that the processor returns.
         """
         if hidden_states is None:
-            outputs, _ = self._decode(input_ids, attention_mask, position_ids, None, None, False, backbone_kwargs)
-            hidden_states = outputs.last_hidden_state
+            hidden_states, *_ = self._decode(
+                input_ids, attention_mask, position_ids, None, None, False, backbone_kwargs
+            )
         return TaskCriticOutput(logits=self.head(hidden_states))
 
 

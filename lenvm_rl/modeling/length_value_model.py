@@ -28,7 +28,7 @@ from lenvm_rl.modeling.backbones import (
     shared_config,
 )
 from lenvm_rl.modeling.card import write_model_card
-from lenvm_rl.modeling.heads import LengthValueHead, check_layers, states_of_layers
+from lenvm_rl.modeling.heads import LengthValueHead, check_layers
 from lenvm_rl.modeling.sharing import ADAPTER, FULL, HEAD, check_form, decoder_for, lora_settings
 from lenvm_rl.modeling.value_model import ValueModel, ValueModelConfig
 
@@ -350,25 +350,10 @@ class LengthValueModel(ValueModel):
         """
         if hidden_states is not None:
             return self.from_hidden_states(hidden_states)
-        hidden_states, outputs, deltas = self._states(
+        hidden_states, outputs, deltas = self._decode(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, backbone_kwargs
         )
         return self._output(hidden_states, cache_of(self.backbone, outputs) if use_cache else None, deltas)
-
-    def hidden_states(
-        self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """What the head reads of the decoder, `(B, S, H)`, or of each of `config.layers`; arguments as of the model."""
-        return self._states(input_ids, attention_mask, position_ids, None, None, False, {})[0]
-
-    def _states(self, *inputs):
-        *others, backbone_kwargs = inputs
-        layers = self.config.layers
-        if layers is not None:
-            backbone_kwargs = {**backbone_kwargs, "output_hidden_states": True}
-        outputs, deltas = self._decode(*others, backbone_kwargs)
-        found = outputs.last_hidden_state if layers is None else states_of_layers(outputs.hidden_states, layers)
-        return found, outputs, deltas
 
     def copied_decoder(self, dtype: str | torch.dtype) -> PreTrainedModel:
         """A decoder of the caller's own, with this model's weights and its adapter, if any, merged into them."""

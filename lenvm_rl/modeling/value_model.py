@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from lenvm_rl.modeling.backbones import cache_keyword, decoder_config_from_dict, load_model, save_code, with_code
 from lenvm_rl.modeling.completions import position_ids_from_mask
-from lenvm_rl.modeling.heads import LengthValueHead
+from lenvm_rl.modeling.heads import LengthValueHead, states_of_layers
 from lenvm_rl.modeling.sharing import ADAPTER, FULL, SharedDecoder, check_form, check_same_architecture, shared_decoder
 
 _PICTURES = ("image_grid_thw", "video_grid_thw")
@@ -36,6 +36,8 @@ class ValueModelConfig(PretrainedConfig):
     """
 
     sub_configs = {"backbone_config": AutoConfig}
+    # Layers of the decoder that the head reads, where a model has a choice: the last alone.
+    layers = None
 
     def __init__(
         self,
@@ -189,15 +191,24 @@ class ValueModel(PreTrainedModel):
             save_code(self.backbone, save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
-    def decoded(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """The decoder's last hidden states `(B, S, H)` of ids `(B, S)`, as this model sees it."""
-        return self._decode(input_ids, None, position_ids, None, None, False, {})[0].last_hidden_state
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the head reads of the decoder at ids `(B, S)`: its last hidden states `(B, S, H)`, or those of
+        `config.layers` side by side. Arguments as of the model."""
+        return self._decode(input_ids, attention_mask, position_ids, None, None, False, {})[0]
 
     def _decode(
         self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, backbone_kwargs
     ):
-        """The decoder's outputs, and how far its next position is ahead of the number of tokens `(B, 1)`, if it is one
-        that places pictures on a grid and has just made its own positions."""
+        """What the head reads, the decoder's outputs, and how far its next position is ahead of the number of tokens
+        `(B, 1)`, if it is one that places pictures on a grid and has just made its own positions."""
+        layers = self.config.layers
+        if layers is not None:
+            backbone_kwargs = {**backbone_kwargs, "output_hidden_states": True}
         cache = cache_keyword(self.backbone, past_key_values)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         position_ids = self._positions(inputs, attention_mask, position_ids, past_key_values, backbone_kwargs)
@@ -213,7 +224,8 @@ class ValueModel(PreTrainedModel):
                 **backbone_kwargs,
             )
             made_its_own = position_ids is None and self._places_on_grid
-            return outputs, self.backbone.rope_deltas if made_its_own else None
+            read = outputs.last_hidden_state if layers is None else states_of_layers(outputs.hidden_states, layers)
+            return read, outputs, self.backbone.rope_deltas if made_its_own else None
 
     @property
     def _places_on_grid(self) -> bool:

@@ -254,6 +254,8 @@ def read_rollout_files(paths: Sequence[str | os.PathLike]) -> tuple[Dataset, Rol
     Raises:
         `ValueError`: the files are of different policies, tokenizers or end tokens.
     """
+    if len(paths) == 1:
+        return read_rollouts(paths[0])
     datasets, all_metadata = zip(*map(read_rollouts, paths), strict=True)
     first, joined = all_metadata[0], []
     group_of: dict[tuple[int, ...], int] = {}
@@ -266,7 +268,7 @@ def read_rollout_files(paths: Sequence[str | os.PathLike]) -> tuple[Dataset, Rol
                 )
         groups = [group_of.setdefault(tuple(ids), len(group_of)) for ids in dataset["prompt_ids"][:]]
         joined.append(dataset.remove_columns("group").add_column("group", groups))
-    rollouts = concatenate_datasets(joined) if len(joined) > 1 else datasets[0]
+    rollouts = concatenate_datasets(joined)
     shared = {
         name: value
         for name, value in first.sampling.items()

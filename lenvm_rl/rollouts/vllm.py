@@ -9,6 +9,7 @@ Run for real with vLLM 0.32 on a CPU (`tests/engine/test_engine_rollouts.py`).
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import random
@@ -39,6 +40,17 @@ def import_vllm():
             "vLLM is not installed here. Install it on a machine with a GPU as its documentation says, or sample with "
             "transformers (`lenvm_rl.rollouts.local`) or from a server (`lenvm_rl.rollouts.server`)."
         ) from error
+
+
+def read_engine_arguments(text: str | None) -> dict[str, Any]:
+    """Further arguments of `vllm.LLM` from the JSON of a command line; a `ValueError` if that is no object."""
+    try:
+        given = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"engine_arguments must be a JSON object ({error}): {text}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"engine_arguments must be a JSON object, got {text}.")
+    return given
 
 
 class VLLMJob(SamplingJob):

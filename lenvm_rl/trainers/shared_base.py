@@ -127,7 +127,7 @@ def reads_reference(model: ValueModel, trainer: GRPOTrainer, what: str) -> bool:
     decoder = shared_decoder(run_base(trainer))
     if model.backbone is not decoder:
         reason = "its base is not the reference's"
-    elif getattr(model.config, "layers", None) is not None:
+    elif model.config.layers is not None:
         reason = "it reads layers of the decoder that a forward for probabilities does not give"
     elif trainer.ref_model is None and "ref" in policy.peft_config:
         reason = "the reference has adapters of its own"
@@ -176,7 +176,7 @@ def _is_shift_invariant(model: ValueModel) -> bool:
     ids = torch.zeros(2, 2, dtype=torch.long, device=device)
     ids[:, 1] = 1
     positions = torch.tensor([[0, 1], [_SHIFT, _SHIFT + 1]], device=device)
-    states = model.decoded(ids, positions)
+    states = model.hidden_states(ids, position_ids=positions)
     # The dtype that it computes in: an engine may hold the weights in another.
     tolerance = _ROUNDING.get(states.dtype, _ROUNDING_OF_HALF)
     first, second = states.float()
