@@ -14,10 +14,11 @@ from lenvm_rl.returns import check_gamma, check_mask, discounted_return, discoun
 
 def _per_step(x: float | Tensor, like: Tensor, name: str) -> Tensor:
     """A float or a `(B, T)` tensor as a `(B, T)` tensor of the dtype of `like`."""
-    x = torch.as_tensor(x, dtype=like.dtype, device=like.device)
+    if not isinstance(x, Tensor):
+        return torch.full_like(like, x)
     if x.dim() != 0 and x.shape != like.shape:
         raise ValueError(f"{name} must be a float or have shape {tuple(like.shape)}, got {tuple(x.shape)}.")
-    return x.expand_as(like)
+    return x.to(like).expand_as(like)
 
 
 def gae(

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lenvm_rl.returns import to_device
+
 
 def end_token_ids(tokenizer: Any, *settings: Any) -> list[int]:
     """Every id that ends a completion, ascending.
@@ -110,7 +112,7 @@ def finished_rows(
         return said.to(mask.device).bool() & (lengths > 0)
     finished = ends_by_id(completion_ids, mask, end_ids, action_mask)
     if budget is not None:
-        finished = finished | (lengths < torch.as_tensor(budget, device=mask.device))
+        finished = finished | (lengths < (budget.to(mask.device) if isinstance(budget, Tensor) else budget))
     return finished & (lengths > 0)
 
 
@@ -124,7 +126,7 @@ def ends_by_id(
     if not mask.shape[1]:
         return torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     last = (exists.sum(dim=1, keepdim=True) - 1).clamp(min=0)
-    ends = torch.isin(completion_ids, torch.tensor(sorted(end_ids), dtype=torch.long, device=mask.device))
+    ends = torch.isin(completion_ids, to_device(sorted(end_ids), mask, torch.long))
     return (ends & actions).gather(1, last).squeeze(1)
 
 

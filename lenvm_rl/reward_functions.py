@@ -281,18 +281,19 @@ def check_golds(reward_funcs: Iterable[Any], columns: Dataset | Mapping[str, Seq
 
 
 def correctness_values(
-    function: Callable, paid: Sequence[float | None], threshold: float = FLAG_THRESHOLD
-) -> tuple[Sequence[float | None], float]:
+    function: Callable, paid: Sequence[float | None] | torch.Tensor, threshold: float = FLAG_THRESHOLD
+) -> tuple[Sequence[float | None] | torch.Tensor, float]:
     """What a reward function says of the correctness of the completions that it was just called with.
 
     Args:
         function (`Callable`): the reward function, right after the call.
-        paid (sequence of `float` or `None`): what it returned, one entry per completion.
+        paid (sequence of `float` or `None`, or `torch.Tensor`): what it returned, one entry per completion.
         threshold (`float`, *optional*, defaults to `0.5`): above which its rewards say that a completion is correct.
 
     Returns:
-        `tuple[Sequence[float | None], float]`: one value per completion, `None` where it was not judged, and the
-        threshold above which a value says correct. For a [`ShapedReward`] its flags and 0.5, otherwise what was given.
+        `tuple[Sequence[float | None] | torch.Tensor, float]`: one value per completion, `None` where it was not
+        judged, and the threshold above which a value says correct. For a [`ShapedReward`] its flags and 0.5, otherwise
+        what was given.
     """
     function = unwrapped(function)
     if not isinstance(function, ShapedReward):

@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lenvm_rl.returns import is_laid_out
+
 
 def pad_left(
     rows: Sequence[Sequence[int]], pad_token_id: int = 0, device: torch.device | str | None = None
@@ -254,7 +256,7 @@ def _check_layout(prompt_ids, prompt_mask, completion_ids, completion_mask) -> N
     if prompt[0] != completion[0]:
         raise ValueError(f"There are {prompt[0]} prompts and {completion[0]} completions: give one row of each.")
     tokens = prompt_mask.bool()
-    if prompt[1] == 0 or not tokens[:, -1].all() or (tokens[:, :-1] & ~tokens[:, 1:]).any():
+    if prompt[1] == 0 or not is_laid_out(~tokens[:, -1], tokens[:, :-1] & ~tokens[:, 1:]):
         raise ValueError(
             "A prompt has at least one token and is padded on the left, so a row of prompt_mask is zeros, then ones."
         )
@@ -263,5 +265,5 @@ def _check_layout(prompt_ids, prompt_mask, completion_ids, completion_mask) -> N
 
 def _check_padded_on_the_right(mask) -> None:
     tokens = mask.bool()
-    if (tokens[:, 1:] & ~tokens[:, :-1]).any():
+    if not is_laid_out(tokens[:, 1:] & ~tokens[:, :-1]):
         raise ValueError("A completion is padded on the right, so a row of its mask is ones, then zeros.")

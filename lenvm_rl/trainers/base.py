@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import get_config_model_id
@@ -19,6 +20,7 @@ from lenvm_rl.endings import through_first_end
 from lenvm_rl.files import MetricsFile, check_files, explained_failure
 from lenvm_rl.modeling.backbones import check_embeds
 from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.returns import trusted_masks
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.checks import trainer_keywords
 from lenvm_rl.trainers.coefficient import LengthCoefficient
@@ -41,6 +43,7 @@ from lenvm_rl.trainers.rollouts import (
 )
 from lenvm_rl.trainers.sharding import check_engine, check_shards
 from lenvm_rl.trainers.streams import Batch, Processes, Streams
+from lenvm_rl.trainers.unread import ReadsBeforeStep, Unread
 
 LENVM_CITATION = textwrap.dedent("""\
     @article{zhang2026length,
@@ -121,7 +124,8 @@ class LenVMTrainer(ResumableTrainer):
         check_embeds(self._tokenizer, self.model, "the policy")
         checks.warn_of_another_reference(model, self)
         # Known from here on: the tokenizer and the reward functions, as TRL sees them.
-        self._gate = Gate(args, self.reward_funcs, self.reward_func_names)
+        self.unread = Unread(self._sum_over_processes)
+        self._gate = Gate(args, self.reward_funcs, self.reward_func_names, self.unread)
         self._coefficient = LengthCoefficient(args)
         self.length_value_model = self._frozen = None
         if length_value_model is not None:
@@ -138,6 +142,7 @@ class LenVMTrainer(ResumableTrainer):
         self._raw_rewards: Tensor | None = None
         if self._guidance is not None:
             check_guided_rollouts(self)
+        self.add_callback(ReadsBeforeStep(self))
         self.add_callback(MetricsFile())
         stop_between_generations(self)
 
@@ -164,9 +169,17 @@ class LenVMTrainer(ResumableTrainer):
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
-    def _log_all(self, metrics: dict[str, float]) -> None:
+    def _log_all(self, metrics: dict[str, float], mode: str | None = None) -> None:
         for name, value in metrics.items():
-            self._metrics[self._mode][name].append(value)
+            self._metrics[mode or self._mode][name].append(value)
+
+    def log_later(self, metrics: BatchMetrics) -> None:
+        """Log metrics of the mode of now when they are read."""
+        self.unread.add_metrics(metrics, partial(self._log_all, mode=self._mode))
+
+    def before_optimizer_step(self) -> None:
+        """What there is to be done when the gradients are there, and before the weights move."""
+        self.unread.read()
 
     # What TRL does on the way to a batch, and what is kept of it.
 
@@ -197,7 +210,9 @@ class LenVMTrainer(ResumableTrainer):
         # The one place where the rewards of single functions can be had: they are not in the batch.
         with watched_rewards(self, None if self._sampled is None else self._sampled.tool_mask):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        check_rewards(rewards, self)
+        # What functions return is checked on the host.
+        if any(isinstance(function, nn.Module) for function in self.reward_funcs):
+            self.unread.add_flag((~torch.isfinite(rewards)).any(), partial(check_rewards, rewards, self))
         self._raw_rewards = rewards
         return rewards
 
@@ -213,17 +228,23 @@ class LenVMTrainer(ResumableTrainer):
     # The line: a batch of TRL's is put together with what the models say of it, made into streams, and set.
 
     def _generate_and_score_completions(self, inputs):
+        # It may move what this batch is weighed by.
+        self.unread.read()
         if self._frozen is not None and self._mode == "train":
             self._log_all(self._frozen.refresh_if_due(self.state.global_step, self.args.per_device_train_batch_size))
         for reader in self._readers:
             reader.reads_along()
         batch = super()._generate_and_score_completions(inputs)
-        read = self._collect(batch)
-        streams = self._streams(read)
-        metrics = BatchMetrics(self._sum_over_processes)
-        self._measure(metrics, read, streams)
-        self._set(metrics, batch, read, streams)
-        self._react(metrics.read(), batch, read)
+        # TRL has padded the rows.
+        with trusted_masks():
+            read = self._collect(batch)
+            streams = self._streams(read)
+            metrics = BatchMetrics()
+            self._measure(metrics, read, streams)
+            self._set(metrics, batch, read, streams)
+        self.unread.add_metrics(metrics, partial(self._react, batch=batch, read=read))
+        if self._mode != "train":
+            self.unread.read()
         return batch
 
     def _collect(self, batch: dict) -> Batch:

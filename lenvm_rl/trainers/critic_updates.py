@@ -126,15 +126,11 @@ class CriticUpdates(TrainerCallback):
         if self.trainer.args.critic_updates_per_step > 1:
             self._micro_batches.append(inputs)
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Called by the Trainer, which has unscaled all gradients (AMP) and clipped the policy's."""
-        self._clip()
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Called by the Trainer after the step of the policy, and before the schedule goes on."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
         if self.own is not None:
             self.own.optimizer.step()
-
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Called by the Trainer after the step of policy and critic, and before the schedule goes on."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
         optimizer = trainer.optimizer if self.own is None else self.own.optimizer
         group = optimizer.param_groups[critic_groups(optimizer, self.critic)[0]]
         # As the Trainer logs the policy's: the last one.
@@ -151,7 +147,7 @@ class CriticUpdates(TrainerCallback):
                 (accelerator.backward if self.own is None else torch.Tensor.backward)(loss)
             if self.own is None:
                 accelerator.unscale_gradients()
-            self._clip()
+            self.clip()
             optimizer.step()
         if self.own is not None:
             self.own.schedule.step()
@@ -160,7 +156,8 @@ class CriticUpdates(TrainerCallback):
         """Called by the Trainer, which clears the gradients of the model that it knows."""
         self.critic.zero_grad()
 
-    def _clip(self) -> None:
+    def clip(self) -> None:
+        """Scale the gradient down to its bound; it has been unscaled (AMP)."""
         args = self.trainer.args
         bound = args.max_grad_norm if args.critic_max_grad_norm is None else args.critic_max_grad_norm
         if self.own is None:
@@ -168,6 +165,6 @@ class CriticUpdates(TrainerCallback):
         else:
             self.own.average_gradients()
             norm = self.own.clip(bound or math.inf)
-        metrics = BatchMetrics(self.trainer._sum_over_processes)
+        metrics = BatchMetrics()
         metrics.mean("critic/grad_norm", norm.view(1), torch.ones_like(norm).view(1))
-        self.trainer._unread.append(("train", metrics))
+        self.trainer.log_later(metrics)

@@ -5,7 +5,6 @@ from the reference, where the weight of that divergence in the reward is steered
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lenvm_rl.controllers import MultiplicativeController
 from lenvm_rl.trainers.config import LenVMPPOConfig
+from lenvm_rl.trainers.unread import Unread
 
 # Loss types of TRL that clip the ratio at epsilon.
 RATIO_CLIPPING_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -83,11 +83,11 @@ class BatchDivergence:
 
     Args:
         target (`float`, *optional*): `target_kl`; without it, nothing is exchanged and nothing stops.
-        reduce (`Callable`): sums a tensor over processes.
+        unread ([`~lenvm_rl.trainers.unread.Unread`]): tells the divergence when it is read.
     """
 
-    def __init__(self, target: float | None, reduce: Callable[[Tensor], Tensor]):
-        self._target, self._reduce = target, reduce
+    def __init__(self, target: float | None, unread: Unread):
+        self._target, self._unread = target, unread
         self._sums: Tensor | None = None
         self.stopped = False
 
@@ -96,7 +96,7 @@ class BatchDivergence:
         self.stopped, self._sums = False, None
 
     def add(self, divergence: Tensor, mask: Tensor, last: bool) -> None:
-        """Take in a micro-batch; the last one of an optimizer step decides, alike on all processes.
+        """Take in a micro-batch; the last one of an optimizer step decides once it is read, alike on all processes.
 
         Args:
             divergence, mask (`torch.Tensor` of shape `(B, T)`): of each token, and which of them count.
@@ -107,6 +107,9 @@ class BatchDivergence:
         sums = torch.stack([torch.where(mask.bool(), divergence, 0.0).sum(), mask.sum().to(divergence.dtype)])
         self._sums = sums if self._sums is None else self._sums + sums
         if last:
-            total, count = self._reduce(self._sums).tolist()
-            self.stopped = self.stopped or (count > 0 and total / count > self._target)
+            self._unread.add(self._sums, self._decide)
             self._sums = None
+
+    def _decide(self, totals: list[float]) -> None:
+        total, count = totals
+        self.stopped = self.stopped or (count > 0 and total / count > self._target)

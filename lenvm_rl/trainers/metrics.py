@@ -8,7 +8,7 @@ of its averages. Lengths are in tokens that the policy wrote, the end-of-sequenc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
@@ -19,6 +19,8 @@ from lenvm_rl.trainers.streams import Completions, Outcomes, Streams
 
 # Relative variance of numbers that only float32 rounding tells apart.
 ROUNDING_VARIANCE = 1e-10
+# Sums that are kept of two arrays: the count, x, x^2, xy, y^2, y.
+MOMENTS = 6
 
 
 def for_sums(x: Tensor) -> Tensor:
@@ -50,17 +52,13 @@ def _slope(count, x, xx, xy, yy, y) -> float:
 
 
 class BatchMetrics:
-    """Metrics of a batch, taken in one by one and read after one exchange of sums with the other processes.
+    """Metrics of a batch, taken in one by one as sums, and read off the totals of these over all processes.
 
     Every method but `read` takes the metric's name, an array, where it counts (`mask`), and for two of them a second
     array; all three of one shape.
-
-    Args:
-        reduce (`Callable`): sums a tensor over processes, such as `accelerator.reduce(…, reduction="sum")`.
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor]):
-        self._reduce = reduce
+    def __init__(self):
         self._sums: list[Tensor] = []
         self._read: list[tuple[str, Callable[..., float], int]] = []
 
@@ -101,15 +99,15 @@ class BatchMetrics:
 
         self._add(name, read, (error, mask, None), (target, mask, None))
 
-    def read(self) -> dict[str, float]:
-        """All metrics by name: every process calls this once, after the same calls of the others."""
-        return self.read_each([self])[0]
+    @property
+    def sums(self) -> Tensor:
+        """Of this process, `(n,)`."""
+        return torch.cat(self._sums)
 
-    @staticmethod
-    def read_each(batches: list[BatchMetrics]) -> list[dict[str, float]]:
-        """What `read` gives of each of several batches, after one exchange for all of them."""
-        totals = iter(batches[0]._reduce(torch.stack([sums for batch in batches for sums in batch._sums])).tolist())
-        return [{name: read(*islice(totals, count)) for name, read, count in batch._read} for batch in batches]
+    def read(self, totals: Sequence[float]) -> dict[str, float]:
+        """All metrics by name, of the sums of all processes."""
+        rows = (totals[first : first + MOMENTS] for first in range(0, len(totals), MOMENTS))
+        return {name: read(*islice(rows, count)) for name, read, count in self._read}
 
 
 def add_completions(metrics: BatchMetrics, completions: Completions, outcomes: Outcomes) -> None:

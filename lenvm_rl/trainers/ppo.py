@@ -19,6 +19,7 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 from lenvm_rl.modeling.critic import TaskCritic
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.modeling.sharing import HEAD
+from lenvm_rl.returns import trusted_masks
 from lenvm_rl.trainers.base import LENVM_CITATION, LenVMTrainer
 from lenvm_rl.trainers.config import LenVMPPOConfig
 from lenvm_rl.trainers.critic import (
@@ -208,11 +209,9 @@ class LenVMPPOTrainer(LenVMTrainer):
         check_settings(critic, self)
         self._reward_scale = RewardScale(self.args)
         self._kl_coefficient = KLRewardCoefficient(self.args)
-        self._divergence = BatchDivergence(self.args.target_kl, self._sum_over_processes)
+        self._divergence = BatchDivergence(self.args.target_kl, self.unread)
         # Log-probabilities of the loss under way, as TRL computes them.
         self._log_probs: Tensor | None = None
-        # Metrics of steps' batches: they are read when something is logged, so that no batch waits for them.
-        self._unread: list[tuple[str, BatchMetrics]] = []
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
         shared = {"form": args.critic_form, "base": run_base(self)}
         with loaded_whole(args):
@@ -362,10 +361,10 @@ class LenVMPPOTrainer(LenVMTrainer):
         divergence, number = approximate_kl(self._log_probs, old), None
         if training and self.num_iterations > 1:
             number = self._step // args.steps_per_generation % self.num_iterations + 1
-        metrics = BatchMetrics(self._sum_over_processes)
+        metrics = BatchMetrics()
         add_divergence(metrics, divergence, ratio, clipped, mask, number)
         metrics.mean("policy/stopped", torch.full_like(divergence, float(self._divergence.stopped)), mask)
-        self._unread.append((self._mode, metrics))
+        self.log_later(metrics)
         if training:
             self._divergence.add(divergence, mask, last=self.accelerator.sync_gradients)
 
@@ -379,50 +378,49 @@ class LenVMPPOTrainer(LenVMTrainer):
         mask, old, returns = inputs["critic_mask"], inputs["critic_values"], inputs["critic_returns"]
         # As Trainer does for the policy: processes exchange gradients once per optimizer step.
         together = is_last or is_sharded(self)
-        with contextlib.nullcontext() if together else self.accelerator.no_sync(self.critic):
+        with trusted_masks(), contextlib.nullcontext() if together else self.accelerator.no_sync(self.critic):
             values = self._values(inputs)[:, :-1]
         losses, clipped = value_loss(values, old, returns, mask, self.args.cliprange_value)
-        metrics = BatchMetrics(self._sum_over_processes)
+        metrics = BatchMetrics()
         metrics.mean("critic/value_loss", losses, mask)
         metrics.mean("critic/clip_fraction", clipped.float(), mask)
-        self._unread.append((self._mode, metrics))
+        self.log_later(metrics)
         # `num_items_in_batch` spans the generation batch and all processes; DDP averages over processes.
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self._mode == "train":
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return losses.sum() / tokens
 
-    def _read_value_losses(self) -> None:
-        unread, self._unread = self._unread, []
-        if unread:
-            measured = BatchMetrics.read_each([metrics for _, metrics in unread])
-            for (mode, _), found in zip(unread, measured, strict=True):
-                for name, value in found.items():
-                    self._metrics[mode][name].append(value)
+    def before_optimizer_step(self) -> None:
+        """See [`LenVMTrainer`]."""
+        if self._critic_learns:
+            self._updates.clip()
+        super().before_optimizer_step()
 
-    # Where all processes are at once: `log` may be called by one of them alone.
+    # What evaluations and the updates of a critic alone have left unread. Where all processes are at once: `log` may be
+    # called by one of them alone.
 
     def _maybe_log_save_evaluate(self, *arguments, **options):
         if self.control.should_log:
-            self._read_value_losses()
+            self.unread.read()
         return super()._maybe_log_save_evaluate(*arguments, **options)
 
     def evaluation_loop(self, *arguments, **options):
         """See `Trainer`."""
         measured = super().evaluation_loop(*arguments, **options)
-        self._read_value_losses()
+        self.unread.read()
         return measured
 
     def _run_epoch(self, *arguments, **options):
         super()._run_epoch(*arguments, **options)
-        self._read_value_losses()
+        self.unread.read()
 
     def _moving_parts(self) -> dict[str, object]:
         parts = {"reward_scale": self._reward_scale, "kl_reward_coef": self._kl_coefficient}
         return {**super()._moving_parts(), **parts}
 
     def _write_state(self, folder: str) -> None:
-        self._read_value_losses()
+        self.unread.read()
         if self._critic_learns and self._updates.own is not None:
             self._updates.own.save(folder, self.accelerator.process_index)
         super()._write_state(folder)

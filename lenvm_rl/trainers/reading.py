@@ -148,7 +148,8 @@ def check_ids(model: nn.Module, what: str, batch: dict, trainer: GRPOTrainer) ->
 
 
 def check_finite(values: torch.Tensor, what: str, batch: dict, trainer: GRPOTrainer) -> None:
-    """Stop the step on every process if any process got NaN or infinity from a value model, and keep its batch.
+    """Stop the step on every process if any process got NaN or infinity from a value model, and keep its batch: when
+    the trainer reads what it has not read yet ([`~lenvm_rl.trainers.unread`]), before its weights move.
 
     The batch is written to `output_dir` as safetensors: prompt and completion ids, their masks, and the values.
 
@@ -161,10 +162,21 @@ def check_finite(values: torch.Tensor, what: str, batch: dict, trainer: GRPOTrai
     Raises:
         `ValueError`: naming the file.
     """
+    values = values.detach()
+    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    is_bad = (~torch.isfinite(values)).any().float().reshape(1)
+
+    def stop(totals: list[float]) -> None:
+        bad_processes = [process for process, bad in enumerate(totals) if bad]
+        if bad_processes:
+            _stop_at(bad_processes, values, what, batch, trainer)
+
+    trainer.unread.add(nn.functional.pad(is_bad, (rank, processes - rank - 1)), stop)
+
+
+def _stop_at(bad_processes: list[int], values: torch.Tensor, what: str, batch: dict, trainer: GRPOTrainer) -> None:
+    """Arguments as in [`check_finite`]."""
     bad_rows = (~torch.isfinite(values)).any(dim=1)
-    bad_processes = trainer.accelerator.gather(bad_rows.any().int().reshape(1)).nonzero().flatten().tolist()
-    if not bad_processes:
-        return
     step, rank = trainer.state.global_step, trainer.accelerator.process_index
     stem = f"nonfinite_{what.replace(' ', '_')}_step{step}_rank"
     if rank in bad_processes:

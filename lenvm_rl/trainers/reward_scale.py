@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ class RewardScale:
 
     def __init__(self, args: LenVMPPOConfig):
         self._args = args
-        self._sums = [0.0, 0.0, 0.0]
+        self._sums: Tensor | None = None
 
     def __call__(
         self, rewards: Tensor, scored: Tensor, cut: Tensor, reduce: Callable[[Tensor], Tensor], learn: bool
@@ -49,20 +48,21 @@ class RewardScale:
             if learn:
                 counted = torch.where(scored, rewards, 0.0).to(wide_dtype(rewards.device))
                 sums = reduce(torch.stack([scored.to(counted.dtype), counted, counted**2]).sum(dim=1))
-                self._sums = [before + now for before, now in zip(self._sums, sums.tolist(), strict=True)]
-            count, total, squares = self._sums
-            if count:
+                self._sums = sums if self._sums is None else self._sums.to(sums) + sums
+            if self._sums is not None:
+                count, total, squares = self._sums.to(rewards.device)
                 mean = total / count
-                deviation = math.sqrt(max(squares / count - mean**2, 0.0) + EPSILON)
-                rewards = (rewards - mean) / deviation
+                deviation = ((squares / count - mean**2).clamp(min=0.0) + EPSILON).sqrt()
+                scaled = (rewards - mean.to(rewards.dtype)) / deviation.to(rewards.dtype)
+                rewards = torch.where(count > 0, scaled, rewards)
         if args.reward_clip is not None:
             rewards = rewards.clamp(-args.reward_clip, args.reward_clip)
         return torch.where(scored, rewards, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"sums": self._sums}
+        return {"sums": [0.0] * 3 if self._sums is None else self._sums.tolist()}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """From a checkpoint; one without a state is of a run that had no scale."""
-        self._sums = [0.0, 0.0, 0.0] if state is None else list(state["sums"])
+        self._sums = None if state is None else torch.tensor(state["sums"], dtype=torch.float64)

@@ -36,6 +36,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from lenvm_rl.files import write_json
+from lenvm_rl.returns import to_device
 from lenvm_rl.reward_functions import (
     FLAG_THRESHOLD,
     StatefulReward,
@@ -50,6 +51,7 @@ from lenvm_rl.reward_functions import (
 )
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.streams import Outcomes
+from lenvm_rl.trainers.unread import Unread
 
 logger = logging.getLogger(__name__)
 
@@ -213,10 +215,11 @@ def _doubt(args: LenVMConfig, judges: list[Callable], names: Sequence[str]) -> s
 
 
 class Gate:
-    """What a run knows of which completions are correct; arguments as in [`gate_index`]."""
+    """What a run knows of which completions are correct; arguments as in [`gate_index`], and what the run reads later
+    ([`~lenvm_rl.trainers.unread.Unread`])."""
 
-    def __init__(self, args: LenVMConfig, functions: Sequence[Callable], names: Sequence[str]):
-        self._args, self._names = args, list(names)
+    def __init__(self, args: LenVMConfig, functions: Sequence[Callable], names: Sequence[str], unread: Unread):
+        self._args, self._names, self._unread = args, list(names), unread
         self.index = gate_index(args, functions, names)
         self._warned = False
         self._closed, self._open, self._never_closed = 0, 0, True
@@ -230,27 +233,28 @@ class Gate:
             rows (`slice`): of this process, `B` of the `N`.
         """
         mine = rewards[rows]
-        weighted = (mine * weights.to(mine.device)).nansum(dim=1)
+        weighted = (mine * weights.to(mine.device, non_blocking=True)).nansum(dim=1)
         return Outcomes(weighted, ~torch.isnan(mine).all(dim=1), *self._correct_and_judged(mine, functions))
 
     def _correct_and_judged(self, rewards: Tensor, functions: Sequence[Callable]) -> tuple[Tensor, Tensor]:
         if self.index is None:
             nothing = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
             return nothing, nothing
-        paid = [None if math.isnan(value) else value for value in rewards[:, self.index].tolist()]
-        said, threshold = correctness_values(functions[self.index], paid, self._args.gate_threshold)
-        values = torch.tensor([math.nan if value is None else value for value in said], device=rewards.device)
+        values = rewards[:, self.index]
+        said, threshold = correctness_values(functions[self.index], values, self._args.gate_threshold)
+        if said is not values:
+            values = to_device([math.nan if value is None else value for value in said], rewards)
         judged = ~torch.isnan(values)
-        self._check_flags(values[judged], threshold)
+        # Values that are neither 0 nor 1 and that nobody said how to read.
+        if not self._warned and self._args.gate_users and threshold == FLAG_THRESHOLD:
+            is_odd = judged & (values != 0.0) & (values != 1.0)
+            self._unread.add_flag(is_odd.any(), lambda: self._warn_of(values[is_odd], threshold))
         return values > threshold, judged
 
-    def _check_flags(self, values: Tensor, threshold: float) -> None:
-        """Warn, once, of values that are neither 0 nor 1 and that nobody said how to read."""
-        if self._warned or not self._args.gate_users or threshold != FLAG_THRESHOLD:
-            return
-        odd = values[(values != 0.0) & (values != 1.0)]
+    def _warn_of(self, odd: Tensor, threshold: float) -> None:
+        """Warn, once, of values of this process; another one may have found them."""
+        self._warned = True
         if len(odd):
-            self._warned = True
             logger.warning(
                 "the reward function '%s' says what is correct, but it gives values such as %g, neither 0 nor 1; they "
                 "are read as correct above %g. Set gate_threshold to the value above which a completion is correct, or "

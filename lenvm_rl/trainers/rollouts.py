@@ -21,6 +21,7 @@ from trl import GRPOTrainer
 
 from lenvm_rl.decoding import GuidanceReport, LengthGuidance, generate_guided
 from lenvm_rl.endings import end_token_ids, own_length
+from lenvm_rl.returns import to_device
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.sharding import is_sharded
 from lenvm_rl.trainers.streams import Completions, read_completions
@@ -104,12 +105,12 @@ def collect_completions(trainer: GRPOTrainer, batch: dict, sampled: Sampled) -> 
         trainer (`trl.GRPOTrainer`), batch (`dict`), sampled ([`Sampled`]): of the run, TRL's, and what is known of it.
     """
     prompt_lengths = batch["prompt_mask"].sum(dim=1)
-    said = None if sampled.finished is None else torch.tensor(sampled.finished, device=prompt_lengths.device)
+    said = None if sampled.finished is None else to_device(sampled.finished, prompt_lengths)
     budget = completion_budget(trainer, prompt_lengths, sampled)
     if budget is not None:
         stopped = ends_in_stop_string(trainer, batch["completion_ids"], batch["completion_mask"])
         budget = budget.masked_fill(stopped, torch.iinfo(budget.dtype).max)
-    lengths = torch.tensor(sampled.lengths, device=prompt_lengths.device)
+    lengths = to_device(sampled.lengths, prompt_lengths)
     return read_completions(batch, trainer.eos_token_ids, budget, said, lengths)
 
 

@@ -252,8 +252,8 @@ def baseline_stream(args: LenVMPPOConfig, batch: Batch) -> Tensor:
     if args.task_baseline == "batch":
         rewards, scored = batch.outcomes.rewards, batch.outcomes.scored
         counted = torch.stack([scored, torch.where(scored, rewards, 0.0)]).to(wide_dtype(scored.device))
-        count, total = batch.processes.reduce(counted.sum(dim=1)).tolist()
-        task = rewards - (total / count if count else float("nan"))
+        count, total = batch.processes.reduce(counted.sum(dim=1))
+        task = rewards - (total / count).to(rewards.dtype)
     task = torch.where(batch.completions.actions, task.unsqueeze(1), 0.0)
     return task + shaping_advantage(args, batch) if args.shaping_coef != 0.0 else task
 

@@ -79,12 +79,12 @@ def test_its_state_comes_back():
 
 def test_the_slope_by_hand():
     """Points (y, x) = (0, 0), (1, 1), (2, 4): the regression line of x on y has slope 2."""
-    metrics = BatchMetrics(lambda sums: sums)
+    metrics = BatchMetrics()
     everywhere = torch.ones(4)
     everywhere[3] = 0
     metrics.slope("x", torch.tensor([0.0, 1.0, 4.0, 99.0]), torch.tensor([0.0, 1.0, 2.0, -7.0]), everywhere)
     metrics.slope("flat", torch.tensor([0.0, 1.0, 4.0, 99.0]), torch.full((4,), 0.3), everywhere)
-    slopes = metrics.read()
+    slopes = metrics.read(metrics.sums.tolist())
     assert slopes["x"] == pytest.approx(2.0) and math.isnan(slopes["flat"])
 
 
@@ -98,9 +98,9 @@ def test_values_that_spread_too_far_have_a_slope_below_one(exaggeration):
     values = mean + exaggeration * (returns - mean)
     logits = torch.nn.functional.pad(torch.logit(-values.clamp(-0.999, -0.001)), (0, 1))
     completions = Completions(mask, mask, torch.ones(3, dtype=torch.bool), lengths - 1)
-    metrics = BatchMetrics(lambda sums: sums)
+    metrics = BatchMetrics()
     add_values(metrics, logits, completions, gamma)
-    measured = metrics.read()
+    measured = metrics.read(metrics.sums.tolist())
     clipped = values.clamp(-0.999, -0.001)[mask]
     centred = clipped - clipped.mean()
     slope = float((centred * (returns[mask] - mean)).sum() / centred.square().sum())

@@ -80,7 +80,9 @@ def make(name, folder, lenvm=None, data=None, policy=None, critic="lenvm", rewar
 def batch_of(trainer):
     """What the trainer makes of two completions of each of its prompts."""
     trainer.model.train()
-    return trainer._generate_and_score_completions([dict(trainer.train_dataset[i // 2]) for i in range(6)])
+    batch = trainer._generate_and_score_completions([dict(trainer.train_dataset[i // 2]) for i in range(6)])
+    trainer.unread.read()
+    return batch
 
 
 def values_alone(model, batch, row, pictures):
@@ -167,7 +169,7 @@ def test_a_learned_critic_reads_each_row_with_its_pictures(tmp_path, form):
     trainer._value_loss(batch)
     errors = (batch["critic_returns"] - batch["critic_values"])[batch["critic_mask"]]
     expected = float(0.5 * errors.square().mean())
-    trainer._read_value_losses()
+    trainer.unread.read()
     assert trainer._metrics["train"]["critic/value_loss"] == [pytest.approx(expected, rel=1e-4)] and expected > 0
 
 

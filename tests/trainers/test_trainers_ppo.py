@@ -213,7 +213,7 @@ def test_the_value_loss_by_hand(tmp_path):
     errors = (torch.tensor(REWARDS).unsqueeze(1) - VALUES)[MASK.bool()]
     expected = 0.5 * torch.maximum((errors - 0.5).square(), (errors - 0.2).square()).mean()
     assert float(trainer._value_loss(batch)) == pytest.approx(float(expected), abs=1e-6)
-    trainer._read_value_losses()
+    trainer.unread.read()
     assert trainer._metrics["train"]["critic/value_loss"] == [pytest.approx(float(expected), abs=1e-6)]
     share = ((errors - 0.2).abs() > (errors - 0.5).abs()).float().mean()
     assert trainer._metrics["train"]["critic/clip_fraction"] == [pytest.approx(float(share))]
@@ -390,4 +390,6 @@ def test_one_process_may_log_by_itself(tmp_path):
     trainer.current_gradient_accumulation_steps = 1
     trainer._value_loss({**batch, "num_items_in_batch": torch.tensor(10.0)})
     trainer.log({"mine": 1.0})
-    assert len(trainer._unread) == 1
+    assert "critic/value_loss" not in trainer._metrics["train"]
+    trainer.unread.read()
+    assert len(trainer._metrics["train"]["critic/value_loss"]) == 1

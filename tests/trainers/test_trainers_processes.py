@@ -91,7 +91,7 @@ torch.testing.assert_close(mine, (batch["completion_ids"] * batch["completion_ma
 # DDP averages what each process makes of the value loss into the mean over the tokens of all.
 trainer.current_gradient_accumulation_steps = 2
 loss = trainer.accelerator.reduce(trainer._value_loss(batch).detach(), "mean")
-trainer._read_value_losses()
+trainer.unread.read()
 assert abs(float(loss) - trainer._metrics["train"]["critic/value_loss"][-1]) < 1e-6 < float(loss)
 first, second = trainer.accelerator.gather(mine).view(2, 8)
 assert not torch.equal(first, second)

@@ -9,6 +9,7 @@ from trainer_parts import first_is_w8, ppo, random_lenvm
 from transformers import TrainerCallback
 
 from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl, beyond_clip
+from lenvm_rl.trainers.unread import Unread
 
 
 def test_the_estimate_by_hand():
@@ -19,14 +20,17 @@ def test_the_estimate_by_hand():
 def test_a_step_decides_over_all_of_its_micro_batches_and_processes():
     """Two micro-batches of 3 tokens with sums .3 and .9, as on another process: the mean is 1.2 / 6 = .2."""
     for target, stops in ((0.21, False), (0.19, True)):
-        divergence = BatchDivergence(target, lambda sums: 2 * sums)
+        unread = Unread(lambda sums: 2 * sums)
+        divergence = BatchDivergence(target, unread)
         mask = torch.tensor([[1, 1, 1, 0]])
         divergence.add(torch.tensor([[0.1, 0.1, 0.1, 50.0]]), mask, last=False)
         assert not divergence.stopped
         divergence.add(torch.tensor([[0.3, 0.3, 0.3, 50.0]]), mask, last=True)
+        unread.read()
         assert divergence.stopped == stops
         # A batch that it stopped in stays so until the next.
         divergence.add(torch.zeros(1, 4), mask, last=True)
+        unread.read()
         assert divergence.stopped == stops
         divergence.begin()
         assert not divergence.stopped

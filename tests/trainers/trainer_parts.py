@@ -126,12 +126,14 @@ def scripted(trainer_class, completions, tool_masks=None):
 
 
 def batch_of(trainer, mode="train"):
-    """What the trainer makes of its first prompts: the dict that goes into the loss."""
+    """What the trainer makes of its first prompts: the dict that goes into the loss, with nothing left unread."""
     trainer.model.train(mode == "train")
     group = trainer.num_generations
     rows = trainer.args.per_device_train_batch_size
     inputs = [dict(trainer.train_dataset[i // group]) for i in range(rows)]
-    return trainer._generate_and_score_completions(inputs)
+    batch = trainer._generate_and_score_completions(inputs)
+    trainer.unread.read()
+    return batch
 
 
 def weights(model):
