@@ -1,24 +1,28 @@
-"""Which tokens make a completion longer, and which shorter (arXiv 2604.27039, section 5 and equation 16).
+"""Which words or tokens make a completion longer, and which shorter (arXiv 2604.27039, section 5 and equation 16).
 
     python -m eval.length_tokens --rollouts rollouts.jsonl --length_value_model outputs/length_value_model
     python -m eval.length_tokens --policy outputs/policy --length_value_model outputs/length_value_model  # the sandbox
 
-The horizon shift of a token is what choosing it added to the expected length, in value and in tokens. Tokens are ranked
-by their mean over all occurrences, in every completion, cut ones included; the end-of-sequence token counts like any
-other, and the value after it is exactly 0. Intervals are 95 % bootstraps over prompts, one token at a time: the ends of
-a ranking of many tokens are partly luck, so trust an interval that stays on its side of 0, and raise --min_count.
+The horizon shift of a token is what choosing it added to the expected length, in value and in tokens. A word's is that
+of all its tokens: their sum in tokens, and in value their sum discounted to where the word begins. With `--unit word`,
+the default, pieces of a word or number are joined and written without blanks around them; `--unit token` keeps pieces
+apart. Words are ranked by their mean over all occurrences, in every completion, cut ones included; the end-of-sequence
+token counts like any other, and the value after it is exactly 0. Intervals are 95 % bootstraps over prompts, one word
+at a time: the ends of a ranking of many words are partly luck, so trust an interval that stays on its side of 0, and
+raise --min_count.
 
-Prints a table and writes length_tokens.json (with contexts), length_tokens.csv (every token that occurs) and
+Prints a table and writes length_tokens.json (with contexts), length_tokens.csv (every one that occurs) and
 length_tokens.png (word clouds: a word is larger for a larger product of count and mean shift; what is blank has no
 place there). Without --rollouts, completions of the sandbox's evaluation prompts are sampled.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +42,7 @@ from eval.viewer.tokens import (
     BLANK,
     LINE_END,
     TAB,
+    Piece,
     TokenValues,
     token_name,
     token_pieces,
@@ -58,15 +63,18 @@ HELD_TOKENS = 512
 
 @dataclass
 class TokenArguments(RolloutArguments):
-    """Which completions are read by which model, and how tokens are ranked."""
+    """Which completions are read by which model, and how words or tokens are ranked."""
 
+    unit: Literal["word", "token"] = HfArg(
+        default="word", help="What is ranked: whole words, or the tokenizer's pieces of them."
+    )
     tokenizer_name_or_path: str | None = HfArg(
         default=None,
         help="Tokenizer of the rollouts: folder or hub id. Default: what lies with the length value model, --policy or "
         "--base.",
     )
-    min_count: int = HfArg(default=20, help="Rank tokens that occur at least this often.")
-    top: int = HfArg(default=25, help="Tokens shown on either side.")
+    min_count: int = HfArg(default=20, help="Rank what occurs at least this often.")
+    top: int = HfArg(default=25, help="Words or tokens shown on either side.")
     contexts: int = HfArg(default=3, help="Occurrences shown of each, drawn at random.")
     context_tokens: int = HfArg(default=12, help="Tokens of text before and after an occurrence.")
 
@@ -79,12 +87,13 @@ class TokenArguments(RolloutArguments):
 
 @dataclass(frozen=True)
 class Occurrences:
-    """Every token of every completion, N of them, in the order of the rollouts.
+    """Every token or word of every completion, N of them, in the order of the rollouts.
 
     Args:
-        token, row, place, prompt (`numpy.ndarray` of shape `(N,)`, int): token id, its completion, its index in it, and
-            the number of the prompt, from 0.
+        token, row, place, prompt (`numpy.ndarray` of shape `(N,)`, int): token id or number of the word, its
+            completion, the index in it of its first token, and the number of the prompt, from 0.
         shift, shift_in_tokens (`numpy.ndarray` of shape `(N,)`): in value and in tokens; positive is longer.
+        width (`numpy.ndarray` of shape `(N,)`, int): its tokens.
     """
 
     token: np.ndarray
@@ -93,6 +102,7 @@ class Occurrences:
     prompt: np.ndarray
     shift: np.ndarray
     shift_in_tokens: np.ndarray
+    width: np.ndarray
 
 
 def find_occurrences(rollouts: Dataset, values: Sequence[TokenValues]) -> Occurrences:
@@ -107,15 +117,73 @@ def find_occurrences(rollouts: Dataset, values: Sequence[TokenValues]) -> Occurr
         prompt=np.repeat(prompt, lengths),
         shift=np.concatenate([entry.horizon_shift.numpy() for entry in values]),
         shift_in_tokens=np.concatenate([entry.shift_in_tokens.numpy() for entry in values]),
+        width=np.ones(sum(lengths), dtype=int),
     )
 
 
-def measure_tokens(found: Occurrences, min_count: int, num_resamples: int = 2000, seed: int = 0) -> list[dict]:
-    """Mean shift of every token that occurs, the most lengthening first.
+def word_starts(pieces: Sequence[Piece]) -> np.ndarray:
+    """The places at which words begin: letters and digits side by side are of one word, and so are the parts of a
+    character. Scripts without blanks between words (wide characters) are not joined."""
+    starts = []
+    for k, piece in enumerate(pieces):
+        before = pieces[k - 1] if k else None
+        # A character that is spread over several tokens stands at the last of them.
+        text = pieces[k + piece.parts - piece.part].text if k + piece.parts - piece.part < len(pieces) else ""
+        if before is None or before.special or piece.special:
+            starts.append(k)
+        elif piece.part == 1:
+            sides = before.text[-1:] + text[:1]
+            wide = any(unicodedata.east_asian_width(sign) in "WF" for sign in sides)
+            if len(sides) < 2 or not sides.isalnum() or wide:
+                starts.append(k)
+    return np.array(starts)
+
+
+def join_words(
+    found: Occurrences, rollouts: Dataset, tokenizer: PreTrainedTokenizerBase, gamma: float
+) -> tuple[Occurrences, list[str]]:
+    """The words of the same completions.
 
     Args:
-        found ([`Occurrences`]): all tokens.
-        min_count (`int`): tokens that occur less often get no interval.
+        found ([`Occurrences`]): of tokens.
+        rollouts (`datasets.Dataset`): where they are from.
+        tokenizer (`PreTrainedTokenizerBase`): spells them.
+        gamma (`float`): discount of the values.
+
+    Returns:
+        `tuple`: occurrences of words, and the words by their numbers, without the blanks around them.
+    """
+    numbers: dict[str, int] = {}
+    first, words, offset = [], [], 0
+    for row in rollouts.select_columns(["prompt_ids", "completion_ids"]):
+        pieces = token_pieces(tokenizer, row["completion_ids"], row["prompt_ids"])
+        starts = word_starts(pieces)
+        for own in np.split(np.array([piece.text for piece in pieces], dtype=object), starts[1:]):
+            text = "".join(own)
+            words.append(numbers.setdefault(visible(text.strip(" ") or text), len(numbers)))
+        first.append(starts + offset)
+        offset += len(pieces)
+    begin = np.concatenate(first)
+    width = np.diff(np.append(begin, offset))
+    within = np.arange(offset) - np.repeat(begin, width)
+    whole = Occurrences(
+        token=np.array(words),
+        row=found.row[begin],
+        place=found.place[begin],
+        prompt=found.prompt[begin],
+        shift=np.add.reduceat(found.shift * gamma**within, begin),
+        shift_in_tokens=np.add.reduceat(found.shift_in_tokens, begin),
+        width=width,
+    )
+    return whole, list(numbers)
+
+
+def measure_tokens(found: Occurrences, min_count: int, num_resamples: int = 2000, seed: int = 0) -> list[dict]:
+    """Mean shift of every token or word that occurs, the most lengthening first.
+
+    Args:
+        found ([`Occurrences`]): all of them.
+        min_count (`int`): what occurs less often gets no interval.
         num_resamples, seed (`int`, *optional*, defaults to `2000` and `0`): of the bootstrap over prompts.
 
     Returns:
@@ -153,7 +221,7 @@ def measure_tokens(found: Occurrences, min_count: int, num_resamples: int = 2000
 def find_contexts(
     found: Occurrences, rollouts: Dataset, tokenizer: PreTrainedTokenizerBase, token: int, args: TokenArguments
 ) -> list[dict[str, Any]]:
-    """Some occurrences of a token, drawn at random, with the text before (the prompt's end included) and after."""
+    """Some occurrences of a token or word, drawn at random, with the text before (the prompt included) and after."""
     places = np.flatnonzero(found.token == token)
     generator = np.random.default_rng([args.seed, token])
     contexts = []
@@ -162,10 +230,11 @@ def find_contexts(
         ids = [*rollouts[row]["prompt_ids"], *rollouts[row]["completion_ids"]]
         middle = len(rollouts[row]["prompt_ids"]) + place
         start = max(0, middle - args.context_tokens)
-        shown = ids[start : middle + 1 + args.context_tokens]
+        end = middle + int(found.width[index])
+        shown = ids[start : end + args.context_tokens]
         texts = [piece.text for piece in token_pieces(tokenizer, shown, ids[:start])]
         context = {"row": row, "place": place, "before": "".join(texts[: middle - start])}
-        context |= {"token": texts[middle - start], "after": "".join(texts[middle - start + 1 :])}
+        context |= {"token": "".join(texts[middle - start : end - start]), "after": "".join(texts[end - start :])}
         contexts.append(context | {name: float(getattr(found, name)[index]) for name in SHIFTS})
     return contexts
 
@@ -188,7 +257,7 @@ def example(row: dict[str, Any]) -> str:
 
 
 COLUMNS = [
-    Column("token", "token"),
+    Column("word or token", "token"),
     Column("side", "side", left=True),
     Column("count", "count"),
     Column("prompts", "prompts"),
@@ -255,9 +324,11 @@ def report_tokens(
     """[`main`] with everything loaded; returns what length_tokens.json holds."""
     values = token_values(model, rollouts, args.forward_tokens)
     found = find_occurrences(rollouts, values)
+    if args.unit == "word":
+        found, words = join_words(found, rollouts, tokenizer, model.config.gamma)
     rows = measure_tokens(found, args.min_count, seed=args.seed)
     for row in rows:
-        row["token"] = token_name(tokenizer, row["token_id"])
+        row["token"] = words[row["token_id"]] if args.unit == "word" else token_name(tokenizer, row["token_id"])
     ranked = rank(rows, args.min_count, args.top)
     for row in (row for side in ranked.values() for row in side):
         row["contexts"] = find_contexts(found, rollouts, tokenizer, row["token_id"], args)
@@ -274,7 +345,8 @@ def report_tokens(
         **ranked,
     }
     folder = Path(args.output_dir)
-    columns = ("token_id", "token", "count", "prompts", "shift", "shift_in_tokens")
+    columns = ("token", "count", "prompts", "shift", "shift_in_tokens")
+    columns = ("token_id", *columns) if args.unit == "token" else columns
     save_report(folder, "length_tokens", report, [{name: row[name] for name in columns} for row in rows])
     plot_clouds(rows, args.min_count, folder / "length_tokens.png", args.seed)
     console = Console(width=150, highlight=False)
@@ -282,8 +354,8 @@ def report_tokens(
     shown = [{"side": side, **row} for side, chosen in ranked.items() for row in chosen]
     print_table(console, shown, COLUMNS, f"{title}; positive: longer than expected", lambda row: row["side"])
     console.print(
-        f"{report['occurrences']} tokens read, {report['tokens']} different ones, of which {len(rare)} occur less than "
-        f"{args.min_count} times ({sum(rare)} in all) and are not ranked. 95 % intervals over prompts"
+        f"{report['occurrences']} {args.unit}s read, {report['tokens']} different ones, of which {len(rare)} occur "
+        f"less than {args.min_count} times ({sum(rare)} in all) and are not ranked. 95 % intervals over prompts"
         f"{', of which there is one, so none' if report['prompts'] == 1 else ''}. Written to "
         f"{folder}/length_tokens.json, .csv and .png"
     )

@@ -6,14 +6,26 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from tiny import EOS, tiny_length_value_model, tiny_tokenizer, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eval.length_tokens import Occurrences, TokenArguments, find_occurrences, main, measure_tokens, rank, report_tokens
+from eval.length_tokens import (
+    Occurrences,
+    TokenArguments,
+    find_contexts,
+    find_occurrences,
+    join_words,
+    main,
+    measure_tokens,
+    rank,
+    report_tokens,
+    word_starts,
+)
 from eval.statistics import mean_interval
-from eval.viewer.tokens import token_values
+from eval.viewer.tokens import Piece, TokenValues, token_values
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
 from lenvm_rl.sandbox import PolicySettings, draw_completion, sandbox_tokenizer, stream_problems
@@ -119,7 +131,7 @@ def random_occurrences(seed=0, count=3000, prompts=30, kinds=7):
     token = generator.integers(0, kinds, count) * 3
     token[prompt > 24] = 0  # not every token occurs in every prompt
     shift = generator.normal(size=count) + 0.1 * token + generator.normal(size=prompts)[prompt]
-    return Occurrences(token, prompt, np.arange(count), prompt, shift, 10 * shift)
+    return Occurrences(token, prompt, np.arange(count), prompt, shift, 10 * shift, np.ones(count, dtype=int))
 
 
 def test_intervals_are_those_of_the_cluster_bootstrap(monkeypatch):
@@ -166,6 +178,36 @@ def test_occurrences_keep_the_order_of_the_rollouts():
     assert found.shift[[0, 2]] == pytest.approx([SO_SHIFT, WAIT_SHIFT], abs=1e-6)
 
 
+def test_where_words_begin():
+    part, whole = Piece("", 1, 2), Piece("é", 2, 2)
+    end = Piece("<eos>", special=True)
+    texts = ["W", "ait", ",", " un", "do", " 1", "23", "\n", "\n", "Caf", part, whole, "s", "中", "文", end, "x", end]
+    pieces = [text if isinstance(text, Piece) else Piece(text) for text in texts]
+    words = ["".join(piece.text for piece in own) for own in np.split(pieces, word_starts(pieces)[1:])]
+    assert words == [*("Wait", ",", " undo", " 123", "\n", "\n", "Cafés", "中", "文", "<eos>", "x", "<eos>")]
+    # A sign of two parts is not of the word before it, and what is cut in its middle has no text.
+    smile = [Piece("so"), Piece("", 1, 2), Piece("🙂", 2, 2), Piece("", 1, 2)]
+    assert word_starts(smile).tolist() == [0, 1, 3]
+
+
+def test_a_word_has_the_shifts_of_its_pieces():
+    """`_wait` is `_w` and `ait`: in value the second counts a step later, in tokens both count whole."""
+    core = Tokenizer(models.BPE({"<eos>": 0, "w": 1, "ait": 2, "!": 3, "▁": 4}, []))
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    rollouts = Dataset.from_list([record([1, 2, 3, 1], 0, prompt=(4,)), record([1, 2, 0], 1, prompt=(4,))])
+    shifts = [torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.5, -1.0, 3.0])]
+    values = [TokenValues(shift, shift, shift, 10 * shift) for shift in shifts]
+    found, words = join_words(find_occurrences(rollouts, values), rollouts, tokenizer, GAMMA)
+    assert [words[number] for number in found.token] == ["wait", "!", "w", "wait", "<eos>"]
+    assert found.row.tolist() == [0, 0, 0, 1, 1] and found.place.tolist() == [0, 2, 3, 0, 2]
+    assert found.prompt.tolist() == [0, 0, 0, 1, 1] and found.width.tolist() == [2, 1, 1, 2, 1]
+    assert found.shift == pytest.approx([1 + 0.9 * 2, 4, 8, 0.5 - 0.9, 3])
+    assert found.shift_in_tokens == pytest.approx([30, 40, 80, -5, 30])
+    contexts = find_contexts(found, rollouts, tokenizer, int(found.token[0]), TokenArguments("unused"))
+    assert [(each["token"], each["after"]) for each in contexts] == [("wait", "!w"), ("wait", "<eos>")]
+
+
 def test_the_program_reads_files_and_writes_table_json_csv_and_figure(tmp_path, capsys):
     tokenizer = tiny_tokenizer()
     tiny_length_value_model(tokenizer=tokenizer).save_pretrained(tmp_path / "lenvm")
@@ -174,7 +216,7 @@ def test_the_program_reads_files_and_writes_table_json_csv_and_figure(tmp_path, 
     metadata = RolloutMetadata("p", tokenizer_fingerprint(tokenizer), {}, 0, [EOS])
     write_rollouts(tmp_path / "r.jsonl", rows, metadata)
     paths = str(tmp_path / "lenvm"), str(tmp_path / "r.jsonl")
-    args = TokenArguments(*paths, min_count=3, output_dir=str(tmp_path / "o"))
+    args = TokenArguments(*paths, min_count=3, output_dir=str(tmp_path / "o"), unit="token")
     found = main(args)
     assert json.loads((tmp_path / "o" / "length_tokens.json").read_text()) == json.loads(json.dumps(found))
     assert found["completions"] == 40 and found["occurrences"] == sum(len(row["completion_ids"]) for row in rows)
