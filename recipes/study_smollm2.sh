@@ -106,8 +106,9 @@ stage_trained() {
     done
 }
 
-stage_queue() {
-    "$VLLM" -m eval.speed queue --model "$MODEL" --length_value_model "$LENVM" --dataset_name "$OUT/prompts.jsonl"
+stage_queue() { # 10 minutes on one core
+    "$VLLM" -m eval.speed queue --model "$MODEL" --length_value_model "$LENVM" --dtype bfloat16 \
+        --dataset_name "$LENVM/held_out.jsonl" --requests 56 --places 8
 }
 
 stage_lens() {

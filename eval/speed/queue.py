@@ -36,17 +36,28 @@ class QueueArguments:
 
     model: str = HfArg(help="The policy: folder or hub id.")
     length_value_model: str = HfArg(help="Length value model: folder or hub id.")
-    dataset_name: str = HfArg(help="Prompts that the length value model was not fitted on; column prompt.")
+    dataset_name: str = HfArg(
+        help="Prompts that the length value model was not fitted on, column prompt; of equal ones the first counts, so "
+        "held_out.jsonl of its folder will do."
+    )
     base: str | None = HfArg(
         default=None, help="What a length value model of form adapter or head was fitted on. Default: --model."
     )
     chat: bool = HfArg(default=False, help="Wrap text prompts as a user's message.")
-    requests: int = HfArg(default=128, help="Requests: the first so many prompts.")
+    requests: int = HfArg(default=128, help="Requests: so many of the prompts, in an order drawn anew.")
     places: int = HfArg(default=16, help="Requests that are served at the same time (max_num_seqs).")
     max_tokens: int = HfArg(default=512, help="Most tokens of a completion.")
     temperature: float = HfArg(default=0.7, help="Temperature of the sampling.")
     dtype: str = HfArg(default="float32", help="Dtype of the policy.")
-    seed: int = HfArg(default=0, help="Seed of sampling and bootstrap.")
+    seed: int = HfArg(default=0, help="Seed of the order of arrival, of sampling and bootstrap.")
+
+
+def read_requests(args: QueueArguments) -> list[Any]:
+    """The different prompts of the data set, `requests` of them at most, in the order of their arrival."""
+    different = list({repr(prompt): prompt for prompt in load_prompts(args.dataset_name)["prompt"][:]}.values())
+    order = np.random.default_rng(args.seed).permutation(len(different))[: args.requests]
+    chosen = [different[place] for place in order.tolist()]
+    return [[{"role": "user", "content": text}] for text in chosen] if args.chat else chosen
 
 
 def serve_all(llm: Any, prompts: Sequence[list[int]], priorities: Sequence[int], args: QueueArguments) -> np.ndarray:
@@ -87,8 +98,7 @@ def main(args: QueueArguments) -> None:
     """Serves the queue in each order, and prints a table."""
     vllm = engine_in_process()
     tokenizer = load_tokenizer(args.model)
-    column = load_prompts(args.dataset_name, None, "train", args.requests)["prompt"][:]
-    prompts = [[{"role": "user", "content": text}] for text in column] if args.chat else column
+    prompts = read_requests(args)
     model = load_length_value_model(args.length_value_model, args.base or args.model, tokenizer=tokenizer)
     predicted = predict_length(model, tokenizer, prompts).tolist()
     ids = tokenize_prompts(tokenizer, prompts)

@@ -238,6 +238,17 @@ def test_sizes_of_qwen_are_those_that_its_names_say():
     assert [round(count, 2) for count in counts.values()] == [0.49, 7.62, 32.76]
 
 
+def test_each_prompt_waits_once_whatever_was_sampled_of_it(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"question {n // 3}"}) + "\n" for n in range(30)))
+    args = queue.QueueArguments("policy", "lenvm", str(path), requests=20)
+    found = queue.read_requests(args)
+    assert sorted(found) == [f"question {n}" for n in range(10)] != found
+    assert found == queue.read_requests(args)
+    args.requests, args.chat = 4, True
+    assert queue.read_requests(args) == [[{"role": "user", "content": text}] for text in found[:4]]
+
+
 def test_a_queue_is_served_in_the_order_of_its_priorities_and_compared():
     """An engine with one place that serves one token a second: four requests of 3, 1, 4 and 1 tokens."""
     tokens = [3, 1, 4, 1]
