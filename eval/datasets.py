@@ -10,7 +10,8 @@ from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from eval.runs import OUTPUTS, check_sandbox, is_sandbox, output_folder, set_threads
-from lenvm_rl.modeling.loading import load_policy, load_tokenizer, read_config
+from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer, read_config
 from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata, read_rollouts
@@ -42,7 +43,15 @@ class ReadingArguments:
         help="The model that a length value model of form adapter or head was fitted on: folder or hub id. Default: "
         "--policy, where there is one.",
     )
+    value_dtype: str = HfArg(
+        default="float32", help="Dtype of the decoder that it reads with, such as bfloat16; its head is float32."
+    )
     forward_tokens: int = HfArg(default=16384, help="Most tokens in a forward, padding counted.")
+
+    def load_reader(self) -> LengthValueModel:
+        """The length value model, frozen."""
+        base = self.base or getattr(self, "policy", None)
+        return load_length_value_model(self.length_value_model, base, dtype=self.value_dtype)
 
 
 @dataclass

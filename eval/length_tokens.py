@@ -50,7 +50,6 @@ from eval.viewer.tokens import (
     tokenizer_of_rollouts,
     visible,
 )
-from lenvm_rl.modeling.loading import load_length_value_model
 
 # As in eval.viewer: orange is longer, blue is shorter.
 SIDES = {"longer": "#b35806", "shorter": "#2166ac"}
@@ -314,7 +313,7 @@ def main(args: TokenArguments) -> dict[str, Any]:
     rollouts, metadata = find_rollouts(args)
     places = (args.tokenizer_name_or_path, args.length_value_model, args.policy, args.base)
     tokenizer = tokenizer_of_rollouts(metadata, *places)
-    model = load_length_value_model(args.length_value_model, args.base or args.policy)
+    model = args.load_reader()
     return report_tokens(args, rollouts, model, tokenizer)
 
 

@@ -55,7 +55,6 @@ from eval.report import (
     save_report,
 )
 from eval.runs import run_evaluation
-from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.pretraining.metrics import POINTS
 from lenvm_rl.returns import remaining_from_logits
 
@@ -205,7 +204,7 @@ def main(args: PredictionArguments) -> dict[str, Any]:
     args = args.in_folder("length_prediction", "length_prediction.json")
     rollouts, _ = find_rollouts(args)
     domains = split_domains(rollouts, args.domain_column)
-    model = load_length_value_model(args.length_value_model, args.base or args.policy)
+    model = args.load_reader()
     data = read_statistics(model, rollouts, args.forward_tokens)
     measured: dict[str, dict[str, Entry]] = {}
     for name, rows in tqdm(domains.items(), desc="measuring", unit="domain"):

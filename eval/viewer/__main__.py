@@ -24,7 +24,6 @@ from eval.pages import save_page, six_digits
 from eval.runs import STARTS_OVER, check_writable, run_evaluation
 from eval.viewer.tokens import TokenValues, token_pieces, token_values, tokenizer_of_rollouts
 from lenvm_rl.endings import end_token_ids, own_length
-from lenvm_rl.modeling.loading import load_length_value_model
 from lenvm_rl.rollouts.record import REQUIRED_COLUMNS
 
 # Further columns of a record are shown if they are no longer than this.
@@ -91,7 +90,7 @@ def main(args: ViewerArguments) -> dict[str, Any]:
         raise ValueError(f"{args.rollouts} has rows 0 to {len(rollouts) - 1}, so there is no {outside}: change --rows.")
     check_writable(Path(args.output).parent)
     tokenizer = tokenizer_of_rollouts(metadata, args.tokenizer_name_or_path, args.length_value_model, args.base)
-    model = load_length_value_model(args.length_value_model, args.base)
+    model = args.load_reader()
     records = [rollouts[row] for row in args.rows]
     found = token_values(model, records, args.forward_tokens)
     entries = [

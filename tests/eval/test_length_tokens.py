@@ -226,6 +226,11 @@ def test_the_program_reads_files_and_writes_table_json_csv_and_figure(tmp_path, 
     assert "40 completions of 20 prompts, 0 of them cut" in capsys.readouterr().out
     other = tiny_tokenizer(vocab_size=63)
     other.save_pretrained(tmp_path / "other")
+    assert {weight.dtype for weight in args.load_reader().parameters()} == {torch.float32}
+    args.value_dtype = "bfloat16"
+    dtypes = {name: weight.dtype for name, weight in args.load_reader().named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "head" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "head" not in name} == {torch.bfloat16}
     args.tokenizer_name_or_path = str(tmp_path / "other")
     with pytest.raises(ValueError, match="the tokenizer"):
         main(args)
