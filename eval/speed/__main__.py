@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from eval.speed import batching, memory, queue
 from eval.speed.decoding import DECODING
 from eval.speed.pretraining import PRETRAINING
+from eval.speed.rollouts import ROLLOUTS
+from eval.speed.serving import SERVING
 from eval.speed.trainers import CRITIC, PPO
 from eval.speed.vllm import ENGINE
 from lenvm_rl.programs import ProgramParser, run_program
 
-PROGRAMS = {program.name: program for program in (PRETRAINING, DECODING, ENGINE, CRITIC, PPO)}
+PROGRAMS = {program.name: program for program in (PRETRAINING, DECODING, SERVING, ENGINE, ROLLOUTS, CRITIC, PPO)}
 # What is replayed or worked out: a module with its arguments.
 OTHERS = {
     "batching": (batching, batching.BatchingArguments),

@@ -58,16 +58,16 @@ def time_generation(sizes: DecodingSizes, policy: PreTrainedModel, value: Length
 
 
 @torch.no_grad()
-def time_floor(sizes: DecodingSizes, policy: PreTrainedModel, value: LengthValueModel) -> float:
+def time_floor(sizes: DecodingSizes, policy: PreTrainedModel, value: LengthValueModel, rows: int) -> float:
     """Seconds per step of the two forwards alone, on caches of `prefix` tokens; the median of the steps."""
-    ids = random_ids(sizes, sizes.rows, sizes.prefix)
+    ids = random_ids(sizes, rows, sizes.prefix)
     policy_cache = policy(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
     cache = value(input_ids=ids, use_cache=True).past_key_values
     k, prefix = sizes.candidates, sizes.prefix
     seen = torch.cat([torch.ones(k, prefix), torch.eye(k)], dim=1).bool()
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    mask = mask.expand(sizes.rows, 1, -1, -1).to(ids.device)
-    positions = torch.full((sizes.rows, k), prefix, device=ids.device)
+    mask = torch.zeros(seen.shape, dtype=policy.dtype).masked_fill(~seen, torch.finfo(policy.dtype).min)
+    mask = mask.expand(rows, 1, -1, -1).to(ids.device)
+    positions = torch.full((rows, k), prefix, device=ids.device)
     candidates = ids[:, :1].expand(-1, k)
     times = []
     for _ in range(sizes.tokens):
@@ -85,7 +85,7 @@ def measure_decoding(case: str, sizes: DecodingSizes) -> Measurement:
     policy = make_policy(sizes)
     value = LengthValueModel.from_backbone(policy, gamma=GAMMA).freeze()
     if case == "floor":
-        seconds = time_floor(sizes, policy, value)
+        seconds = time_floor(sizes, policy, value, sizes.rows)
     else:
         seconds = time_generation(sizes, policy, value, guided=case == "guided")
     return Measurement(sizes.rows, seconds)

@@ -62,7 +62,7 @@ class EngineSizes(Sizes):
             raise ValueError("Give --model, a folder of a policy with its tokenizer: `make smollm2` makes one.")
 
 
-def save_length_value_model(sizes: EngineSizes, folder: Path, quarter: bool) -> str:
+def save_length_value_model(sizes: Sizes, folder: Path, quarter: bool) -> str:
     """A length value model on the policy's decoder, or on a quarter of its layers; its values differ between states."""
     policy = make_policy(sizes)
     if quarter:
