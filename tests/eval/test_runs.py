@@ -372,7 +372,7 @@ def test_the_help_says_what_each_option_takes(there, program, monkeypatch, capsy
     assert "default: None" not in shown and "default: []" not in shown
 
 
-@pytest.mark.parametrize("name", ["pretraining", "batching", "decoding", "critic", "ppo"])
+@pytest.mark.parametrize("name", ["pretraining", "batching", "decoding", "serving", "rollouts", "critic", "ppo"])
 def test_the_help_of_every_option_of_speed_says_something(name):
     from eval.speed.__main__ import make_parser
 

@@ -17,6 +17,8 @@ from eval.speed.decoding import DECODING
 from eval.speed.harness import MARK, Measurement, Program, Sizes, measure_in_process, median_ratio, peak_memory
 from eval.speed.memory import QWEN, count_parameters, qwen_config, training_memory
 from eval.speed.pretraining import PRETRAINING, make_rollouts
+from eval.speed.rollouts import ROLLOUTS, make_job
+from eval.speed.serving import SERVING, answer_all
 from eval.speed.trainers import CRITIC, CRITIC_RUNS, held_numbers, make_critic_run
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import padding_steps, predict_length
@@ -53,6 +55,90 @@ def test_every_case_of_decoding_is_timed(case):
     result = DECODING.measure(case, DECODING.sizes(**SIZES, candidates=3, prefix=12, tokens=4, rows=2))
     # A step gives every row a token. Differences of two short times may have any sign.
     assert result.tokens == 2 and (result.seconds > 0 or case != "floor")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder of a policy with a tokenizer and a chat template, prompts beside it."""
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer(chat=True).save_pretrained(folder)
+    prompts = [json.dumps({"prompt": f"w{number} w7"}) for number in range(8, 14)]
+    (folder / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("case", SERVING.cases)
+def test_every_case_of_serving_is_timed(case, served):
+    sizes = SERVING.sizes(model=str(served), threads=SIZES["threads"], vocab=64, candidates=3, tokens=4, rows=3)
+    result = SERVING.measure(case, sizes)
+    # All requests' tokens but their first, or those of a step.
+    assert result.tokens == {"alone": 12, "together": 12, "floor_alone": 1, "floor_together": 3}[case]
+    assert result.seconds > 0 or "floor" not in case
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_requests_come_together_or_one_after_the_other(served, dtype, monkeypatch):
+    sizes = SERVING.sizes(model=str(served), candidates=3, tokens=4, rows=3, dtype=dtype, min_p=0.01)
+    told = {}
+
+    def spied(engine, bodies, together):
+        steps, step = [], engine._step
+        engine._step = lambda jobs: steps.append(len(jobs)) or step(jobs)
+        found = answer_all(engine, bodies, together)
+        del engine._step
+        told[together, len(bodies), json.loads(bodies[0])["max_tokens"]] = steps, found
+        return found
+
+    monkeypatch.setattr("eval.speed.serving.answer_all", spied)
+    for case in ("alone", "together"):
+        SERVING.measure(case, sizes)
+    (alone, answers), (beside, others) = told[False, 3, 5], told[True, 3, 5]
+    assert alone == [1] * 15 and max(beside) == 3 and 5 <= len(beside) < 15
+    for one, other in zip(answers, others, strict=True):
+        # Nothing ends them, and all that is asked for is in the guidance.
+        assert [len(job.choices[0].token_ids) for job in (one, other)] == [5, 5] and one.guidance == other.guidance
+        assert (one.guidance.strength, one.guidance.top_k, one.guidance.min_p) == (1.0, 3, 0.01)
+        assert one.guidance.temperature == 0.7
+    with pytest.raises(ValueError, match="--model"):
+        SERVING.sizes()
+
+
+@pytest.mark.parametrize("case", ROLLOUTS.cases)
+def test_rollouts_are_sampled_by_the_job_that_the_case_says(case, served, monkeypatch):
+    class Engine:
+        def __init__(self, **arguments):
+            self.arguments = arguments
+            dtype = getattr(torch, arguments["dtype"])
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=96, dtype=dtype))
+
+        def generate(self, prompts, params, use_tqdm):
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[9, 8, EOS])]) for _ in prompts]
+
+    vllm = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace, __version__="0")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    sizes = ROLLOUTS.sizes(
+        model=str(served),
+        dataset_name=str(served / "prompts.jsonl"),
+        prompts=5,
+        batch=2,
+        tokens=4,
+        context=96,
+        chat=True,
+    )
+    job, result = make_job(case, sizes), ROLLOUTS.measure(case, sizes)
+    assert (job.engine, len(job), job.settings.batch_size) == (case.partition("_")[0], 5, 2)
+    assert job.prompts[0] == [{"role": "user", "content": "w8 w7"}] and EOS in job.eos_token_ids
+    dtype = "bfloat16" if "half" in case else "float32"
+    if job.engine == "vllm":
+        assert job.engine_arguments == {"dtype": dtype, "max_model_len": 96, "max_num_seqs": 2}
+        # Three tokens of each, the end among them.
+        assert result.tokens == 15
+    else:
+        assert job.model.dtype == getattr(torch, dtype) and 5 <= result.tokens <= 20
+    assert result.count > 0
+    with pytest.raises(ValueError, match="--dataset_name"):
+        ROLLOUTS.sizes(model="policy")
 
 
 @pytest.mark.parametrize("case", CRITIC.cases)
