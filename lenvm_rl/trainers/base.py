@@ -124,7 +124,8 @@ class LenVMTrainer(ResumableTrainer):
         check_embeds(self._tokenizer, self.model, "the policy")
         checks.warn_of_another_reference(model, self)
         # Known from here on: the tokenizer and the reward functions, as TRL sees them.
-        self.unread = Unread(self._sum_over_processes)
+        accelerator = self.accelerator
+        self.unread = Unread(self._sum_over_processes, accelerator.process_index, accelerator.num_processes)
         self._gate = Gate(args, self.reward_funcs, self.reward_func_names, self.unread)
         self._coefficient = LengthCoefficient(args)
         self.length_value_model = self._frozen = None
@@ -298,7 +299,7 @@ class LenVMTrainer(ResumableTrainer):
         if self.log_completions:
             # TRL's own column holds the group-relative advantage, which is not what the policy learns from here.
             means = batch["advantages"].sum(dim=1) / read.completions.actions.sum(dim=1).clamp(min=1)
-            self._logs["extra"]["policy_advantage"].extend(self.accelerator.gather(means).tolist())
+            self.unread.add_own(means, self._logs["extra"]["policy_advantage"].extend)
 
     def _react(self, measured: dict[str, float], batch: dict, read: Batch) -> None:
         """Log what was measured, and let it move what the batches to come are weighed and watched by."""

@@ -45,12 +45,11 @@ def value_logits(
         trainer (`trl.GRPOTrainer`): of the run.
         chunk_size (`int`, *optional*): rows per forward; all at once when omitted.
 
-    Raises:
-        `ValueError`: the batch holds tokens that the model does not embed, or the model gave NaN or infinity.
+    The step is stopped with a `ValueError` where the batch holds tokens that the model does not embed, or the model
+    gave NaN or infinity: when the trainer reads what it has not read yet ([`~lenvm_rl.trainers.unread`]).
     """
-    check_ids(model, what, batch, trainer)
-    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    tokens = [batch[name] for name in names]
+    prompt_ids, completion_ids = embedded_ids(model, what, batch, trainer)
+    tokens = (prompt_ids, batch["prompt_mask"], completion_ids, batch["completion_mask"])
     logits = completion_logits(model, *tokens, chunk_size=chunk_size, further_inputs=picture_inputs(batch))
     check_finite(logits, what, batch, trainer)
     return logits
@@ -123,8 +122,9 @@ def _check_none_is_masked(batch: dict) -> None:
             )
 
 
-def check_ids(model: nn.Module, what: str, batch: dict, trainer: GRPOTrainer) -> None:
-    """Raise a `ValueError` if a completion holds a token that a value model does not embed.
+def embedded_ids(model: nn.Module, what: str, batch: dict, trainer: GRPOTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of prompts and completions as a value model reads them: 0 for a token that it does not embed, which stops the
+    step on every process with a `ValueError` once that is read.
 
     Looked for only where the policy has more rows than the model, as models of one family but of several sizes do.
 
@@ -133,18 +133,24 @@ def check_ids(model: nn.Module, what: str, batch: dict, trainer: GRPOTrainer) ->
         batch (`dict`): with `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`.
         trainer (`trl.GRPOTrainer`): has the policy.
     """
+    ids = (batch["prompt_ids"], batch["completion_ids"])
     unwrap = trainer.accelerator.unwrap_model
     rows, policy_rows = embedding_rows(unwrap(model)), embedding_rows(unwrap(trainer.model))
     if rows is None or policy_rows is None or rows >= policy_rows:
-        return
-    masked = [batch[f"{part}_ids"] * batch[f"{part}_mask"] for part in ("prompt", "completion")]
-    largest = max(int(ids.max()) for ids in masked if ids.numel())
-    if largest >= rows:
-        raise ValueError(
-            f"The policy embeds {policy_rows} tokens and wrote the one of id {largest}, and the {what} embeds {rows}: "
-            f"give one with as many rows, or keep the policy from such tokens (`generation_kwargs` of `args`, "
-            f"{{'suppress_tokens': [...]}})."
-        )
+        return ids
+
+    def stop(largest: list[float]) -> None:
+        if max(largest) >= rows:
+            raise ValueError(
+                f"The policy embeds {policy_rows} tokens and wrote the one of id {int(max(largest))}, and the {what} "
+                f"embeds {rows}: give one with as many rows, or keep the policy from such tokens (`generation_kwargs` "
+                f"of `args`, {{'suppress_tokens': [...]}})."
+            )
+
+    masks = (batch["prompt_mask"], batch["completion_mask"])
+    masked = torch.cat([each * mask for each, mask in zip(ids, masks, strict=True)], dim=1)
+    trainer.unread.add_own(masked.max().reshape(1), stop)
+    return tuple(each.masked_fill(each >= rows, 0) for each in ids)
 
 
 def check_finite(values: torch.Tensor, what: str, batch: dict, trainer: GRPOTrainer) -> None:
@@ -163,15 +169,13 @@ def check_finite(values: torch.Tensor, what: str, batch: dict, trainer: GRPOTrai
         `ValueError`: naming the file.
     """
     values = values.detach()
-    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    is_bad = (~torch.isfinite(values)).any().float().reshape(1)
 
-    def stop(totals: list[float]) -> None:
-        bad_processes = [process for process, bad in enumerate(totals) if bad]
+    def stop(are_bad: list[float]) -> None:
+        bad_processes = [process for process, is_bad in enumerate(are_bad) if is_bad]
         if bad_processes:
             _stop_at(bad_processes, values, what, batch, trainer)
 
-    trainer.unread.add(nn.functional.pad(is_bad, (rank, processes - rank - 1)), stop)
+    trainer.unread.add_own((~torch.isfinite(values)).any().reshape(1), stop)
 
 
 def _stop_at(bad_processes: list[int], values: torch.Tensor, what: str, batch: dict, trainer: GRPOTrainer) -> None:

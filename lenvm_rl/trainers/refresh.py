@@ -56,12 +56,15 @@ def rollouts_of(batch: dict, completions: Completions, correct: Tensor) -> list[
         `list[dict]`: the columns of a rollout that [`~lenvm_rl.pretraining.LengthValueCollator`] reads, and `correct`.
         Tokens are arrays of 4 bytes each, since many completions are kept.
     """
-    prompts, exists, ids = (batch[name].cpu() for name in ("prompt_ids", "prompt_mask", "completion_ids"))
-    mask, actions = completions.mask.cpu(), completions.actions.cpu()
-    finished, correct = completions.finished.tolist(), correct.tolist()
+    parts = [batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids")]
+    parts += [completions.mask, completions.actions, completions.finished.unsqueeze(1), correct.unsqueeze(1)]
+    # One transfer from the device for all of them.
+    whole = torch.cat([part.long() for part in parts], dim=1).cpu()
+    prompts, exists, ids, mask, actions, finished, correct = whole.split([part.shape[1] for part in parts], dim=1)
+    exists, mask = exists.bool(), mask.bool()
     return [
         {
-            "prompt_ids": array("i", prompts[row][exists[row].bool()].tolist()),
+            "prompt_ids": array("i", prompts[row][exists[row]].tolist()),
             "completion_ids": array("i", ids[row][mask[row]].tolist()),
             "action_mask": array("b", actions[row][mask[row]].tolist()),
             "finish_reason": "stop" if finished[row] else "length",

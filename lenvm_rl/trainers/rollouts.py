@@ -35,11 +35,13 @@ class Sampled:
     """What is known of a generation batch of this process before it is padded into tensors.
 
     Args:
+        completion_ids (`list[list[int]]`): of each completion.
         lengths (`list[int]`): tokens that the policy wrote in each completion, its end not counted.
         tool_mask (`list[list[int]]`, *optional*): 1 where the policy chose the token, where others wrote some.
         finished (`list[bool]`, *optional*): word from a `rollout_func` on how each completion ended.
     """
 
+    completion_ids: list[list[int]]
     lengths: list[int]
     tool_mask: list[list[int]] | None
     finished: list[bool] | None
@@ -95,7 +97,7 @@ def read_sampled(generated: tuple, end_ids: Sequence[int]) -> Sampled:
                 f"rollout_func returned {len(finished)} flags in `finished` for {len(completion_ids)} completions: "
                 "give one for each, True where it ended and False where it was cut."
             )
-    return Sampled(lengths, tool_mask, finished)
+    return Sampled(completion_ids, lengths, tool_mask, finished)
 
 
 def collect_completions(trainer: GRPOTrainer, batch: dict, sampled: Sampled) -> Completions:
@@ -108,7 +110,7 @@ def collect_completions(trainer: GRPOTrainer, batch: dict, sampled: Sampled) -> 
     said = None if sampled.finished is None else to_device(sampled.finished, prompt_lengths)
     budget = completion_budget(trainer, prompt_lengths, sampled)
     if budget is not None:
-        stopped = ends_in_stop_string(trainer, batch["completion_ids"], batch["completion_mask"])
+        stopped = to_device(end_in_stop_string(trainer, sampled.completion_ids), budget, torch.bool)
         budget = budget.masked_fill(stopped, torch.iinfo(budget.dtype).max)
     lengths = to_device(sampled.lengths, prompt_lengths)
     return read_completions(batch, trainer.eos_token_ids, budget, said, lengths)
@@ -144,16 +146,14 @@ def completion_budget(trainer: GRPOTrainer, prompt_lengths: Tensor, sampled: Sam
     return None if budget is None else torch.full_like(prompt_lengths, budget)
 
 
-def ends_in_stop_string(trainer: GRPOTrainer, completion_ids: Tensor, mask: Tensor) -> Tensor:
-    """Whether the text of each completion holds a stop string of vLLM, which ended it then: `(B,)`."""
+def end_in_stop_string(trainer: GRPOTrainer, completion_ids: Sequence[Sequence[int]]) -> list[bool]:
+    """Whether the text of each completion holds a stop string of vLLM, which ended it then."""
     stop = (trainer.args.generation_kwargs or {}).get("stop") if trainer.use_vllm else None
     strings = [stop] if isinstance(stop, str) else list(stop or ())
     if not strings:
-        return torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-    rows = [ids[exists.bool()].tolist() for ids, exists in zip(completion_ids, mask, strict=True)]
-    texts = trainer._tokenizer.batch_decode(rows, skip_special_tokens=True)
-    found = [any(string in text for string in strings) for text in texts]
-    return torch.tensor(found, device=mask.device)
+        return [False] * len(completion_ids)
+    texts = trainer._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    return [any(string in text for string in strings) for text in texts]
 
 
 def read_guidance(args: LenVMConfig) -> LengthGuidance | None:

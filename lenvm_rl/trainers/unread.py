@@ -2,7 +2,8 @@
 
 To read a number of a GPU makes the host wait until all is done that the GPU has to do, so the trainers read once per
 optimizer step: metrics, what decides about batches to come, and whether something was at fault, all in one transfer
-right before the weights move. An evaluation is read batch by batch.
+right before the weights move (under DeepSpeed, whose backward pass moves them, right after). An evaluation is read
+batch by batch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lenvm_rl.trainers.metrics import BatchMetrics, for_sums
@@ -28,10 +30,12 @@ class Unread:
 
     Args:
         reduce (`Callable`): sums a tensor over processes, such as `accelerator.reduce(…, reduction="sum")`.
+        process (`int`, *optional*, defaults to `0`), processes (`int`, *optional*, defaults to `1`): which one this is,
+            and how many there are.
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor]):
-        self._reduce = reduce
+    def __init__(self, reduce: Callable[[Tensor], Tensor], process: int = 0, processes: int = 1):
+        self._reduce, self._process, self._processes = reduce, process, processes
         self._entries: list[tuple[Tensor, Callable[[list[float]], None]]] = []
 
     def add(self, sums: Tensor, use: Callable[[list[float]], None]) -> None:
@@ -42,6 +46,11 @@ class Unread:
             use (`Callable`): called with `n` numbers; its error is the error of who reads.
         """
         self._entries.append((for_sums(sums.detach()).double(), use))
+
+    def add_own(self, numbers: Tensor, use: Callable[[list[float]], None]) -> None:
+        """Take in numbers of this process, `(n,)`; `use` gets those of all processes side by side, in their order."""
+        before, after = self._process, self._processes - self._process - 1
+        self.add(pad(numbers, (before * len(numbers), after * len(numbers))), use)
 
     def add_flag(self, flag: Tensor, use: Callable[[], None]) -> None:
         """Take in whether something is so, a tensor of one element; `use` is called if it is on any process."""
