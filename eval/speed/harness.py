@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -71,6 +71,7 @@ class Program:
         measure (callable): `measure(case, sizes)` measures one of them in this process.
         baselines (mapping): titles of columns, and the case over whose time others' is given: one, or one for each.
         columns (sequence of [`~eval.report.Column`], *optional*): further ones, of `count`.
+        memory_baselines (mapping, *optional*): as `baselines`, for the most memory that was held.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Program:
     measure: Callable[[str, Any], Measurement]
     baselines: Mapping[str, str | Mapping[str, str]]
     columns: Sequence[Column] = ()
+    memory_baselines: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
 
     def run(self, sizes: Sizes) -> None:
         """Measures every case, forwards and backwards in turns, and prints them."""
@@ -92,19 +94,23 @@ class Program:
             measured[case].append(measure_in_process(self.name, case, sizes))
         columns = [Column("what", "title"), Column("tokens/s", "speed")]
         columns += [Column(title, title, 3) for title in self.baselines]
-        columns += [Column("peak memory, MiB", "peak_bytes", 0, scale=2.0**-20), *self.columns]
+        columns.append(Column("peak memory, MiB", "peak_bytes", 0, scale=2.0**-20))
+        columns += [*(Column(title, title, 3) for title in self.memory_baselines), *self.columns]
         print_table(console, self.compare(measured, sizes.seed), columns, title=self.text.partition("\n")[0])
 
     def compare(self, measured: Mapping[str, Sequence[Measurement]], seed: int = 0) -> list[dict[str, Any]]:
-        """A row for each case: its tokens per second, its time over the baselines', and its memory."""
+        """A row for each case: its tokens per second, its time over the baselines', and so its memory."""
         times = {case: [each.seconds / each.tokens for each in found] for case, found in measured.items()}
+        peaks = {case: [float(each.peak_bytes) for each in found] for case, found in measured.items()}
+        compared = [(times, self.baselines), (peaks, self.memory_baselines)]
         rows = []
         for case, found in measured.items():
             row = {"title": self.cases[case], "speed": 1 / median(times[case])}
             row |= {name: float(median(getattr(each, name) for each in found)) for name in ("count", "peak_bytes")}
-            for title, baseline in self.baselines.items():
-                below = baseline if isinstance(baseline, str) else baseline.get(case)
-                row[title] = None if below in (None, case) else median_ratio(times[case], times[below], seed)
+            for numbers, baselines in compared:
+                for title, baseline in baselines.items():
+                    below = baseline if isinstance(baseline, str) else baseline.get(case)
+                    row[title] = None if below in (None, case) else median_ratio(numbers[case], numbers[below], seed)
             rows.append(row)
         return rows
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,8 +36,9 @@ CRITIC_TEXT = """What a frozen length value model costs a step of GRPO, in each 
 
 A step is all of it: completions, rewards, values, loss, backward, optimizer. Each case has a plain step beside it, the
 same without the model: of a policy that is trained whole or through adapters, with a reference (`beta` > 0), on whose
-forward a head alone reads, or without. Memory tells best of a larger model: `--hidden 512 --layers 8 --batch 4`. Beside
-it stand the numbers that all models together hold, shared ones counted once.
+forward a head alone reads, or without. Last comes a step of PPO: a critic and a length value model, a head alone each,
+beside training the same adapters with neither, nor a reference. Memory tells best of a larger model: `--hidden 512
+--layers 8 --batch 4`. Beside it stand the numbers that all models together hold, shared ones counted once.
 """
 PPO_TEXT = """How fast PPO is: `LenVMPPOTrainer` beside TRL's own PPO trainer, which TRL had up to 1.12.
 
@@ -43,12 +46,14 @@ PPO_TEXT = """How fast PPO is: `LenVMPPOTrainer` beside TRL's own PPO trainer, w
     .venv-legacy/bin/python -m eval.speed ppo
 
 The same policy, lengths of prompts and of completions, batches, passes over them and learning rates, with a reference
-model in all of them, and critics and length value models of the policy's size. Three things differ: TRL's trainer has a
-reward model (one layer of hidden size 16) where the other calls a function, takes the probabilities of the old policy
-from sampling instead of a forward of their own, and has one completion of each prompt; the other two, the fewest there.
+model in all of them. Critics and length value models of form full have the policy's size; adapter and head are on the
+reference's decoder. Three things differ: TRL's trainer has a reward model (one layer of hidden size 16) where the other
+calls a function, takes the probabilities of the old policy from sampling instead of a forward of their own, and has one
+completion of each prompt; the other two, the fewest there.
 """
 ADAPTERS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 BETA = 0.05
+PPO_KINDS = (LenVMPPOTrainer, LenVMPPOConfig)
 # Form of the model, if there is one; whether the policy has adapters; whether there is a reference.
 CRITIC_RUNS = {
     "plain": (None, False, False),
@@ -59,16 +64,25 @@ CRITIC_RUNS = {
     "head": ("head", False, True),
     "plain_both": (None, True, True),
     "head_adapters": ("head", True, True),
+    "ppo_adapters": ("head", True, True),
 }
-PLAIN = {"full": "plain", "adapter": "plain_adapters", "head": "plain_reference", "head_adapters": "plain_both"}
-PPO_CASES = {
-    "trl": "TRL's PPOTrainer",
-    "critic": "LenVMPPOTrainer, learned critic",
-    "critic_lenvm": "LenVMPPOTrainer, learned critic and LenVM",
-    "lenvm": "LenVMPPOTrainer, LenVM alone",
-    "head": "LenVMPPOTrainer, LenVM as a head alone",
+PLAIN = {
+    "full": "plain",
+    "adapter": "plain_adapters",
+    "head": "plain_reference",
+    "head_adapters": "plain_both",
+    "ppo_adapters": "plain_adapters",
 }
-PPO_FORMS = {"critic": None, "critic_lenvm": "full", "lenvm": "full", "head": "head"}
+# Form of the learned critic, if there is one, and of the length value model, if there is one.
+PPO_FORMS = {
+    "full": ("full", None),
+    "adapter": ("adapter", None),
+    "head": ("head", None),
+    "full_lenvm": ("full", "full"),
+    "heads": ("head", "head"),
+    "lenvm": (None, "full"),
+    "lenvm_head": (None, "head"),
+}
 
 
 @dataclass
@@ -151,6 +165,7 @@ def make_trainer(
     generations: int,
     epochs: int = 1,
     adapters: bool = False,
+    fields: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Trainer:
     """A run of this library, ready for its first step, whose completions cannot end before their one length.
@@ -161,6 +176,7 @@ def make_trainer(
         form (`str`, *optional*): of the length value model, which has the policy's size; `None` for no model.
         beta, generations, epochs: of the reference, completions of a prompt, passes over a batch.
         adapters (`bool`, *optional*, defaults to `False`): whether the policy is trained through LoRA.
+        fields (mapping, *optional*): further fields of the config.
         options: further arguments of the trainer.
     """
     tokenizer = save_policy(sizes, folder)
@@ -186,6 +202,7 @@ def make_trainer(
         length_coef=0.0 if form is None else 0.1,
         length_gate="all",
         loss_type="dr_grpo",
+        **fields,
     )
     ids = random_ids(sizes, updates * sizes.batch // generations, sizes.prompt_tokens) % len(tokenizer)
     return kinds[0](
@@ -250,14 +267,16 @@ def time_updates(trainer: Trainer, sizes: TrainingSizes, steps: int = 1) -> Meas
 def make_critic_run(case: str, sizes: TrainingSizes, folder: Path) -> LenVMGRPOTrainer:
     """The run of a case of `critic`, ready for its first step."""
     form, adapters, reference = CRITIC_RUNS[case]
-    kinds, beta = (LenVMGRPOTrainer, LenVMGRPOConfig), BETA if reference else 0.0
-    return make_trainer(kinds, sizes, folder, form, beta=beta, generations=4, adapters=adapters)
+    options = {"beta": BETA if reference else 0.0, "generations": 4, "adapters": adapters}
+    if case == "ppo_adapters":
+        return make_trainer(PPO_KINDS, sizes, folder, form, fields={"critic_form": "head"}, **options)
+    return make_trainer((LenVMGRPOTrainer, LenVMGRPOConfig), sizes, folder, form, **options)
 
 
 def held_numbers(trainer: LenVMGRPOTrainer) -> int:
-    """How many numbers the weights of policy, reference and length value model hold, shared ones once."""
-    lenvm = trainer.length_value_model
-    parts = [trainer.model, trainer.ref_model, lenvm, None if lenvm is None else lenvm.backbone]
+    """How many numbers the weights of policy, reference, length value model and critic hold, shared ones once."""
+    values = [trainer.length_value_model, getattr(trainer, "critic", None)]
+    parts = [trainer.model, trainer.ref_model, *values, *(each.backbone for each in values if each is not None)]
     weights = {p.data_ptr(): p.numel() for part in parts if part is not None for p in part.parameters()}
     return sum(weights.values())
 
@@ -274,11 +293,16 @@ def measure_ppo(case: str, sizes: PPOSizes) -> Measurement:
     with tempfile.TemporaryDirectory() as folder:
         if case == "trl":
             return time_updates(make_legacy(sizes, Path(folder)), sizes)
-        options = {"beta": BETA, "generations": 2, "epochs": sizes.epochs}
-        options["critic"] = "learned" if case.startswith("critic") else "lenvm"
-        kinds = (LenVMPPOTrainer, LenVMPPOConfig)
-        trainer = make_trainer(kinds, sizes, Path(folder), PPO_FORMS[case], **options)
-        return time_updates(trainer, sizes, steps=sizes.epochs)
+        return time_updates(make_ppo_run(case, sizes, Path(folder)), sizes, steps=sizes.epochs)
+
+
+def make_ppo_run(case: str, sizes: PPOSizes, folder: Path) -> LenVMPPOTrainer:
+    """The run of a case of `ppo` that is not TRL's, ready for its first step."""
+    critic_form, form = PPO_FORMS[case]
+    options = {"beta": BETA, "generations": 2, "epochs": sizes.epochs}
+    if critic_form is None:
+        return make_trainer(PPO_KINDS, sizes, folder, form, critic="lenvm", **options)
+    return make_trainer(PPO_KINDS, sizes, folder, form, fields={"critic_form": critic_form}, **options)
 
 
 CRITIC = Program(
@@ -288,10 +312,20 @@ CRITIC = Program(
     {
         name: f"{form or 'no model'}, policy {'with adapters' if adapters else 'trained whole'}"
         + (", reference" if reference else "")
+        + (", PPO with a head as critic" if name == "ppo_adapters" else "")
         for name, (form, adapters, reference) in CRITIC_RUNS.items()
     },
     measure_critic,
     {"time over plain step": PLAIN},
     [Column("weights held, millions", "count", 2, scale=1e-6)],
+    {"memory over its": PLAIN},
 )
-PPO = Program("ppo", PPO_TEXT, PPOSizes, PPO_CASES, measure_ppo, {"time over TRL's": "trl"})
+PPO = Program(
+    "ppo",
+    PPO_TEXT,
+    PPOSizes,
+    {"trl": "TRL's PPOTrainer"}
+    | {name: f"critic: {critic or 'none'}; LenVM: {form or 'none'}" for name, (critic, form) in PPO_FORMS.items()},
+    measure_ppo,
+    {"time over TRL's": "trl"},
+)

@@ -153,6 +153,14 @@ def test_every_case_of_the_critic_is_the_run_that_it_says(case, tmp_path):
         assert (trainer._frozen._reference is not None) == (form == "head")
 
 
+@pytest.mark.parametrize("case", trainers.PPO_FORMS)
+def test_every_case_of_ppo_has_the_critic_that_it_says(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainers, "legacy_ppo", lambda: None)
+    trainer = trainers.make_ppo_run(case, trainers.PPOSizes(**vars(TRAINING)), tmp_path)
+    found = [each and each.config.form for each in (trainer.critic, trainer.length_value_model)]
+    assert tuple(found) == trainers.PPO_FORMS[case] and trainer.beta > 0
+
+
 def test_updates_are_timed_and_weights_that_are_shared_count_once(tmp_path):
     found = CRITIC.measure("head_adapters", TRAINING)
     plain, head, adapter = (
@@ -162,6 +170,8 @@ def test_updates_are_timed_and_weights_that_are_shared_count_once(tmp_path):
     assert found.tokens == 16 and found.seconds > 0 and found.count == head
     # All linear layers of the decoder get a pair of rank 16.
     assert head - plain == 32 * 32 + 32 + 32 + 1 < adapter - plain
+    # A critic of form head is a second such head and no decoder.
+    assert held_numbers(make_critic_run("ppo_adapters", TRAINING, tmp_path / "ppo")) - plain == 2 * (head - plain)
 
 
 def test_a_ratio_of_medians_by_hand():
@@ -174,14 +184,16 @@ def test_a_ratio_of_medians_by_hand():
 def test_cases_are_compared_by_the_time_of_a_token_with_their_own_baseline():
     measured = {
         "plain": [Measurement(100, 1.0, 7, 3 * 2**20), Measurement(100, 2.0, 7, 5 * 2**20)],
-        "full": [Measurement(200, 3.0), Measurement(200, 6.0)],
+        "full": [Measurement(200, 3.0, 0, 6 * 2**20), Measurement(200, 6.0, 0, 10 * 2**20)],
     }
     baselines = {"limit": "plain", "own": {"full": "plain"}}
-    plain, full = Program("", "", Sizes, {"plain": "a", "full": "b"}, None, baselines).compare(measured)
+    program = Program("", "", Sizes, {"plain": "a", "full": "b"}, None, baselines, (), {"memory": "plain"})
+    plain, full = program.compare(measured)
     assert (plain["title"], plain["count"], plain["peak_bytes"], plain["own"]) == ("a", 7, 4 * 2**20, None)
     assert plain["speed"] == pytest.approx(1 / 0.015) and plain["limit"] is None
     # 0.0225 over 0.015 seconds a token, in both turns.
     assert full["own"].estimate == pytest.approx(1.5) == full["own"].low == full["limit"].high
+    assert full["memory"].estimate == 2.0 and plain["memory"] is None
 
 
 def test_cases_take_turns_in_processes_of_their_own(monkeypatch, capsys):
