@@ -85,7 +85,7 @@ class Program:
 
     def run(self, sizes: Sizes) -> None:
         """Measures every case, forwards and backwards in turns, and prints them."""
-        console = Console(width=150, highlight=False)
+        console = Console(width=180, highlight=False)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         console.print(f"{device}; " + ", ".join(f"{key} {value}" for key, value in asdict(sizes).items()))
         measured: dict[str, list[Measurement]] = {case: [] for case in self.cases}

@@ -312,13 +312,13 @@ CRITIC = Program(
     {
         name: f"{form or 'no model'}, policy {'with adapters' if adapters else 'trained whole'}"
         + (", reference" if reference else "")
-        + (", PPO with a head as critic" if name == "ppo_adapters" else "")
+        + (", PPO" if name == "ppo_adapters" else "")
         for name, (form, adapters, reference) in CRITIC_RUNS.items()
     },
     measure_critic,
     {"time over plain step": PLAIN},
     [Column("weights held, millions", "count", 2, scale=1e-6)],
-    {"memory over its": PLAIN},
+    {"memory over plain step": PLAIN},
 )
 PPO = Program(
     "ppo",
