@@ -44,6 +44,7 @@ class Sizes:
     hidden: int = HfArg(default=128, help="Hidden size.")
     layers: int = HfArg(default=4, help="Layers.")
     vocab: int = HfArg(default=8192, help="Tokens of the vocabulary that texts are drawn from.")
+    cases: list[str] = HfArg(default_factory=list, help="Names of cases to measure; all of them by default.")
     repetitions: int = HfArg(default=3, help="Times that every case is measured, in turns.")
     threads: int = HfArg(default=1, help="Threads of the processor.")
     seed: int = HfArg(default=0, help="Seed of weights and data.")
@@ -88,8 +89,11 @@ class Program:
         console = Console(width=180, highlight=False)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         console.print(f"{device}; " + ", ".join(f"{key} {value}" for key, value in asdict(sizes).items()))
-        measured: dict[str, list[Measurement]] = {case: [] for case in self.cases}
-        order = [case for turn in range(sizes.repetitions) for case in list(self.cases)[:: -1 if turn % 2 else 1]]
+        if set(sizes.cases) - set(self.cases):
+            raise ValueError(f"cases must be among {', '.join(self.cases)}, got {', '.join(sizes.cases)}.")
+        wanted = [case for case in self.cases if not sizes.cases or case in sizes.cases]
+        measured: dict[str, list[Measurement]] = {case: [] for case in wanted}
+        order = [case for turn in range(sizes.repetitions) for case in wanted[:: -1 if turn % 2 else 1]]
         for case in tqdm(order, desc="measuring", unit="process"):
             measured[case].append(measure_in_process(self.name, case, sizes))
         columns = [Column("what", "title"), Column("tokens/s", "speed")]
@@ -110,7 +114,8 @@ class Program:
             for numbers, baselines in compared:
                 for title, baseline in baselines.items():
                     below = baseline if isinstance(baseline, str) else baseline.get(case)
-                    row[title] = None if below in (None, case) else median_ratio(numbers[case], numbers[below], seed)
+                    other = below != case and below in measured
+                    row[title] = median_ratio(numbers[case], numbers[below], seed) if other else None
             rows.append(row)
         return rows
 
@@ -124,7 +129,8 @@ class Program:
 
 def measure_in_process(name: str, case: str, sizes: Sizes) -> Measurement:
     """Measures a case of the program `name` in a process of its own; what ends that one ends this one, too."""
-    given = {"case": case, **{name: value for name, value in asdict(sizes).items() if value is not None}}
+    given = {"case": case, **asdict(sizes)}
+    given = {name: value for name, value in given.items() if name != "cases" and value is not None}
     command = ["-m", "eval.speed", name, *(text for key, value in given.items() for text in (f"--{key}", str(value)))]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]

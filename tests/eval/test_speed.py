@@ -208,6 +208,11 @@ def test_cases_take_turns_in_processes_of_their_own(monkeypatch, capsys):
     speed.main(["pretraining", "--repetitions", "3"])
     names = list(PRETRAINING.cases)
     assert asked == names + names[::-1] + names
+    asked.clear()
+    speed.main(["critic", "--repetitions", "2", "--cases", "ppo_adapters", "plain_adapters"])
+    assert asked == ["plain_adapters", "ppo_adapters", "ppo_adapters", "plain_adapters"]
+    with pytest.raises(ValueError, match="cases"):
+        speed.main(["critic", "--cases", "nonsense"])
     capsys.readouterr()
     speed.main(["critic", "--repetitions", "2"])
     told = capsys.readouterr().out
