@@ -51,7 +51,8 @@ class TrainingArm:
 
     Args:
         name (`str`): unique.
-        kind (`str`): `"task"`, `"LenVM"`, `"penalty"`, `"oracle"` or `"control"`.
+        kind (`str`): `"task"`, `"LenVM"`, `"penalty"`, `"oracle"`, `"control"`, or `"critic"`, which runs where it is
+            named alone.
         strengths (tuple of `float`): what it is tried at, the first guess in the middle; empty if there is nothing to
             choose.
         ppo_strengths (tuple of `float`): the same for groups of one, where they are others.
@@ -68,7 +69,7 @@ class TrainingArm:
     """
 
     name: str
-    kind: Literal["task", "LenVM", "penalty", "oracle", "control"]
+    kind: Literal["task", "LenVM", "penalty", "oracle", "control", "critic"]
     strengths: tuple[float, ...] = ()
     ppo_strengths: tuple[float, ...] = ()
     rewards: Callable[[float | None], list[Callable]] = task_only
@@ -107,6 +108,13 @@ def control(name: str, **different: Any) -> TrainingArm:
     return dense_stream(name, **{"kind": "control", "settings_of": LENVM} | different)
 
 
+def critic(name: str, **fields: Any) -> TrainingArm:
+    """PPO with another task critic, at the settings of the original."""
+    return dense_stream(name, kind="critic", settings_of=LENVM, fields=fields, ppo_only={"critic": "learned"})
+
+
+# A critic that shares a decoder needs one that is frozen, the reference's: present, and too weak to pull.
+REFERENCE = {"beta": 1e-3}
 TASK_ONLY, LENVM, LENVM_95 = "task only", "LenVM, lambda 1", "LenVM, lambda 0.95"
 ARMS: Sequence[TrainingArm] = (
     TrainingArm(TASK_ONLY, "task"),
@@ -151,5 +159,10 @@ ARMS: Sequence[TrainingArm] = (
     control("refreshed V, lambda 0.95", fields={**REFRESH, "length_lam": 0.95}, settings_of=LENVM_95),
     control("length return of the whole", variant="sequence", least_group=2),
     control("shaping alone", coefficient="shaping_coef"),
+    critic("critic of form full", **REFERENCE),
+    critic("critic of form adapter", critic_form="adapter", **REFERENCE),
+    critic("critic of form head", critic_form="head", **REFERENCE),
+    # Single samples as SAO has them (arXiv 2607.07508).
+    critic("SAO", critic_updates_per_step=2, critic_warmup_steps=10, critic_frozen=["self_attn"]),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}

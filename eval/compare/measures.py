@@ -34,6 +34,7 @@ class Judged:
         end_accuracy, end_tokens, end_excess (`float`): means of the last evaluations.
         kept (`bool`): whether the accuracy at the end is kept.
         unsafe (`bool`): whether it ever fell too far.
+        end_critic_explained (`float`, *optional*): share of the returns' variance that the task critic explained.
     """
 
     until_half: float | None
@@ -43,6 +44,7 @@ class Judged:
     end_excess: float
     kept: bool
     unsafe: bool
+    end_critic_explained: float | None = None
 
 
 def rollouts_until(curve: Sequence[Point], start: Point, gone: float) -> float | None:
@@ -77,6 +79,7 @@ def judge_curve(curve: Sequence[Point], start: Point) -> Judged:
     accuracy, tokens, excess = (
         sum(point[name] for point in last) / len(last) for name in ("accuracy", "tokens", "excess")
     )
+    explained = [point["critic_explained"] for point in last if "critic_explained" in point]
     return Judged(
         until_half=rollouts_until(curve, start, HALF),
         until_most=rollouts_until(curve, start, MOST),
@@ -85,6 +88,7 @@ def judge_curve(curve: Sequence[Point], start: Point) -> Judged:
         end_excess=excess,
         kept=accuracy >= start["accuracy"] - TOLERATED,
         unsafe=any(point["accuracy"] < SAFE * start["accuracy"] for point in curve),
+        end_critic_explained=sum(explained) / len(explained) if explained else None,
     )
 
 

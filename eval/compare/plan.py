@@ -167,7 +167,8 @@ def arms_of(cell: TrainingCell, few: Sequence[str], named: Sequence[str] | None 
     if named is not None:
         return [arm for arm in serving if arm.name in named]
     # As the only critic, the model is of a cell of single completions.
-    return [arm for arm in serving if cell.every_arm or arm.ppo_only or arm.name in few]
+    usual = [arm for arm in serving if arm.kind != "critic"]
+    return [arm for arm in usual if cell.every_arm or arm.ppo_only or arm.name in few]
 
 
 def open_runs(

@@ -101,8 +101,8 @@ def report_arm(
     even = [
         break_even(arm, cell, one, record["curve"], world)
         for one, record, world in zip(found, records, worlds, strict=True)
-        # What the values of a control would cost, no record says.
-        if arm.kind != "control"
+        # What the values of a control would cost, or a critic of another form, no record says.
+        if arm.kind not in ("control", "critic")
     ]
     return {
         "learning_rate": records[0]["learning_rate"],
@@ -116,6 +116,7 @@ def report_arm(
         "frontier_gap": mean_and_range(gaps),
         **{name: mean_and_range(areas_over(kinds, records, collected)) for name, kinds in RIVALS.items()},
         "break_even": median_and_range(even) if even else None,
+        "critic_explained": mean_and_range([one.end_critic_explained for one in found]),
         "unsafe": sum(one.unsafe for one in found) / len(found),
         "kept": sum(one.kept for one in found) / len(found),
     }
@@ -223,6 +224,7 @@ END_COLUMNS = (
     Column("waste", "end_excess"),
     Column("below frontier", "frontier_gap", 3, ends=False),
     Column("unsafe", "unsafe", 0, scale=100, unit="%"),
+    Column("critic explains", "critic_explained", 2),
     Column("over tilted base", "over_tilt", 3, sign="+"),
     Column("over tilted task only", "over_task_tilt", 3, sign="+"),
 )

@@ -144,11 +144,29 @@ class World:
 
 
 class CurveCallback(TrainerCallback):
-    """Evaluates the policy every few steps; [`points`] is the curve."""
+    """Evaluates the policy every few steps; `points` is the curve, in which the task critic's explained variance, where
+    it is logged, is the mean over the steps since the point before."""
 
     def __init__(self, world: World, run: Run):
         self.world, self.run, self.points = world, run, []
         self.every = max(1, run.cell.steps // EVALUATIONS)
+        self.explained: list[float] = []
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **further: Any,
+    ) -> None:
+        if (explained := (logs or {}).get("critic/explained_variance")) is not None:
+            self.explained.append(explained)
+        # A step is logged after it has ended.
+        rollouts = state.global_step * self.run.cell.completions
+        if self.explained and self.points and self.points[-1]["rollouts"] == rollouts:
+            self.points[-1]["critic_explained"] = sum(self.explained) / len(self.explained)
+            self.explained = []
 
     def on_step_end(
         self,
@@ -176,13 +194,12 @@ def trainer_of(run: Run, world: World, output_dir: str) -> LenVMGRPOTrainer | Le
         max_completion_length=MAX_NEW_TOKENS,
         temperature=1.0,
         loss_type="dr_grpo",
-        beta=0.0,
         learning_rate=run.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=WARMUP_STEPS,
         # The dataset is stratified by difficulty, and so are its batches.
         shuffle_dataset=False,
-        logging_steps=1000,
+        logging_steps=1 if arm.kind == "critic" else 1000,
         seed=run.seed,
         **({"critic_learning_rate": CRITIC_FACTOR * run.learning_rate} if is_ppo else {}),
         **arm.config_fields(run.strength),

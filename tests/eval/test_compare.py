@@ -190,6 +190,11 @@ class TestPlan:
         # Single completions have no arm that compares those of a prompt, and alone have the model as the only critic.
         assert not BY_NAME["GR3"].serves(1) and BY_NAME["LenVM as only critic"].serves(1)
         assert not BY_NAME["LenVM as only critic"].serves(2)
+        # Other critics run where they are named, at the settings of the usual one.
+        assert "SAO" not in {run.arm for run in order}
+        named = play(single[:1], {}, lambda run: judged(100.0), arms=["SAO"])
+        assert {run.arm for run in named} == {"SAO", LENVM}
+        assert {run.seed for run in named if run.arm == LENVM} == set(CHOICE_SEEDS[: single[0].choices])
 
     def test_names_of_runs_and_cells_are_unique(self):
         assert len({cell.name for cell in CELLS}) == len(CELLS)
@@ -388,6 +393,27 @@ def test_single_completions_train_by_ppo(name, world, small, monkeypatch):
     monkeypatch.setattr(World, "frontier", FakeFrontier())
     run = Run(TINY[1], name, 1e-3, 0.5 if BY_NAME[name].strengths else None, 3)
     assert len(train_run(run, world)) == 2
+
+
+@pytest.mark.parametrize("name", [arm.name for arm in ARMS if arm.kind == "critic"])
+def test_a_critics_explained_variance_is_part_of_the_curve(name, world, small, monkeypatch):
+    """The mean over the steps since the point before, of a TRL log that comes after the step's end."""
+    monkeypatch.setattr(World, "frontier", FakeFrontier())
+    logged = []
+
+    class Heard(training.CurveCallback):
+        def on_log(self, args, state, control, logs=None, **further):
+            logged.append((logs or {}).get("critic/explained_variance"))
+            super().on_log(args, state, control, logs, **further)
+
+    monkeypatch.setattr(training, "CurveCallback", Heard)
+    points = train_run(Run(TINY[1], name, 1e-3, 0.5, 3), world)
+    known = [value for value in logged if value is not None]
+    assert len(points) == 2 and known
+    assert sum(point.get("critic_explained", 0.0) for point in points) == pytest.approx(sum(known))
+    assert judge_curve([{"critic_explained": 0.25, **START}, {"critic_explained": 0.5, **START}], START) == replace(
+        judge_curve([START, START], START), end_critic_explained=0.375
+    )
 
 
 class FakeFrontier:
