@@ -34,7 +34,8 @@ class Judged:
         end_accuracy, end_tokens, end_excess (`float`): means of the last evaluations.
         kept (`bool`): whether the accuracy at the end is kept.
         unsafe (`bool`): whether it ever fell too far.
-        end_critic_explained (`float`, *optional*): share of the returns' variance that the task critic explained.
+        critic_explained, end_critic_explained (`float`, *optional*): share of the returns' variance that the task
+            critic explained, along the whole run, and at the end, where most returns are equal.
     """
 
     until_half: float | None
@@ -44,6 +45,7 @@ class Judged:
     end_excess: float
     kept: bool
     unsafe: bool
+    critic_explained: float | None = None
     end_critic_explained: float | None = None
 
 
@@ -79,7 +81,6 @@ def judge_curve(curve: Sequence[Point], start: Point) -> Judged:
     accuracy, tokens, excess = (
         sum(point[name] for point in last) / len(last) for name in ("accuracy", "tokens", "excess")
     )
-    explained = [point["critic_explained"] for point in last if "critic_explained" in point]
     return Judged(
         until_half=rollouts_until(curve, start, HALF),
         until_most=rollouts_until(curve, start, MOST),
@@ -88,8 +89,14 @@ def judge_curve(curve: Sequence[Point], start: Point) -> Judged:
         end_excess=excess,
         kept=accuracy >= start["accuracy"] - TOLERATED,
         unsafe=any(point["accuracy"] < SAFE * start["accuracy"] for point in curve),
-        end_critic_explained=sum(explained) / len(explained) if explained else None,
+        critic_explained=_explained(curve),
+        end_critic_explained=_explained(last),
     )
+
+
+def _explained(points: Sequence[Point]) -> float | None:
+    known = [point["critic_explained"] for point in points if "critic_explained" in point]
+    return sum(known) / len(known) if known else None
 
 
 def tokens_until(curve: Sequence[Point], start: Point, rollouts: float) -> float:

@@ -116,7 +116,8 @@ def report_arm(
         "frontier_gap": mean_and_range(gaps),
         **{name: mean_and_range(areas_over(kinds, records, collected)) for name, kinds in RIVALS.items()},
         "break_even": median_and_range(even) if even else None,
-        "critic_explained": mean_and_range([one.end_critic_explained for one in found]),
+        "critic_explained": mean_and_range([one.critic_explained for one in found]),
+        "end_critic_explained": mean_and_range([one.end_critic_explained for one in found]),
         "unsafe": sum(one.unsafe for one in found) / len(found),
         "kept": sum(one.kept for one in found) / len(found),
     }
@@ -225,6 +226,7 @@ END_COLUMNS = (
     Column("below frontier", "frontier_gap", 3, ends=False),
     Column("unsafe", "unsafe", 0, scale=100, unit="%"),
     Column("critic explains", "critic_explained", 2),
+    Column("at the end", "end_critic_explained", 2),
     Column("over tilted base", "over_tilt", 3, sign="+"),
     Column("over tilted task only", "over_task_tilt", 3, sign="+"),
 )
