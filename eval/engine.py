@@ -9,16 +9,21 @@ what a hard bound overruled, and how far a tilt led away.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from peft import AutoPeftModelForCausalLM
 from transformers.hf_argparser import HfArg
 
 from eval.runs import CandidateArguments
 from lenvm_rl.decoding.guidance import LengthGuidance
 from lenvm_rl.decoding.requests import MOST_CANDIDATES, keys_of_guidance
+from lenvm_rl.modeling.loading import ADAPTER_FILE, load_tokenizer
 from lenvm_rl.rollouts.vllm import engine_defaults, import_vllm, random_states_kept, read_engine_arguments
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
@@ -41,6 +46,19 @@ def engine_in_process() -> ModuleType:
     for name, value in ENGINE_VARIABLES.items():
         os.environ.setdefault(name, value)
     return import_vllm()
+
+
+@contextmanager
+def whole_model(path: str) -> Iterator[str]:
+    """Where a model lies whole: at the path itself, or while the context lasts, adapters merged into their base."""
+    if not (Path(path).expanduser() / ADAPTER_FILE).is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoPeftModelForCausalLM.from_pretrained(path).merge_and_unload()
+        for part in (model, load_tokenizer(path)):
+            part.save_pretrained(folder)
+        yield folder
 
 
 @dataclass
@@ -99,7 +117,7 @@ class GuidedEngine:
     """`vllm.LLM` with the project's logits processor, loaded when the first completion is needed.
 
     Args:
-        policy (`str`), length_value_model (`str`): folders or hub ids.
+        policy (`str`), length_value_model (`str`): folders or hub ids; adapters of a policy are merged into it.
         base (`str`): what a length value model of form adapter or head was fitted on.
         max_model_len (`int`): tokens of the longest prompt with its completion.
         places (`int`): requests that decode together.
@@ -162,8 +180,8 @@ class GuidedEngine:
             if not defaults.get("enable_chunked_prefill", True):
                 # A prompt that is read at once needs room for all of it.
                 settings["max_num_batched_tokens"] = max(READ_AT_ONCE, self.max_model_len)
-            with random_states_kept():
-                self._llm = vllm.LLM(self.policy, **(defaults | settings | self.engine_arguments))
+            with random_states_kept(), whole_model(self.policy) as policy:
+                self._llm = vllm.LLM(policy, **(defaults | settings | self.engine_arguments))
         return self._llm
 
     def _params(self, vllm: ModuleType, request: EngineRequest, eos_token_ids: Sequence[int]) -> Any:

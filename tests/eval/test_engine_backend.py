@@ -2,19 +2,24 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from scripted_engine import scripted_vllm, written
 from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
-from eval.engine import PROCESSOR, EngineRequest, GuidedEngine
+from eval.engine import PROCESSOR, EngineRequest, GuidedEngine, whole_model
 from eval.length_control.__main__ import LengthControlArguments
 from eval.length_control.__main__ import main as compare_lengths
 from eval.tradeoff.__main__ import main as compare_arms
 from eval.tradeoff.arms import TradeoffArguments
 from lenvm_rl.decoding.guidance import LengthGuidance
 from lenvm_rl.decoding.requests import guidance_of_request
+from lenvm_rl.modeling.loading import load_policy, load_tokenizer
 
 
 @pytest.fixture
@@ -52,6 +57,22 @@ def test_requests_carry_their_guidance_and_come_back_by_number(engine):
     # Not guided is strength 0: the processor applies the one candidate rule.
     assert [guidance_of_request(params.extra_args, 0.7) for params in (first, second)] == [plain, goal]
     assert list(asked.complete([], [EOS])) == [] and len(engine.engines) == 1
+
+
+def test_adapters_are_served_merged_into_their_base(models, tmp_path):
+    policy = load_policy(models["policy"])
+    adapted = get_peft_model(policy, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapters")
+    tiny_tokenizer(chat=True).save_pretrained(tmp_path / "adapters")
+    ids = torch.arange(6, 12)[None]
+    with torch.no_grad(), whole_model(str(tmp_path / "adapters")) as folder:
+        merged = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        assert torch.allclose(merged, adapted(ids).logits, atol=1e-5)
+        assert not torch.allclose(merged, load_policy(models["policy"])(ids).logits, atol=1e-2)
+        assert load_tokenizer(folder).chat_template == tiny_tokenizer(chat=True).chat_template
+    assert not Path(folder).exists()
+    with whole_model(models["policy"]) as folder:
+        assert folder == models["policy"]
 
 
 def control(tmp_path, models, **changes):
