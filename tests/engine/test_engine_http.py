@@ -14,9 +14,12 @@ from places import ROOT
 
 from lenvm_rl.decoding.requests import keys_of_guidance
 
+# Seconds that a server may take to load, or to end: minutes on a machine that is busy with other things.
+TO_LOAD, TO_END = 900, 120
+
 
 @pytest.fixture(scope="module")
-def client(models):
+def client(models, tmp_path_factory):
     """A client of a server that is up."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -26,19 +29,26 @@ def client(models):
     command += ["--host", "127.0.0.1", "--logits-processors", PROCESSOR, "--served-model-name", "policy"]
     command += ["--additional-config", f'{{"length_value_model": "{models[1]}"}}', "--return-tokens-as-token-ids"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = tmp_path_factory.mktemp("server") / "said.txt"
+    with said.open("w", encoding="utf-8") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        for _ in range(240):
-            assert server.poll() is None, server.stdout.read()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        deadline = time.monotonic() + TO_LOAD
+        while not is_up(port):
+            assert server.poll() is None and time.monotonic() < deadline, said.read_text(encoding="utf-8")[-3000:]
+            time.sleep(0.5)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=TO_END)
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=TO_END)
+
+
+def is_up(port):
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+    except OSError:
+        return False
+    return True
 
 
 def ids_of(choice):

@@ -61,7 +61,7 @@ def test_a_killed_job_goes_on_and_ends_as_an_unbroken_one(models, tmp_path):
     assert metadata.sampling["dtype"] == "float32" and metadata.sampling["vllm_version"] == vllm.__version__
     # Seven of twelve completions: the second batch is broken off.
     command = [sys.executable, __file__, models[0], str(broken), "7"]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     journal = broken.with_suffix(".journal")
     assert not broken.exists() and len(journal.read_text().splitlines()) == 2 + 7

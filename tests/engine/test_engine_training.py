@@ -20,7 +20,7 @@ def outcome(folder, **settings):
     """What a run in a process of its own found."""
     program = Path(__file__).with_name("colocated_run.py")
     command = [sys.executable, str(program), str(folder), json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "found.pt", weights_only=True)
 
