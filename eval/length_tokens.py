@@ -73,13 +73,14 @@ class TokenArguments(RolloutArguments):
         "--base.",
     )
     min_count: int = HfArg(default=20, help="Rank what occurs at least this often.")
+    min_prompts: int = HfArg(default=1, help="Rank what occurs in the completions of at least so many prompts.")
     top: int = HfArg(default=25, help="Words or tokens shown on either side.")
     contexts: int = HfArg(default=3, help="Occurrences shown of each, drawn at random.")
     context_tokens: int = HfArg(default=12, help="Tokens of text before and after an occurrence.")
 
     def __post_init__(self) -> None:
-        if min(self.min_count, self.top, self.forward_tokens) < 1:
-            raise ValueError("min_count, top and forward_tokens must be at least 1.")
+        if min(self.min_count, self.min_prompts, self.top, self.forward_tokens) < 1:
+            raise ValueError("min_count, min_prompts, top and forward_tokens must be at least 1.")
         if min(self.contexts, self.context_tokens) < 0:
             raise ValueError("contexts and context_tokens must not be negative.")
 
@@ -238,9 +239,9 @@ def find_contexts(
     return contexts
 
 
-def rank(rows: list[dict], min_count: int, top: int) -> dict[str, list[dict]]:
-    """The frequent tokens with the largest and the smallest mean shift: `longer` above 0, `shorter` below."""
-    frequent = [row for row in rows if row["count"] >= min_count]
+def rank(rows: list[dict], min_count: int, top: int, min_prompts: int = 1) -> dict[str, list[dict]]:
+    """The frequent ones with the largest and the smallest mean shift: `longer` above 0, `shorter` below."""
+    frequent = [row for row in rows if row["count"] >= min_count and row["prompts"] >= min_prompts]
     return {
         "longer": [row for row in frequent if row["shift"]["estimate"] > 0][:top],
         "shorter": [row for row in reversed(frequent) if row["shift"]["estimate"] < 0][:top],
@@ -301,9 +302,9 @@ def plot_clouds(rows: list[dict], min_count: int, path: Path, seed: int = 0) -> 
             # The smallest find no room.
             title = f"make it {side}: {len(cloud.layout_)} of {len(weights)} words"
         if unreadable:
-            title += f"; {unreadable} tokens of blanks or signs that cannot be drawn are in the table alone"
+            title += f"\n{unreadable} of blanks, or of signs that cannot be drawn, are in the table alone"
         axis.set_title(title, fontsize=9, color=color)
-    figure.suptitle(f"size: count × |mean horizon shift|; tokens that occur at least {min_count} times", fontsize=10)
+    figure.suptitle(f"size: count × |mean horizon shift|; what occurs at least {min_count} times", fontsize=10)
     save_figure(path, figure)
 
 
@@ -328,7 +329,7 @@ def report_tokens(
     rows = measure_tokens(found, args.min_count, seed=args.seed)
     for row in rows:
         row["token"] = words[row["token_id"]] if args.unit == "word" else token_name(tokenizer, row["token_id"])
-    ranked = rank(rows, args.min_count, args.top)
+    ranked = rank(rows, args.min_count, args.top, args.min_prompts)
     for row in (row for side in ranked.values() for row in side):
         row["contexts"] = find_contexts(found, rollouts, tokenizer, row["token_id"], args)
     rare = [row["count"] for row in rows if row["count"] < args.min_count]

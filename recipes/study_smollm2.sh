@@ -62,9 +62,10 @@ stage_lenvm() { # 40 minutes on one core for the states of the frozen decoder, t
         --resume true --report_to none --output_dir "$LENVM"
 }
 
-stage_prediction() { # half an hour: the frozen decoder in float32
+stage_prediction() { # 5 minutes on one core
     "$PYTHON" -m eval.length_prediction --rollouts "$LENVM/held_out.jsonl" --length_value_model "$LENVM" \
-        --base "$MODEL" --domain_column domain --output_dir "$OUT/length_prediction"
+        --base "$MODEL" --value_dtype bfloat16 --forward_tokens 4096 --domain_column domain \
+        --output_dir "$OUT/length_prediction"
 }
 
 stage_control() { # 25 minutes on one core
@@ -103,11 +104,15 @@ stage_rl() { # 25 minutes on one core for each of these, and 8 GB
     train arora grpo_shaped --length_coef 0 --reward_funcs reward.baselines.gsm8k_arora
 }
 
-stage_trained() { # 15 minutes on one core
+stage_trained() { # 5 minutes on one core for each policy
     for seed in $SEEDS; do
-        "$PYTHON" -m eval.tradeoff --run_dir "$OUT/rl/seed_$seed" --task gsm8k --dataset_name "$TEST" --tilt base lenvm \
-            --temperature 0.7 --top_k 15 --min_p 0.05 --num_prompts 96 --num_samples 2 --strengths 1 \
-            --budget_quantiles 0.5 --max_new_tokens 96 --batch_size 96
+        for name in task lenvm lenvm_ppo kimi arora; do
+            "$VLLM" -m eval.tradeoff --policy "$OUT/rl/seed_$seed/$name" --base "$MODEL" --length_value_model "$LENVM" \
+                --task gsm8k --dataset_name "$TEST" --chat true --backend vllm --dtype bfloat16 --value_dtype bfloat16 \
+                --temperature 0.7 --top_k 15 --min_p 0.05 --num_prompts 96 --num_samples 2 --strengths 1 \
+                --budget_quantiles 0.5 --best_of 2 --prompt_only false --max_new_tokens 256 --batch_size 96 \
+                --engine_arguments '{"enforce_eager": true}' --output_dir "$OUT/trained/seed_$seed/$name"
+        done
     done
 }
 
@@ -116,11 +121,11 @@ stage_queue() { # 10 minutes on one core
         --dataset_name "$LENVM/held_out.jsonl" --requests 56 --places 8
 }
 
-stage_lens() {
+stage_lens() { # 5 minutes on one core
     "$PYTHON" -m eval.length_tokens --rollouts "$LENVM/held_out.jsonl" --length_value_model "$LENVM" --base "$MODEL" \
-        --output_dir "$OUT/length_tokens"
+        --value_dtype bfloat16 --forward_tokens 4096 --min_prompts 10 --output_dir "$OUT/length_tokens"
     "$PYTHON" -m eval.viewer --rollouts "$LENVM/held_out.jsonl" --length_value_model "$LENVM" --base "$MODEL" \
-        --rows 0 5 --output "$OUT/viewer.html"
+        --value_dtype bfloat16 --rows 0 5 --output "$OUT/viewer.html"
 }
 
 for name in "${@:-fetch prompts rollouts lenvm prediction control tradeoff rl trained queue lens}"; do

@@ -161,11 +161,12 @@ def test_a_token_of_too_few_prompts_has_no_interval():
 
 
 def test_ranking_takes_the_sign_and_the_count_into_account():
-    rows = [{"shift": {"estimate": estimate}, "count": count} for estimate, count in
+    rows = [{"shift": {"estimate": estimate}, "count": count, "prompts": count // 2} for estimate, count in
             ((0.4, 1), (0.3, 9), (0.2, 9), (0.0, 9), (-0.1, 9), (-0.5, 9), (-0.9, 1))]  # fmt: skip
     found = rank(rows, min_count=2, top=1)
     assert [row["shift"]["estimate"] for row in found["longer"]] == [0.3]
     assert [row["shift"]["estimate"] for row in found["shorter"]] == [-0.5]
+    assert rank(rows, min_count=2, top=1, min_prompts=5) == {"longer": [], "shorter": []}
 
 
 def test_occurrences_keep_the_order_of_the_rollouts():
