@@ -22,7 +22,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +54,8 @@ from eval.viewer.tokens import (
 # As in eval.viewer: orange is longer, blue is shorter.
 SIDES = {"longer": "#b35806", "shorter": "#2166ac"}
 FONT = findfont("DejaVu Sans")
+WORD, TOKEN = "word", "token"
+UNITS = {"choices": [WORD, TOKEN]}
 # Of a token, in value and in tokens.
 SHIFTS = ("shift", "shift_in_tokens")
 # Tokens whose resamples are held in memory at once.
@@ -64,8 +66,8 @@ HELD_TOKENS = 512
 class TokenArguments(RolloutArguments):
     """Which completions are read by which model, and how words or tokens are ranked."""
 
-    unit: Literal["word", "token"] = HfArg(
-        default="word", help="What is ranked: whole words, or the tokenizer's pieces of them."
+    unit: str = HfArg(
+        default=WORD, help="What is ranked: whole words, or the tokenizer's pieces of them.", metadata=UNITS
     )
     tokenizer_name_or_path: str | None = HfArg(
         default=None,
@@ -79,6 +81,8 @@ class TokenArguments(RolloutArguments):
     context_tokens: int = HfArg(default=12, help="Tokens of text before and after an occurrence.")
 
     def __post_init__(self) -> None:
+        if self.unit not in (WORD, TOKEN):
+            raise ValueError(f"unit must be {WORD} or {TOKEN}, got {self.unit!r}.")
         if min(self.min_count, self.min_prompts, self.top, self.forward_tokens) < 1:
             raise ValueError("min_count, min_prompts, top and forward_tokens must be at least 1.")
         if min(self.contexts, self.context_tokens) < 0:
@@ -324,11 +328,11 @@ def report_tokens(
     """[`main`] with everything loaded; returns what length_tokens.json holds."""
     values = token_values(model, rollouts, args.forward_tokens)
     found = find_occurrences(rollouts, values)
-    if args.unit == "word":
+    if args.unit == WORD:
         found, words = join_words(found, rollouts, tokenizer, model.config.gamma)
     rows = measure_tokens(found, args.min_count, seed=args.seed)
     for row in rows:
-        row["token"] = words[row["token_id"]] if args.unit == "word" else token_name(tokenizer, row["token_id"])
+        row["token"] = words[row["token_id"]] if args.unit == WORD else token_name(tokenizer, row["token_id"])
     ranked = rank(rows, args.min_count, args.top, args.min_prompts)
     for row in (row for side in ranked.values() for row in side):
         row["contexts"] = find_contexts(found, rollouts, tokenizer, row["token_id"], args)
@@ -346,7 +350,7 @@ def report_tokens(
     }
     folder = Path(args.output_dir)
     columns = ("token", "count", "prompts", "shift", "shift_in_tokens")
-    columns = ("token_id", *columns) if args.unit == "token" else columns
+    columns = ("token_id", *columns) if args.unit == TOKEN else columns
     save_report(folder, "length_tokens", report, [{name: row[name] for name in columns} for row in rows])
     plot_clouds(rows, args.min_count, folder / "length_tokens.png", args.seed)
     console = Console(width=150, highlight=False)

@@ -12,6 +12,8 @@ from eval.compare.page import write_page
 from eval.compare.plan import CELLS
 
 BASE = {"tokens": 30.0, "excess": 14.0, "accuracy": 0.95}
+# Other critics run where they are named alone, and are drawn as controls are.
+SHOWN = [arm for arm in ARMS if arm.kind != "critic"]
 
 
 def between(value, width):
@@ -70,7 +72,7 @@ def fake_report(seed=0, cells=CELLS):
         {
             "name": cell.name, "completions": cell.completions, "group_size": cell.group_size,
             "algorithm": cell.algorithm,
-            "arms": [fake_arm(arm, cell, dice) for arm in ARMS if cell.every_arm or arm.kind != "control"],
+            "arms": [fake_arm(arm, cell, dice) for arm in SHOWN if cell.every_arm or arm.kind != "control"],
         }
         for cell in cells
     ]  # fmt: skip
@@ -209,14 +211,14 @@ def test_nothing_goes_out_or_over_the_edge(driven):
 def test_the_arms_that_matter_are_drawn_at_first_and_others_on_demand(driven):
     ((final, waste, accuracy),) = driven["first"]
     assert set(final) == set(waste) == set(accuracy) and len(final) == 8
-    kinds = {arm.name: arm.kind for arm in ARMS}
+    kinds = {arm.name: arm.kind for arm in SHOWN}
     assert sorted(kinds[name] for name in final) == ["LenVM"] * 3 + ["oracle"] + ["penalty"] * 3 + ["task"]
     assert driven["pressed"] == [["false"], ["true"]]
     ((on, with_it),) = driven["on"]
     assert set(on) - set(final) == {"linear"} == set(with_it) - set(waste)
     assert driven["off"] == [[final, waste]]
     more, back = driven["controls"]
-    assert len(more[0]) == 8 + sum(arm.kind == "control" for arm in ARMS) and back == [final]
+    assert len(more[0]) == 8 + sum(arm.kind == "control" for arm in SHOWN) and back == [final]
     assert driven["highlight"] == [[["linear", "linear"]], [0]]
 
 
@@ -252,11 +254,11 @@ def test_the_table_is_sorted_by_any_column_and_what_is_not_known_comes_last(driv
 
 
 def test_a_cell_or_all_of_them(driven):
-    few = sum(arm.kind != "control" for arm in ARMS)
+    few = sum(arm.kind != "control" for arm in SHOWN)
     titles, rows, columns, final = driven["cell"][0]
     assert (titles, rows) == (1, few) and len(final) == 8
     # All have one more column, the cell.
-    every = sum(len(ARMS) if cell.every_arm else few for cell in CELLS)
+    every = sum(len(SHOWN) if cell.every_arm else few for cell in CELLS)
     assert driven["all"] == [[len(CELLS), every, columns + 1, len(CELLS)]]
 
 

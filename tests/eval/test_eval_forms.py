@@ -86,7 +86,13 @@ def test_the_viewer_and_length_tokens_show_its_values(place, form, tmp_path):
     args = viewer.ViewerArguments(**files, rows=[3], output=str(tmp_path / "v.html"), base=str(place / "base"))
     (shown,) = viewer.main(args)["completions"]
     assert shown["remaining"][:-1] == pytest.approx(expected[3].remaining.tolist(), rel=1e-4)
-    settings = {"min_count": 1, "contexts": 0, "output_dir": str(tmp_path / "t"), "base": str(place / "base")}
+    settings = {
+        "unit": "token",
+        "min_count": 1,
+        "contexts": 0,
+        "output_dir": str(tmp_path / "t"),
+        "base": str(place / "base"),
+    }
     found = length_tokens.main(length_tokens.TokenArguments(**files, **settings))
     total = sum(float(values.horizon_shift.sum()) for values in expected)
     rows = (tmp_path / "t" / "length_tokens.csv").read_text().splitlines()[1:]

@@ -209,7 +209,7 @@ def test_a_cloud_shows_words_and_says_how_many_tokens_are_none():
 
 def test_a_cloud_without_a_word_says_so(drawn, tmp_path):
     length_tokens.plot_clouds([named("↵", 30, 0.5)], 10, tmp_path / "c.png")
-    assert "make it longer: no words; 1 tokens" in texts_of(drawn[0][0])
+    assert "make it longer: no words\n1 of blanks" in texts_of(drawn[0][0])
     assert "make it shorter: no words" in texts_of(drawn[0][0])
 
 
