@@ -28,7 +28,7 @@ from eval.statistics import mean_interval
 from eval.viewer.tokens import Piece, TokenValues, token_values
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.rollouts.record import RolloutMetadata, write_rollouts
-from lenvm_rl.sandbox import PolicySettings, draw_completion, sandbox_tokenizer, stream_problems
+from lenvm_rl.sandbox import Overthinking, PolicySettings, draw_completion, sandbox_tokenizer, stream_problems
 from lenvm_rl.sandbox.policy import new_policy
 from lenvm_rl.sandbox.scripted import START, ScriptedLengthValue, countdown_chain
 from lenvm_rl.tokenization import tokenizer_fingerprint
@@ -244,8 +244,8 @@ def test_settings_that_make_no_sense_are_refused():
 
 
 @pytest.mark.slow
-def test_waiting_is_found_to_lengthen_the_sandboxs_completions(tmp_path):
-    """A model fitted to completions of the sandbox's teacher, who waits for nothing, sees what waiting costs."""
+def test_a_pass_of_checking_is_found_to_lengthen_the_sandboxs_completions(tmp_path):
+    """A model fitted to completions of the sandbox's teacher sees what the word costs that begins a needless pass."""
     tokenizer, rng = sandbox_tokenizer(), random.Random(0)
     problems = stream_problems(0, "train")
     rows = []
@@ -253,7 +253,8 @@ def test_waiting_is_found_to_lengthen_the_sandboxs_completions(tmp_path):
         problem = next(problems)
         prompt = tokenizer.convert_tokens_to_ids(problem.prompt.split())
         for _ in range(4):
-            rows.append(record(tokenizer.convert_tokens_to_ids(draw_completion(rng, problem)), group, tuple(prompt)))
+            ids = tokenizer.convert_tokens_to_ids(draw_completion(rng, problem, Overthinking()))
+            rows.append(record(ids, group, tuple(prompt)))
     metadata = RolloutMetadata("teacher", tokenizer_fingerprint(tokenizer), {}, 0, [tokenizer.eos_token_id])
     settings = LengthValueTrainingArguments(
         str(tmp_path / "lenvm"), max_steps=150, per_device_train_batch_size=64, learning_rate=3e-3, report_to="none",
@@ -263,5 +264,5 @@ def test_waiting_is_found_to_lengthen_the_sandboxs_completions(tmp_path):
     pretrain(policy, Dataset.from_list(rows[:5600]), metadata, settings, tokenizer)
     write_rollouts(tmp_path / "r.jsonl", rows[5600:], metadata)
     found = main(TokenArguments(str(tmp_path / "lenvm"), str(tmp_path / "r.jsonl"), output_dir=str(tmp_path / "o")))
-    longer = {row["token"]: row for row in found["longer"]}
-    assert "wait" in longer and longer["wait"]["shift"]["low"] > 0
+    first = found["longer"][0]
+    assert first["token"] == "redo" and first["shift"]["low"] > 0
