@@ -50,8 +50,12 @@ class ReadingArguments:
 
     def load_reader(self) -> LengthValueModel:
         """The length value model, frozen."""
-        base = self.base or getattr(self, "policy", None)
-        return load_length_value_model(self.length_value_model, base, dtype=self.value_dtype)
+        return load_length_value_model(self.length_value_model, self.fitted_on, dtype=self.value_dtype)
+
+    @property
+    def fitted_on(self) -> str | None:
+        """The model that it was fitted on, as far as it was named."""
+        return self.base
 
 
 @dataclass
@@ -71,6 +75,11 @@ class RolloutArguments(ReadingArguments):
         default=None,
         help="Where the results, and sampled rollouts, are written. Default: outputs/ and the program's name.",
     )
+
+    @property
+    def fitted_on(self) -> str | None:
+        """That model, or the policy."""
+        return self.base or self.policy
 
     def in_folder(self, program: str, report: str) -> Self:
         """These arguments with the folder to write to, which is made."""

@@ -22,7 +22,7 @@ from lenvm_rl.reward_functions import (
     load_reward,
     name_of,
 )
-from lenvm_rl.tokenization import find_prompt_problem, load_prompts
+from lenvm_rl.tokenization import as_chats, find_prompt_problem, load_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class GradedArguments(RunArguments):
         if self.answer_column is not None:
             columns["answer"] = dataset[self.answer_column][:]
         if self.chat:
-            prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            prompts = as_chats(prompts)
         return EvaluationPrompts(prompts, columns)
 
 

@@ -55,7 +55,6 @@ from eval.viewer.tokens import (
 SIDES = {"longer": "#b35806", "shorter": "#2166ac"}
 FONT = findfont("DejaVu Sans")
 WORD, TOKEN = "word", "token"
-UNITS = {"choices": [WORD, TOKEN]}
 # Of a token, in value and in tokens.
 SHIFTS = ("shift", "shift_in_tokens")
 # Tokens whose resamples are held in memory at once.
@@ -67,7 +66,9 @@ class TokenArguments(RolloutArguments):
     """Which completions are read by which model, and how words or tokens are ranked."""
 
     unit: str = HfArg(
-        default=WORD, help="What is ranked: whole words, or the tokenizer's pieces of them.", metadata=UNITS
+        default=WORD,
+        help="What is ranked: whole words, or the tokenizer's pieces of them.",
+        metadata={"choices": [WORD, TOKEN]},
     )
     tokenizer_name_or_path: str | None = HfArg(
         default=None,

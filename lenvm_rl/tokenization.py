@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,12 @@ def _problem(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, chat: bool)
         return None
     # A tokenizer that puts a token before every text makes a prompt of nothing.
     return "is empty" if chat or (tokenizer is not None and not tokenizer(prompt)["input_ids"]) else None
+
+
+def as_chats(texts: Iterable[str], system_prompt: str | None = None) -> list[list[dict[str, str]]]:
+    """Each text as a user's message, after the system prompt if there is one."""
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [[*system, {"role": "user", "content": text}] for text in texts]
 
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:

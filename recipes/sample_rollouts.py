@@ -34,7 +34,7 @@ from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import described
 from lenvm_rl.rollouts.server import SERVERS, ServerJob, connect
 from lenvm_rl.rollouts.vllm import VLLMJob, read_engine_arguments
-from lenvm_rl.tokenization import check_prompts, load_prompts
+from lenvm_rl.tokenization import as_chats, check_prompts, load_prompts
 from recipes.arguments import DataArguments
 from recipes.stage_records import PRETRAIN, say_next
 
@@ -106,10 +106,7 @@ class SampleArguments(DataArguments):
 
 def make_prompts(column: list, chat: bool, system_prompt: str | None) -> list:
     """Prompts as they are, or each text as a user message after the system prompt."""
-    if not chat:
-        return column
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [[*system, {"role": "user", "content": prompt}] for prompt in column]
+    return as_chats(column, system_prompt) if chat else column
 
 
 def find_eos_ids(args: SampleArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:

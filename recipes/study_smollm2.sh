@@ -75,18 +75,25 @@ stage_control() { # 25 minutes on one core
         --engine_arguments '{"enforce_eager": true}' --output_dir "$OUT/length_control"
 }
 
+# Sums, tilted and cut, of a policy; all policies alike.
+tradeoff() { # POLICY OUTPUT_DIR OPTION...
+    local policy=$1 output_dir=$2
+    shift 2
+    "$VLLM" -m eval.tradeoff --policy "$policy" --base "$MODEL" --length_value_model "$LENVM" --task gsm8k \
+        --dataset_name "$TEST" --chat true --backend vllm --dtype bfloat16 --value_dtype bfloat16 --temperature 0.7 \
+        --top_k 15 --min_p 0.05 --num_prompts 96 --num_samples 2 --budget_quantiles 0.5 --best_of 2 \
+        --max_new_tokens 256 --batch_size 96 --engine_arguments '{"enforce_eager": true}' --output_dir "$output_dir" "$@"
+}
+
 stage_tradeoff() { # 10 minutes on one core
-    "$VLLM" -m eval.tradeoff --policy "$MODEL" --length_value_model "$LENVM" --task gsm8k --dataset_name "$TEST" \
-        --chat true --backend vllm --dtype bfloat16 --value_dtype bfloat16 --temperature 0.7 --top_k 15 --min_p 0.05 \
-        --num_prompts 96 --num_samples 2 --strengths 0.5 1 2 --budget_quantiles 0.5 --best_of 2 --max_new_tokens 256 \
-        --batch_size 96 --engine_arguments '{"enforce_eager": true}' --output_dir "$OUT/tradeoff"
+    tradeoff "$MODEL" "$OUT/tradeoff" --strengths 0.5 1 2
 }
 
 # The task's reward alone, the length stream by GRPO and by PPO, and two penalties.
 train() { # NAME RECIPE OPTION...
     local name=$1 recipe=$2
     shift 2
-    # On a CPU glibc hands every large block back to the system, which is a third of a step's time.
+    # On a CPU glibc hands every large block back to the system, which took over a quarter of a step's time.
     for seed in $SEEDS; do
         MALLOC_MMAP_THRESHOLD_=67108864 MALLOC_TRIM_THRESHOLD_=1073741824 \
             "$VLLM" "recipes/$recipe.py" --config recipes/configs/smollm2_arithmetic.yaml \
@@ -107,11 +114,7 @@ stage_rl() { # 25 minutes on one core for each of these, and 8 GB
 stage_trained() { # 5 minutes on one core for each policy
     for seed in $SEEDS; do
         for name in task lenvm lenvm_ppo kimi arora; do
-            "$VLLM" -m eval.tradeoff --policy "$OUT/rl/seed_$seed/$name" --base "$MODEL" --length_value_model "$LENVM" \
-                --task gsm8k --dataset_name "$TEST" --chat true --backend vllm --dtype bfloat16 --value_dtype bfloat16 \
-                --temperature 0.7 --top_k 15 --min_p 0.05 --num_prompts 96 --num_samples 2 --strengths 1 \
-                --budget_quantiles 0.5 --best_of 2 --prompt_only false --max_new_tokens 256 --batch_size 96 \
-                --engine_arguments '{"enforce_eager": true}' --output_dir "$OUT/trained/seed_$seed/$name"
+            tradeoff "$OUT/rl/seed_$seed/$name" "$OUT/trained/seed_$seed/$name" --strengths 1 --prompt_only false
         done
     done
 }

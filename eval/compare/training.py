@@ -160,6 +160,7 @@ class CurveCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **further: Any,
     ) -> None:
+        """See `TrainerCallback`."""
         if (explained := (logs or {}).get("critic/explained_variance")) is not None:
             self.explained.append(explained)
         # A step is logged after it has ended.

@@ -37,7 +37,7 @@ from lenvm_rl.endings import end_token_ids, padding_id
 from lenvm_rl.files import atomic_file
 from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.prediction import weights_fingerprint
-from lenvm_rl.tokenization import tokenize_prompts
+from lenvm_rl.tokenization import as_chats, tokenize_prompts
 from reward.sandbox import sandbox_reward
 
 SANDBOX, SANDBOX_TARGETS, LIFEBENCH_TARGETS = "sandbox", [8, 16, 32], [32, 64, 128, 256]
@@ -132,7 +132,7 @@ def length_prompts(args: LengthControlArguments, tokenizer: PreTrainedTokenizerB
     tasks = read_tasks(args.dataset_name, args.languages, args.num_prompts, args.max_characters)
 
     def tokenize(texts: list[str]) -> list[list[int]]:
-        chats = [[{"role": "user", "content": text}] for text in texts]
+        chats = as_chats(texts)
         return tokenize_prompts(tokenizer, chats if args.chat else texts)
 
     asked = {

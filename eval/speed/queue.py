@@ -24,7 +24,7 @@ from eval.speed.harness import now
 from eval.statistics import percentile_interval
 from lenvm_rl.modeling.loading import load_length_value_model, load_tokenizer
 from lenvm_rl.prediction import predict_length
-from lenvm_rl.tokenization import load_prompts, tokenize_prompts
+from lenvm_rl.tokenization import as_chats, load_prompts, tokenize_prompts
 
 FIRST_COME, PREDICTED, ORACLE = "first come, first served", "shortest predicted first", "shortest first (oracle)"
 RESAMPLES = 2000
@@ -57,7 +57,7 @@ def read_requests(args: QueueArguments) -> list[Any]:
     different = list({repr(prompt): prompt for prompt in load_prompts(args.dataset_name)["prompt"][:]}.values())
     order = np.random.default_rng(args.seed).permutation(len(different))[: args.requests]
     chosen = [different[place] for place in order.tolist()]
-    return [[{"role": "user", "content": text}] for text in chosen] if args.chat else chosen
+    return as_chats(chosen) if args.chat else chosen
 
 
 def serve_all(llm: Any, prompts: Sequence[list[int]], priorities: Sequence[int], args: QueueArguments) -> np.ndarray:

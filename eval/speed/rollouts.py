@@ -11,19 +11,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.hf_argparser import HfArg
 
 from eval.engine import engine_in_process
 from eval.report import Column
 from eval.speed.harness import Measurement, Program, Sizes, now
 from lenvm_rl.endings import end_token_ids
-from lenvm_rl.modeling.backbones import load_model
-from lenvm_rl.modeling.loading import default_device, load_tokenizer
+from lenvm_rl.modeling.loading import load_policy, load_tokenizer
 from lenvm_rl.rollouts.job import SamplingJob, SamplingSettings
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.vllm import VLLMJob
-from lenvm_rl.tokenization import load_prompts
+from lenvm_rl.tokenization import as_chats, load_prompts
 
 CASES = {
     "transformers": "transformers, float32",
@@ -56,11 +55,10 @@ def make_job(case: str, sizes: RolloutSizes) -> SamplingJob:
     dtype = "bfloat16" if half else "float32"
     tokenizer = load_tokenizer(sizes.model)
     texts = load_prompts(sizes.dataset_name, None, "train", sizes.prompts)["prompt"][:]
-    prompts = [[{"role": "user", "content": text}] for text in texts] if sizes.chat else texts
+    prompts = as_chats(texts) if sizes.chat else texts
     settings = SamplingSettings(1, sizes.tokens, sizes.batch, sizes.temperature)
     if backend == "transformers":
-        model = load_model(AutoModelForCausalLM.from_pretrained, sizes.model, dtype=dtype).to(default_device())
-        return TransformersJob(model, tokenizer, prompts, settings, seed=sizes.seed)
+        return TransformersJob(load_policy(sizes.model, dtype=dtype), tokenizer, prompts, settings, seed=sizes.seed)
     engine_in_process()
     engine = {"dtype": dtype, "max_model_len": sizes.context, "max_num_seqs": sizes.batch}
     ends = end_token_ids(tokenizer, GenerationConfig.from_pretrained(sizes.model))

@@ -29,6 +29,7 @@ from eval.speed.harness import GAMMA, Measurement, Program, Sizes, make_policy, 
 from lenvm_rl.decoding.requests import PREFIX
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.modeling.loading import load_tokenizer
+from lenvm_rl.tokenization import as_chats
 
 CASES = {
     "plain": "vLLM, not guided",
@@ -118,7 +119,7 @@ def measure_engine(case: str, sizes: EngineSizes) -> Measurement:
         )
         bare = time_forward(sizes, path) if case == "floor" else 0.0
     extra = asked(case, sizes)
-    chats = [[{"role": "user", "content": PROMPTS[n % len(PROMPTS)]}] for n in range(sizes.requests)]
+    chats = as_chats(PROMPTS[n % len(PROMPTS)] for n in range(sizes.requests))
 
     def seconds(tokens: int) -> float:
         options = {"temperature": sizes.temperature, "max_tokens": tokens, "min_tokens": tokens, "extra_args": extra}
