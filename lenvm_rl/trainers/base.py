@@ -126,6 +126,7 @@ class LenVMTrainer(ResumableTrainer):
         # Known from here on: the tokenizer and the reward functions, as TRL sees them.
         accelerator = self.accelerator
         self.unread = Unread(self._sum_over_processes, accelerator.process_index, accelerator.num_processes)
+        self._step_metrics: dict[str, BatchMetrics] = {}
         self._gate = Gate(args, self.reward_funcs, self.reward_func_names, self.unread)
         self._coefficient = LengthCoefficient(args)
         self.length_value_model = self._frozen = None
@@ -174,9 +175,18 @@ class LenVMTrainer(ResumableTrainer):
         for name, value in metrics.items():
             self._metrics[mode or self._mode][name].append(value)
 
-    def log_later(self, metrics: BatchMetrics) -> None:
-        """Log metrics of the mode of now when they are read."""
-        self.unread.add_metrics(metrics, partial(self._log_all, mode=self._mode))
+    @property
+    def step_metrics(self) -> BatchMetrics:
+        """Metrics of all micro-batches until the next read, which logs them: those of an optimizer step."""
+        mode = self._mode
+        if mode not in self._step_metrics:
+            self._step_metrics[mode] = BatchMetrics()
+            self.unread.add_metrics(self._step_metrics[mode], partial(self._log_step, mode=mode))
+        return self._step_metrics[mode]
+
+    def _log_step(self, metrics: dict[str, float], mode: str) -> None:
+        del self._step_metrics[mode]
+        self._log_all(metrics, mode)
 
     def before_optimizer_step(self) -> None:
         """What there is to be done when the gradients are there, and before the weights move."""

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from lenvm_rl.trainers.critic_optimizer import CriticOptimizer
-from lenvm_rl.trainers.metrics import BatchMetrics
 from lenvm_rl.trainers.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -165,6 +164,4 @@ class CriticUpdates(TrainerCallback):
         else:
             self.own.average_gradients()
             norm = self.own.clip(bound or math.inf)
-        metrics = BatchMetrics()
-        metrics.mean("critic/grad_norm", norm.view(1), torch.ones_like(norm).view(1))
-        self.trainer.log_later(metrics)
+        self.trainer.step_metrics.mean("critic/grad_norm", norm.view(1), torch.ones_like(norm).view(1))

@@ -1,8 +1,9 @@
 """What the trainers log about lengths, values and streams of advantage.
 
-All numbers are over the tokens or completions of a whole generation batch, of all processes, and come from one exchange
-of sums. A number that is not defined for a batch (no finished completion, no correct one) is NaN, which TRL leaves out
-of its averages. Lengths are in tokens that the policy wrote, the end-of-sequence token not counted.
+All numbers are over the tokens or completions of a whole generation batch or optimizer step, of all processes, and come
+from one exchange of sums. A number that is not defined for a batch (no finished completion, no correct one) is NaN,
+which TRL leaves out of its averages. Lengths are in tokens that the policy wrote, the end-of-sequence token not
+counted.
 """
 
 from __future__ import annotations
@@ -55,21 +56,24 @@ class BatchMetrics:
     """Metrics of a batch, taken in one by one as sums, and read off the totals of these over all processes.
 
     Every method but `read` takes the metric's name, an array, where it counts (`mask`), and for two of them a second
-    array; all three of one shape.
+    array; all three of one shape. What comes in under one name is pooled, as the micro-batches of a step are.
     """
 
     def __init__(self):
-        self._sums: list[Tensor] = []
-        self._read: list[tuple[str, Callable[..., float], int]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._read: dict[str, Callable[..., float]] = {}
 
     def _add(self, name: str, read: Callable[..., float], *arrays: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        self._read.append((name, read, len(arrays)))
+        found = []
         for x, mask, y in arrays:
             mask, x = for_sums(mask.bool()), for_sums(x.detach())
             x = torch.where(mask, x, 0).double()
             y = x if y is None else torch.where(mask, for_sums(y.detach()), 0).double()
             sums = [mask.sum().double(), x.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum(), y.sum()]
-            self._sums.append(torch.stack(sums))
+            found += sums
+        pooled = torch.stack(found)
+        self._sums[name] = self._sums[name] + pooled if name in self._sums else pooled
+        self._read[name] = read
 
     def mean(self, name: str, x: Tensor, mask: Tensor) -> None:
         """Mean of `x`."""
@@ -102,12 +106,13 @@ class BatchMetrics:
     @property
     def sums(self) -> Tensor:
         """Of this process, `(n,)`."""
-        return torch.cat(self._sums)
+        return torch.cat(list(self._sums.values()))
 
     def read(self, totals: Sequence[float]) -> dict[str, float]:
         """All metrics by name, of the sums of all processes."""
         rows = (totals[first : first + MOMENTS] for first in range(0, len(totals), MOMENTS))
-        return {name: read(*islice(rows, count)) for name, read, count in self._read}
+        counts = {name: len(sums) // MOMENTS for name, sums in self._sums.items()}
+        return {name: read(*islice(rows, counts[name])) for name, read in self._read.items()}
 
 
 def add_completions(metrics: BatchMetrics, completions: Completions, outcomes: Outcomes) -> None:

@@ -361,10 +361,9 @@ class LenVMPPOTrainer(LenVMTrainer):
         divergence, number = approximate_kl(self._log_probs, old), None
         if training and self.num_iterations > 1:
             number = self._step // args.steps_per_generation % self.num_iterations + 1
-        metrics = BatchMetrics()
-        add_divergence(metrics, divergence, ratio, clipped, mask, number)
-        metrics.mean("policy/stopped", torch.full_like(divergence, float(self._divergence.stopped)), mask)
-        self.log_later(metrics)
+        add_divergence(self.step_metrics, divergence, ratio, clipped, mask, number)
+        stopped = torch.full_like(divergence, float(self._divergence.stopped))
+        self.step_metrics.mean("policy/stopped", stopped, mask)
         if training:
             self._divergence.add(divergence, mask, last=self.accelerator.sync_gradients)
 
@@ -381,10 +380,8 @@ class LenVMPPOTrainer(LenVMTrainer):
         with trusted_masks(), contextlib.nullcontext() if together else self.accelerator.no_sync(self.critic):
             values = self._values(inputs)[:, :-1]
         losses, clipped = value_loss(values, old, returns, mask, self.args.cliprange_value)
-        metrics = BatchMetrics()
-        metrics.mean("critic/value_loss", losses, mask)
-        metrics.mean("critic/clip_fraction", clipped.float(), mask)
-        self.log_later(metrics)
+        self.step_metrics.mean("critic/value_loss", losses, mask)
+        self.step_metrics.mean("critic/clip_fraction", clipped.float(), mask)
         # `num_items_in_batch` spans the generation batch and all processes; DDP averages over processes.
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self._mode == "train":

@@ -36,7 +36,7 @@ class Unread:
 
     def __init__(self, reduce: Callable[[Tensor], Tensor], process: int = 0, processes: int = 1):
         self._reduce, self._process, self._processes = reduce, process, processes
-        self._entries: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._entries: list[tuple[Callable[[], Tensor], Callable[[list[float]], None]]] = []
 
     def add(self, sums: Tensor, use: Callable[[list[float]], None]) -> None:
         """Take in sums, and who gets their totals.
@@ -45,7 +45,8 @@ class Unread:
             sums (`torch.Tensor` of shape `(n,)`): of this process.
             use (`Callable`): called with `n` numbers; its error is the error of who reads.
         """
-        self._entries.append((for_sums(sums.detach()).double(), use))
+        kept = for_sums(sums.detach()).double()
+        self._entries.append((lambda: kept, use))
 
     def add_own(self, numbers: Tensor, use: Callable[[list[float]], None]) -> None:
         """Take in numbers of this process, `(n,)`; `use` gets those of all processes side by side, in their order."""
@@ -57,16 +58,17 @@ class Unread:
         self.add(flag.reshape(1), lambda totals: use() if totals[0] else None)
 
     def add_metrics(self, metrics: BatchMetrics, use: Callable[[dict[str, float]], None]) -> None:
-        """Take in metrics, and who gets them by name."""
-        self.add(metrics.sums, lambda totals: use(metrics.read(totals)))
+        """Take in metrics, and who gets them by name; they may go on taking in numbers until they are read."""
+        self._entries.append((lambda: metrics.sums, lambda totals: use(metrics.read(totals))))
 
     def read(self) -> None:
         """Read all that was added, in that order, after one exchange with the other processes."""
         entries, self._entries = self._entries, []
         if entries:
-            totals = iter(self._reduce(torch.cat([sums for sums, _ in entries])).tolist())
-            for sums, use in entries:
-                use(list(islice(totals, len(sums))))
+            sums = [sums() for sums, _ in entries]
+            totals = iter(self._reduce(torch.cat(sums)).tolist())
+            for own, (_, use) in zip(sums, entries, strict=True):
+                use(list(islice(totals, len(own))))
 
 
 class ReadsBeforeStep(TrainerCallback):

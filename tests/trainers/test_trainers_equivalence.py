@@ -28,8 +28,8 @@ KINDS = {
     "grpo": (grpo, LenVMGRPOTrainer, {"length_gate": "correct", "length_gate_center": True}),
     "ppo": (ppo, LenVMPPOTrainer, {"length_gate": "all", "critic_learning_rate": 0.3, "whiten": "streams"}),
 }
-# Means over the tokens of each forward batch, of which the mean is logged, whatever their numbers of tokens.
-PER_BATCH = ("entropy", "critic/value_loss", "critic/clip_fraction")
+# TRL's mean over the tokens of each forward batch, of which the mean is logged, whatever their numbers of tokens.
+PER_BATCH = ("entropy",)
 CLIPPED = tuple(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean"))
 
 

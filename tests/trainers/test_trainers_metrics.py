@@ -28,6 +28,15 @@ def test_explained_variance_of_equal_targets_is_not_a_number_but_rounding():
     assert explained(2 * values) == pytest.approx(0.75)
 
 
+def test_micro_batches_of_a_step_are_pooled():
+    """Three tokens of mean 1 and one of 5 have a mean of 2; the mean of the two means is 3."""
+    metrics = BatchMetrics()
+    for x, mask in ((torch.tensor([0.0, 1.0, 2.0]), torch.ones(3)), (torch.tensor([5.0, 9.0, 9.0]), torch.eye(3)[0])):
+        metrics.mean("mean", x, mask)
+        metrics.explained_variance("explained", x / 2, x, mask)
+    assert metrics.read(metrics.sums.tolist()) == {"mean": 2.0, "explained": pytest.approx(0.75)}
+
+
 class OnMps(torch.Tensor):
     """A tensor as on Apple's graphics processors: float64 is an error there."""
 
