@@ -35,6 +35,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
 
+from eval.curves import WINDOW, moving_mean
 from eval.report import Column, legend_below, print_table, save_figure
 from eval.runs import QUIET, check_writable, read_report, run_evaluation
 from eval.speed.trainers import make_tokenizer
@@ -46,7 +47,7 @@ from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
-LAST, TOLERANCE, WINDOW = 30, 0.1, 5
+LAST, TOLERANCE = 30, 0.1
 PROMPTS = 100
 COLUMNS = (
     Column("learning rate", lambda row: f"{row['learning_rate']:g}"),
@@ -163,13 +164,6 @@ def judge(lengths: Sequence[float], target: float) -> dict[str, Any]:
     starts_there = abs(smooth[0] / target - 1) < TOLERANCE
     met = abs(end - 1) <= TOLERANCE and (starts_there or longest <= approach)
     return {"end": end, "approach": approach, "undershoot": longest, "met": bool(met)}
-
-
-def moving_mean(numbers: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The steps, and the mean of each and the steps before it; of fewer steps than that, the numbers as they are."""
-    window = min(WINDOW, len(numbers))
-    means = np.convolve(numbers, np.ones(window) / window, "valid")
-    return np.arange(len(means)) + window - 1, means
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
