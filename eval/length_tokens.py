@@ -337,6 +337,10 @@ def report_tokens(
     ranked = rank(rows, args.min_count, args.top, args.min_prompts)
     for row in (row for side in ranked.values() for row in side):
         row["contexts"] = find_contexts(found, rollouts, tokenizer, row["token_id"], args)
+    if args.unit == WORD:
+        # A word's number is of this table alone.
+        for row in rows:
+            del row["token_id"]
     rare = [row["count"] for row in rows if row["count"] < args.min_count]
     report: dict[str, Any] = {
         "arguments": asdict(args),

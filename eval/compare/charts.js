@@ -1,7 +1,7 @@
 // Draws where training ends and the curves on the way there, with what is told where one points.
 const MARKS = {
   task: "M-4.5,-4.5h9v9h-9z", LenVM: "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z", penalty: "M0,-5.5L5.2,4H-5.2z",
-  oracle: "M0,-6L6,0L0,6L-6,0z", control: "M-4,-4L4,4M-4,4L4,-4",
+  oracle: "M0,-6L6,0L0,6L-6,0z", control: "M-4,-4L4,4M-4,4L4,-4", critic: "M-5.5,0H5.5M0,-5.5V5.5",
   base: "M0,-7L1.9,-2.2 7,-2.2 2.9,1 4.3,6 0,3.1 -4.3,6 -2.9,1 -7,-2.2 -1.9,-2.2z" };
 const HOLLOW = ["M-4.5,-4.5h9v9h-9z", "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z", "M0,5.5L5.2,-4H-5.2z"];
 const LEFT = 50, RIGHT = 16, TOP = 24, BOTTOM = 40, INK = "var(--ink)";

@@ -1,5 +1,5 @@
 // The page of a comparison: which cell and which arms are shown, the table and the samples.
-const KINDS = { task: 1, LenVM: 3, penalty: 6, oracle: 1, control: 4 };  // and how many colours each has
+const KINDS = { task: 1, LenVM: 3, penalty: 6, oracle: 1, control: 4, critic: 2 };  // and how many colours each has
 const ALL = "all", DASH = "–";
 // So many arms are all drawn at first; of more, so many penalties.
 const FEW = 8, PENALTIES = 3;

@@ -12,7 +12,7 @@ from eval.compare.page import write_page
 from eval.compare.plan import CELLS
 
 BASE = {"tokens": 30.0, "excess": 14.0, "accuracy": 0.95}
-# Other critics run where they are named alone, and are drawn as controls are.
+# Other critics run where they are named alone.
 SHOWN = [arm for arm in ARMS if arm.kind != "critic"]
 
 
