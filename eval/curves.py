@@ -113,7 +113,7 @@ def summarise(curves: Mapping[str, Sequence[Mapping[str, list[float]]]]) -> list
     return rows
 
 
-def plot_curves(curves: Mapping[str, Sequence[Mapping[str, list[float]]]], path: Path) -> None:
+def plot_training(curves: Mapping[str, Sequence[Mapping[str, list[float]]]], path: Path) -> None:
     """Tokens beside accuracy, step by step: a colour for each arm, a line for each seed."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -141,7 +141,7 @@ def main(args: CurvesArguments) -> dict[str, Any]:
     report = {"arms": summarise(curves), "curves": curves}
     print_table(Console(width=160, highlight=False), report["arms"], COLUMNS)
     save_json(Path(args.output_dir) / "curves.json", report)
-    plot_curves(curves, Path(args.output_dir) / "curves.png")
+    plot_training(curves, Path(args.output_dir) / "curves.png")
     return report
 
 
