@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from transformers.hf_argparser import HfArg
 
-from eval.report import Column, as_label, legend_below, mean_and_range, print_table, save_figure, save_json
+from eval.report import Column, Entry, as_label, legend_below, mean_and_range, print_table, save_figure, save_json
 from eval.runs import STARTS_OVER, check_writable, run_evaluation
 from lenvm_rl.files import read_metrics
 
@@ -97,6 +97,12 @@ def half_from(tokens: Sequence[float]) -> int | None:
     return int(places[first]) if first < len(places) else None
 
 
+def over_seeds(values: Sequence[float | None]) -> Entry:
+    """The mean over seeds, the lowest and the highest; of one seed, its value alone."""
+    found = mean_and_range(values)
+    return found if len(values) > 1 else {**found, "low": None, "high": None}
+
+
 def summarise(curves: Mapping[str, Sequence[Mapping[str, list[float]]]]) -> list[dict[str, Any]]:
     """A row for each arm; `half_from` is the mean over the seeds that got there."""
     rows = []
@@ -105,10 +111,11 @@ def summarise(curves: Mapping[str, Sequence[Mapping[str, list[float]]]]) -> list
         for key in ("tokens", "accuracy"):
             for name, part in (("first", slice(WINDOW)), ("last", slice(-WINDOW, None))):
                 known = [mean_and_range(curve[key][part])["estimate"] for curve in seeds]
-                row[f"{name}_{key}"] = mean_and_range(known)
+                row[f"{name}_{key}"] = over_seeds(known)
         places = [half_from(curve["tokens"]) for curve in seeds]
-        there = [(curve, place) for curve, place in zip(seeds, places, strict=True) if place is not None]
-        row["half_from"] = mean_and_range([curve["step"][place] for curve, place in there])
+        row["half_from"] = over_seeds(
+            [None if place is None else curve["step"][place] for curve, place in zip(seeds, places, strict=True)]
+        )
         rows.append(row)
     return rows
 
