@@ -117,7 +117,7 @@ def main(args: CompareArguments) -> dict[str, Any]:
     else:
         collected = read_json(args.report)
     report = make_report(collected)
-    print_cells(report, Console(width=180, highlight=False))
+    print_cells(report, Console(width=230, highlight=False))
     write_comparison(report, collected, args.output_dir)
     return report
 

@@ -265,15 +265,26 @@ def best_penalties(cell: Mapping[str, Any], count: int) -> list[str]:
 
 
 def plot_curves(report: Mapping[str, Any], path: str | Path) -> None:
-    """Waste and accuracy along training, a column for each cell: task only, LenVM, oracle, and the best penalties."""
+    """Waste and accuracy along training: task only, LenVM, oracle, and the best penalties of each cell.
+
+    Two rows of panels for each number of completions a step, a column for each group size.
+    """
     cells = report["cells"]
-    figure = Figure(figsize=(max(5.0, 4.0 * len(cells)), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(cells), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
+    sizes, groups = (sorted({cell[name] for cell in cells}) for name in ("completions", "group_size"))
+    figure = Figure(figsize=(max(5.0, 4.0 * len(groups)), 1.6 + 3.8 * len(sizes)), layout="constrained")
+    axes = figure.subplots(2 * len(sizes), len(groups), sharey="row", squeeze=False, height_ratios=(3, 2) * len(sizes))
+    empty = set(axes.flat)
     best = {cell["name"]: best_penalties(cell, BEST) for cell in cells}
     # One colour for a penalty in all cells.
     seen = dict.fromkeys(name for names in best.values() for name in names)
     colors = {**COLORS, **{name: PENALTY_COLORS[k % len(PENALTY_COLORS)] for k, name in enumerate(seen)}}
-    for (above, below), cell in zip(axes.T, cells, strict=True):
+    for cell in cells:
+        row = 2 * sizes.index(cell["completions"])
+        above, below = axes[row : row + 2, groups.index(cell["group_size"])]
+        empty -= {above, below}
+        above.sharex(below)
+        above.tick_params(labelbottom=False, labelleft=True)
+        below.tick_params(labelleft=True)
         for arm in cell["arms"]:
             if arm["name"] not in COLORS and arm["name"] not in best[cell["name"]]:
                 continue
@@ -287,15 +298,16 @@ def plot_curves(report: Mapping[str, Any], path: str | Path) -> None:
         above.axhline(0.1 * report["world"]["base_excess"]["estimate"], color="black", linewidth=0.6, linestyle=":")
         below.axhline(report["world"]["base_accuracy"]["estimate"], color="black", linewidth=0.6, linestyle=":")
         below.set_xlabel("rollouts")
-    axes[0, 0].set_ylabel("waste, tokens")
-    axes[0, 0].set_ylim(bottom=0)
-    axes[1, 0].set_ylabel("accuracy")
-    handles, labels = {}, []
-    for axis in axes[0]:
+        above.set_ylabel("waste, tokens")
+        above.set_ylim(bottom=0)
+        below.set_ylabel("accuracy")
+    for axis in empty:
+        axis.set_axis_off()
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    labels = list(handles)
-    figure.legend(handles.values(), labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
     save_figure(path, figure)
 
 
