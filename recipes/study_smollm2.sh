@@ -89,7 +89,8 @@ stage_tradeoff() { # 10 minutes on one core
     tradeoff "$MODEL" "$OUT/tradeoff" --strengths 0.5 1 2
 }
 
-# The task's reward alone, the length stream by GRPO and by PPO, and two penalties.
+# The task's reward alone and the length stream, by GRPO and by PPO, and two penalties.
+POLICIES="task lenvm lenvm_strong task_ppo lenvm_ppo kimi arora"
 train() { # NAME RECIPE OPTION...
     local name=$1 recipe=$2
     shift 2
@@ -102,21 +103,32 @@ train() { # NAME RECIPE OPTION...
     done
 }
 
-stage_rl() { # 25 minutes on one core for each of these, and 8 GB
+stage_rl() { # 25 to 35 minutes on one core for each of these, and 8 GB
     local refresh=(--refresh_steps 10 --refresh_completions 320 --refresh_learning_rate 1e-3)
+    local critic=(--critic_form head --critic_learning_rate 1e-3)
     train task grpo_shaped --length_coef 0
-    train lenvm grpo_shaped "${refresh[@]}"
-    train lenvm_ppo ppo_shaped --critic_form head --critic_learning_rate 1e-3 "${refresh[@]}"
+    train lenvm grpo_shaped --length_coef 4 "${refresh[@]}"
+    train lenvm_strong grpo_shaped --length_coef 8 "${refresh[@]}"
+    train task_ppo ppo_shaped --length_coef 0 "${critic[@]}"
+    train lenvm_ppo ppo_shaped --length_coef 8 "${critic[@]}" "${refresh[@]}"
     train kimi grpo_shaped --length_coef 0 --reward_funcs reward.gsm8k.gsm8k_reward reward.baselines.gsm8k_kimi
     train arora grpo_shaped --length_coef 0 --reward_funcs reward.baselines.gsm8k_arora
 }
 
 stage_trained() { # 5 minutes on one core for each policy
     for seed in $SEEDS; do
-        for name in task lenvm lenvm_ppo kimi arora; do
+        for name in $POLICIES; do
             tradeoff "$OUT/rl/seed_$seed/$name" "$OUT/trained/seed_$seed/$name" --strengths 1 --prompt_only false
         done
     done
+}
+
+stage_curves() { # seconds
+    local runs=()
+    for name in $POLICIES; do
+        for seed in $SEEDS; do runs+=("$name=$OUT/rl/seed_$seed/$name"); done
+    done
+    "$PYTHON" -m eval.curves --runs "${runs[@]}" --output_dir "$OUT/curves"
 }
 
 stage_queue() { # 10 minutes on one core
@@ -131,6 +143,6 @@ stage_lens() { # 5 minutes on one core
         --value_dtype bfloat16 --rows 0 5 --output "$OUT/viewer.html"
 }
 
-for name in "${@:-fetch prompts rollouts lenvm prediction control tradeoff rl trained queue lens}"; do
+for name in "${@:-fetch prompts rollouts lenvm prediction control tradeoff rl trained curves queue lens}"; do
     for each in $name; do stage "$each"; done
 done
