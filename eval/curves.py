@@ -13,7 +13,6 @@ curves.png.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +58,10 @@ class CurvesArguments:
             raise ValueError(f"steps must be 1 or more, got {self.steps}.")
 
 
-def read_curve(folder: str, steps: int | None = None) -> dict[str, list[float]]:
+def read_curve(folder: str, steps: int | None = None) -> dict[str, list[float | None]]:
     """`step`, `tokens` and `accuracy` of a run, a number for each line of its metrics that tells of completions.
 
-    Accuracy is NaN where none was judged.
+    Accuracy is `None` where none was judged.
 
     Raises:
         `ValueError`: the run did not train with a trainer of `lenvm_rl`, or has not begun.
@@ -74,18 +73,18 @@ def read_curve(folder: str, steps: int | None = None) -> dict[str, list[float]]:
     lines = [line for line in lines if steps is None or line["step"] <= steps]
     if not lines:
         raise ValueError(f"runs: no line of {path} has {TOKENS}: the run has not made a step.")
-    judged = (line.get(ACCURACY) for line in lines)
     return {
         "step": [line["step"] for line in lines],
         "tokens": [line[TOKENS] for line in lines],
-        "accuracy": [math.nan if share is None else share for share in judged],
+        "accuracy": [line.get(ACCURACY) for line in lines],
     }
 
 
-def moving_mean(numbers: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The places, and the mean of each and those before it; of fewer numbers than that, their mean alone."""
+def moving_mean(numbers: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
+    """The places, and the mean of each and those before it, NaN where one is not known; of fewer numbers than that,
+    their mean alone."""
     window = min(WINDOW, len(numbers))
-    means = np.convolve(numbers, np.ones(window) / window, "valid")
+    means = np.convolve(np.array(numbers, dtype=float), np.ones(window) / window, "valid")
     return np.arange(len(means)) + window - 1, means
 
 
@@ -93,7 +92,7 @@ def half_from(tokens: Sequence[float]) -> int | None:
     """The place from which on means of five are at most half of the first such mean; `None` where there is none."""
     places, means = moving_mean(tokens)
     above = np.flatnonzero(means > means[0] / 2)
-    first = int(above[-1]) + 1
+    first = int(above[-1]) + 1 if above.size else len(places)
     return int(places[first]) if first < len(places) else None
 
 
@@ -103,7 +102,7 @@ def over_seeds(values: Sequence[float | None]) -> Entry:
     return found if len(values) > 1 else {**found, "low": None, "high": None}
 
 
-def summarise(curves: Mapping[str, Sequence[Mapping[str, list[float]]]]) -> list[dict[str, Any]]:
+def summarise(curves: Mapping[str, Sequence[Mapping[str, list[float | None]]]]) -> list[dict[str, Any]]:
     """A row for each arm; `half_from` is the mean over the seeds that got there."""
     rows = []
     for arm, seeds in curves.items():
@@ -120,7 +119,7 @@ def summarise(curves: Mapping[str, Sequence[Mapping[str, list[float]]]]) -> list
     return rows
 
 
-def plot_training(curves: Mapping[str, Sequence[Mapping[str, list[float]]]], path: Path) -> None:
+def plot_training(curves: Mapping[str, Sequence[Mapping[str, list[float | None]]]], path: Path) -> None:
     """Tokens beside accuracy, step by step: a colour for each arm, a line for each seed."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -140,7 +139,7 @@ def plot_training(curves: Mapping[str, Sequence[Mapping[str, list[float]]]], pat
 
 def main(args: CurvesArguments) -> dict[str, Any]:
     """Prints the table, writes it with the curves, and draws them."""
-    curves: dict[str, list[dict[str, list[float]]]] = {}
+    curves: dict[str, list[dict[str, list[float | None]]]] = {}
     for run in args.runs:
         arm, _, folder = run.partition("=")
         curves.setdefault(arm, []).append(read_curve(folder, args.steps))

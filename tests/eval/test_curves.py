@@ -1,8 +1,8 @@
 """Curves of training runs, by hand."""
 
 import json
-import math
 
+import numpy as np
 import pytest
 
 from eval.curves import CurvesArguments, half_from, main, moving_mean, read_curve
@@ -31,7 +31,7 @@ def test_half_is_reached_for_good():
     assert list(moving_mean(lengths)[1]) == [10, 8, 6, 4, 4, 2, 6]
     assert half_from(lengths) is None
     assert half_from([*lengths[:-1], 10.0]) == 7
-    assert half_from([10.0] * 4) is None
+    assert half_from([10.0] * 4) is None and half_from([0.0] * 6) is None
 
 
 def test_lost_steps_and_other_lines_are_left_out(tmp_path):
@@ -40,7 +40,7 @@ def test_lost_steps_and_other_lines_are_left_out(tmp_path):
     lines += [{"step": 3, "length/mean": 5.0, "length/correct": None}, {"step": 3, "train_runtime": 1.0}]
     found = read_curve(write_run(tmp_path / "run", lines))
     assert found["step"] == [1, 2, 3] and found["tokens"] == [9.0, 8.0, 5.0]
-    assert found["accuracy"][:2] == [1.0, 1.0] and math.isnan(found["accuracy"][2])
+    assert found["accuracy"] == [1.0, 1.0, None]
 
 
 def test_seeds_of_an_arm_are_put_together(tmp_path):
@@ -60,6 +60,14 @@ def test_seeds_of_an_arm_are_put_together(tmp_path):
     assert second["last_tokens"] == {"estimate": 20.0, "low": None, "high": None}
     assert json.loads((output / "curves.json").read_text())["arms"] == [first, second]
     assert (output / "curves.png").stat().st_size > 10_000
+
+
+def test_accuracy_that_is_not_known(tmp_path):
+    assert np.isnan(moving_mean([1.0, None, 1.0])[1]).all()
+    runs = [f"a={write_run(tmp_path / 'run', of_lengths([9.0] * 7, share=None))}"]
+    (row,) = main(CurvesArguments(runs, output_dir=str(tmp_path)))["arms"]
+    assert row["last_accuracy"]["estimate"] is None and row["last_tokens"]["estimate"] == 9.0
+    assert json.loads((tmp_path / "curves.json").read_text())["curves"]["a"][0]["accuracy"] == [None] * 7
 
 
 @pytest.mark.parametrize("runs", [["folder"], ["=folder"], ["name="]])
