@@ -177,15 +177,19 @@ class LenVMTrainer(ResumableTrainer):
 
     @property
     def step_metrics(self) -> BatchMetrics:
-        """Metrics of all micro-batches until the next read, which logs them: those of an optimizer step."""
+        """Metrics of all micro-batches of an update, logged by the next read."""
         mode = self._mode
         if mode not in self._step_metrics:
             self._step_metrics[mode] = BatchMetrics()
             self.unread.add_metrics(self._step_metrics[mode], partial(self._log_step, mode=mode))
         return self._step_metrics[mode]
 
+    def begin_update(self) -> None:
+        """What micro-batches tell from here on is of another update, which counts as much in the log."""
+        self._step_metrics.pop(self._mode, None)
+
     def _log_step(self, metrics: dict[str, float], mode: str) -> None:
-        del self._step_metrics[mode]
+        self._step_metrics.pop(mode, None)
         self._log_all(metrics, mode)
 
     def before_optimizer_step(self) -> None:

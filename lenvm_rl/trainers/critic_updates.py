@@ -139,6 +139,7 @@ class CriticUpdates(TrainerCallback):
             trainer.model.zero_grad()
         for _ in range(args.critic_updates_per_step - 1):
             self.critic.zero_grad()
+            trainer.begin_update()
             for inputs in micro_batches:
                 with trainer.compute_loss_context_manager():
                     loss = args.vf_coef * trainer._value_loss(inputs, is_last=inputs is micro_batches[-1])
