@@ -88,7 +88,7 @@ def moving_mean(numbers: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray
     return np.arange(len(means)) + window - 1, means
 
 
-def half_from(tokens: Sequence[float]) -> int | None:
+def half_from(tokens: Sequence[float | None]) -> int | None:
     """The place from which on means of five are at most half of the first such mean; `None` where there is none."""
     places, means = moving_mean(tokens)
     above = np.flatnonzero(means > means[0] / 2)

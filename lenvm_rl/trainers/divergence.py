@@ -7,12 +7,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lenvm_rl.controllers import MultiplicativeController
 from lenvm_rl.trainers.config import LenVMPPOConfig
-from lenvm_rl.trainers.unread import Unread
 
 # Loss types of TRL that clip the ratio at epsilon.
 RATIO_CLIPPING_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -79,37 +77,20 @@ class KLRewardCoefficient:
 
 
 class BatchDivergence:
-    """The mean divergence of the last optimizer step on a generation batch, and whether it went beyond the target.
+    """Whether the policy has gone further from the one that sampled a generation batch than it may.
 
     Args:
-        target (`float`, *optional*): `target_kl`; without it, nothing is exchanged and nothing stops.
-        unread ([`~lenvm_rl.trainers.unread.Unread`]): tells the divergence when it is read.
+        target (`float`, *optional*): `target_kl`; without it, nothing stops.
     """
 
-    def __init__(self, target: float | None, unread: Unread):
-        self._target, self._unread = target, unread
-        self._sums: Tensor | None = None
+    def __init__(self, target: float | None):
+        self._target = target
         self.stopped = False
 
     def begin(self) -> None:
         """Another generation batch is there."""
-        self.stopped, self._sums = False, None
+        self.stopped = False
 
-    def add(self, divergence: Tensor, mask: Tensor, last: bool) -> None:
-        """Take in a micro-batch; the last one of an optimizer step decides once it is read, alike on all processes.
-
-        Args:
-            divergence, mask (`torch.Tensor` of shape `(B, T)`): of each token, and which of them count.
-            last (`bool`): whether the optimizer step ends with it.
-        """
-        if self._target is None:
-            return
-        sums = torch.stack([torch.where(mask.bool(), divergence, 0.0).sum(), mask.sum().to(divergence.dtype)])
-        self._sums = sums if self._sums is None else self._sums + sums
-        if last:
-            self._unread.add(self._sums, self._decide)
-            self._sums = None
-
-    def _decide(self, totals: list[float]) -> None:
-        total, count = totals
-        self.stopped = self.stopped or (count > 0 and total / count > self._target)
+    def observe(self, divergence: float) -> None:
+        """Take in `policy/approx_kl` of an optimizer step; NaN stops nothing."""
+        self.stopped = self.stopped or (self._target is not None and divergence > self._target)

@@ -60,20 +60,19 @@ class BatchMetrics:
     """
 
     def __init__(self):
-        self._sums: dict[str, Tensor] = {}
-        self._read: dict[str, Callable[..., float]] = {}
+        self._taken: dict[str, tuple[Callable[..., float], Tensor]] = {}
 
     def _add(self, name: str, read: Callable[..., float], *arrays: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        found = []
+        sums = []
         for x, mask, y in arrays:
             mask, x = for_sums(mask.bool()), for_sums(x.detach())
             x = torch.where(mask, x, 0).double()
             y = x if y is None else torch.where(mask, for_sums(y.detach()), 0).double()
-            sums = [mask.sum().double(), x.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum(), y.sum()]
-            found += sums
-        pooled = torch.stack(found)
-        self._sums[name] = self._sums[name] + pooled if name in self._sums else pooled
-        self._read[name] = read
+            sums += [mask.sum().double(), x.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum(), y.sum()]
+        pooled = torch.stack(sums)
+        if name in self._taken:
+            pooled = pooled + self._taken[name][1]
+        self._taken[name] = (read, pooled)
 
     def mean(self, name: str, x: Tensor, mask: Tensor) -> None:
         """Mean of `x`."""
@@ -106,13 +105,12 @@ class BatchMetrics:
     @property
     def sums(self) -> Tensor:
         """Of this process, `(n,)`."""
-        return torch.cat(list(self._sums.values()))
+        return torch.cat([sums for _, sums in self._taken.values()])
 
     def read(self, totals: Sequence[float]) -> dict[str, float]:
         """All metrics by name, of the sums of all processes."""
         rows = (totals[first : first + MOMENTS] for first in range(0, len(totals), MOMENTS))
-        counts = {name: len(sums) // MOMENTS for name, sums in self._sums.items()}
-        return {name: read(*islice(rows, counts[name])) for name, read in self._read.items()}
+        return {name: read(*islice(rows, len(sums) // MOMENTS)) for name, (read, sums) in self._taken.items()}
 
 
 def add_completions(metrics: BatchMetrics, completions: Completions, outcomes: Outcomes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import textwrap
 from dataclasses import replace
@@ -209,7 +210,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         check_settings(critic, self)
         self._reward_scale = RewardScale(self.args)
         self._kl_coefficient = KLRewardCoefficient(self.args)
-        self._divergence = BatchDivergence(self.args.target_kl, self.unread)
+        self._divergence = BatchDivergence(self.args.target_kl)
         # Log-probabilities of the loss under way, as TRL computes them.
         self._log_probs: Tensor | None = None
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
@@ -364,8 +365,12 @@ class LenVMPPOTrainer(LenVMTrainer):
         add_divergence(self.step_metrics, divergence, ratio, clipped, mask, number)
         stopped = torch.full_like(divergence, float(self._divergence.stopped))
         self.step_metrics.mean("policy/stopped", stopped, mask)
-        if training:
-            self._divergence.add(divergence, mask, last=self.accelerator.sync_gradients)
+
+    def _log_step(self, metrics: dict[str, float], mode: str) -> None:
+        super()._log_step(metrics, mode)
+        # An update of the critic alone tells of no divergence.
+        if mode == "train":
+            self._divergence.observe(metrics.get("policy/approx_kl", math.nan))
 
     def _value_loss(self, inputs: dict, is_last: bool = True) -> Tensor:
         """The value loss as a mean over the tokens of the optimizer step that this batch is a part of.

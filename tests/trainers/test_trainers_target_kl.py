@@ -9,6 +9,7 @@ from trainer_parts import first_is_w8, ppo, random_lenvm
 from transformers import TrainerCallback
 
 from lenvm_rl.trainers.divergence import BatchDivergence, approximate_kl, beyond_clip
+from lenvm_rl.trainers.metrics import BatchMetrics, add_divergence
 from lenvm_rl.trainers.unread import Unread
 
 
@@ -17,23 +18,32 @@ def test_the_estimate_by_hand():
     torch.testing.assert_close(found, torch.tensor([1 - math.log(2), math.log(2) - 0.5, 0.0]))
 
 
-def test_a_step_decides_over_all_of_its_micro_batches_and_processes():
+@pytest.mark.parametrize(("target", "stops"), [(0.21, False), (0.19, True)])
+def test_a_step_decides_over_all_of_its_micro_batches_and_processes(target, stops):
     """Two micro-batches of 3 tokens with sums .3 and .9, as on another process: the mean is 1.2 / 6 = .2."""
-    for target, stops in ((0.21, False), (0.19, True)):
-        unread = Unread(lambda sums: 2 * sums)
-        divergence = BatchDivergence(target, unread)
-        mask = torch.tensor([[1, 1, 1, 0]])
-        divergence.add(torch.tensor([[0.1, 0.1, 0.1, 50.0]]), mask, last=False)
-        assert not divergence.stopped
-        divergence.add(torch.tensor([[0.3, 0.3, 0.3, 50.0]]), mask, last=True)
-        unread.read()
-        assert divergence.stopped == stops
-        # A batch that it stopped in stays so until the next.
-        divergence.add(torch.zeros(1, 4), mask, last=True)
-        unread.read()
-        assert divergence.stopped == stops
-        divergence.begin()
-        assert not divergence.stopped
+    unread, divergence, mask = Unread(lambda sums: 2 * sums), BatchDivergence(target), torch.tensor([[1, 1, 1, 0]])
+
+    def micro_batch(step, each):
+        found = torch.tensor([[each, each, each, 50.0]])
+        add_divergence(step, found, found, None, mask, None)
+
+    def begin():
+        step = BatchMetrics()
+        unread.add_metrics(step, lambda read: divergence.observe(read["policy/approx_kl"]))
+        return step
+
+    step = begin()
+    micro_batch(step, 0.1)
+    assert not divergence.stopped
+    micro_batch(step, 0.3)
+    unread.read()
+    assert divergence.stopped == stops
+    # A batch that it stopped in stays so until the next.
+    micro_batch(begin(), 0.0)
+    unread.read()
+    assert divergence.stopped == stops
+    divergence.begin()
+    assert not divergence.stopped
 
 
 class Weights(TrainerCallback):
