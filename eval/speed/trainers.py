@@ -53,25 +53,45 @@ completion of each prompt; the other two, the fewest there.
 """
 ADAPTERS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 BETA = 0.05
-PPO_KINDS = (LenVMPPOTrainer, LenVMPPOConfig)
-# Form of the model, if there is one; whether the policy has adapters; whether there is a reference.
-CRITIC_RUNS = {
-    "plain": (None, False, False),
-    "full": ("full", False, False),
-    "plain_adapters": (None, True, False),
-    "adapter": ("adapter", True, False),
-    "plain_reference": (None, False, True),
-    "head": ("head", False, True),
-    "plain_both": (None, True, True),
-    "head_adapters": ("head", True, True),
-    "ppo_adapters": ("head", True, True),
-}
-PLAIN = {
-    "full": "plain",
-    "adapter": "plain_adapters",
-    "head": "plain_reference",
-    "head_adapters": "plain_both",
-    "ppo_adapters": "plain_adapters",
+GRPO_KINDS, PPO_KINDS = (LenVMGRPOTrainer, LenVMGRPOConfig), (LenVMPPOTrainer, LenVMPPOConfig)
+
+
+@dataclass(frozen=True)
+class CriticCase:
+    """A run of `critic`.
+
+    Args:
+        form (`str`, *optional*): of the length value model, if there is one.
+        adapters (`bool`): whether the policy is trained through LoRA.
+        reference (`bool`): whether there is a reference.
+        plain (`str`, *optional*): the case that it is compared with.
+        critic_form (`str`, *optional*): of PPO's learned critic; `None` for GRPO.
+    """
+
+    form: str | None = None
+    adapters: bool = False
+    reference: bool = False
+    plain: str | None = None
+    critic_form: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Words for the table."""
+        policy = "with adapters" if self.adapters else "trained whole"
+        reference, ppo = ", reference" * self.reference, ", PPO" * (self.critic_form is not None)
+        return f"{self.form or 'no model'}, policy {policy}{reference}{ppo}"
+
+
+CRITIC_CASES = {
+    "plain": CriticCase(),
+    "full": CriticCase("full", plain="plain"),
+    "plain_adapters": CriticCase(adapters=True),
+    "adapter": CriticCase("adapter", adapters=True, plain="plain_adapters"),
+    "plain_reference": CriticCase(reference=True),
+    "head": CriticCase("head", reference=True, plain="plain_reference"),
+    "plain_both": CriticCase(adapters=True, reference=True),
+    "head_adapters": CriticCase("head", adapters=True, reference=True, plain="plain_both"),
+    "ppo_adapters": CriticCase("head", adapters=True, reference=True, plain="plain_adapters", critic_form="head"),
 }
 # Form of the learned critic, if there is one, and of the length value model, if there is one.
 PPO_FORMS = {
@@ -266,11 +286,12 @@ def time_updates(trainer: Trainer, sizes: TrainingSizes, steps: int = 1) -> Meas
 
 def make_critic_run(case: str, sizes: TrainingSizes, folder: Path) -> LenVMGRPOTrainer:
     """The run of a case of `critic`, ready for its first step."""
-    form, adapters, reference = CRITIC_RUNS[case]
-    options = {"beta": BETA if reference else 0.0, "generations": 4, "adapters": adapters}
-    if case == "ppo_adapters":
-        return make_trainer(PPO_KINDS, sizes, folder, form, fields={"critic_form": "head"}, **options)
-    return make_trainer((LenVMGRPOTrainer, LenVMGRPOConfig), sizes, folder, form, **options)
+    one = CRITIC_CASES[case]
+    kinds, fields = GRPO_KINDS, {}
+    if one.critic_form is not None:
+        kinds, fields = PPO_KINDS, {"critic_form": one.critic_form}
+    beta = BETA if one.reference else 0.0
+    return make_trainer(kinds, sizes, folder, one.form, beta=beta, generations=4, adapters=one.adapters, fields=fields)
 
 
 def held_numbers(trainer: LenVMGRPOTrainer) -> int:
@@ -305,20 +326,16 @@ def make_ppo_run(case: str, sizes: PPOSizes, folder: Path) -> LenVMPPOTrainer:
     return make_trainer(PPO_KINDS, sizes, folder, form, fields={"critic_form": critic_form}, **options)
 
 
+CRITIC_PLAIN = {name: one.plain for name, one in CRITIC_CASES.items() if one.plain is not None}
 CRITIC = Program(
     "critic",
     CRITIC_TEXT,
     TrainingSizes,
-    {
-        name: f"{form or 'no model'}, policy {'with adapters' if adapters else 'trained whole'}"
-        + (", reference" if reference else "")
-        + (", PPO" if name == "ppo_adapters" else "")
-        for name, (form, adapters, reference) in CRITIC_RUNS.items()
-    },
+    {name: one.text for name, one in CRITIC_CASES.items()},
     measure_critic,
-    {"time over plain step": PLAIN},
+    {"time over plain step": CRITIC_PLAIN},
     [Column("weights held, millions", "count", 2, scale=1e-6)],
-    {"memory over plain step": PLAIN},
+    {"memory over plain step": CRITIC_PLAIN},
 )
 PPO = Program(
     "ppo",

@@ -19,7 +19,7 @@ from eval.speed.memory import QWEN, count_parameters, qwen_config, training_memo
 from eval.speed.pretraining import PRETRAINING, make_rollouts
 from eval.speed.rollouts import ROLLOUTS, make_job
 from eval.speed.serving import SERVING, answer_all
-from eval.speed.trainers import CRITIC, CRITIC_RUNS, held_numbers, make_critic_run
+from eval.speed.trainers import CRITIC, CRITIC_CASES, held_numbers, make_critic_run
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.prediction import padding_steps, predict_length
 from lenvm_rl.rollouts.job import SamplingSettings
@@ -143,14 +143,13 @@ def test_rollouts_are_sampled_by_the_job_that_the_case_says(case, served, monkey
 
 @pytest.mark.parametrize("case", CRITIC.cases)
 def test_every_case_of_the_critic_is_the_run_that_it_says(case, tmp_path):
-    form, adapters, reference = CRITIC_RUNS[case]
-    trainer = make_critic_run(case, TRAINING, tmp_path)
-    lenvm = trainer.length_value_model
-    assert (lenvm and lenvm.config.form) == form and hasattr(trainer.model, "peft_config") == adapters
-    assert (trainer.beta > 0) == reference
-    if form is not None:
+    one, trainer = CRITIC_CASES[case], make_critic_run(case, TRAINING, tmp_path)
+    lenvm, critic = trainer.length_value_model, getattr(trainer, "critic", None)
+    assert (lenvm and lenvm.config.form) == one.form and hasattr(trainer.model, "peft_config") == one.adapters
+    assert (trainer.beta > 0) == one.reference and (critic and critic.config.form) == one.critic_form
+    if one.form is not None:
         # Only a head on a reference's forward makes none of its own.
-        assert (trainer._frozen._reference is not None) == (form == "head")
+        assert (trainer._frozen._reference is not None) == (one.form == "head")
 
 
 @pytest.mark.parametrize("case", trainers.PPO_FORMS)
