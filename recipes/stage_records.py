@@ -56,9 +56,8 @@ def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Cal
     """
     settings = json.loads(json.dumps(settings, sort_keys=True, default=str))
     found = stage_record(artefact)
-    if found is not None and found["settings"] != settings:
-        before = found["settings"]
-        changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    changed = [] if found is None else changed_settings(found["settings"], settings)
+    if changed:
         raise ValueError(
             f"{artefact} was {'made' if found['finished'] else 'begun'} with other settings ({', '.join(changed)} "
             "differ). Give another --output_dir, or another --trained_name if only training differs; or remove the "
@@ -71,6 +70,19 @@ def run_stage(title: str, artefact: Path, settings: Mapping[str, Any], make: Cal
     write_record(artefact, settings, finished=False)
     make()
     write_record(artefact, settings, finished=True)
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ, `outer.inner` where settings hold settings. One that an earlier version did
+    not have is as if it had been `None`."""
+    changed = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += [f"{name}.{inner}" for inner in changed_settings(old, new)]
+        elif old != new:
+            changed.append(name)
+    return changed
 
 
 def stage_record(artefact: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
 from recipes import grpo_shaped, ppo_shaped, stage_records
 from recipes.arguments import StageArguments, check_setup
-from recipes.stage_records import make_apart, run_stage
+from recipes.stage_records import make_apart, run_stage, write_record
 from recipes.stages import StagedRun, show_progress
 from reward.length_reward import LengthReward
 
@@ -50,6 +50,17 @@ def test_a_stage_is_made_once_and_refused_with_other_settings(tmp_path):
     artefact.unlink()
     run_stage("making", artefact, {"size": 2, "path": tmp_path}, make)
     assert made == [1, 1] and json.loads((tmp_path / "thing.stage.json").read_text())["finished"]
+
+
+def test_settings_that_differ_are_named_and_new_ones_without_a_value_do_not(tmp_path):
+    write_record(tmp_path / "thing", {"size": 1, "rollouts": {"seed": 0, "policy": {"path": "p"}}}, finished=True)
+    (tmp_path / "thing").touch()
+    # A setting that an earlier version did not know.
+    same = {"size": 1, "layers": None, "rollouts": {"seed": 0, "top_k": None, "policy": {"path": "p"}}}
+    run_stage("making", tmp_path / "thing", same, interrupted)
+    other = {"layers": [2], "size": 1, "rollouts": {"seed": 3, "policy": {"path": "q"}}}
+    with pytest.raises(ValueError, match=r"\(layers, rollouts\.policy\.path, rollouts\.seed differ\)"):
+        run_stage("making", tmp_path / "thing", other, interrupted)
 
 
 def interrupted():
