@@ -39,6 +39,7 @@ COLUMNS = (
     Column("accuracy, first", "first_accuracy", 3),
     Column("last", "last_accuracy", 3),
     Column("half from step", "half_from", 0),
+    Column("seeds there", lambda row: f"{row['halved']} of {row['seeds']}"),
 )
 
 
@@ -103,7 +104,7 @@ def over_seeds(values: Sequence[float | None]) -> Entry:
 
 
 def summarise(curves: Mapping[str, Sequence[Mapping[str, list[float | None]]]]) -> list[dict[str, Any]]:
-    """A row for each arm; `half_from` is the mean over the seeds that got there."""
+    """A row for each arm; `half_from` is the mean over the `halved` seeds that got there."""
     rows = []
     for arm, seeds in curves.items():
         row: dict[str, Any] = {"arm": arm, "seeds": len(seeds), "steps": min(curve["step"][-1] for curve in seeds)}
@@ -112,6 +113,7 @@ def summarise(curves: Mapping[str, Sequence[Mapping[str, list[float | None]]]]) 
                 known = [mean_and_range(curve[key][part])["estimate"] for curve in seeds]
                 row[f"{name}_{key}"] = over_seeds(known)
         places = [half_from(curve["tokens"]) for curve in seeds]
+        row["halved"] = sum(place is not None for place in places)
         row["half_from"] = over_seeds(
             [None if place is None else curve["step"][place] for curve, place in zip(seeds, places, strict=True)]
         )

@@ -23,14 +23,15 @@ VLLM=${VLLM:-.venv-vllm/bin/python}
 export PYTHONPATH=. TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=2 VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
 
-# A stage runs its commands until they have all succeeded once.
+# A stage runs its commands until they have all succeeded once; those that train and what follows, for these seeds.
 stage() {
-    local name=$1
+    local name=$1 mark=$OUT/done/$1
+    case $name in rl | trained | curves) mark+=" seeds $SEEDS steps $STEPS" ;; esac
     mkdir -p "$OUT/done"
-    if [ -e "$OUT/done/$name" ]; then echo "== $name: done before"; return; fi
+    if [ -e "$mark" ]; then echo "== $name: done before"; return; fi
     echo "== $name"
     "stage_$name"
-    touch "$OUT/done/$name"
+    touch "$mark"
 }
 
 stage_fetch() { # 1 minute

@@ -185,13 +185,17 @@ def median_and_range(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def paired_ratio(arm: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Rollouts of an arm over those of the reference, over the seeds that both have: median and range, or `None`."""
+    """Rollouts of an arm over those of the reference, over the seeds that both have: median and range, or `None`.
+
+    One that is never there takes infinitely longer than one that is: the ratio is infinite (`None`), or 0. Of two that
+    are never there, nothing can be said: those seeds are left out.
+    """
     if reference is None:
         return None
     until, theirs = (dict(zip(one["seeds_run"], one["until_most"]["each"], strict=True)) for one in (arm, reference))
     pairs = [(until[seed], theirs[seed]) for seed in until if seed in theirs]
-    # One that is never there takes infinitely longer than one that is; of two, nothing can be said.
-    ratios = [math.inf if ours is None else ours / other for ours, other in pairs if other is not None]
+    numbers = [[math.inf if value is None else value for value in pair] for pair in pairs]
+    ratios = [ours / other for ours, other in numbers if math.isfinite(ours) or math.isfinite(other)]
     if not ratios:
         return None
     found = median_and_range([ratio if math.isfinite(ratio) else None for ratio in ratios])

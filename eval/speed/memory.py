@@ -1,7 +1,8 @@
 """What a run holds in memory and how long value pretraining computes, worked out from the sizes of a model.
 
-Nothing is measured: weights are counted on a model without memory, by bytes for a parameter (2 frozen, in bfloat16; 16
-trained, in float32 with its gradient and AdamW's two moments). Activations, the cache of sampling and vLLM's share come
+Nothing is measured: weights are counted on a model without memory, by bytes for a parameter: 2 for a base in bfloat16
+(`--dtype bfloat16` with adapters), 4 for what a run loads in float32, 16 for what it trains, in float32 with its
+gradient and AdamW's two moments. Activations, the cache of sampling and vLLM's share come
 on top. Time is floating-point operations over what a card does: for each parameter and token, 2 in a forward and 4 in a
 backward; 2 in the backward of a frozen decoder under adapters, none of one under a head alone.
 """
@@ -22,7 +23,8 @@ from lenvm_rl.modeling.backbones import load_model
 from lenvm_rl.modeling.heads import LengthValueHead
 from lenvm_rl.modeling.sharing import lora_settings
 
-# Bytes of a parameter.
+# Bytes of a parameter. A length value model of form full is loaded as it was fitted, in float32, and the reference of a
+# policy that is trained whole as that policy is.
 FROZEN, FROZEN_FLOAT32, TRAINED = 2, 4, 16
 # Width, layers, heads, heads of keys, width between, vocabulary, tied ends: as the configs of Qwen2.5 have them.
 QWEN = {
@@ -95,11 +97,11 @@ def count_parameters(config: PretrainedConfig) -> ParameterCounts:
 def training_memory(n: ParameterCounts) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer in a run of PPO or GRPO, by what it trains and how it values length."""
     adapted = FROZEN * n.policy + TRAINED * n.adapters
-    whole = TRAINED * n.policy + FROZEN * n.policy
+    whole = (TRAINED + FROZEN_FLOAT32) * n.policy
     values = {
         "head": FROZEN_FLOAT32 * n.head,
         "adapter": FROZEN_FLOAT32 * (n.adapters + n.head),
-        "full": FROZEN * n.decoder + FROZEN_FLOAT32 * n.head,
+        "full": FROZEN_FLOAT32 * (n.decoder + n.head),
     }
     return {
         "adapters, without a length value model": adapted,

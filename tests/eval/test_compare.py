@@ -346,7 +346,10 @@ class TestReport:
 
         ours = arm([0, 1, 2], 10.0, None, 30.0)
         ratio = paired_ratio(ours, arm([0, 1, 2], 5.0, 5.0, None))
-        assert ratio["low"] == 2.0 and ratio["high"] is None and ratio["missed"] == 1
+        # 10 / 5; never, where the reference is there; there, where the reference is not.
+        assert ratio == dict(median=2.0, low=0.0, high=None, missed=1)
+        neither = paired_ratio(arm([0, 1], 4.0, None), arm([0, 1], 2.0, None))
+        assert neither == dict(median=2.0, low=2.0, high=2.0, missed=0)
         # Only seeds that both have are compared.
         assert paired_ratio(ours, arm([2, 7, 8], 15.0, 1.0, 1.0)) == dict(median=2.0, low=2.0, high=2.0, missed=0)
         assert paired_ratio(ours, arm([7], 1.0)) is None and paired_ratio(ours, None) is None

@@ -56,7 +56,7 @@ def test_seeds_of_an_arm_are_put_together(tmp_path):
     assert first["first_accuracy"] == {"estimate": 0.75, "low": 0.5, "high": 1.0}
     # 20, 16.8, 13.6, 10.4, 7.2, 4 at steps 5 to 10; the other seed is at half with its last mean.
     assert first["half_from"] == {"estimate": 9.5, "low": 9.0, "high": 10.0}
-    assert second["half_from"]["estimate"] is None
+    assert second["half_from"]["estimate"] is None and (first["halved"], second["halved"]) == (2, 0)
     assert second["last_tokens"] == {"estimate": 20.0, "low": None, "high": None}
     assert json.loads((output / "curves.json").read_text())["arms"] == [first, second]
     assert (output / "curves.png").stat().st_size > 10_000

@@ -329,7 +329,7 @@ def test_parameters_and_bytes_are_those_of_a_model_that_is_there():
     plain = memory["adapters, without a length value model"]
     assert plain == 2 * n.policy + 16 * n.adapters
     assert memory["adapters, length value model of form head"] - plain == 4 * n.head
-    assert memory["adapters, length value model of form full"] - plain == 2 * n.decoder + 4 * n.head
+    assert memory["adapters, length value model of form full"] - plain == 4 * (n.decoder + n.head)
     critic = memory["the same, and a learned critic of its size"] - memory["whole policy and a reference, form full"]
     assert critic == 16 * (n.decoder + n.head)
 
