@@ -108,7 +108,9 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
     say_next("python", "-m", "eval.viewer", "--rollouts", args.rollouts[0], *model, *shared)
     train = ("accelerate", "launch", "recipes/ppo_shaped.py", "--model_name_or_path", metadata.generator, *model)
     data = ("--dataset_name", "DATA", "--reward_funcs", "MODULE.FUNCTION", "--output_dir", "RUN")
-    say_next(*train, "--length_coef", "0.1", *data)
+    # What shares its decoder needs one that stays frozen: the base under adapters.
+    adapters = ["--use_peft", "true"] if training_args.form != FULL else []
+    say_next(*train, "--length_coef", "3", *adapters, *data)
     return metrics
 
 

@@ -61,8 +61,8 @@ class LenVMConfig(GRPOConfig):
     length_coef: Annotated[float, NUMBER] = setting(
         0.0,
         "Weight s of the length stream in A = A_task + s * A_len (arXiv 2604.27039, appendix C.2). Positive shortens, "
-        "negative lengthens, 0 leaves TRL as it is. Start small (0.1) and watch accuracy next to length. Where it is "
-        "steered (length_target, accuracy_floor), the weight at the start.",
+        "negative lengthens, 0 leaves TRL as it is. Start at 1 (PPO, which whitens the task's stream: 3) and watch "
+        "accuracy next to length. Where it is steered (length_target, accuracy_floor), the weight at the start.",
     )
     length_coef_warmup_steps: Annotated[int, NOT_NEGATIVE] = setting(
         0,

@@ -56,7 +56,7 @@ class LenVMGRPOTrainer(LenVMTrainer):
     trainer = LenVMGRPOTrainer(
         model="my-policy",
         reward_funcs=accuracy_reward,
-        args=LenVMGRPOConfig("out", length_coef=0.1, loss_type="dr_grpo"),
+        args=LenVMGRPOConfig("out", length_coef=1.0, loss_type="dr_grpo"),
         train_dataset=dataset,
         length_value_model="my-length-value-model",
     )

@@ -165,7 +165,7 @@ class LenVMPPOTrainer(LenVMTrainer):
     trainer = LenVMPPOTrainer(
         model="my-policy",
         reward_funcs=accuracy_reward,
-        args=LenVMPPOConfig("out", length_coef=0.1),
+        args=LenVMPPOConfig("out", length_coef=3.0),
         train_dataset=dataset,
         length_value_model="my-length-value-model",
     )
