@@ -204,7 +204,11 @@ class LenVMTrainer(ResumableTrainer):
         return generated
 
     def _generate_single_turn(self, *args, **kwargs):
+        training = self.model.training
         completion_ids, logprobs = self._sample_turn(*args, **kwargs)
+        if self.model.training != training:
+            # TRL's continuous batching leaves the model in training mode, in evaluations too.
+            self.model.train(training)
         if not self.use_vllm:
             completion_ids = [through_first_end(ids, self.eos_token_ids) for ids in completion_ids]
         return completion_ids, logprobs

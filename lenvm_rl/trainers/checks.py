@@ -153,10 +153,13 @@ def check_reference_path(policy: Any, args: GRPOConfig, keywords: dict[str, Any]
         return
     path = get_config_model_id(policy.config)
     if not path:
+        # Where it is what needs the reference, beta is negligible and none of the user's.
+        coefficient = getattr(args, "kl_reward_coef", 0.0)
+        needs = f"kl_reward_coef={coefficient}" if coefficient > 0.0 else f"beta={args.beta}"
         raise ValueError(
-            f"beta={args.beta} compares with a reference policy, which TRL loads from where the policy came from, and "
-            "this one was made in memory: save it (`save_pretrained`) and give its path as `model=`, train adapters "
-            "(`peft_config=`), or set beta=0."
+            f"{needs} compares with a reference policy, which TRL loads from where the policy came from, and this one "
+            "was made in memory: save it (`save_pretrained`) and give its path as `model=`, train adapters "
+            f"(`peft_config=`), or set {needs.partition('=')[0]}=0."
         )
     check_model_path(path, "the reference policy, which beta > 0 loads from where the policy came from")
 

@@ -51,7 +51,7 @@ from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.config import LEARNING
 from lenvm_rl.trainers.fields import changed_fields
 from lenvm_rl.trainers.reading import check_sees_pictures
-from lenvm_rl.trainers.sharding import check_critic_engine, copy_whole, is_sharded, place_sharded
+from lenvm_rl.trainers.sharding import check_critic_engine, check_policy_can_wait, copy_whole, is_sharded, place_sharded
 from lenvm_rl.trainers.shared_base import check_base_stays_frozen
 
 logger = logging.getLogger(__name__)
@@ -315,6 +315,7 @@ def check_settings(critic: Any, trainer: GRPOTrainer) -> None:
     """Raise a `ValueError` if a run with this critic, or without one, could not do what its settings say."""
     if isinstance(critic, str) and critic == "lenvm":
         _check_without(trainer.args)
+        check_policy_can_wait(trainer)
         return
     args = trainer.args
     if args.kl_reward_coef > 0.0 and trainer._is_vlm:
@@ -325,6 +326,7 @@ def check_settings(critic: Any, trainer: GRPOTrainer) -> None:
             "which PPO with a critic does not use: leave it at 'sum_then_normalize', or use critic='lenvm'."
         )
     if args.critic_learning_rate == 0.0:
+        check_policy_can_wait(trainer)
         return
     checks.check_optimizer(args)
     check_critic_engine(args.critic_form if _is(critic, LEARNED) else None, trainer)
@@ -356,6 +358,11 @@ def _check_without(args) -> None:
             f"{scaled[0]} changes rewards that task_baseline='group' does not read: TRL compares those of a group as "
             "they are. Set task_baseline='batch', learn a critic, or do it in the reward function."
         )
+    if args.multi_objective_aggregation != "sum_then_normalize" and args.task_baseline == "batch":
+        raise ValueError(
+            f"multi_objective_aggregation='{args.multi_objective_aggregation}' normalises rewards over groups, "
+            "which task_baseline='batch' does not read: leave it at 'sum_then_normalize', or use task_baseline='group'."
+        )
     if args.num_generations == 1 and args.task_baseline == "group":
         raise ValueError(
             "task_baseline='group' compares the completions of a prompt, and num_generations=1 samples one of "
@@ -372,6 +379,13 @@ def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
     args = trainer.args
     if critic.config.form != FULL:
         check_base_stays_frozen(critic, trainer, TASK_CRITIC, "set critic_form='full'")
+        if args.refresh_steps > 0 and trainer.length_value_model is not None:
+            values = trainer.accelerator.unwrap_model(trainer.length_value_model)
+            if values.config.form == FULL and values.backbone is critic.backbone:
+                raise ValueError(
+                    "refresh_steps re-fits the length value model's decoder, which the critic is on: set "
+                    "refresh_steps=0, or critic_form='full'."
+                )
     if trainer._is_vlm:
         check_sees_pictures(critic, trainer, TASK_CRITIC)
     # Padding is masked, and read as another token.

@@ -149,6 +149,8 @@ class CriticUpdates(TrainerCallback):
                 accelerator.unscale_gradients()
             self.clip()
             optimizer.step()
+        # What comes next is another update, also where nothing is read before.
+        trainer.begin_update()
         if self.own is not None:
             self.own.schedule.step()
 

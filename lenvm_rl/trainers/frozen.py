@@ -146,7 +146,7 @@ class FrozenLengthValues:
         """Re-fit the model if the run asks for it and it is time. Before there are completions: what the model says of
         them then does not depend on how they turn out. Returns the metrics of the re-fit."""
         measured = {} if self.refresh is None else self.refresh.run_if_due(self._model, step, chunk_size)
-        if measured:
+        if measured.get("refresh/completions"):
             self.drift.reset()
         return measured
 

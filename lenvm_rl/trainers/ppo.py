@@ -290,7 +290,10 @@ class LenVMPPOTrainer(LenVMTrainer):
     def _set(self, metrics: BatchMetrics, batch: dict, read: Batch, streams: Streams) -> None:
         super()._set(metrics, batch, read, streams)
         if self.critic is not None:
-            batch["critic_mask"] = _counted(read)
+            counted = _counted(read)
+            batch["critic_mask"] = counted
+            # As TRL's `num_items_in_batch`: of the generation batch and all processes.
+            batch["critic_items"] = read.processes.reduce(counted.sum())
             batch["critic_values"] = read.critic_values_bt1[:, :-1]
             batch["critic_returns"] = streams.critic_targets
 
@@ -387,8 +390,8 @@ class LenVMPPOTrainer(LenVMTrainer):
         losses, clipped = value_loss(values, old, returns, mask, self.args.cliprange_value)
         self.step_metrics.mean("critic/value_loss", losses, mask)
         self.step_metrics.mean("critic/clip_fraction", clipped.float(), mask)
-        # `num_items_in_batch` spans the generation batch and all processes; DDP averages over processes.
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        # DDP averages over processes.
+        tokens = inputs["critic_items"].clamp(min=1.0) / self.accelerator.num_processes
         if self._mode == "train":
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return losses.sum() / tokens

@@ -166,6 +166,18 @@ def check_critic_engine(form: str | None, trainer: GRPOTrainer) -> None:
         )
 
 
+def check_policy_can_wait(trainer: GRPOTrainer) -> None:
+    """Raise a `ValueError` if the engine of a run in which nothing but the policy learns takes no step without it."""
+    if trainer.args.target_kl is None:
+        return
+    if trainer.is_deepspeed_enabled or trainer.args.fp16:
+        engine = "DeepSpeed makes a step from every loss" if trainer.is_deepspeed_enabled else "fp16 scales gradients"
+        raise ValueError(
+            f"target_kl leaves the policy without gradients for the rest of a batch, and {engine}, of which there are "
+            "none without a critic that learns: leave it out, or launch with DDP or FSDP2 and bf16."
+        )
+
+
 def whole_state(model: ValueModel) -> dict[str, torch.Tensor]:
     """The weights of a value model, put together where they are cut up: all processes ask for them at once."""
     return {

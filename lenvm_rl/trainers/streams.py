@@ -374,14 +374,17 @@ def centered_gated_advantage(
     earned = (weights * residuals).cumsum(dim=1)
     before = earned - weights * residuals
     whole = earned[:, -1]
-    correct, gather, size = outcomes.correct, processes.gather, processes.group_size
-    gates, counted = (gather(rows.to(values.dtype)).view(-1, size) for rows in (correct, outcomes.judged))
+    gather, size = processes.gather, processes.group_size
+    # One that was left out of the loss (`mask_truncated_completions`) has no residuals to compare others with.
+    acts = completions.actions.any(dim=1)
+    correct, judged = (rows.bool() & acts for rows in (outcomes.correct, outcomes.judged))
+    gates, counted = (gather(rows.to(values.dtype)).view(-1, size) for rows in (correct, judged))
     totals = gather(whole * correct.to(values.dtype)).view(-1, size)
     others = gates.sum(dim=1, keepdim=True) - gates
     mean = (totals.sum(dim=1, keepdim=True) - totals) / others.clamp(min=1.0)
     share = others / (counted.sum(dim=1, keepdim=True) - counted).clamp(min=1.0)
     others, mean, share = (column.flatten()[processes.first_row :][: len(whole)] for column in (others, mean, share))
-    first = torch.where(correct.bool() & (others > 0), whole - mean, 0.0)
+    first = torch.where(correct & (others > 0), whole - mean, 0.0)
     return torch.where(completions.actions, first.unsqueeze(1) - share.unsqueeze(1) * before, 0.0)
 
 

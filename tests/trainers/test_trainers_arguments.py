@@ -155,6 +155,9 @@ def test_a_policy_that_is_not_the_reference_is_said_to_be_none(tmp_path, make, c
 def test_a_policy_made_in_memory_has_no_reference(tmp_path, make):
     with pytest.raises(ValueError, match="beta=0.1.*made in memory.*save_pretrained"):
         make(tmp_path, policy=tiny_llama(VOCAB, seed=1), beta=0.1)
+    # Which has no beta that the user has set.
+    with pytest.raises(ValueError, match="kl_reward_coef=0.1.*made in memory.*set kl_reward_coef=0"):
+        ppo(tmp_path, policy=tiny_llama(VOCAB, seed=1), kl_reward_coef=0.1)
     policy = tiny_llama(VOCAB, seed=1)
     policy.config._name_or_path = str(tmp_path / "gone" / "policy")
     with pytest.raises(FileNotFoundError, match="reference policy"):

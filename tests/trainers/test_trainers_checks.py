@@ -1,6 +1,7 @@
 """What the trainers refuse, and that each refusal says what to change; faults of a run are in faults.py."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -24,8 +25,9 @@ from trainer_parts import (
 from transformers import HfArgumentParser
 from trl import GRPOConfig
 
-from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
+from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer, TaskCritic
 from lenvm_rl.trainers.config import LenVMConfig
+from lenvm_rl.trainers.critic import check_settings
 from lenvm_rl.trainers.frozen import place_length_value_model
 from lenvm_rl.trainers.rewards import check_rewards
 
@@ -185,6 +187,16 @@ def test_a_critic_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="multi_objective_aggregation"):
         ppo(tmp_path, multi_objective_aggregation="normalize_then_sum")
     without = ppo(tmp_path, lenvm=random_lenvm(), critic="lenvm", multi_objective_aggregation="normalize_then_sum")
+    with pytest.raises(ValueError, match="multi_objective_aggregation.*task_baseline='group'"):
+        ppo(
+            tmp_path, lenvm=random_lenvm(), critic="lenvm", multi_objective_aggregation="normalize_then_sum",
+            task_baseline="batch",
+        )  # fmt: skip
+    lenvm = random_lenvm()
+    for refresh_steps in (0, 1):
+        critic = TaskCritic.from_backbone(lenvm.backbone, form="head")
+        with pytest.raises(ValueError, match="refresh_steps") if refresh_steps else nullcontext():
+            ppo(tmp_path, lenvm=lenvm, critic=critic, refresh_steps=refresh_steps)
     with pytest.raises(ValueError, match="there is none to save"):
         without.save_critic(str(tmp_path / "critic"))
     optimizer = torch.optim.SGD(without.model.parameters(), lr=0.1)
@@ -194,6 +206,22 @@ def test_a_critic_that_cannot_be(tmp_path):
             without.model, first_is_w8, LenVMPPOConfig(**settings(tmp_path)), prompts(),
             processing_class=tiny_tokenizer(VOCAB), optimizers=(optimizer, scheduler),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("without", [{"critic": "lenvm"}, {"critic_learning_rate": 0.0}])
+def test_a_stop_of_the_policy_alone_needs_an_engine_that_waits(tmp_path, without, monkeypatch):
+    """`GradScaler.step` asserts that something has a gradient, and DeepSpeed makes a step of every loss."""
+    trainer = ppo(tmp_path, lenvm=random_lenvm(), target_kl=0.1, **without)
+    check_settings(without.get("critic", "learned"), trainer)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(ValueError, match="target_kl.*DeepSpeed"):
+        check_settings(without.get("critic", "learned"), trainer)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", False)
+    monkeypatch.setattr(trainer.args, "fp16", True)
+    with pytest.raises(ValueError, match="target_kl.*fp16"):
+        check_settings(without.get("critic", "learned"), trainer)
+    monkeypatch.setattr(trainer.args, "target_kl", None)
+    check_settings(without.get("critic", "learned"), trainer)
 
 
 def test_a_multimodal_policy_beside_a_length_value_model(tmp_path):

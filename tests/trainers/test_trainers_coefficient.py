@@ -13,6 +13,7 @@ from tiny import tiny_llama
 from trainer_parts import (  # fmt: skip
     VOCAB,
     batch_of,
+    first_is_w8,
     grpo,
     logged,
     no_reward,
@@ -24,6 +25,7 @@ from trainer_parts import (  # fmt: skip
     settings,
     weights,
 )
+from trl import GRPOTrainer
 
 from eval.steering import judge
 from lenvm_rl.trainers import LenVMGRPOConfig, coefficient
@@ -183,6 +185,23 @@ def test_evaluation_reads_the_coefficient_and_moves_nothing(tmp_path):
     batch_of(trainer)
     batch_of(trainer, "eval")
     assert trainer._metrics["eval"]["length/coef"][-1] == pytest.approx(0.1 + 0.5 * ERROR)
+
+
+def test_an_evaluation_stays_one_where_sampling_leaves_the_model_in_training_mode(tmp_path, monkeypatch):
+    """As TRL's continuous batching of transformers does."""
+    sample = GRPOTrainer._generate_single_turn
+
+    def left_in_training_mode(self, *args, **kwargs):
+        sampled = sample(self, *args, **kwargs)
+        self.model.train()
+        return sampled
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", left_in_training_mode)
+    trainer = grpo(tmp_path, first_is_w8, random_lenvm(), length_target=2.0, length_gate="all", length_coef=0.1)
+    batch_of(trainer, "eval")
+    assert not trainer.model.training and trainer._coefficient.at(0) == 0.1 and trainer._frozen.drift.batches == 0
+    batch_of(trainer)
+    assert trainer.model.training and trainer._coefficient.at(0) != 0.1 and trainer._frozen.drift.batches == 1
 
 
 @pytest.mark.parametrize("make", [grpo, ppo])

@@ -32,6 +32,14 @@ def test_updates_of_a_step_are_passes_of_a_policy_that_stands_still(tmp_path, op
         assert logged(step, name)[0] == pytest.approx(sum(logged(steps, name)) / 3, rel=1e-4)
 
 
+def test_each_update_counts_as_much_where_a_log_spans_steps(tmp_path):
+    """Two updates in each of three steps on one batch, logged together, and logged step by step."""
+    common = {"learning_rate": 0.0, "critic_updates_per_step": 2, "num_iterations": 3, "max_steps": 3}
+    each, together = (trained(tmp_path, logging_steps=steps, **common) for steps in (1, 3))
+    for name in ("critic/value_loss", "critic/grad_norm"):
+        assert logged(together, name) == pytest.approx([sum(logged(each, name)) / 3], rel=1e-5)
+
+
 def test_the_policy_takes_no_part_in_them(tmp_path):
     changes = {"weight_decay": 0.1, "max_steps": 1, "lenvm": random_lenvm(), "length_coef": 0.5}
     one, three = (trained(tmp_path, critic_updates_per_step=count, **changes) for count in (1, 3))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from trainer_parts import grpo, logged, random_lenvm
 
-from lenvm_rl.trainers.frozen import Drift
+from lenvm_rl.trainers.frozen import Drift, FrozenLengthValues
 from lenvm_rl.trainers.metrics import BatchMetrics, add_values
 from lenvm_rl.trainers.streams import Completions
 
@@ -50,6 +50,23 @@ def test_a_batch_counts_half_after_five(caplog):
     """Fitting until the fifth batch, then a slope of 4: after k more it is 4 - 3 * 0.5^(k / 5), above 2 from k = 3 on
     (4 - 3 * 0.66 = 2.02; k = 2 gives 1.73)."""
     assert verdicts(drift(), [{}] * 5 + [{"lenvm/calibration_slope": 4.0}] * 4) == [0.0] * 7 + [1.0] * 2
+
+
+def test_a_refresh_that_fitted_nothing_leaves_the_verdict(monkeypatch):
+    class Refresh:
+        measured = {"refresh/completions": 0.0}
+
+        def run_if_due(self, placed, step, chunk_size):
+            return self.measured
+
+    values = object.__new__(FrozenLengthValues)
+    values.drift, values.refresh, values._model = drift(), Refresh(), None
+    bad = {"lenvm/explained_variance": -1.0}
+    assert verdicts(values.drift, [bad] * 5)[-1] == 1.0
+    assert values.refresh_if_due(5, 4) == {"refresh/completions": 0.0} and values.drift.stale
+    Refresh.measured = {"refresh/completions": 3.0}
+    values.refresh_if_due(6, 4)
+    assert not values.drift.stale
 
 
 def test_it_can_recover_and_is_told_again(caplog):

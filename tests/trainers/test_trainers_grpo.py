@@ -146,6 +146,27 @@ def test_centred_gate_with_a_single_correct_completion_has_only_the_baseline(tmp
     torch.testing.assert_close(stream[1], torch.tensor([0.0, 0.05, 0.0]))
 
 
+@pytest.mark.parametrize("value", [-0.2, -0.8])
+@pytest.mark.parametrize("cut_is_correct", [1.0, 0.0])
+def test_a_centred_gate_knows_nothing_of_completions_that_are_left_out(tmp_path, value, cut_is_correct):
+    """Three correct completions of one length are paid the same, whatever a constant V says: nothing, with or without a
+    fourth that was cut and masked."""
+    kept = [[8, 9, EOS]] * 3
+    trainer = grpo(
+        tmp_path, lambda completion_ids, **kwargs: [1.0] * 3 + [cut_is_correct], scripted_lenvm({}, default=value),
+        trainer=scripted(LenVMGRPOTrainer, [*kept, [8, 9, 9]]), data=prompts(1), max_completion_length=3,
+        per_device_train_batch_size=4, scale_rewards="none", length_coef=1.0, length_gate_center=True,
+        mask_truncated_completions=True,
+    )  # fmt: skip
+    batch = batch_of(trainer)
+    task = torch.tensor([1.0, 1.0, 1.0, cut_is_correct])
+    task = (task - task.mean()).unsqueeze(1)
+    stream = (batch["advantages"] - task)[:3]
+    # D_0 is the same for all three, so centred it is 0; what follows is less its mean, 1 times D_t.
+    assert torch.equal(stream, stream[:1].expand(3, -1)) and stream[0, 0].abs() < 1e-7
+    assert not batch["completion_mask"][3].any()
+
+
 # A policy over three tokens (one ends), at most three tokens, all completions enumerated.
 def enumerated():
     rows, open_rows = [], [()]

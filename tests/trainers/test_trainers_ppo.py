@@ -169,6 +169,16 @@ def test_rows_left_out_or_unscored_teach_nobody(tmp_path):
     assert bool((batch["advantages"][1:3] == 0).all()) and bool(torch.isfinite(batch["advantages"]).all())
 
 
+@pytest.mark.parametrize("rewards", [[1.0, None, 1.0, 0.5], [1.0, 0.0, 1.0, 0.5]])
+def test_the_value_loss_is_a_mean_over_scored_tokens(tmp_path, rewards):
+    trainer = scripted_ppo(tmp_path, rewards=rewards)
+    batch = batch_of(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._value_loss(batch)
+    trainer.unread.read()
+    assert trainer._metrics["train"]["critic/value_loss"] == [pytest.approx(loss.item())] and loss.item() > 0
+
+
 def test_whitening_counts_scored_tokens_only(tmp_path):
     advantages = batch_of(scripted_ppo(tmp_path, rewards=[1.0, None, 1.0, 0.5], whiten="task"))["advantages"]
     counted = advantages[[0, 2, 3]][MASK[[0, 2, 3]].bool()]
