@@ -2,17 +2,19 @@
 
     python -m eval.curves --runs "task only=outputs/task" "length stream=outputs/lenvm"
 
-A name may be given to several runs: they are seeds of one arm. Curves are means over five steps of the completions that
-a run trained on, sampled at its temperature from its own prompts: what a run costs and how it goes, not how well the
-trained policy does, which `eval.tradeoff` measures on other prompts.
+A name may be given to several runs: they are seeds of one arm. Curves are means over five lines of a run's log (a line
+is a step with `--logging_steps 1` and one pass over a batch, as in the recipes), of the completions that it trained on,
+sampled at its temperature from its own prompts: what a run costs and how it goes, not how well the trained policy does,
+which `eval.tradeoff` measures on other prompts.
 
-Prints for each arm where it begins and ends, the means of its first and last five steps, and the step from which on it
+Prints for each arm where it begins and ends, the means of its first and last five lines, and the step from which on it
 has half of the tokens that it began with: means over seeds, with the lowest and the highest. Writes curves.json and
 curves.png.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,10 @@ from eval.report import Column, Entry, as_label, legend_below, mean_and_range, p
 from eval.runs import STARTS_OVER, check_writable, run_evaluation
 from lenvm_rl.files import read_metrics
 
+logger = logging.getLogger(__name__)
+
 TOKENS, ACCURACY = "length/mean", "length/correct"
-# Steps of a mean.
+# Lines of a mean.
 WINDOW = 5
 COLUMNS = (
     Column("arm", "arm"),
@@ -74,11 +78,11 @@ def read_curve(folder: str, steps: int | None = None) -> dict[str, list[float | 
     lines = [line for line in lines if steps is None or line["step"] <= steps]
     if not lines:
         raise ValueError(f"runs: no line of {path} has {TOKENS}: the run has not made a step.")
-    return {
-        "step": [line["step"] for line in lines],
-        "tokens": [line[TOKENS] for line in lines],
-        "accuracy": [line.get(ACCURACY) for line in lines],
-    }
+    at = [line["step"] for line in lines]
+    apart = max(np.diff(at), default=1)
+    if apart > 1:
+        logger.warning("%s: up to %d steps from line to line, so a mean of %d is over more steps", path, apart, WINDOW)
+    return {"step": at, "tokens": [line[TOKENS] for line in lines], "accuracy": [line.get(ACCURACY) for line in lines]}
 
 
 def moving_mean(numbers: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +135,7 @@ def plot_training(curves: Mapping[str, Sequence[Mapping[str, list[float | None]]
                 at, means = moving_mean(curve[key])
                 label = as_label(arm) if place == 0 and key == "tokens" else None
                 axis.plot(np.array(curve["step"])[at], means, color=f"C{number}", linewidth=1.2, label=label)
-        axis.set_xlabel(f"optimizer step (means of {WINDOW})")
+        axis.set_xlabel(f"optimizer step (means of {WINDOW} lines)")
         axis.set_ylabel(title)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

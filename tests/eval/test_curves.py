@@ -43,6 +43,14 @@ def test_lost_steps_and_other_lines_are_left_out(tmp_path):
     assert found["accuracy"] == [1.0, 1.0, None]
 
 
+def test_a_log_that_leaves_steps_out_is_said(tmp_path, caplog):
+    read_curve(write_run(tmp_path / "each", of_lengths([9.0, 8.0, 7.0])))
+    assert not caplog.text
+    thinned = [{**line, "step": 10 * line["step"]} for line in of_lengths([9.0, 8.0, 7.0])]
+    read_curve(write_run(tmp_path / "thin", thinned))
+    assert "10 steps from line to line" in caplog.text
+
+
 def test_seeds_of_an_arm_are_put_together(tmp_path):
     runs = [
         f"a={write_run(tmp_path / 'a0', of_lengths([20.0] * 5 + [10.0] * 5))}",
