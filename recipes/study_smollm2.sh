@@ -69,11 +69,20 @@ stage_prediction() { # 5 minutes on one core
         --output_dir "$OUT/length_prediction"
 }
 
-stage_control() { # 25 minutes on one core
+lengths() { # OUTPUT_DIR OPTION...
+    local output_dir=$1
+    shift
     "$VLLM" -m eval.length_control --policy "$MODEL" --length_value_model "$LENVM" --backend vllm --dtype bfloat16 \
-        --value_dtype bfloat16 --dataset_name "$DATA/lifebench/data_lite_no_summary.jsonl" --targets 64 128 \
-        --modes equal_to at_most --arms base prompt guided --rule patient --temperature 0.7 --min_p 0.05 \
-        --engine_arguments '{"enforce_eager": true}' --output_dir "$OUT/length_control"
+        --value_dtype bfloat16 --dataset_name "$DATA/lifebench/data_lite_no_summary.jsonl" --rule patient \
+        --temperature 0.7 --min_p 0.05 --engine_arguments '{"enforce_eager": true}' --output_dir "$output_dir" "$@"
+}
+
+stage_control() { # 70 minutes on one core
+    local arms=(--arms base prompt guided)
+    lengths "$OUT/length_control" --targets 64 128 --modes equal_to at_most "${arms[@]}"
+    lengths "$OUT/length_control_least" --targets 64 128 --modes at_least "${arms[@]}"
+    lengths "$OUT/length_control_both" --targets 64 128 --modes equal_to --arms guided+prompt
+    lengths "$OUT/length_control_32" --targets 32 --modes equal_to at_most "${arms[@]}"
 }
 
 # Sums, tilted and cut, of a policy; all policies alike.
