@@ -47,11 +47,11 @@ from lenvm_rl.modeling.critic import (
 from lenvm_rl.modeling.heads import ScoreHead
 from lenvm_rl.modeling.length_value_model import LengthValueConfig, LengthValueModel
 from lenvm_rl.modeling.sharing import FULL, SAME_ARCHITECTURE
-from lenvm_rl.trainers import checks
+from lenvm_rl.trainers import checks, sharding
 from lenvm_rl.trainers.config import LEARNING
 from lenvm_rl.trainers.fields import changed_fields
 from lenvm_rl.trainers.reading import check_sees_pictures
-from lenvm_rl.trainers.sharding import check_critic_engine, check_policy_can_wait, copy_whole, is_sharded, place_sharded
+from lenvm_rl.trainers.sharding import check_critic_engine, copy_whole, is_sharded, place_sharded
 from lenvm_rl.trainers.shared_base import check_base_stays_frozen
 
 logger = logging.getLogger(__name__)
@@ -313,20 +313,21 @@ def hold_dtypes(critic: TaskCritic) -> None:
 
 def check_settings(critic: Any, trainer: GRPOTrainer) -> None:
     """Raise a `ValueError` if a run with this critic, or without one, could not do what its settings say."""
-    if isinstance(critic, str) and critic == "lenvm":
-        _check_without(trainer.args)
-        check_policy_can_wait(trainer)
+    args, without = trainer.args, isinstance(critic, str) and critic == "lenvm"
+    if args.multi_objective_aggregation != "sum_then_normalize" and not (without and args.task_baseline == "group"):
+        raise ValueError(
+            f"multi_objective_aggregation='{args.multi_objective_aggregation}' normalises rewards over groups, which "
+            "neither a critic nor task_baseline='batch' reads: leave it at 'sum_then_normalize', or use "
+            "critic='lenvm' with task_baseline='group'."
+        )
+    if without:
+        _check_without(args)
+        sharding.check_policy_can_wait(trainer)
         return
-    args = trainer.args
     if args.kl_reward_coef > 0.0 and trainer._is_vlm:
         raise ValueError("kl_reward_coef reads text only, and the policy has pictures: use beta alone.")
-    if args.multi_objective_aggregation != "sum_then_normalize":
-        raise ValueError(
-            f"multi_objective_aggregation='{args.multi_objective_aggregation}' normalises rewards over groups, "
-            "which PPO with a critic does not use: leave it at 'sum_then_normalize', or use critic='lenvm'."
-        )
     if args.critic_learning_rate == 0.0:
-        check_policy_can_wait(trainer)
+        sharding.check_policy_can_wait(trainer)
         return
     checks.check_optimizer(args)
     check_critic_engine(args.critic_form if _is(critic, LEARNED) else None, trainer)
@@ -358,11 +359,6 @@ def _check_without(args) -> None:
             f"{scaled[0]} changes rewards that task_baseline='group' does not read: TRL compares those of a group as "
             "they are. Set task_baseline='batch', learn a critic, or do it in the reward function."
         )
-    if args.multi_objective_aggregation != "sum_then_normalize" and args.task_baseline == "batch":
-        raise ValueError(
-            f"multi_objective_aggregation='{args.multi_objective_aggregation}' normalises rewards over groups, "
-            "which task_baseline='batch' does not read: leave it at 'sum_then_normalize', or use task_baseline='group'."
-        )
     if args.num_generations == 1 and args.task_baseline == "group":
         raise ValueError(
             "task_baseline='group' compares the completions of a prompt, and num_generations=1 samples one of "
@@ -379,13 +375,6 @@ def place_critic(critic: TaskCritic, trainer: GRPOTrainer):
     args = trainer.args
     if critic.config.form != FULL:
         check_base_stays_frozen(critic, trainer, TASK_CRITIC, "set critic_form='full'")
-        if args.refresh_steps > 0 and trainer.length_value_model is not None:
-            values = trainer.accelerator.unwrap_model(trainer.length_value_model)
-            if values.config.form == FULL and values.backbone is critic.backbone:
-                raise ValueError(
-                    "refresh_steps re-fits the length value model's decoder, which the critic is on: set "
-                    "refresh_steps=0, or critic_form='full'."
-                )
     if trainer._is_vlm:
         check_sees_pictures(critic, trainer, TASK_CRITIC)
     # Padding is masked, and read as another token.

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from lenvm_rl.modeling.sharing import HEAD, shared_decoder
+from lenvm_rl.modeling.sharing import FULL, HEAD, shared_decoder
 from lenvm_rl.modeling.value_model import ValueModel
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,14 @@ def check_base_stays_frozen(model: ValueModel, trainer: GRPOTrainer, what: str, 
             f"sync_ref_model=True moves the reference model, on which a {what} of form='{model.config.form}' would "
             f"move along: set sync_ref_model=False, or {instead}."
         )
+    lenvm = getattr(trainer, "length_value_model", None)
+    if lenvm is not None and trainer.args.refresh_steps > 0:
+        lenvm = trainer.accelerator.unwrap_model(lenvm)
+        if lenvm.config.form == FULL and lenvm.backbone is model.backbone:
+            raise ValueError(
+                f"refresh_steps re-fits the length value model's decoder, on which a {what} of "
+                f"form='{model.config.form}' would move along: set refresh_steps=0, or {instead}."
+            )
 
 
 def run_base(trainer: GRPOTrainer) -> nn.Module:

@@ -53,7 +53,8 @@ def test_the_commands_of_the_tutorial_run_one_after_the_other(tmp_path):
     work.mkdir()
     rows = [{"prompt": f"w{number} w{number + 1}", "answer": f"w{number % 3}"} for number in range(1, 25)]
     assert json.loads(blocks("docs/tutorial.md", "json")[0]).keys() == rows[0].keys()
-    (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("prompts", "test"):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (work / "rewards.py").write_text(blocks("docs/tutorial.md", "python")[0])
 
     said = [run(as_run_here(text, model), tmp_path) for text in blocks("docs/tutorial.md", "bash")]
