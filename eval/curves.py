@@ -151,7 +151,7 @@ def main(args: CurvesArguments) -> dict[str, Any]:
         curves.setdefault(arm, []).append(read_curve(folder, args.steps))
     check_writable(args.output_dir)
     report = {"arms": summarise(curves), "curves": curves}
-    print_table(Console(width=160, highlight=False), report["arms"], COLUMNS)
+    print_table(Console(width=190, highlight=False), report["arms"], COLUMNS)
     save_json(Path(args.output_dir) / "curves.json", report)
     plot_training(curves, Path(args.output_dir) / "curves.png")
     return report

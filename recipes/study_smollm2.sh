@@ -100,7 +100,7 @@ stage_tradeoff() { # 10 minutes on one core
 }
 
 # The task's reward alone and the length stream, by GRPO and by PPO, and two penalties.
-POLICIES="task lenvm lenvm_strong task_ppo lenvm_ppo kimi arora"
+POLICIES="task lenvm lenvm_strong task_ppo lenvm_ppo lenvm_ppo_strong kimi arora"
 train() { # NAME RECIPE OPTION...
     local name=$1 recipe=$2
     shift 2
@@ -120,7 +120,8 @@ stage_rl() { # 25 to 35 minutes on one core for each of these, and 8 GB
     train lenvm grpo_shaped --length_coef 4 "${refresh[@]}"
     train lenvm_strong grpo_shaped --length_coef 8 "${refresh[@]}"
     train task_ppo ppo_shaped --length_coef 0 "${critic[@]}"
-    train lenvm_ppo ppo_shaped --length_coef 8 "${critic[@]}" "${refresh[@]}"
+    train lenvm_ppo ppo_shaped --length_coef 4 "${critic[@]}" "${refresh[@]}"
+    train lenvm_ppo_strong ppo_shaped --length_coef 8 "${critic[@]}" "${refresh[@]}"
     train kimi grpo_shaped --length_coef 0 --reward_funcs reward.gsm8k.gsm8k_reward reward.baselines.gsm8k_kimi
     train arora grpo_shaped --length_coef 0 --reward_funcs reward.baselines.gsm8k_arora
 }
