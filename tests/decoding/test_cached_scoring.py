@@ -1,5 +1,7 @@
 """Cached scoring is compared with full rows before it is trusted: which decoders it refuses, from what length on."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny import tiny_gpt2, tiny_length_value_model, tiny_llama, tiny_qwen3
@@ -24,6 +26,7 @@ from transformers import (
     Phi3Model,
 )
 
+from lenvm_rl.decoding import comparison
 from lenvm_rl.decoding.generation import LengthGuidance, LengthGuidedLogitsProcessor, generate_guided
 from lenvm_rl.decoding.scoring import FullRowScorer, SlotScorer
 from lenvm_rl.modeling.backbones import context_of, window_sizes
@@ -166,6 +169,23 @@ def test_a_processor_alone_is_refused_when_it_gets_there():
     policy.generate(ids, max_new_tokens=ORIGINAL - 5, min_new_tokens=ORIGINAL - 5, **settings)
     with pytest.raises(ValueError, match="scoring='full'"):
         policy.generate(ids + 1, max_new_tokens=ORIGINAL, min_new_tokens=ORIGINAL, **settings)
+
+
+@pytest.mark.parametrize(("dtype", "far_off", "refused"), [
+    (torch.float32, 1, True), (torch.bfloat16, 2, False), (torch.bfloat16, 3, True),
+])  # fmt: skip
+def test_in_16_bits_a_minority_of_texts_that_is_far_off_is_rounding(dtype, far_off, refused, monkeypatch):
+    """As one text was at 3 of 12 lengths with SmolLM2 in bfloat16, and the others were not."""
+    compare = comparison._compare_text
+
+    def some_are_far_off(scorer, prefix, position, text):
+        found = compare(scorer, prefix, position, text)
+        return found._replace(error=60.0) if text < far_off else found
+
+    monkeypatch.setattr(comparison, "_compare_text", some_are_far_off)
+    model = tiny_length_value_model(tiny_llama(), seed=1).to(dtype).freeze()
+    with pytest.raises(ValueError, match="other values") if refused else nullcontext():
+        SlotScorer(model).check_length(120)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
