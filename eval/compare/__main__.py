@@ -84,13 +84,13 @@ def run_open(args: CompareArguments, records: Records, worlds: Worlds) -> None:
     cells = [cell for cell in CELLS if cell.name in args.cells]
     # Controls need models that not every folder has.
     there = {arm.name for arm in ARMS if all(Path(folder, arm.values).exists() for folder in args.run_dirs)}
-    for arm in ARMS:
-        if arm.name not in there and arm.name in (args.arms or [arm.name]):
-            logger.warning("%s is left out: a folder of run_dirs has no model %r to value with", arm.name, arm.values)
     while True:
         found = open_runs(cells, records.judged(), range(args.seeds), args.arms or None)
         waiting = [run for run in found if run.arm in there]
         if not waiting:
+            for name in dict.fromkeys(run.arm for run in found):
+                model = BY_NAME[name].values
+                logger.warning("%s is left out: a folder of run_dirs has no model %r to value with", name, model)
             return
         if not any(run_one(run, records, worlds.of(run.seed)) for run in waiting):
             time.sleep(PAUSE)
