@@ -47,12 +47,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What has to agree for two tokenizers to be the same vocabulary, small enough to live in a model's config.
 
     Returns:
-        `dict`: `vocab_size` (the number of tokens, added ones included), `eos_token_id` and `pad_token_id` (`None`
-        where there is none), and `sha256`, the digest of the (token, id) pairs sorted by token.
+        `dict`: `vocab_size` (the number of tokens, added ones included), `largest_id` (not below it where ids are left
+        out), `eos_token_id` and `pad_token_id` (`None` where there is none), and `sha256`, the digest of the (token,
+        id) pairs sorted by token.
     """
     pairs = sorted(tokenizer.get_vocab().items())
     return {
         "vocab_size": len(pairs),
+        "largest_id": max((index for _, index in pairs), default=-1),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         # JSON with ASCII escapes is the same text everywhere, whatever stands in a token (lone surrogates too).

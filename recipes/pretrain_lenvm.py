@@ -32,6 +32,7 @@ from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.pretraining.trainer import LengthValueTrainingArguments, pretrain
 from lenvm_rl.programs import ProgramParser, run_program
 from lenvm_rl.rollouts.record import read_rollout_files, read_rollouts, split_by_prompt, write_rollouts
+from lenvm_rl.tokenization import check_same_tokenizer
 from recipes.stage_records import say_next
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,11 @@ def main(args: PretrainArguments, training_args: LengthValueTrainingArguments) -
     logging.basicConfig(level=level, format="%(message)s")
     rollouts, metadata = read_rollout_files(args.rollouts)
     if args.eval_rollouts is not None:
-        eval_rollouts, _ = read_rollouts(args.eval_rollouts)
+        eval_rollouts, theirs = read_rollouts(args.eval_rollouts)
+        names = {"ours_name": "the generator of the rollouts", "theirs_name": "the generator of eval_rollouts"}
+        check_same_tokenizer(metadata.tokenizer_fingerprint, theirs.tokenizer_fingerprint, **names)
+        if theirs.generator != metadata.generator:
+            logger.warning("eval_rollouts are of %s, the rollouts of %s", theirs.generator, metadata.generator)
     elif args.eval_share > 0:
         rollouts, eval_rollouts = split_by_prompt(rollouts, args.eval_share, training_args.seed)
     else:

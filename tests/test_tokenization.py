@@ -22,6 +22,7 @@ def test_the_fingerprint_names_size_ends_and_digest():
     # The digest of [["<eos>", 2], ["<pad>", 0], ["a", 3], ["b", 1]], worked out with `sha256sum`.
     assert fingerprint == {
         "vocab_size": 4,
+        "largest_id": 3,
         "eos_token_id": 2,
         "pad_token_id": 0,
         "sha256": "c8a8f22ad376053852f6f57ee7c18a77ce9de5a5ae978c1d607bab51729cdfc5",

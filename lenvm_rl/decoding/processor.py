@@ -117,7 +117,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         self._seen = input_ids
         guided = self._guided_scores(input_ids, scores)
         self._last = (scores if self.record else None, guided)
-        return guided
+        return self._decide_greedy_rows(guided) if self._mixed else guided
 
     def finish(self, sequences: Tensor) -> GuidanceReport:
         """The report, once the last token stands; `sequences` `(B, S)` are what `generate` returned."""
@@ -148,8 +148,7 @@ class LengthGuidedLogitsProcessor(LogitsProcessor):
         rows = [GuidedRow(each, ends, written, self._slots.get(row)) for row, each in enumerate(self._per_row)]
         step = guide_rows(rows, scores, self.scorer, self.gamma)
         self._log.force(slice(None), step.overruled)
-        policy = self._decide_greedy_rows(step.scores) if self._mixed else step.scores
-        return policy * self.generation_temperature
+        return step.scores * self.generation_temperature
 
     def _continues(self, input_ids: Tensor) -> bool:
         """Whether `input_ids` are the prefixes of the last call with one more token."""

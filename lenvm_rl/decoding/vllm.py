@@ -72,6 +72,11 @@ def guidance_of_params(params: SamplingParams) -> LengthGuidance | None:
         raise ValueError(
             f"top_k={params.top_k} would act on the guided distribution: leave it out and set length_top_k."
         )
+    if params.ignore_eos and not params.stop_token_ids:
+        raise ValueError(
+            "ignore_eos=True leaves no token that ends a completion, and guidance is about where one ends: leave it "
+            "out, or name ends in stop_token_ids."
+        )
     return guidance
 
 
@@ -92,8 +97,9 @@ class GuidedRequest:
         guidance = guidance_of_params(params)
         if guidance is None or not (guidance.needs_values or guidance.truncates):
             return None
+        # Not all_stop_token_ids, in which vLLM keeps the model's own ends under ignore_eos as well.
         ends = [] if params.eos_token_id is None else [params.eos_token_id]
-        return cls(guidance, tuple(ends + sorted(params.all_stop_token_ids - set(ends))))
+        return cls(guidance, tuple(ends + sorted(set(params.stop_token_ids or ()) - set(ends))))
 
 
 class RequestGuide:

@@ -62,7 +62,8 @@ class LengthValueTrainingArguments(TrainingArguments):
     truncated: str = HfArg(
         default="bootstrap",
         help="What a truncated completion is taken for. bootstrap: cut, worth what the model says at the cut; "
-        "drop: left out; infinite: endless, worth -1; finished: ended at the cut (biased, for comparison only).",
+        "drop: left out of the fit; infinite: endless, worth -1; finished: ended at the cut (biased, for comparison "
+        "only).",
         metadata={"choices": list(TRUNCATED_ENDINGS)},
     )
     only_correct: bool = HfArg(default=False, help="Fit only on completions whose column `correct` is true.")
@@ -102,6 +103,9 @@ class LengthValueTrainingArguments(TrainingArguments):
             raise ValueError(f"lam must be in [0, 1], got {self.lam}.")
         if self.gamma is not None:
             check_gamma(self.gamma)
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True rounds the model for good, its float32 head as well: leave it out.")
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices must stay true: the loss is a mean over all processes.")
         self.remove_unused_columns = False  # the collator needs columns that the model does not take

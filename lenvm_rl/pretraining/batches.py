@@ -17,13 +17,14 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from lenvm_rl.modeling.backbones import context_of
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.pretraining.loss import CUT, ENDLESS, FINISHED, IGNORED
 
 # The columns that a collator reads.
 COLUMNS = ["prompt_ids", "completion_ids", "finish_reason", "group"]
-# What a truncated completion is taken for, by the name of the rule; "drop" leaves none to collate.
-TRUNCATED_ENDINGS = {"bootstrap": CUT, "infinite": ENDLESS, "finished": FINISHED, "drop": FINISHED}
+# What a truncated completion is taken for, by the name of the rule; "drop" fits to none, and measures those held out.
+TRUNCATED_ENDINGS = {"bootstrap": CUT, "infinite": ENDLESS, "finished": FINISHED, "drop": CUT}
 
 
 @dataclass
@@ -105,7 +106,7 @@ class LengthValueCollator:
 def read_tokens(rollout: dict[str, Any], truncated: str) -> list[int]:
     """The completion's tokens that a value is read before or at: all but the last, or all where it reads the cut."""
     ids = rollout["completion_ids"]
-    return ids if rollout["finish_reason"] != "stop" and truncated == "bootstrap" else ids[:-1]
+    return ids if rollout["finish_reason"] != "stop" and TRUNCATED_ENDINGS[truncated] == CUT else ids[:-1]
 
 
 def blank_batch(height: int, width: int, count: int, pad_token_id: int) -> dict[str, Tensor]:
@@ -237,18 +238,27 @@ class StepSampler(Sampler[int]):
         epoch (`Callable[[], int]`): which epoch begins, so that a resumed run draws what an unbroken one does.
         groups (`Sequence`, *optional*): the prompt of each completion. When given, whole prompts are drawn: the
             completions of one follow each other, and steps are not sorted.
+        multiple (`int`, *optional*, defaults to 1): a sorted epoch is filled up to a multiple of this by completions
+            drawn at random. Several processes fill it up from its beginning otherwise, where the longest are.
     """
 
     def __init__(
-        self, sizes: Sequence[int], step_size: int, seed: int, epoch: Callable[[], int], groups: Sequence | None = None
+        self,
+        sizes: Sequence[int],
+        step_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        groups: Sequence | None = None,
+        multiple: int = 1,
     ):
         self.sizes, self.step_size, self.seed, self.epoch = list(sizes), step_size, seed, epoch
+        self.fill = 0 if groups is not None else -len(self.sizes) % multiple
         self.members: dict[Any, list[int]] = {}
         for index, group in enumerate(groups or ()):
             self.members.setdefault(group, []).append(index)
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.sizes) + self.fill
 
     def __iter__(self) -> Iterator[int]:
         draw = torch.Generator().manual_seed(self.seed + self.epoch())
@@ -258,6 +268,7 @@ class StepSampler(Sampler[int]):
                 yield from groups[place]
             return
         order = torch.randperm(len(self.sizes), generator=draw).tolist()
+        order += torch.randint(len(self.sizes), (self.fill,), generator=draw).tolist()
         for start in range(0, len(order), self.step_size):
             step = order[start : start + self.step_size]
             yield from (step[place] for place in longest_first([self.sizes[index] for index in step]))
@@ -295,8 +306,7 @@ def check_isolation(model: LengthValueModel) -> None:
 
 def check_fits(model: LengthValueModel, rollouts: Dataset) -> None:
     """Raises a `ValueError` if a rollout has ids that the backbone has no embedding for, or exceeds its context."""
-    config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None)
+    config, context = model.config.get_text_config(decoder=True), context_of(model.config)
     batches = rollouts.select_columns(["prompt_ids", "completion_ids"]).iter(batch_size=1024)
     pairs = (pair for batch in batches for pair in zip(batch["prompt_ids"], batch["completion_ids"], strict=True))
     for index, (prompt, completion) in enumerate(pairs):

@@ -8,8 +8,10 @@ they need not fit into memory; what was computed before an interruption is not c
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from tqdm.auto import tqdm
 
 from lenvm_rl.files import read_json, write_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.pretraining.batches import COLUMNS, LengthValueCollator, blank_batch, read_tokens, write_labels
+from lenvm_rl.pretraining.batches import COLUMNS, blank_batch, read_tokens, write_labels
+from lenvm_rl.pretraining.shared_prompts import model_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,9 @@ class HiddenStates:
     ):
         self.path, self.truncated, self.hidden_size = Path(path), truncated, hidden_size
         share = -(-len(rollouts) // processes)
-        self.part = range(min(process * share, len(rollouts)), min((process + 1) * share, len(rollouts)))
+        starts = [min(part * share, len(rollouts)) for part in range(processes + 1)]
+        self._parts = [range(*ends) for ends in itertools.pairwise(starts)]
+        self.part = self._parts[process]
         self._rollouts = rollouts
         pairs = rollouts.select_columns(["completion_ids", "finish_reason"])
         # The state at the prompt's end, and one after each token that is read.
@@ -70,15 +75,17 @@ class HiddenStates:
         # Not opened anew: another process may have written its part already.
         with open(self.path, "ab") as file:
             file.truncate(self.bytes)
-        if self._note().get("about") != self._about:
+        if not self._is_kept(self.part):
             self._say(self.part.start)
+        if process == 0:
+            self._forget_others()
         shape = (int(self.first[-1]), hidden_size)
         self._array = np.memmap(self.path, dtype=np.uint16, mode="r+", shape=shape)
 
     @property
     def done(self) -> int:
         """The first rollout of this process's part whose states are not there."""
-        return self._note()["done"]
+        return read_json(self._place(self.part))["done"]
 
     @property
     def bytes(self) -> int:
@@ -86,28 +93,28 @@ class HiddenStates:
         return 2 * self.hidden_size * int(self.first[-1])
 
     @torch.no_grad()
-    def fill(self, model: LengthValueModel, batch_size: int, progress: bool = True) -> None:
-        """Computes what is missing, in batches of completions packed into rows.
+    def fill(
+        self, model: LengthValueModel, collate: Callable[[list[dict]], dict], batch_size: int, progress: bool = True
+    ) -> None:
+        """Computes what is missing, in batches of completions.
 
         Args:
             model ([`LengthValueModel`]): of form `"head"`, whose decoder is asked.
+            collate ([`~lenvm_rl.pretraining.LengthValueCollator`]): makes the batches, with the same `truncated`.
             batch_size (`int`): completions in a forward.
             progress (`bool`, *optional*, defaults to `True`): whether to show a bar.
         """
         if self.done == self.part.stop:
             return
         logger.info("hidden states of %d states: %.2f GiB in %s", self.first[-1], self.bytes / 2**30, self.path)
-        collate = LengthValueCollator(truncated=self.truncated)
         training = model.training
         model.eval()
         before = self.done - self.part.start
         with tqdm(total=len(self.part), initial=before, desc="hidden states", disable=not progress) as bar:
             for rows in self._missing(batch_size):
                 batch = collate([self._rollouts[row] for row in rows])
-                device = model.backbone.device
-                states = model.hidden_states(
-                    batch["input_ids"].to(device), position_ids=batch["position_ids"].to(device)
-                )
+                inputs = model_inputs(batch, model)
+                states = model.hidden_states(**{name: each.to(model.backbone.device) for name, each in inputs.items()})
                 for row, (line, column, *_) in zip(rows, batch["sequences"].tolist(), strict=True):
                     found = states[line, column : column + self.counts[row]].to(torch.bfloat16).cpu()
                     self._array[self.first[row] : self.first[row + 1]] = found.view(torch.uint16).numpy()
@@ -127,15 +134,32 @@ class HiddenStates:
         for start in range(self.done, self.part.stop, batch_size):
             yield range(start, min(start + batch_size, self.part.stop))
 
-    @property
-    def _place(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.{self.part.start}-{self.part.stop}.json")
+    def check_whole(self) -> None:
+        """Raises a `ValueError` if the part of another process is not in this file, once all of them have written."""
+        for part in self._parts:
+            if not (self._is_kept(part) and read_json(self._place(part))["done"] == part.stop):
+                raise ValueError(
+                    f"{self.path} lacks the hidden states of rollouts {part.start} to {part.stop}, which another "
+                    "process has written elsewhere: give an output_dir that all nodes share, or set "
+                    "cache_hidden_states=False."
+                )
 
-    def _note(self) -> dict[str, Any]:
-        return read_json(self._place) if self._place.exists() else {}
+    def _place(self, part: range) -> Path:
+        return self.path.with_name(f"{self.path.name}.{part.start}-{part.stop}.json")
+
+    def _is_kept(self, part: range) -> bool:
+        place = self._place(part)
+        return place.exists() and read_json(place)["about"] == self._about
+
+    def _forget_others(self) -> None:
+        """Deletes notes on other parts of something else: its states do not outlast this file's."""
+        ours = [self._place(part) for part in self._parts]
+        for place in self.path.parent.glob(f"{self.path.name}.*.json"):
+            if place not in ours and read_json(place)["about"] != self._about:
+                place.unlink()
 
     def _say(self, done: int) -> None:
-        write_json(self._place, {"about": self._about, "done": done})
+        write_json(self._place(self.part), {"about": self._about, "done": done})
 
 
 @dataclass
@@ -170,8 +194,10 @@ def with_rows(rollouts: Dataset) -> Dataset:
 
 
 def decoder_digest(model: LengthValueModel) -> str:
-    """A digest that changes with the weights of a decoder: of a few numbers of each."""
-    digest = hashlib.sha256()
+    """A digest that changes with the config of a decoder and with its weights: of a few numbers of each."""
+    config = model.backbone.config.to_dict()
+    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.backbone.named_parameters():
         digest.update(name.encode())
         digest.update(weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())

@@ -16,7 +16,9 @@ from transformers import TrainingArguments
 
 from lenvm_rl.files import is_complete, last_complete_checkpoint, read_json
 from lenvm_rl.modeling.length_value_model import LengthValueModel
+from lenvm_rl.modeling.sharing import FULL
 from lenvm_rl.pretraining.batches import COLUMNS
+from lenvm_rl.pretraining.hidden_states import decoder_digest
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +56,8 @@ def settings_of(args: TrainingArguments, model: LengthValueModel, train: Dataset
 
     Args:
         args ([`~lenvm_rl.pretraining.LengthValueTrainingArguments`]): of the run.
-        model (`LengthValueModel`): before it is fitted. Of the backbone its kind and size count: its weights come from
-            the checkpoint once there is one.
+        model (`LengthValueModel`): before it is fitted. Of a backbone that is fitted kind and size count, since its
+            weights come from the checkpoint once there is one; of a frozen one, which no checkpoint holds, its weights.
         train (`datasets.Dataset`): the completions that are fitted on.
     """
     own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
@@ -65,6 +67,8 @@ def settings_of(args: TrainingArguments, model: LengthValueModel, train: Dataset
     settings["rollouts"] = fingerprint(train)
     settings["gamma"] = model.config.gamma
     settings["backbone"] = [model.config.backbone_config.model_type, sum(p.numel() for p in model.parameters())]
+    if model.config.form != FULL:
+        settings["decoder"] = decoder_digest(model)
     return json.loads(json.dumps(settings, default=str))
 
 

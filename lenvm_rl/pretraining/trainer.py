@@ -66,8 +66,11 @@ logger = logging.getLogger(__name__)
 _PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
 
 
-def prepare_rollouts(rollouts: Dataset, args: LengthValueTrainingArguments) -> Dataset:
-    """The completions that values are fitted on; says by logging what was left out, and why."""
+def prepare_rollouts(rollouts: Dataset, args: LengthValueTrainingArguments, held_out: bool = False) -> Dataset:
+    """The completions that values are fitted on; says by logging what was left out, and why.
+
+    Held out, cut completions stay: a prompt that has one must not pass for one whose lengths are all known.
+    """
     keep = [True] * len(rollouts)
     finished = [reason == "stop" for reason in rollouts["finish_reason"][:]]
     if args.only_correct:
@@ -79,7 +82,7 @@ def prepare_rollouts(rollouts: Dataset, args: LengthValueTrainingArguments) -> D
         logger.info("only_correct: %d of %d completions are correct", sum(keep), len(keep))
     cut = sum(kept and not ended for kept, ended in zip(keep, finished, strict=True))
     logger.info("%d of %d completions are truncated, rule: %s", cut, sum(keep), args.truncated)
-    if args.truncated == "drop":
+    if args.truncated == "drop" and not held_out:
         keep = [kept and ended for kept, ended in zip(keep, finished, strict=True)]
     if not any(kept and ended for kept, ended in zip(keep, finished, strict=True)):
         raise ValueError(
@@ -165,7 +168,7 @@ def make_length_value_model(
         truncated_share=metadata.truncated_share,
         form=args.form,
         layers=args.layers,
-        dtype=None if args.form == FULL else args.frozen_dtype,
+        dtype=args.frozen_dtype if args.form != FULL and isinstance(model_or_path, (str, os.PathLike)) else None,
     )
 
 
@@ -206,12 +209,12 @@ class LengthValueTrainer(Trainer):
         if args.domain_column is not None and eval_dataset is not None:
             self._domain_of = domains_of_prompts(eval_dataset, args.domain_column)
         self._keeps_states = model.config.form == HEAD and args.cache_hidden_states
-        read = with_rows if self._keeps_states else partial(Dataset.select_columns, column_names=COLUMNS)
+        self._read = with_rows if self._keeps_states else partial(Dataset.select_columns, column_names=COLUMNS)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=None if train_dataset is None else read(train_dataset),
-            eval_dataset=None if eval_dataset is None else read(eval_dataset),
+            train_dataset=None if train_dataset is None else self._read(train_dataset),
+            eval_dataset=None if eval_dataset is None else self._read(eval_dataset),
             **{
                 "data_collator": _make_collator(model, args),
                 "compute_loss_func": self._token_mean_loss,
@@ -241,6 +244,9 @@ class LengthValueTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """As in `Trainer`; for a head alone, the backbone has its say before."""
+        if isinstance(eval_dataset, Dataset):
+            check_fits(self._unwrapped, eval_dataset)
+            eval_dataset = self._read(eval_dataset)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         with self._collating_states(dataset, "eval"):
             return super().get_eval_dataloader(eval_dataset)
@@ -257,8 +263,10 @@ class LengthValueTrainer(Trainer):
         place = os.path.join(args.output_dir, FILE.format(name))
         part = {"process": args.process_index, "processes": args.world_size}
         states = HiddenStates(place, dataset, model.head.hidden.in_features, args.truncated, about, **part)
-        states.fill(model, args.eval_batch_size, progress=not args.disable_tqdm and args.process_index == 0)
+        collate, progress = _make_plain_collator(model, args), not args.disable_tqdm and args.process_index == 0
+        states.fill(model, collate, args.eval_batch_size, progress)
         self.accelerator.wait_for_everyone()
+        states.check_whole()
         kept, self.data_collator = self.data_collator, HiddenStateCollator(states)
         try:
             yield
@@ -292,13 +300,14 @@ class LengthValueTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or (self.args.packing and not self.args.share_prompts):
             return super()._get_train_sampler(train_dataset)
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        forward = self.args.train_batch_size * self.args.world_size
         return StepSampler(
             sequence_lengths(dataset),
-            step,
+            forward * self.args.gradient_accumulation_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             epoch=lambda: int(self.state.epoch or 0),
             groups=dataset["group"][:] if self.args.share_prompts else None,
+            multiple=forward if self.args.world_size > 1 and not self.args.dataloader_drop_last else 1,
         )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | list[int] | None:
@@ -356,6 +365,11 @@ def _make_collator(
         return SharedPromptCollator(truncated=args.truncated, row_length=args.row_length)
     if args.packing:
         check_isolation(model)
+    return _make_plain_collator(model, args)
+
+
+def _make_plain_collator(model: LengthValueModel, args: LengthValueTrainingArguments) -> LengthValueCollator:
+    """The collator of completions that share nothing."""
     return LengthValueCollator(
         truncated=args.truncated,
         packing=args.packing,
@@ -399,7 +413,7 @@ def pretrain(
         model,
         args,
         train_dataset=train,
-        eval_dataset=None if eval_rollouts is None else prepare_rollouts(eval_rollouts, args),
+        eval_dataset=None if eval_rollouts is None else prepare_rollouts(eval_rollouts, args, held_out=True),
         processing_class=tokenizer,
         callbacks=[MetricsFile(), *(callbacks or [])],
     )

@@ -31,6 +31,7 @@ from lenvm_rl.rollouts.record import (
     REQUIRED_COLUMNS,
     RolloutMetadata,
     as_column,
+    check_alone,
     check_suffix,
     find_problem,
     read_rollouts,
@@ -248,6 +249,7 @@ def sample_to_file(
     path = check_suffix(path)
     metadata = job.metadata(generator or job.policy_name)
     plan = metadata.sampling["plan"]
+    check_alone(path, metadata)
     journal = Journal(path.with_suffix(".journal"), plan)
     if path.exists():
         dataset, found = read_rollouts(path)

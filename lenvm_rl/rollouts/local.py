@@ -65,9 +65,11 @@ class TransformersJob(SamplingJob):
 
     def description(self) -> dict[str, Any]:
         """See [`~lenvm_rl.rollouts.job.SamplingJob.description`]."""
+        about = {"dtype": str(self.model.dtype).removeprefix("torch."), "weights": weights_fingerprint(self.model)}
         if self.length_value_model is None:
-            return {}
-        return {"batches_by": "predicted length", "length_value_model": weights_fingerprint(self.length_value_model)}
+            return about
+        planned = {"batches_by": "predicted length", "length_value_model": weights_fingerprint(self.length_value_model)}
+        return {**about, **planned}
 
     def prepare(self, kept: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
         """The prompts' predicted lengths, if batches are made by them.

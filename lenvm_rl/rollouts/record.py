@@ -51,7 +51,7 @@ class RolloutMetadata:
     Args:
         generator (`str`): name or path of the policy that sampled the completions.
         tokenizer_fingerprint (`dict`): what `tokenizer_fingerprint` returns for the policy's tokenizer; its
-            `vocab_size` bounds the token ids.
+            `largest_id` (or `vocab_size`, in older files) bounds the token ids.
         sampling (`dict`): every setting that the completions depend on (temperature, top-p, most new tokens, ...).
         seed (`int` or `None`): seed of the sampling; `None` if it is not known.
         eos_token_ids (`list[int]`, *optional*, defaults to `[]`): the ids that end a completion. When given, records
@@ -71,8 +71,9 @@ class RolloutMetadata:
 
     @property
     def vocab_size(self) -> int | None:
-        """Number of token ids of the generator's tokenizer, or `None` if the fingerprint does not say."""
-        return self.tokenizer_fingerprint.get("vocab_size")
+        """What token ids of the generator's tokenizer are below, or `None` if the fingerprint does not say."""
+        told = self.tokenizer_fingerprint
+        return told["largest_id"] + 1 if "largest_id" in told else told.get("vocab_size")
 
     @property
     def end_ids(self) -> list[int]:
@@ -171,6 +172,7 @@ def write_rollouts(
         `RolloutMetadata`: a copy of `metadata` with the counts.
     """
     path = check_suffix(path)
+    check_alone(path, metadata)
     groups: set[int] = set()
     reasons: Counter[str] = Counter()
     find = _finder(metadata)
@@ -338,7 +340,10 @@ def split_by_prompt(dataset: Dataset, held_out: float, seed: int = 0) -> tuple[D
     Returns:
         `tuple[datasets.Dataset, datasets.Dataset]`: the rest, and the held-out part.
     """
-    rows = dataset["group"][:]
+    # A job numbers the rows of its data, in which a prompt may stand twice.
+    first_of: dict[tuple[int, ...], int] = {}
+    pairs = zip(dataset["prompt_ids"][:], dataset["group"][:], strict=True)
+    rows = [first_of.setdefault(tuple(ids), group) for ids, group in pairs]
     groups = sorted(set(rows))
     if not 0.0 < held_out < 1.0 or len(groups) < 2:
         raise ValueError(
@@ -372,6 +377,24 @@ def check_suffix(path: str | os.PathLike) -> Path:
     if Path(path).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"Rollouts are kept as .jsonl or .parquet, but the path is {path}.")
     return Path(path)
+
+
+def check_alone(path: Path, metadata: RolloutMetadata) -> None:
+    """Raises a `ValueError` if rollouts of another job stand beside a path in the other format: both would share their
+    metadata."""
+    other = path.with_suffix({".jsonl": ".parquet", ".parquet": ".jsonl"}[path.suffix])
+    if other.exists() and metadata_path(other).exists():
+        theirs = RolloutMetadata.load(metadata_path(other))
+        if _job_of(theirs) != _job_of(metadata):
+            raise ValueError(
+                f"{other} holds other rollouts, and its metadata is where those of {path.name} belong: give another "
+                "path, or remove it."
+            )
+
+
+def _job_of(metadata: RolloutMetadata) -> list[Any]:
+    own = metadata.tokenizer_fingerprint.get("sha256")
+    return [metadata.generator, metadata.seed, metadata.eos_token_ids, own, metadata.sampling.get("plan")]
 
 
 def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
+from requests.exceptions import InvalidHeader, InvalidSchema, InvalidURL, MissingSchema
 from transformers import PreTrainedTokenizerBase
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
@@ -171,7 +171,8 @@ class ServerJob(SamplingJob):
             )
         ids, changed = retokenize(self.tokenizer, answer.text)
         if count <= limit:
-            ids = [*ids, self.tokenizer.eos_token_id]
+            own = self.tokenizer.eos_token_id
+            ids = [*ids, own if own in self.eos_token_ids else self.eos_token_ids[0]]
             return ids, "stop", retokenization_columns(answer.text, len(ids) - count, changed)
         # The token one too many is in the text, unless it is the end. transformers calls an end there a cut too; that
         # looks like a special token left out of the text and is marked as an error, rather than miss those.
@@ -293,6 +294,9 @@ class CompletionServer:
                 response = self._session().post(
                     self.address, json=request, headers=self._headers, timeout=(min(10.0, self.timeout), self.timeout)
                 )
+            except InvalidHeader:
+                # Its message quotes the key.
+                raise ServerError("The api key cannot be sent: take line breaks and spaces out of it.") from None
             except (InvalidURL, InvalidSchema, MissingSchema) as error:
                 raise ServerError(f"{self.address} is no address: {error}. Check the server's url.") from error
             except requests.RequestException as error:

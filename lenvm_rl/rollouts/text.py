@@ -184,7 +184,7 @@ class _Converter:
     def add(self, item: SourceCompletion) -> str | None:
         """Keeps a completion, unless there is a problem with it, which is returned."""
         origin = _prompt_origin(item)
-        if origin == "chat_template" and self.tokenizer.chat_template is None:
+        if origin == "chat_template" and isinstance(item.prompt, list) and self.tokenizer.chat_template is None:
             raise ValueError("The tokenizer has no chat template, so the prompts' tokens are not known: set one.")
         try:
             group, prompt_ids = self._prompt(item)

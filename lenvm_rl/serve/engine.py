@@ -211,7 +211,7 @@ class Engine:
     @torch.no_grad()
     def _step(self, jobs: list[Job]) -> None:
         """A token for each choice that goes on. A job that fails is told so; where several ran, the others go on."""
-        going = [job for job in jobs if not job.cancelled]
+        going = [job for job in jobs if not job.cancelled and (job.living or not job.choices)]
         try:
             for job, scores in zip(going, self._scores(going), strict=True):
                 self._take(job, scores)

@@ -36,6 +36,8 @@ LEARNING = (
     "critic_weight_decay",
     "critic_lr_scheduler_type",
     "critic_frozen",
+    "vf_coef",
+    "cliprange_value",
 )
 
 

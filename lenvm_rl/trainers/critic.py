@@ -349,7 +349,7 @@ def _check_without(args) -> None:
             "truncation='bootstrap' goes on with the task critic's value, and critic='lenvm' has none: set "
             "truncation='terminal', or learn a critic."
         )
-    unread = ("critic_form", "critic_lam", "length_adaptive_alpha", "kl_reward_coef", *LEARNING)
+    unread = ("critic_form", "critic_init", "critic_lam", "length_adaptive_alpha", "kl_reward_coef", *LEARNING)
     changed = changed_fields(args, unread)
     if changed:
         raise ValueError(f"{', '.join(changed)} needs a learned critic, and critic='lenvm' has none: leave it out.")

@@ -174,6 +174,17 @@ class TestExactWorld:
         assert torch.equal(mixed[::2, :width], alone[::2, :width])
         assert not torch.equal(mixed[1::2, :width], alone[1::2, :width])
 
+    def test_what_is_told_of_a_greedy_row_is_the_same_beside_sampled_ones(self):
+        policy, value = tiny_llama(), tiny_length_value_model(tiny_llama(), 0.9).freeze()
+        ids = torch.randint(6, 64, (2, 5))
+        greedy, sampled = LengthGuidance(strength=3.0, temperature=0.0), LengthGuidance(strength=3.0)
+        told = []
+        for rows, guidance in ((1, greedy), (2, [greedy, sampled])):
+            options = {"max_new_tokens": 5, "min_new_tokens": 5, "return_report": True}
+            told.append(generate_guided(policy, value, ids[:rows], guidance, **options)[1].log_probs[0])
+        torch.testing.assert_close(told[0], told[1])
+        assert bool((told[0] < 0).any())
+
 
 class TestGeometricWorld:
     """The rest is random, V is the same at every state: what MATH.md, theorem 14, says of the paper's rule."""

@@ -87,6 +87,7 @@ def test_several_samples_stop_strings_ends_and_least_tokens(engine, models):
         ({"top_p": 0.9}, "top_p.*length_top_p"),
         ({"top_k": 5}, "length_top_k"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"ignore_eos": True}, "ignore_eos"),
         ({"extra_args": keys_of_guidance(GUIDANCES[3]) | {"length_target": NEW_TOKENS}}, "max_tokens"),
     ],
 )

@@ -10,10 +10,11 @@ from ragged import random_rollouts
 from tiny import tiny_llama, tiny_tokenizer
 
 from lenvm_rl.modeling.length_value_model import LengthValueModel
-from lenvm_rl.pretraining import LengthValueTrainer, LengthValueTrainingArguments
-from lenvm_rl.pretraining.hidden_states import HiddenStates, remove_hidden_states
+from lenvm_rl.pretraining import LengthValueCollator, LengthValueTrainer, LengthValueTrainingArguments
+from lenvm_rl.pretraining.hidden_states import HiddenStates, decoder_digest, remove_hidden_states
 
 GAMMA = 0.9
+COLLATE = LengthValueCollator()
 
 
 def make_model():
@@ -31,7 +32,7 @@ def test_states_are_those_of_each_completion_alone(truncated, tmp_path):
     rollouts = Dataset.from_list(random_rollouts(12, cut_share=0.5))
     model = make_model()
     states = kept(tmp_path / "states.bin", rollouts, truncated)
-    states.fill(model, batch_size=5, progress=False)
+    states.fill(model, LengthValueCollator(truncated=truncated), batch_size=5, progress=False)
     assert states.bytes == (tmp_path / "states.bin").stat().st_size == 2 * 16 * sum(states.counts)
     for row, rollout in enumerate(rollouts):
         ids = torch.tensor([rollout["prompt_ids"] + rollout["completion_ids"]])
@@ -58,20 +59,20 @@ def test_what_was_computed_before_an_interruption_is_not_computed_again(size, no
 
     stop = model.backbone.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        states.fill(model, batch_size=size, progress=False)
+        states.fill(model, COLLATE, batch_size=size, progress=False)
     stop.remove()
     # Eleven batches were done.
     again = kept(tmp_path / "states.bin", rollouts)
     assert again.done == noted
     asked.clear()
-    again.fill(model, batch_size=size, progress=False)
+    again.fill(model, COLLATE, batch_size=size, progress=False)
     assert len(asked) == -(-(200 - noted) // size)
     asked.clear()
-    kept(tmp_path / "states.bin", rollouts).fill(model, batch_size=size, progress=False)
+    kept(tmp_path / "states.bin", rollouts).fill(model, COLLATE, batch_size=size, progress=False)
     assert asked == []
     hook.remove()
     fresh = kept(tmp_path / "other.bin", rollouts)
-    fresh.fill(model, batch_size=size, progress=False)
+    fresh.fill(model, COLLATE, batch_size=size, progress=False)
     assert np.array_equal(np.fromfile(tmp_path / "states.bin"), np.fromfile(tmp_path / "other.bin"), equal_nan=True)
     # Of something else, it is made anew.
     other = HiddenStates(tmp_path / "states.bin", rollouts, 16, "bootstrap", {"of": "that"})
@@ -82,12 +83,74 @@ def test_processes_write_their_shares_into_one_file(tmp_path):
     rollouts = Dataset.from_list(random_rollouts(9, cut_share=0.3))
     model = make_model()
     for process in range(4):
-        kept(tmp_path / "shared.bin", rollouts, process=process, processes=4).fill(model, 2, progress=False)
+        kept(tmp_path / "shared.bin", rollouts, process=process, processes=4).fill(model, COLLATE, 2, progress=False)
     alone = kept(tmp_path / "alone.bin", rollouts)
-    alone.fill(model, 2, progress=False)
+    alone.fill(model, COLLATE, 2, progress=False)
     shared = kept(tmp_path / "shared.bin", rollouts, process=3, processes=4)
     for row in range(9):
         torch.testing.assert_close(shared.of(row), alone.of(row))
+
+
+def test_states_of_another_process_have_to_be_in_the_same_file(tmp_path):
+    rollouts = Dataset.from_list(random_rollouts(9, cut_share=0.0))
+    model = make_model()
+    first, second = (kept(tmp_path / "shared.bin", rollouts, process=each, processes=2) for each in (0, 1))
+    first.fill(model, COLLATE, 2, progress=False)
+    with pytest.raises(ValueError, match="cache_hidden_states"):
+        first.check_whole()
+    second.fill(model, COLLATE, 2, progress=False)
+    first.check_whole()
+
+
+@pytest.mark.parametrize("others", [{"rows": 7}, {"process": 1, "processes": 2}])
+def test_states_that_others_have_overwritten_are_not_taken_for_there(others, tmp_path):
+    """What is done of A, then of B in the same file, is no longer done of A, however B was split."""
+    rollouts, model, path = Dataset.from_list(random_rollouts(12, cut_share=0.0)), make_model(), tmp_path / "states.bin"
+    kept(path, rollouts).fill(model, COLLATE, 4, progress=False)
+    before = kept(path, rollouts).of(3)
+    rows, process = others.get("rows", 12), others.get("process", 0)
+    for each in range(process + 1):
+        part = {"process": each, "processes": others.get("processes", 1)}
+        other = HiddenStates(path, rollouts.select(range(rows)), 16, "bootstrap", {"of": "that"}, **part)
+        other._array[:] = 1
+        other._say(other.part.stop)
+    again = kept(path, rollouts)
+    assert again.done == 0
+    again.fill(model, COLLATE, 4, progress=False)
+    assert torch.equal(again.of(3), before)
+
+
+def head_trainer(tmp_path, **changes):
+    settings = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, **changes}
+    model = make_model()
+    with torch.no_grad():
+        model.head.output.weight.copy_(torch.linspace(-1, 1, 16))
+    return LengthValueTrainer(model, LengthValueTrainingArguments(str(tmp_path), **settings))
+
+
+def test_other_data_is_evaluated_and_the_first_again(tmp_path):
+    data = [Dataset.from_list(random_rollouts(count, seed=count, cut_share=0.2)) for count in (24, 20)]
+    keeps = head_trainer(tmp_path)
+    asks = head_trainer(tmp_path, cache_hidden_states=False)
+    for rollouts in (*data, data[0]):
+        found, asked = (trainer.evaluate(rollouts)["eval_length_mae_at_0"] for trainer in (keeps, asks))
+        assert found == pytest.approx(asked, rel=1e-2)
+
+
+def test_states_are_computed_without_packing_where_it_is_off(tmp_path, monkeypatch):
+    trainer = head_trainer(tmp_path, packing=False)
+    backbone, inputs = trainer.model.backbone, []
+    forward = backbone.forward
+    monkeypatch.setattr(backbone, "forward", lambda **given: inputs.append(given) or forward(**given))
+    trainer.evaluate(Dataset.from_list(random_rollouts(10, cut_share=0.0)))
+    assert inputs and all(given["attention_mask"] is not None for given in inputs)
+
+
+def test_the_digest_of_a_decoder_changes_with_its_config():
+    model = make_model()
+    before = decoder_digest(model)
+    model.backbone.config.rope_parameters = {**model.backbone.config.rope_parameters, "rope_theta": 500.0}
+    assert decoder_digest(model) != before
 
 
 @pytest.mark.parametrize("truncated", ["bootstrap", "drop"])
@@ -152,7 +215,7 @@ def test_layers_are_read_side_by_side_each_of_unit_size(layers, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
     rollouts = Dataset.from_list(random_rollouts(5, cut_share=0.0))
     states = HiddenStates(tmp_path / "s.bin", rollouts, 16 * len(layers), "bootstrap", {})
-    states.fill(model, batch_size=2, progress=False)
+    states.fill(model, COLLATE, batch_size=2, progress=False)
     ids = torch.tensor([rollouts[4]["prompt_ids"] + rollouts[4]["completion_ids"]])
     alone = model.hidden_states(ids)[0, len(rollouts[4]["prompt_ids"]) - 1 :]
     torch.testing.assert_close(states.of(4).float(), alone[: len(states.of(4))].detach(), atol=2e-2, rtol=1e-2)

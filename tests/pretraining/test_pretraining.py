@@ -253,6 +253,8 @@ def test_the_selection_of_completions(tmp_path):
         [7, EOS],
         [9, EOS],
     ]
+    # A prompt with a cut completion is known for one in an evaluation.
+    assert len(prepare_rollouts(rollouts, make_args(tmp_path, truncated="drop"), held_out=True)) == 3
     assert len(prepare_rollouts(rollouts, make_args(tmp_path, only_correct=True))) == 2
     with pytest.raises(ValueError, match="only_correct"):
         prepare_rollouts(rollouts.select([1]), make_args(tmp_path))
@@ -268,6 +270,7 @@ def test_the_selection_of_completions(tmp_path):
         ({"gamma": 1.0}, "gamma must lie strictly"),
         ({"average_tokens_across_devices": False}, "must stay true"),
         ({"share_prompts": True, "packing": False}, "needs packing=True"),
+        ({"bf16_full_eval": True}, "bf16_full_eval"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, change, problem):
@@ -282,11 +285,24 @@ def test_bad_rollouts_and_models_are_refused(tmp_path):
         LengthValueTrainer(model, args, Dataset.from_list([make_rollout([6], [EOS]), make_rollout([6], [64, EOS])]))
     with pytest.raises(ValueError, match="Rollout 0 .*513.*512"):
         LengthValueTrainer(model, args, eval_dataset=Dataset.from_list([make_rollout([6], [7] * 511 + [EOS])]))
+    # A context that is stretched to four times what the decoder was trained on.
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 512}
+    stretched = LengthValueModel.from_backbone(tiny_llama(rope_parameters=yarn), gamma=GAMMA)
+    LengthValueTrainer(stretched, args, eval_dataset=Dataset.from_list([make_rollout([6], [7] * 511 + [EOS])]))
+    with pytest.raises(ValueError, match="Rollout 0 .*2049.*2048"):
+        LengthValueTrainer(stretched, args, eval_dataset=Dataset.from_list([make_rollout([6], [7] * 2047 + [EOS])]))
     with pytest.raises(ValueError, match="LlamaForCausalLM"):
         LengthValueTrainer(tiny_llama(), args)
     rollouts = Dataset.from_list([make_rollout([6], [EOS])])
     with pytest.raises(ValueError, match="tokenizer"):
         make_length_value_model(tiny_llama(), rollouts, make_metadata(tiny_tokenizer(60)), args, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("form", ["full", "adapter", "head"])
+def test_a_model_in_memory_is_a_backbone(form, tmp_path):
+    rollouts, args = Dataset.from_list(random_rollouts(4)), make_args(tmp_path, form=form)
+    model = make_length_value_model(tiny_llama(), rollouts, make_metadata(tiny_tokenizer()), args, tiny_tokenizer())
+    assert model.config.form == form
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

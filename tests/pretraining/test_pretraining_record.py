@@ -4,6 +4,7 @@ import logging
 import shutil
 
 import pytest
+import torch
 from datasets import Dataset, concatenate_datasets
 from ragged import random_rollouts
 from test_pretraining import make_args, make_metadata
@@ -52,6 +53,21 @@ def test_what_the_weights_depend_on_is_compared(change, name, tmp_path):
     check_resumed(tmp_path, settings(tmp_path))
     with pytest.raises(ValueError, match=rf"begun with other settings \({name} "):
         check_resumed(tmp_path, settings(tmp_path, **change))
+
+
+def test_a_frozen_decoder_is_compared_by_its_weights(tmp_path):
+    """No checkpoint of a head holds the decoder, so that another of its size would be taken for it."""
+    same, other = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.5)
+
+    def of(base):
+        return settings_of(make_args(tmp_path), LengthValueModel.from_backbone(base, gamma=0.9, form="head"), ROLLOUTS)
+
+    write_json(tmp_path / RECORD, of(same))
+    check_resumed(tmp_path, of(same))
+    with pytest.raises(ValueError, match="decoder"):
+        check_resumed(tmp_path, of(other))
 
 
 @pytest.mark.parametrize(

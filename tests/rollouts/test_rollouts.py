@@ -232,7 +232,7 @@ def test_many_cut_completions_are_told(cut, warned, caplog):
 
 
 def test_a_split_keeps_the_completions_of_a_prompt_together():
-    dataset = Dataset.from_list([make_record(group) for group in range(10) for _ in range(3)])
+    dataset = Dataset.from_list([make_record(group, prompt_ids=[group]) for group in range(10) for _ in range(3)])
     train, held_out = split_by_prompt(dataset, 0.3, seed=1)
     assert (len(train), len(held_out)) == (21, 9)
     assert not set(train["group"]) & set(held_out["group"])
@@ -240,6 +240,15 @@ def test_a_split_keeps_the_completions_of_a_prompt_together():
     assert set(held_out["group"]) != set(split_by_prompt(dataset, 0.3, seed=2)[1]["group"])
     with pytest.raises(ValueError, match="Cannot hold out"):
         split_by_prompt(dataset.select(range(3)), 0.5)
+
+
+def test_a_prompt_that_stands_twice_in_the_data_is_on_one_side():
+    """Groups 0 to 9 are rows of the data, whose last five say the same as the first."""
+    dataset = Dataset.from_list([make_record(group, prompt_ids=[group % 5]) for group in range(10)])
+    for seed in range(4):
+        train, held_out = split_by_prompt(dataset, 0.4, seed=seed)
+        assert (len(train), len(held_out)) == (6, 4)
+        assert not {ids[0] for ids in train["prompt_ids"]} & {ids[0] for ids in held_out["prompt_ids"]}
 
 
 def test_files_of_one_policy_are_read_as_one(tmp_path):

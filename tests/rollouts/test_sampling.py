@@ -1,5 +1,6 @@
 """Sampling: tokens as the policy chose them, ends and cuts told apart, only the given settings, the same every time."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 import torch
 from places import PATHS, ROOT
 from tiny import EOS, tiny_length_value_model, tiny_llama, tiny_tokenizer
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lenvm_rl.endings import end_token_ids
 from lenvm_rl.prediction import predict_length, weights_fingerprint
@@ -18,7 +20,7 @@ from lenvm_rl.rollouts import job as jobs
 from lenvm_rl.rollouts import local as sampling
 from lenvm_rl.rollouts.job import SamplingSettings
 from lenvm_rl.rollouts.local import TransformersJob
-from lenvm_rl.rollouts.record import find_problem, read_rollouts
+from lenvm_rl.rollouts.record import find_problem, read_rollouts, write_rollouts
 from lenvm_rl.tokenization import load_prompts
 
 PROMPTS = ["w6 w7 w8 w9 w10 w11", "w12", "w20 w21 w22", "w30 w31 w32 w33"]
@@ -111,15 +113,41 @@ def predictor():
     return tiny_length_value_model(tokenizer=tiny_tokenizer())
 
 
-def test_without_a_length_value_model_a_job_is_the_one_that_it_was(policy):
-    """A job that was begun by a version that knew of no length value model goes on: its name has not changed."""
-    columns = {"answer": [1, 2, 3, 4]}
-    metadata = TransformersJob(*policy, PROMPTS, SamplingSettings(4, 40, 5), 1, columns).metadata("policy")
-    assert metadata.sampling == {
+def test_rollouts_say_what_they_depend_on(policy, tmp_path):
+    """Another precision, or other weights under the same name, make another job: its file is refused, not taken."""
+    settings = SamplingSettings(4, 40, 5)
+    _, metadata = jobs.sample_to_file(tmp_path / "r.jsonl", TransformersJob(*policy, PROMPTS, settings, 1))
+    about = metadata.sampling
+    assert about.pop("plan") and about.pop("weights") == weights_fingerprint(policy[0])
+    assert about == {
         **{"num_samples": 4, "max_new_tokens": 40, "batch_size": 5, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
-        "backend": "transformers",
-        "plan": "516a6f170ccb30b9fe84c1d716296df1210f2f1c371a11a84683c6907d13b94a",
+        **{"backend": "transformers", "dtype": "float32", "set_aside": 0},
     }
+    rounded, other = copy.deepcopy(policy[0]).to(torch.bfloat16), tiny_llama(initializer_range=0.02, seed=1)
+    for model, named in ((rounded, "dtype float32, now bfloat16"), (other, "weights")):
+        with pytest.raises(ValueError, match=named):
+            jobs.sample_to_file(tmp_path / "r.jsonl", TransformersJob(model, policy[1], PROMPTS, settings, 1))
+
+
+def test_rollouts_in_two_formats_do_not_take_each_others_metadata(policy, tmp_path):
+    job, other = (TransformersJob(*policy, PROMPTS, SamplingSettings(1, 8, 4), seed) for seed in (0, 1))
+    rollouts, metadata = jobs.sample_to_file(tmp_path / "r.jsonl", job)
+    for write in (jobs.sample_to_file, lambda path, job: write_rollouts(path, rollouts, job.metadata("policy"))):
+        with pytest.raises(ValueError, match="r.jsonl"):
+            write(tmp_path / "r.parquet", other)
+    assert write_rollouts(tmp_path / "r.parquet", rollouts, metadata) == metadata
+
+
+def test_ids_may_leave_gaps(policy, tmp_path):
+    """Fifty-nine tokens, the last of them number 63: what is sampled of the last is in the vocabulary."""
+    words = {token: index for token, index in policy[1].get_vocab().items() if index not in range(56, 61)}
+    core = Tokenizer(models.WordLevel(words, unk_token="w6"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    gaps = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    assert len(gaps.get_vocab()) == 59
+    records = TransformersJob(policy[0], gaps, PROMPTS, SamplingSettings(8, 40, 5), 0)
+    rollouts, metadata = jobs.sample_to_file(tmp_path / "r.jsonl", records)
+    assert max(max(ids) for ids in rollouts["completion_ids"]) > 59 and metadata.sampling["set_aside"] == 0
 
 
 def test_prompts_of_similar_predicted_length_share_a_batch(policy, predictor):

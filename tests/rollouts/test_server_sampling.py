@@ -199,8 +199,8 @@ def test_a_completion_without_tokens_is_set_aside_not_lost(tmp_path):
     assert {entry["reason"] for entry in rejected} == {"completion_ids is empty"}
 
 
-def from_text(text, reason, counted, limit=4):
-    job = job_of("openai", settings=SamplingSettings(1, limit, 1))
+def from_text(text, reason, counted, limit=4, **options):
+    job = job_of("openai", settings=SamplingSettings(1, limit, 1), **options)
     answer = openai_answer([7], 1)
     answer["choices"][0].update(text=text, finish_reason=reason)
     answer["usage"]["completion_tokens"] = counted
@@ -219,6 +219,9 @@ def test_an_end_at_the_last_token_is_told_from_a_cut():
     assert from_text("w7 w8 w9 w10 w11 w12", "length", 5) == ([7, 8, 9, 10], "length", 1)
     assert from_text("w7 w8", "stop", 4) == ([7, 8, EOS], "stop", -1)
     assert from_text("", "stop", 1) == ([EOS], "stop", 0)
+    # The end is one of those that were asked for: the tokenizer's own where it is.
+    assert from_text("w7 w8", "stop", 3, eos_token_ids=[9, EOS]) == ([7, 8, EOS], "stop", 0)
+    assert from_text("w7 w8", "stop", 3, eos_token_ids=[9]) == ([7, 8, 9], "stop", 0)
 
 
 def test_a_completion_that_the_servers_context_cut_is_refused():

@@ -55,6 +55,9 @@ def test_a_server_that_keeps_failing_is_given_up():
 def test_no_address_is_told_at_once_and_an_abandoned_job_repeats_nothing(caplog):
     with pytest.raises(ServerError, match="http://\\["):
         (broken := connect("vllm", "http://[::1", "m", **QUICK)).complete(ask(broken))
+    with pytest.raises(ServerError, match="api key") as told:
+        (broken := connect("vllm", "http://127.0.0.1:9/v1", "m", api_key="secret\n", **QUICK)).complete(ask(broken))
+    assert "secret" not in str(told.value)
     abandoned = threading.Event()
     abandoned.set()
     with scripted_server(script=lambda number, times: (500, {})) as server:

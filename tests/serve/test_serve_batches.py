@@ -183,6 +183,19 @@ def test_one_that_fails_does_not_take_the_others_with_it(streams):
     assert rows[:5] == [3, 1, 1, 1, 2]
 
 
+def test_one_that_fails_at_its_draw_leaves_those_that_ended_before_it():
+    engine = tiny_engine()
+    with torch.no_grad():
+        engine.decoder.policy.model.get_input_embeddings().weight[50] = math.nan
+    with serving(engine) as client, together(engine, 2) as (pool, _):
+        good = pool.submit(complete, client, [7, 8], max_tokens=1)
+        wait_until(lambda: len(engine.jobs) == 1)
+        bad = pool.submit(complete, client, [7, 50], max_tokens=5)
+        with pytest.raises(openai.APIError):
+            bad.result()
+        assert lengths_of(good.result()) == [1]
+
+
 def test_rows_that_are_not_guided_are_not_scored():
     """Beside a guided row with few candidates, their whole vocabulary would be scored."""
     engine = tiny_engine()

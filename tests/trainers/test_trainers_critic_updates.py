@@ -144,6 +144,8 @@ def test_resuming_goes_on_exactly(tmp_path):
         {"critic_lr_scheduler_type": "nonsense"},
         {"critic_updates_per_step": 2, "critic_learning_rate": 0.0},
         {"critic_frozen": ["self_attn"], "critic_learning_rate": 0.0},
+        {"vf_coef": 0.1, "critic_learning_rate": 0.0},
+        {"cliprange_value": None, "critic_learning_rate": 0.0},
     ],
 )
 def test_settings_that_are_refused(tmp_path, changes):
@@ -152,7 +154,15 @@ def test_settings_that_are_refused(tmp_path, changes):
 
 
 def test_runs_that_are_refused(tmp_path):
-    for changes in ({"critic_updates_per_step": 2}, {"critic_max_grad_norm": 1.0}, {"critic_frozen": ["mlp"]}):
+    unread = {
+        "critic_updates_per_step": 2,
+        "critic_max_grad_norm": 1.0,
+        "critic_frozen": ["mlp"],
+        "vf_coef": 0.1,
+        "cliprange_value": None,
+        "critic_init": "lenvm",
+    }
+    for changes in ({name: value} for name, value in unread.items()):
         with pytest.raises(ValueError, match=next(iter(changes))):
             ppo(tmp_path, lenvm=random_lenvm(), critic="lenvm", length_coef=0.5, length_gate="all", **changes)
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 9}
