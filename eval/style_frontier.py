@@ -10,24 +10,29 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from eval.graded import sandbox_prompts
-from eval.tradeoff.sampler import Sampler
+from eval.tradeoff.sampler import Arm, Sampler
 from lenvm_rl.sandbox import clean_length, read_completion
+from lenvm_rl.sandbox.styles import STYLES
+from lenvm_rl.sandbox.task import ANSWER, is_correct
 
 logger = logging.getLogger(__name__)
 
-# Prompts that the frontier is measured on, 8 completions each.
-FRONTIER_PROMPTS = 240
+# Prompts that the frontier is measured on, and completions of each.
+FRONTIER_PROMPTS, FRONTIER_SAMPLES = 240, 32
+# Answers at once of each: few of the policy's own completions are, and a floor must not rest on a few answers.
+DIRECT_SAMPLES = 64
 # A style counts as good enough for a difficulty if its accuracy is within this of the difficulty's best style.
-FLOOR_TOLERANCE = 0.02
+FLOOR_TOLERANCE = 0.01
 
 Point = tuple[float, float]
+DIRECT = STYLES[0]
 
 
 def upper_hull(points: Sequence[Point]) -> list[Point]:
@@ -115,20 +120,36 @@ def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier | N
     """The style frontier of the sandbox's base policy, under the same candidate rule as every arm.
 
     From completions without waste on *validation* prompts: picking the best style on the evaluation prompts
-    themselves would flatter it. `None` if the policy writes no readable style at some difficulty (a smoke run's).
+    themselves would flatter it. Answers at once are sampled behind the token that begins an answer. `None` if the
+    policy writes no readable style at some difficulty (a smoke run's).
     """
     data = sandbox_prompts(FRONTIER_PROMPTS, "validation")
-    sampler = replace(sampler, prompts=data.prompts, columns=data.columns, num_samples=8)
-    found = sampler.sample("frontier", "base", policy)
-    rows = []
-    for ids, right, prompt in zip(found.completions, found.correct, found.prompt, strict=True):
-        reading = read_completion(sampler.tokenizer.convert_ids_to_tokens(ids))
+    sampler = replace(sampler, prompts=data.prompts, columns=data.columns, num_samples=FRONTIER_SAMPLES)
+    rows, readable = [], set()
+    for tokens, prompt in _completions(sampler.sample("frontier", "base", policy), sampler):
+        reading = read_completion(tokens)
         if reading.style != "mixed" and reading.waste_tokens == 0:
-            difficulty = data.difficulties[prompt]
-            rows.append((difficulty, reading.style, clean_length(difficulty, reading.style), right))
-    missing = set(data.difficulties) - {row[0] for row in rows}
+            readable.add(data.difficulties[prompt])
+            rows += [(prompt, reading.style, tokens)] if reading.style != DIRECT else []
+    missing = set(data.difficulties) - readable
     if missing:
         missed = sorted(missing)
         logger.warning("no style frontier: the policy writes no style without waste at difficulty %s", missed)
         return None
-    return StyleFrontier.from_points(measure_points(*zip(*rows, strict=True)))
+    begun = replace(
+        sampler, prompts=[f"{prompt} {ANSWER}" for prompt in data.prompts], num_samples=DIRECT_SAMPLES, max_new_tokens=2
+    )
+    answers = _completions(begun.sample("frontier, answers at once", "base", policy), sampler)
+    rows += [(prompt, DIRECT, [ANSWER, *tokens]) for tokens, prompt in answers]
+    graded = [
+        (level, style, clean_length(level, style), is_correct(tokens, data.columns["answer"][prompt]))
+        for prompt, style, tokens in rows
+        for level in [data.difficulties[prompt]]
+    ]
+    return StyleFrontier.from_points(measure_points(*zip(*graded, strict=True)))
+
+
+def _completions(arm: Arm, sampler: Sampler) -> Iterator[tuple[list[str], int]]:
+    """The tokens of each completion, and its prompt."""
+    for ids, prompt in zip(arm.completions, arm.prompt, strict=True):
+        yield sampler.tokenizer.convert_ids_to_tokens(ids), int(prompt)
