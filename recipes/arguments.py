@@ -61,8 +61,8 @@ class StageArguments(DataArguments):
     )
     policy_passes: float = HfArg(
         default=PolicySettings.passes,
-        help="Sandbox: passes of checking that the teacher writes behind a chain, on average: the waste. Completions "
-        "have 14 tokens at 0, and about 10 more for each pass.",
+        help="Sandbox: passes of checking that the teacher writes behind a chain, on average: the waste. A multiple of "
+        "0.5. Completions have 14 tokens at 0, and about 10 more for each pass.",
     )
     policy_repeats: int = HfArg(
         default=PolicySettings.repeats, help="Sandbox: how often a pass writes each value: longer passes, no more."

@@ -30,7 +30,7 @@ from lenvm_rl.reward_functions import are_correct, call_reward, check_golds, loa
 from lenvm_rl.rollouts.job import SamplingSettings, find_column_problem, sample_to_file
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts, split_by_prompt
-from lenvm_rl.sandbox import PolicySettings, distinct_problems, fit_policy
+from lenvm_rl.sandbox import DIFFICULTIES, PolicySettings, distinct_problems, fit_policy
 from lenvm_rl.sandbox.task import sandbox_tokenizer
 from lenvm_rl.tokenization import check_context, check_prompts, check_same_tokenizer, load_prompts
 from lenvm_rl.trainers import checks
@@ -120,6 +120,7 @@ class StagedRun:
         rewards = [load_reward(path) for path in self.args.reward_funcs]
         if self.sandbox:
             name, tokenizer, dataset = "the sandbox", sandbox_tokenizer(), self.prompts(4, TRAIN_SEED)
+            check_sandbox(self.args)
         else:
             check_policy(self.policy)
             name, tokenizer, dataset = self.args.dataset_name, self.tokenizer, self.dataset
@@ -186,9 +187,13 @@ class StagedRun:
 
     def rollout_settings(self) -> dict[str, Any]:
         """What the rollouts depend on."""
-        names = ("dataset_name", "dataset_config", "dataset_split", "prompt_column", "chat", "sample_prompts")
-        data = {name: getattr(self.args, name) for name in names}
-        return {**asdict(self.sampling()), **data, "seed": self.config.seed, "policy": self.policy_settings()}
+        own = {"sample_prompts": self.args.sample_prompts, "seed": self.config.seed, "policy": self.policy_settings()}
+        return {**asdict(self.sampling()), **self.data_settings(), **own}
+
+    def data_settings(self) -> dict[str, Any]:
+        """Where prompts come from."""
+        names = ("dataset_name", "dataset_config", "dataset_split", "prompt_column", "chat")
+        return {name: getattr(self.args, name) for name in names}
 
     def sampling(self) -> SamplingSettings:
         """How rollouts are sampled: as the trainer samples its own."""
@@ -361,6 +366,15 @@ def smoke_sizes(config: LenVMConfig) -> None:
     config.num_generations = min(config.num_generations, 4)
 
 
+def check_sandbox(args: StageArguments) -> None:
+    """Raises a `ValueError`, by the name of the option, if the sandbox cannot be made as asked."""
+    for name in ("sample_prompts", "train_prompts"):
+        if (count := getattr(args, name)) is not None and count % len(DIFFICULTIES):
+            raise ValueError(f"{name}={count}: the sandbox has {len(DIFFICULTIES)} difficulties, give a multiple.")
+    if args.policy_passes < 0 or args.policy_passes % 0.5:
+        raise ValueError(f"policy_passes={args.policy_passes} is no multiple of 0.5, from 0 on.")
+
+
 def check_before(args: StageArguments, config: LenVMConfig, model: ModelConfig, dense: bool) -> None:
     """What training would refuse, refused before the first stage spends time.
 
@@ -439,7 +453,7 @@ def train_stage(algorithm: str, run: StagedRun, make_trainer: Callable[..., Any]
             bare.save_pretrained(str(target / "length_value_model"))
 
     depends = {key: value for key, value in config.to_dict().items() if key not in NOT_PART_OF_A_RUN}
-    stages = {"reward_funcs": run.args.reward_funcs, "train_prompts": run.args.train_prompts}
+    stages = {"reward_funcs": run.args.reward_funcs, "train_prompts": run.args.train_prompts, **run.data_settings()}
     made_from = {"policy": run.policy_settings(), "length_value_model": run.value_settings(), "peft": vars(run.model)}
     run_stage("training", target, {**depends, **stages, **settings, **made_from}, train)
     if PartialState().is_main_process:

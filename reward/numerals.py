@@ -170,7 +170,9 @@ ATOM = re.compile(
 )
 RUN = re.compile(r"(?:[-+(]\s*){0,9}(?<![\w^])(?:\.\d|\d)[\d\s.+\-*/^()]*", re.ASCII)
 # Between two numbers: they are a list, a choice or a ratio, and not a number with something said about it.
-SEVERAL = re.compile(r"\W*(?:\b(?:and|to)\b\W*)?|.*\bor\b.*", re.DOTALL)
+SEVERAL = re.compile(r"\W*(?:\b(?:and|to)\b\W*)?|\s*[^\W\d_]+,?\s+and\s+|.*\bor\b.*", re.DOTALL)
+# A sign in words.
+WORD_SIGN = re.compile(r"\b(?:minus|negative)\s+(?=[\d.])", re.I)
 # How tightly each sign binds; ~ is the minus of one number.
 BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "~": 3, "^": 4}
 
@@ -196,7 +198,8 @@ def last_number(text: str) -> Fraction | None:
 def value_of(text: str, *, strict: bool = False) -> Fraction | None:
     """The one number that a short text gives as an answer: ``5 + 13 = 18 apples`` is 18, and so is ``$18``.
 
-    Arithmetic is worked out. Of ``5 or 6``, ``5, 6`` and ``3:4`` none is the value: `None`. With `strict`, there may be
+    Arithmetic is worked out. Of ``5 or 6``, ``5, 6``, ``3:4`` and ``5 dollars and 25 cents`` none is the value:
+    `None`. With `strict`, there may be
     nothing but words of two letters or more beside it: no variable, no function, no percent sign.
     """
     if len(text) > LONGEST_TEXT or (strict and ("%" in text or "\\circ" in text or "°" in text)):
@@ -241,7 +244,7 @@ def _arithmetic(text: str) -> str:
     """`text` with numbers and signs as they are typed: no LaTeX but what has no such form."""
     text = canonical(text)
     text = INDIAN.sub(lambda found: found.group().replace(",", ""), CURRENCY.sub("", text))
-    text = THOUSANDS.sub("", text)
+    text = WORD_SIGN.sub("-", THOUSANDS.sub("", text))
     # Each pass takes away one layer of braces.
     for _ in range(20):
         before = text

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from eval.compare.arms import ARMS, BY_NAME
 from eval.compare.measures import judge_curve
 from eval.compare.plan import CELLS, CHOICE_SEEDS, Run, open_runs
-from eval.compare.records import Records
+from eval.compare.records import Records, recorded_runs
 from eval.compare.report import make_report, print_cells, write_comparison
 from eval.compare.samples import decoding_arms, sample_answers
 from eval.compare.training import World, train_run
@@ -84,6 +84,12 @@ def run_open(args: CompareArguments, records: Records, worlds: Worlds) -> None:
     cells = [cell for cell in CELLS if cell.name in args.cells]
     # Controls need models that not every folder has.
     there = {arm.name for arm in ARMS if all(Path(folder, arm.values).exists() for folder in args.run_dirs)}
+    for run, record in recorded_runs(records.collected()).items():
+        if record["policy"] != worlds.of(run.seed).fingerprint:
+            raise ValueError(
+                f"{run.name} in {args.output_dir} is of another policy than that of run_dirs for seed {run.seed}: give "
+                "another --output_dir."
+            )
     while True:
         found = open_runs(cells, records.judged(), range(args.seeds), args.arms or None)
         waiting = [run for run in found if run.arm in there]

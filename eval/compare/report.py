@@ -251,7 +251,8 @@ def print_cells(report: Mapping[str, Any], console: Console) -> None:
         f"the cheapest good ways (means over {world['policies']} policies)."
     )
     for cell in report["cells"]:
-        seeds = max(arm["seeds"] for arm in cell["arms"])
+        counts = sorted({arm["seeds"] for arm in cell["arms"]})
+        seeds = f"{counts[-1]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         title = f"{cell['completions']} completions a step in groups of {cell['group_size']}, {cell['algorithm']}"
         for columns in (PACE_COLUMNS, END_COLUMNS):
             print_table(console, cell["arms"], columns, f"{title}; {seeds} seeds", sections=lambda arm: arm["kind"])

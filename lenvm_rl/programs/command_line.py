@@ -238,13 +238,24 @@ def read_yaml(path: str) -> dict[str, Any]:
     return config
 
 
+def _as_number(field: dataclasses.Field, kind: type, value: Any) -> Any:
+    """An entry of a list of a YAML file, which takes 1e-3 for text."""
+    if kind not in (int, float) or not isinstance(value, str):
+        return value
+    try:
+        return kind(value)
+    except ValueError as error:
+        name, wanted = field.name, kind.__name__
+        raise ValueError(f"{name} in the file for --config must hold {wanted} only, got {value!r}.") from error
+
+
 def _as_typed(field: dataclasses.Field, value: Any) -> Any:
     """A value of a YAML file, where argparse would take over any; text it converts by itself."""
     if value is None:
         return None
-    is_list = typing.get_origin(field.type) is list
-    if is_list and not isinstance(value, list):
-        return [value]
+    if typing.get_origin(field.type) is list:
+        (kind,) = typing.get_args(field.type)
+        return [_as_number(field, kind, each) for each in (value if isinstance(value, list) else [value])]
     if field.type in (int, float, bool) and isinstance(value, (list, dict)):
         raise ValueError(f"{field.name} in the file for --config must be one {field.type.__name__}, got {value!r}.")
     if field.type is int and isinstance(value, float) and not value.is_integer():

@@ -41,6 +41,10 @@ class Overthinking:
     passes: float = 1.5
     repeats: int = 1
 
+    def __post_init__(self) -> None:
+        if self.passes < 0 or self.most_passes != 2 * self.passes:
+            raise ValueError(f"passes={self.passes} is no multiple of 0.5, from 0 on.")
+
     @property
     def most_passes(self) -> int:
         """Passes that a completion has at most."""

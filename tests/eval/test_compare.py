@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,6 +247,13 @@ class TestRecords:
         assert list(again.judged()) == [RUN]
         assert again.judged()[RUN].until_most == pytest.approx(100 + 100 / 1.5)
         assert again.collected()["worlds"] == {"f": world.described()}
+
+    def test_records_of_another_policy_are_refused(self, tmp_path):
+        records = Records(tmp_path)
+        records.keep(RUN, curve((0.95, 2), (0.95, 0.5)), FakeWorld(), 3.0)
+        given = program.CompareArguments(run_dirs=[str(tmp_path)], cells=[CELLS[0].name], output_dir=str(tmp_path))
+        with pytest.raises(ValueError, match="output_dir"):
+            program.run_open(given, records, SimpleNamespace(of=lambda seed: SimpleNamespace(fingerprint="g")))
 
 
 class FakeWorld:

@@ -89,6 +89,8 @@ class Options:
     rate: float = 0.5
     columns: list[str] = field(default_factory=list)
     kind: str = field(default="a", metadata={"choices": ["a", "b"], "help": "Kind."})
+    rates: list[float] = field(default_factory=list)
+    sizes: list[int] | None = None
 
 
 def parse(*line):
@@ -100,6 +102,10 @@ def test_yaml_says_what_the_command_line_says(tmp_path):
     assert parse("--config", path) == Options(3, 1e-3, ["answer"], "b")
     assert parse("--config", path, "--columns", "x", "y", "--size", 2) == Options(2, 1e-3, ["x", "y"], "b")
     assert parse("--config", write(path, "columns: [a, b]\nsize: 4.0\n")) == Options(4, columns=["a", "b"])
+    # YAML takes 1e-3 for text.
+    lists = "rates: [1e-3, 0.5]\nsizes: [3, 4]\n"
+    assert parse("--config", write(path, lists)) == Options(rates=[1e-3, 0.5], sizes=[3, 4])
+    assert parse("--config", write(path, "rates: 1e-3\n")) == Options(rates=[1e-3])
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,7 @@ def test_yaml_says_what_the_command_line_says(tmp_path):
     [
         ("size: [1]\n", "size"),
         ("size: 1.5\n", "size"),
+        ("rates: [1e-3, a]\n", "rates"),
         ("rate: {a: 1}\n", "rate"),
         ("kind: c\n", "kind"),
         ("sise: 1\n", "--size"),

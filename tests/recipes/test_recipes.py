@@ -16,7 +16,7 @@ from trl import GRPOConfig, ModelConfig
 from lenvm_rl.files import Journal, read_metrics
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMPPOConfig
-from recipes import grpo_shaped, ppo_shaped, stage_records
+from recipes import grpo_shaped, ppo_shaped, stage_records, stages
 from recipes.arguments import StageArguments, check_setup
 from recipes.stage_records import make_apart, run_stage, write_record
 from recipes.stages import StagedRun, show_progress
@@ -50,6 +50,28 @@ def test_a_stage_is_made_once_and_refused_with_other_settings(tmp_path):
     artefact.unlink()
     run_stage("making", artefact, {"size": 2, "path": tmp_path}, make)
     assert made == [1, 1] and json.loads((tmp_path / "thing.stage.json").read_text())["finished"]
+
+
+def test_training_depends_on_its_prompts_with_a_given_length_value_model_too(tmp_path, monkeypatch):
+    depends = []
+
+    def caught(name, target, settings, make):
+        depends.append(settings)
+        raise SystemExit
+
+    monkeypatch.setattr(stages, "run_stage", caught)
+    for data in ("a.jsonl", "b.jsonl"):
+        run = make_run(tmp_path, "policy", length_value_model="v", dataset_name=data, chat=True)
+        with pytest.raises(SystemExit):
+            stages.train_stage("grpo", run, None)
+    assert [each.pop("dataset_name") for each in depends] == ["a.jsonl", "b.jsonl"]
+    assert depends[0] == depends[1] and depends[0]["chat"] is True
+
+
+@pytest.mark.parametrize("name, value", [("sample_prompts", 30), ("train_prompts", 30), ("policy_passes", 1.2)])
+def test_a_sandbox_that_cannot_be_is_refused_at_once(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        make_run(tmp_path, **{name: value}).check()
 
 
 def test_settings_that_differ_are_named_and_new_ones_without_a_value_do_not(tmp_path):

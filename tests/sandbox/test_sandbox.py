@@ -73,6 +73,12 @@ def test_reading_a_completion_by_hand():
     assert read_completion("c +2 1 redo c".split()) == Reading("careful", (*[False] * 3, True, True))
 
 
+@pytest.mark.parametrize("passes", [-0.5, 0.25, 1.2, 1.75])
+def test_half_passes_are_the_smallest(passes):
+    with pytest.raises(ValueError, match="passes"):
+        Overthinking(passes=passes)
+
+
 def test_teacher_is_always_right_and_reads_back_to_its_clean_length():
     rng = random.Random(1)
     seen = set()
