@@ -63,6 +63,38 @@ stage_lenvm() { # 40 minutes on one core for the states of the frozen decoder, t
         --resume true --report_to none --output_dir "$LENVM"
 }
 
+# What a head loses against an adapter, on the first three completions of each prompt that ended. Not among the stages
+# that run by default.
+stage_forms() { # 70 minutes on one core
+    "$PYTHON" - "$OUT" "$LENVM" <<'EOF'
+import sys
+from collections import Counter
+
+from lenvm_rl.rollouts.record import read_rollout_files, read_rollouts, write_rollouts
+
+out, lenvm = sys.argv[1:]
+rollouts, metadata = read_rollout_files([f"{out}/rollouts_text.jsonl", f"{out}/rollouts_arithmetic.jsonl"])
+held_out = set(map(tuple, read_rollouts(f"{lenvm}/held_out.jsonl")[0]["prompt_ids"][:]))
+seen, rows = Counter(), []
+for row, (ids, reason) in enumerate(zip(rollouts["prompt_ids"][:], rollouts["finish_reason"][:])):
+    if reason == "stop" and tuple(ids) not in held_out:
+        seen[tuple(ids)] += 1
+        rows += [row] if seen[tuple(ids)] <= 3 else []
+write_rollouts(f"{out}/three_each.jsonl", rollouts.select(rows), metadata)
+EOF
+    local options=(--rollouts "$OUT/three_each.jsonl" --eval_rollouts "$LENVM/held_out.jsonl" --truncated drop
+        --model_name_or_path "$MODEL" --frozen_dtype bfloat16 --gamma "$("$PYTHON" -c "
+import json, sys
+print(json.load(open(sys.argv[1] + '/config.json'))['gamma'])" "$LENVM")" --weight_decay 0.1 --domain_column domain
+        --use_cpu true --report_to none --resume true --save_total_limit 2)
+    "$PYTHON" recipes/pretrain_lenvm.py "${options[@]}" --form head --layers 10 15 20 25 30 --learning_rate 1e-3 \
+        --num_train_epochs 2 --per_device_train_batch_size 16 --per_device_eval_batch_size 2 --save_strategy epoch \
+        --output_dir "$OUT/lenvm_head"
+    "$PYTHON" recipes/pretrain_lenvm.py "${options[@]}" --form adapter --bf16 true --learning_rate 5e-4 \
+        --warmup_steps 10 --num_train_epochs 1 --per_device_train_batch_size 8 --per_device_eval_batch_size 4 \
+        --save_strategy steps --save_steps 60 --output_dir "$OUT/lenvm_adapter"
+}
+
 stage_prediction() { # 5 minutes on one core
     "$PYTHON" -m eval.length_prediction --rollouts "$LENVM/held_out.jsonl" --length_value_model "$LENVM" \
         --base "$MODEL" --value_dtype bfloat16 --forward_tokens 4096 --domain_column domain \
