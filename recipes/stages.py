@@ -35,6 +35,7 @@ from lenvm_rl.sandbox.task import sandbox_tokenizer
 from lenvm_rl.tokenization import check_context, check_prompts, check_same_tokenizer, load_prompts
 from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.config import LenVMConfig
+from lenvm_rl.trainers.fields import changed_fields
 from lenvm_rl.trainers.rewards import gate_index
 from recipes.arguments import StageArguments, holds_few_bits, model_kwargs
 from recipes.pretrain_lenvm import print_comparison
@@ -120,7 +121,7 @@ class StagedRun:
         rewards = [load_reward(path) for path in self.args.reward_funcs]
         if self.sandbox:
             name, tokenizer, dataset = "the sandbox", sandbox_tokenizer(), self.prompts(4, TRAIN_SEED)
-            check_sandbox(self.args)
+            check_sandbox_settings(self.args)
         else:
             check_policy(self.policy)
             name, tokenizer, dataset = self.args.dataset_name, self.tokenizer, self.dataset
@@ -366,7 +367,7 @@ def smoke_sizes(config: LenVMConfig) -> None:
     config.num_generations = min(config.num_generations, 4)
 
 
-def check_sandbox(args: StageArguments) -> None:
+def check_sandbox_settings(args: StageArguments) -> None:
     """Raises a `ValueError`, by the name of the option, if the sandbox cannot be made as asked."""
     for name in ("sample_prompts", "train_prompts"):
         if (count := getattr(args, name)) is not None and count % len(DIFFICULTIES):
@@ -453,7 +454,9 @@ def train_stage(algorithm: str, run: StagedRun, make_trainer: Callable[..., Any]
             bare.save_pretrained(str(target / "length_value_model"))
 
     depends = {key: value for key, value in config.to_dict().items() if key not in NOT_PART_OF_A_RUN}
-    stages = {"reward_funcs": run.args.reward_funcs, "train_prompts": run.args.train_prompts, **run.data_settings()}
+    stages = {"reward_funcs": run.args.reward_funcs, "train_prompts": run.args.train_prompts}
+    # Defaults are left out, as in the records from before these were compared.
+    stages |= {name: getattr(run.args, name) for name in changed_fields(run.args, tuple(run.data_settings()))}
     made_from = {"policy": run.policy_settings(), "length_value_model": run.value_settings(), "peft": vars(run.model)}
     run_stage("training", target, {**depends, **stages, **settings, **made_from}, train)
     if PartialState().is_main_process:

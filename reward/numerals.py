@@ -171,8 +171,8 @@ ATOM = re.compile(
 RUN = re.compile(r"(?:[-+(]\s*){0,9}(?<![\w^])(?:\.\d|\d)[\d\s.+\-*/^()]*", re.ASCII)
 # Between two numbers: they are a list, a choice or a ratio, and not a number with something said about it.
 SEVERAL = re.compile(r"\W*(?:\b(?:and|to)\b\W*)?|\s*[^\W\d_]+,?\s+and\s+|.*\bor\b.*", re.DOTALL)
-# A sign in words.
-WORD_SIGN = re.compile(r"\b(?:minus|negative)\s+(?=[\d.])", re.I)
+# A sign in words, and no subtraction.
+WORD_SIGN = re.compile(r"(?<![\d)] )(?<!-)\b(?:minus|negative)\s+(?=[\d.])", re.I)
 # How tightly each sign binds; ~ is the minus of one number.
 BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "~": 3, "^": 4}
 
@@ -199,8 +199,8 @@ def value_of(text: str, *, strict: bool = False) -> Fraction | None:
     """The one number that a short text gives as an answer: ``5 + 13 = 18 apples`` is 18, and so is ``$18``.
 
     Arithmetic is worked out. Of ``5 or 6``, ``5, 6``, ``3:4`` and ``5 dollars and 25 cents`` none is the value:
-    `None`. With `strict`, there may be
-    nothing but words of two letters or more beside it: no variable, no function, no percent sign.
+    `None`. With `strict`, there may be nothing but words of two letters or more beside it: no variable, no function, no
+    percent sign.
     """
     if len(text) > LONGEST_TEXT or (strict and ("%" in text or "\\circ" in text or "°" in text)):
         return None

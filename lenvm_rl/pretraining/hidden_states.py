@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 ROW_COLUMN = "row"
 # Its name, by what is done with the rollouts.
 FILE = "hidden_states_{}.bin"
+# What saving a decoder writes into its config: nothing that it computes with.
+_OF_SAVING = ("_name_or_path", "transformers_version", "architectures", "dtype")
 # Completions between two notes of how far the work has come.
 NOTED = 64
 
@@ -41,11 +43,12 @@ class HiddenStates:
     """What a head reads of a decoder at every state of some rollouts.
 
     Args:
-        path (`str` or path): the file, made if it is not there; files beside it say what is in it.
+        path (`str` or path): the file, made if it is not there, with a digest of `about` in its name; files beside it
+            say what is in it.
         rollouts (`datasets.Dataset`): whose states.
         hidden_size (`int`): H, of all layers that the head reads together.
         truncated (`str`): what is made of cut completions, see [`~lenvm_rl.pretraining.batches.read_tokens`].
-        about (mapping): what the states depend on, as JSON; a file of something else is made anew.
+        about (mapping): what the states depend on, as JSON; a file of something else is removed.
         process, processes (`int`, *optional*): which part of the rollouts is this process's to compute; all of them
             write into one file, and read all of it.
     """
@@ -60,7 +63,7 @@ class HiddenStates:
         process: int = 0,
         processes: int = 1,
     ):
-        self.path, self.truncated, self.hidden_size = Path(path), truncated, hidden_size
+        self.truncated, self.hidden_size = truncated, hidden_size
         share = -(-len(rollouts) // processes)
         starts = [min(part * share, len(rollouts)) for part in range(processes + 1)]
         self._parts = [range(*ends) for ends in itertools.pairwise(starts)]
@@ -71,14 +74,20 @@ class HiddenStates:
         self.counts = [1 + len(read_tokens(each, truncated)) for each in pairs]
         self.first = np.concatenate([[0], np.cumsum(self.counts)])
         self._about = {**about, "states": int(self.first[-1]), "hidden_size": hidden_size}
+        digest = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:12]
+        path = Path(path)
+        # A name of its own: what another run has left half done is never taken for this one's, however it was split.
+        self.path = path.with_name(f"{path.stem}.{digest}{path.suffix}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if process == 0:
+            for other in self.path.parent.glob(f"{path.stem}.*{path.suffix}*"):
+                if not other.name.startswith(self.path.name):
+                    other.unlink()
         # Not opened anew: another process may have written its part already.
         with open(self.path, "ab") as file:
             file.truncate(self.bytes)
-        if not self._is_kept(self.part):
+        if not self._place(self.part).exists():
             self._say(self.part.start)
-        if process == 0:
-            self._forget_others()
         shape = (int(self.first[-1]), hidden_size)
         self._array = np.memmap(self.path, dtype=np.uint16, mode="r+", shape=shape)
 
@@ -137,7 +146,8 @@ class HiddenStates:
     def check_whole(self) -> None:
         """Raises a `ValueError` if the part of another process is not in this file, once all of them have written."""
         for part in self._parts:
-            if not (self._is_kept(part) and read_json(self._place(part))["done"] == part.stop):
+            place = self._place(part)
+            if not (place.exists() and read_json(place)["done"] == part.stop):
                 raise ValueError(
                     f"{self.path} lacks the hidden states of rollouts {part.start} to {part.stop}, which another "
                     "process has written elsewhere: give an output_dir that all nodes share, or set "
@@ -146,17 +156,6 @@ class HiddenStates:
 
     def _place(self, part: range) -> Path:
         return self.path.with_name(f"{self.path.name}.{part.start}-{part.stop}.json")
-
-    def _is_kept(self, part: range) -> bool:
-        place = self._place(part)
-        return place.exists() and read_json(place)["about"] == self._about
-
-    def _forget_others(self) -> None:
-        """Deletes notes on other parts of something else: its states do not outlast this file's."""
-        ours = [self._place(part) for part in self._parts]
-        for place in self.path.parent.glob(f"{self.path.name}.*.json"):
-            if place not in ours and read_json(place)["about"] != self._about:
-                place.unlink()
 
     def _say(self, done: int) -> None:
         write_json(self._place(self.part), {"about": self._about, "done": done})
@@ -196,7 +195,7 @@ def with_rows(rollouts: Dataset) -> Dataset:
 def decoder_digest(model: LengthValueModel) -> str:
     """A digest that changes with the config of a decoder and with its weights: of a few numbers of each."""
     config = model.backbone.config.to_dict()
-    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    config = {name: value for name, value in config.items() if name not in _OF_SAVING}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.backbone.named_parameters():
         digest.update(name.encode())

@@ -93,7 +93,9 @@ def check_resumed(folder: str, settings: dict[str, Any]) -> None:
         logger.warning("'%s' is not there: with which settings the run was begun is not known, nor compared", path)
         return
     begun = read_json(path)
-    names = [name for name in sorted({*begun, *settings}) if begun.get(name) != settings.get(name)]
+    # Records from before the decoder was compared do not name it.
+    told = {*begun, *settings} - ({"decoder"} - set(begun))
+    names = [name for name in sorted(told) if begun.get(name) != settings.get(name)]
     if names:
         differing = "; ".join(f"{name} {begun.get(name)}, now {settings.get(name)}" for name in names)
         raise ValueError(

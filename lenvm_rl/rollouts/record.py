@@ -263,7 +263,7 @@ def read_rollout_files(paths: Sequence[str | os.PathLike]) -> tuple[Dataset, Rol
     group_of: dict[tuple[int, ...], int] = {}
     for path, dataset, metadata in zip(paths, datasets, all_metadata, strict=True):
         for name in ("generator", "tokenizer_fingerprint", "eos_token_ids"):
-            if getattr(metadata, name) != getattr(first, name):
+            if _told(metadata, name) != _told(first, name):
                 raise ValueError(
                     f"{path} is not of the policy of {paths[0]}: {name} is {getattr(metadata, name)!r} there and "
                     f"{getattr(first, name)!r} here. Fit a length value model to one policy's rollouts."
@@ -392,9 +392,18 @@ def check_alone(path: Path, metadata: RolloutMetadata) -> None:
             )
 
 
+def _told(metadata: RolloutMetadata, name: str) -> Any:
+    """What metadata says by a name, without what older files do not."""
+    value = getattr(metadata, name)
+    if name == "tokenizer_fingerprint":
+        return {key: each for key, each in value.items() if key != "largest_id"}
+    return value
+
+
 def _job_of(metadata: RolloutMetadata) -> list[Any]:
     own = metadata.tokenizer_fingerprint.get("sha256")
-    return [metadata.generator, metadata.seed, metadata.eos_token_ids, own, metadata.sampling.get("plan")]
+    job = metadata.sampling.get("plan", metadata.sampling)
+    return [metadata.generator, metadata.seed, metadata.eos_token_ids, own, job]
 
 
 def iterate_jsonl(path: Path) -> Iterator[tuple[int, Any, str | None]]:

@@ -33,7 +33,7 @@ def test_states_are_those_of_each_completion_alone(truncated, tmp_path):
     model = make_model()
     states = kept(tmp_path / "states.bin", rollouts, truncated)
     states.fill(model, LengthValueCollator(truncated=truncated), batch_size=5, progress=False)
-    assert states.bytes == (tmp_path / "states.bin").stat().st_size == 2 * 16 * sum(states.counts)
+    assert states.bytes == states.path.stat().st_size == 2 * 16 * sum(states.counts)
     for row, rollout in enumerate(rollouts):
         ids = torch.tensor([rollout["prompt_ids"] + rollout["completion_ids"]])
         with torch.no_grad():
@@ -73,7 +73,7 @@ def test_what_was_computed_before_an_interruption_is_not_computed_again(size, no
     hook.remove()
     fresh = kept(tmp_path / "other.bin", rollouts)
     fresh.fill(model, COLLATE, batch_size=size, progress=False)
-    assert np.array_equal(np.fromfile(tmp_path / "states.bin"), np.fromfile(tmp_path / "other.bin"), equal_nan=True)
+    assert np.array_equal(np.fromfile(again.path), np.fromfile(fresh.path), equal_nan=True)
     # Of something else, it is made anew.
     other = HiddenStates(tmp_path / "states.bin", rollouts, 16, "bootstrap", {"of": "that"})
     assert other.done == 0
@@ -102,22 +102,19 @@ def test_states_of_another_process_have_to_be_in_the_same_file(tmp_path):
     first.check_whole()
 
 
-@pytest.mark.parametrize("others", [{"rows": 7}, {"process": 1, "processes": 2}])
-def test_states_that_others_have_overwritten_are_not_taken_for_there(others, tmp_path):
-    """What is done of A, then of B in the same file, is no longer done of A, however B was split."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_states_that_others_have_begun_meanwhile_are_not_mixed_with_these(processes, tmp_path):
+    """A is done by two processes; of B, with as many rollouts, one process comes no further than opening its file."""
     rollouts, model, path = Dataset.from_list(random_rollouts(12, cut_share=0.0)), make_model(), tmp_path / "states.bin"
-    kept(path, rollouts).fill(model, COLLATE, 4, progress=False)
-    before = kept(path, rollouts).of(3)
-    rows, process = others.get("rows", 12), others.get("process", 0)
-    for each in range(process + 1):
-        part = {"process": each, "processes": others.get("processes", 1)}
-        other = HiddenStates(path, rollouts.select(range(rows)), 16, "bootstrap", {"of": "that"}, **part)
-        other._array[:] = 1
-        other._say(other.part.stop)
-    again = kept(path, rollouts)
-    assert again.done == 0
+    for each in (0, 1):
+        kept(path, rollouts, process=each, processes=2).fill(model, COLLATE, 4, progress=False)
+    before = kept(path, rollouts, process=1, processes=2).of(11)
+    HiddenStates(path, rollouts, 8, "bootstrap", {"of": "that"}, process=0, processes=processes)
+    assert len(list(tmp_path.glob("*.bin"))) == 1
+    again = kept(path, rollouts, process=1, processes=2)
+    assert again.done == 6
     again.fill(model, COLLATE, 4, progress=False)
-    assert torch.equal(again.of(3), before)
+    assert torch.equal(again.of(11), before)
 
 
 def head_trainer(tmp_path, **changes):
@@ -180,18 +177,18 @@ def test_a_head_learns_the_same_from_kept_states(truncated, tmp_path):
         logs.append(([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], found))
         # Nine steps, and an evaluation of six batches; or each completion once, in batches of eight, twice.
         assert len(asked) == (12 if keep else 9 + 6)
-        assert (tmp_path / name / "hidden_states_train.bin").exists() == keep
+        assert len(list((tmp_path / name).glob("hidden_states_train.*.bin"))) == keep
     (losses, metrics), (kept_losses, kept_metrics) = logs
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(kept_losses, losses, rtol=2e-2)
     assert kept_metrics.keys() == metrics.keys()
     assert kept_metrics["eval_length_mae_at_0"] == pytest.approx(metrics["eval_length_mae_at_0"], rel=2e-2)
-    assert json.loads((tmp_path / "kept").glob("hidden_states_eval.bin.*.json").__next__().read_text())["done"] == 48
+    assert json.loads((tmp_path / "kept").glob("hidden_states_eval.*.bin.*.json").__next__().read_text())["done"] == 48
 
 
 def test_a_finished_model_is_left_without_them(tmp_path):
-    (tmp_path / "hidden_states_train.bin").write_bytes(b"0")
-    (tmp_path / "hidden_states_train.bin.0-4.json").write_text("{}")
+    (tmp_path / "hidden_states_train.0a1b.bin").write_bytes(b"0")
+    (tmp_path / "hidden_states_train.0a1b.bin.0-4.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"0")
     remove_hidden_states(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

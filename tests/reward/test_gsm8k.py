@@ -46,6 +46,8 @@ def rows_of(name):
         ("the answer is minus 5.", -5),
         ("#### Negative 5 degrees", -5),
         ("#### 12 minus 5 = 7", 7),
+        ("So he has 20 minus 5", 5),
+        ("a non-negative 5", 5),
         ("the answer is 5 dollars and 25 cents.", None),
         ("#### 3 boys and 4 girls", None),
         ("#### 18 and not 20", 18),
