@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from eval.graded import sandbox_prompts
-from eval.tradeoff.sampler import Arm, Sampler
+from eval.tradeoff.sampler import Sampler
 from lenvm_rl.sandbox import clean_length, read_completion
 from lenvm_rl.sandbox.styles import STYLES
 from lenvm_rl.sandbox.task import ANSWER, is_correct
@@ -125,31 +125,25 @@ def fit_frontier(sampler: Sampler, policy: PreTrainedModel) -> StyleFrontier | N
     """
     data = sandbox_prompts(FRONTIER_PROMPTS, "validation")
     sampler = replace(sampler, prompts=data.prompts, columns=data.columns, num_samples=FRONTIER_SAMPLES)
+    levels, tokens_of = data.difficulties, sampler.tokenizer.convert_ids_to_tokens
+    found = sampler.sample("frontier", "base", policy)
     rows, readable = [], set()
-    for tokens, prompt in _completions(sampler.sample("frontier", "base", policy), sampler):
-        reading = read_completion(tokens)
+    for ids, right, prompt in zip(found.completions, found.correct, found.prompt, strict=True):
+        reading = read_completion(tokens_of(ids))
         if reading.style != "mixed" and reading.waste_tokens == 0:
-            readable.add(data.difficulties[prompt])
-            rows += [(prompt, reading.style, tokens)] if reading.style != DIRECT else []
-    missing = set(data.difficulties) - readable
+            readable.add(levels[prompt])
+            rows += [(levels[prompt], reading.style, right)] if reading.style != DIRECT else []
+    missing = set(levels) - readable
     if missing:
         missed = sorted(missing)
         logger.warning("no style frontier: the policy writes no style without waste at difficulty %s", missed)
         return None
-    begun = replace(
-        sampler, prompts=[f"{prompt} {ANSWER}" for prompt in data.prompts], num_samples=DIRECT_SAMPLES, max_new_tokens=2
-    )
-    answers = _completions(begun.sample("frontier, answers at once", "base", policy), sampler)
-    rows += [(prompt, DIRECT, [ANSWER, *tokens]) for tokens, prompt in answers]
-    graded = [
-        (level, style, clean_length(level, style), is_correct(tokens, data.columns["answer"][prompt]))
-        for prompt, style, tokens in rows
-        for level in [data.difficulties[prompt]]
-    ]
-    return StyleFrontier.from_points(measure_points(*zip(*graded, strict=True)))
-
-
-def _completions(arm: Arm, sampler: Sampler) -> Iterator[tuple[list[str], int]]:
-    """The tokens of each completion, and its prompt."""
-    for ids, prompt in zip(arm.completions, arm.prompt, strict=True):
-        yield sampler.tokenizer.convert_ids_to_tokens(ids), int(prompt)
+    begun = [f"{prompt} {ANSWER}" for prompt in data.prompts]
+    sampler = replace(sampler, prompts=begun, num_samples=DIRECT_SAMPLES, max_new_tokens=2)
+    found = sampler.sample("frontier, answers at once", "base", policy)
+    for ids, prompt in zip(found.completions, found.prompt, strict=True):
+        right = is_correct([ANSWER, *tokens_of(ids)], data.columns["answer"][prompt])
+        rows.append((levels[prompt], DIRECT, right))
+    difficulties, styles, correct = zip(*rows, strict=True)
+    tokens = [clean_length(level, style) for level, style, _ in rows]
+    return StyleFrontier.from_points(measure_points(difficulties, styles, tokens, correct))

@@ -31,6 +31,7 @@ from lenvm_rl.rollouts.job import SamplingSettings, find_column_problem, sample_
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import REQUIRED_COLUMNS, read_rollouts, split_by_prompt
 from lenvm_rl.sandbox import DIFFICULTIES, PolicySettings, distinct_problems, fit_policy
+from lenvm_rl.sandbox.styles import check_passes
 from lenvm_rl.sandbox.task import sandbox_tokenizer
 from lenvm_rl.tokenization import check_context, check_prompts, check_same_tokenizer, load_prompts
 from lenvm_rl.trainers import checks
@@ -372,8 +373,7 @@ def check_sandbox_settings(args: StageArguments) -> None:
     for name in ("sample_prompts", "train_prompts"):
         if (count := getattr(args, name)) is not None and count % len(DIFFICULTIES):
             raise ValueError(f"{name}={count}: the sandbox has {len(DIFFICULTIES)} difficulties, give a multiple.")
-    if args.policy_passes < 0 or args.policy_passes % 0.5:
-        raise ValueError(f"policy_passes={args.policy_passes} is no multiple of 0.5, from 0 on.")
+    check_passes(args.policy_passes, "policy_passes")
 
 
 def check_before(args: StageArguments, config: LenVMConfig, model: ModelConfig, dense: bool) -> None:

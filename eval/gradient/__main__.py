@@ -48,7 +48,6 @@ from eval.report import save_report
 from eval.runs import OUTPUTS, output_folder, run_evaluation, set_threads
 from lenvm_rl.endings import own_length
 from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer
-from lenvm_rl.prediction import weights_fingerprint
 from lenvm_rl.rollouts.job import SamplingSettings, sample_to_file
 from lenvm_rl.rollouts.local import TransformersJob
 from lenvm_rl.rollouts.record import RolloutMetadata
@@ -146,9 +145,7 @@ def sample(
     """Completions of all batches with their grades, `rollouts.jsonl` in the output folder; reused if it is there."""
     settings = SamplingSettings(args.group_size, args.max_new_tokens, args.sampling_batch_size, args.temperature)
     job = TransformersJob(policy, tokenizer, data.prompts, settings, seed=args.seed)
-    # A policy trained again under the same name is another one.
-    generator = f"{args.policy} {weights_fingerprint(policy)[:12]}"
-    rollouts, metadata = sample_to_file(Path(args.output_dir) / "rollouts.jsonl", job, generator)
+    rollouts, metadata = sample_to_file(Path(args.output_dir) / "rollouts.jsonl", job, args.policy)
     if len(rollouts) != args.num_batches * args.batch_size:
         raise ValueError(
             f"{len(rollouts)} of {args.num_batches * args.batch_size} completions are valid; see the rejected ones "

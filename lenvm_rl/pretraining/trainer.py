@@ -244,7 +244,7 @@ class LengthValueTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """As in `Trainer`; for a head alone, the backbone has its say before."""
-        if isinstance(eval_dataset, Dataset):
+        if isinstance(eval_dataset, Dataset) and eval_dataset is not self.eval_dataset:
             check_fits(self._unwrapped, eval_dataset)
             eval_dataset = self._read(eval_dataset)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -27,6 +27,12 @@ DETOUR_WEIGHTS = (0.4, 0.4, 0.2)
 MAX_WAITS = 3
 
 
+def check_passes(passes: float, name: str = "passes") -> None:
+    """Raises a `ValueError`, by the name of the setting, unless a mean number of passes can be drawn."""
+    if passes < 0 or passes % 0.5:
+        raise ValueError(f"{name}={passes} is no multiple of 0.5, from 0 on.")
+
+
 @dataclass(frozen=True)
 class Overthinking:
     """How much the teacher wastes.
@@ -42,8 +48,7 @@ class Overthinking:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.passes < 0 or self.most_passes != 2 * self.passes:
-            raise ValueError(f"passes={self.passes} is no multiple of 0.5, from 0 on.")
+        check_passes(self.passes)
 
     @property
     def most_passes(self) -> int:
