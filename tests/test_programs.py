@@ -105,6 +105,30 @@ def test_an_error_of_the_persons_own_function_keeps_its_traceback():
         run_program(reward)
 
 
+@pytest.mark.parametrize("processes, fails, left", [(2, False, 1), (1, False, 0), (2, True, 0)])
+def test_processes_of_a_launch_leave_their_group_once_all_is_done(monkeypatch, processes, fails, left):
+    calls = []
+    for name, fake in {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: processes,
+        "destroy_process_group": lambda: calls.append("left"),
+    }.items():
+        monkeypatch.setattr(torch.distributed, name, fake)
+
+    def main():
+        calls.append("done")
+        if fails:
+            # Another process may still wait for this one.
+            raise SystemExit(1)
+
+    if fails:
+        with pytest.raises(SystemExit):
+            run_program(main)
+    else:
+        run_program(main)
+    assert calls == ["done"] + ["left"] * left
+
+
 def test_the_sentence_the_notes_and_the_way_to_the_traceback(monkeypatch):
     def main():
         error = PermissionError(errno.EACCES, "Permission denied", "/out")

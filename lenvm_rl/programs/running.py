@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import HfArgumentParser
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def run_program(main: Callable[[], Any], interrupted: str = INTERRUPTED) -> None
     """
     try:
         main()
+        _leave_the_others()
     except SystemExit as stopped:
         # Processes of a launch stop together, and the first says why.
         raise SystemExit(1 if isinstance(stopped.code, str) and not _is_first() else stopped.code) from None
@@ -84,6 +86,12 @@ def run_program(main: Callable[[], Any], interrupted: str = INTERRUPTED) -> None
             raise
         said = [f"error: {sentence}", *getattr(error, "__notes__", ()), f"({TRACEBACK_VARIABLE}=1 shows where.)"]
         raise SystemExit("\n" + "\n".join(said)) from None
+
+
+def _leave_the_others() -> None:
+    # One that ends with its group alive may abort: a thread of the group that waits for the interpreter is cut off.
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.destroy_process_group()
 
 
 def _is_first() -> bool:

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from datasets import Dataset
+from launched import run_two
 from places import PATHS
 from ragged import EOS, make_rollout, random_rollouts
 from tiny import tiny_llama, tiny_tokenizer
@@ -152,10 +150,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     path = tmp_path / "result.pt"
     script = tmp_path / "run.py"
     script.write_text(DISTRIBUTED.format(paths=PATHS, folder=str(tmp_path / "out"), path=str(path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(script)
 
     original = LengthValueModel.from_backbone(tiny_llama(), gamma=GAMMA).state_dict()
     held_out = Dataset.from_list(random_rollouts(7, seed=1))

@@ -1,12 +1,11 @@
 """Length penalties where a group spans processes: the numbers are those of one process, and nobody waits in vain."""
 
 import copy
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launched import run_two
 from places import PATHS
 from processes import FakeProcesses
 
@@ -265,9 +264,7 @@ else:
 def test_two_real_processes(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(TWO_PROCESSES.format(paths=PATHS, folder=str(tmp_path / "run")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(script)
 
 
 def test_a_linear_penalty_asks_nobody(monkeypatch):

@@ -3,13 +3,12 @@
 import functools
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from launched import run_two
 from places import PATHS
 from trainer_parts import grpo, logged, ppo, prompts, same_weights, weights
 from transformers.trainer_utils import IntervalStrategy
@@ -382,7 +381,6 @@ assert targets.state.targets == [300, 300, 300], targets.state.targets
 targets.reset()
 called(targets, [90] * 2 if rank else [190] * 2, [1, 1])
 assert targets.state.targets == [100, 300, 300], targets.state.targets
-PartialState().destroy_process_group()
 """
 
 
@@ -390,6 +388,4 @@ PartialState().destroy_process_group()
 def test_two_processes_have_one_state(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(TWO_PROCESSES.format(paths=PATHS))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(script)

@@ -1,10 +1,9 @@
 """Two processes of a script (gloo) under an engine that shards, with the settings that its config makes of a launch."""
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
+import launched
 import pytest
 
 # What `accelerate launch` sets for recipes/accelerate_configs/fsdp2.yaml.
@@ -28,15 +27,11 @@ DEEPSPEED = {
 }
 
 
-def run_two(script, *arguments, port, engine, timeout=300):
-    """Run a script in two processes, which calls [`start`]; a test without the engine's package is skipped."""
+def run_two(script, *arguments, engine, timeout=300):
+    """Run a script, which calls [`start`], in two processes; a test without the engine's package is skipped."""
     if engine.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install deepspeed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command += [str(script), engine, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    said = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
-    assert done.returncode == 0, "\n".join(said)[-3000:] or done.stderr[-3000:]
+    launched.run_two(script, engine, *arguments, timeout=timeout)
 
 
 def start(engine):

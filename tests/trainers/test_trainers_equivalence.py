@@ -7,12 +7,10 @@ rounding error in place of a gradient of 0 is a whole step (measured: weights 3e
 """
 
 import random
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
+from launched import run_two
 from places import PATHS
 from resume_runs import differences, is_time
 from tiny import EOS, tiny_gpt2, tiny_length_value_model, tiny_llama, tiny_tokenizer
@@ -224,10 +222,5 @@ LAYOUT = {"num_generations": 8, "per_device_train_batch_size": 24}
 def test_one_process_or_two(tmp_path, kind):
     script, result = tmp_path / "two.py", tmp_path / "two.pt"
     script.write_text(TWO_PROCESSES.format(paths=PATHS, kind=kind, folder=str(tmp_path / "two"), result=str(result)))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(script)
     assert_same(torch.load(result, weights_only=True), run(kind, tmp_path / "one", **LAYOUT))

@@ -1,9 +1,7 @@
 """Both trainers on two processes (gloo): the same weights, the same numbers, and groups that span both."""
 
-import subprocess
-import sys
-
 import pytest
+from launched import run_two
 from places import PATHS
 
 TWO_PROCESSES = """
@@ -120,6 +118,4 @@ torch.testing.assert_close(whiten(values[mine], mask[mine], trainer._sum_over_pr
 def test_two_processes_stay_together(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES.format(paths=PATHS, folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(script)

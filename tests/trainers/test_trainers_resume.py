@@ -3,13 +3,13 @@
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launched import two_processes
 from resume_runs import CASES, differences, run
 from trainer_parts import grpo, logged, ppo, prompts, random_lenvm, same_weights, weights
 
@@ -20,21 +20,13 @@ from lenvm_rl.trainers.resuming import Generations
 FAST, TWO_PROCESSES = "ppo_length_target", "ppo_refresh_two_processes"
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
 def program(case, folder, resume=None, dies=None):
     """The run in a process of its own, or in two: its exit status and, if it lived, its outcome."""
     result = Path(folder).with_suffix(".pt")
     arguments = {"case": case, "folder": str(folder), "resume": resume, "dies": dies}
     arguments.update(result=str(result), threads=torch.get_num_threads())
-    command = [sys.executable, str(Path(__file__).with_name("resume_runs.py")), json.dumps(arguments)]
-    if case == TWO_PROCESSES:
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-        command[1:1] = launch
+    script = Path(__file__).with_name("resume_runs.py"), json.dumps(arguments)
+    command = two_processes(*script) if case == TWO_PROCESSES else [sys.executable, *map(str, script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     status = done.returncode
     if case == TWO_PROCESSES and "Signal 9 (SIGKILL)" in done.stderr:

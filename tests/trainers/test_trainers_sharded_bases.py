@@ -90,7 +90,7 @@ def launch(tmp_path_factory):
     def launched(engine, *cases):
         results = folder / engine / f"{len(cases)}.json"
         if not results.exists():
-            run_two(script, folder, *cases, port=29537, engine=engine)
+            run_two(script, folder, *cases, engine=engine)
         return json.loads(results.read_text())
 
     launched.folder = folder
@@ -115,6 +115,7 @@ def test_a_shared_base_in_shards_gives_the_numbers_of_whole_ones(launch, engine)
     close(ours["resumed"], ours[CASES[-1]])
 
 
+@pytest.mark.slow
 def test_a_base_in_shards_has_the_values_of_a_whole_one(tmp_path, launch):
     launch("fsdp2", "head adapters 0")
     checkpoint = launch.folder / "fsdp2" / "head adapters 0" / "checkpoint-1"

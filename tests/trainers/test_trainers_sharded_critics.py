@@ -85,7 +85,7 @@ def launch(tmp_path_factory):
     def launched(engine, *cases):
         results = folder / engine / f"{len(cases)}.json"
         if not results.exists():
-            run_two(script, folder, *cases, port=29539, engine=engine, timeout=600)
+            run_two(script, folder, *cases, engine=engine, timeout=600)
         return json.loads(results.read_text())
 
     return launched

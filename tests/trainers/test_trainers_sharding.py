@@ -1,13 +1,15 @@
 """Both trainers with everything cut up over two processes (FSDP2, DeepSpeed): the numbers are those of whole models."""
 
 import json
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 from engines import run_two
 from places import PATHS
 from trainer_parts import grpo, random_lenvm
 
-from lenvm_rl.trainers.sharding import check_shards
+from lenvm_rl.trainers.sharding import check_engine, check_shards
 
 SCRIPT = """
 import json, os, shutil, sys
@@ -96,7 +98,7 @@ def launch(tmp_path_factory):
     def launched(engine):
         results = folder / f"{engine}.json"
         if not results.exists():
-            run_two(script, folder, port=29533, engine=engine)
+            run_two(script, folder, engine=engine)
         return json.loads(results.read_text())
 
     return launched
@@ -112,6 +114,30 @@ def test_shards_give_the_numbers_of_whole_models(launch, engine):
     # A resumed run goes on as the unbroken one.
     for resumed, unbroken in zip(ours["resumed"], ours["grpo"], strict=True):
         assert resumed == pytest.approx(unbroken, abs=1e-5)
+
+
+def test_a_checkpoint_goes_on_under_the_engine_that_wrote_it():
+    def launched(fsdp=None, zero=None):
+        plugins = dict(
+            fsdp_plugin=SimpleNamespace(fsdp_version=fsdp), deepspeed_plugin=SimpleNamespace(zero_stage=zero)
+        )
+        accelerator = SimpleNamespace(state=SimpleNamespace(**plugins))
+        return SimpleNamespace(accelerator=accelerator, is_fsdp_enabled=bool(fsdp), is_deepspeed_enabled=bool(zero))
+
+    runs = {
+        "none": launched(),
+        "FSDP2": launched(fsdp=2),
+        "DeepSpeed ZeRO-2": launched(zero=2),
+        "DeepSpeed ZeRO-3": launched(zero=3),
+    }
+    for (wrote, _), (engine, run) in product(runs.items(), repeat=2):
+        if wrote == engine:
+            check_engine(wrote, "run/checkpoint-1", run)
+            # Of a checkpoint from before engines were written down.
+            check_engine(None, "run/checkpoint-1", run)
+        else:
+            with pytest.raises(ValueError, match="run/checkpoint-1"):
+                check_engine(wrote, "run/checkpoint-1", run)
 
 
 @pytest.mark.parametrize(("engine", "variable"), [("FSDP", "FSDP"), ("DeepSpeed", "DEEPSPEED")])
