@@ -16,10 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import gradio as gr
 import torch
-from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -35,6 +32,13 @@ from lenvm_rl.modeling.backbones import context_of
 from lenvm_rl.modeling.loading import load_length_value_model, load_policy, load_tokenizer
 from lenvm_rl.programs import sentence_of
 from lenvm_rl.tokenization import check_room, tokenize_prompts
+
+try:
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ImportError as error:
+    raise ImportError("eval.demo is a page of gradio: pip install -e '.[demo]'") from error
 
 logger = logging.getLogger(__name__)
 

@@ -65,6 +65,8 @@ def whole_model(path: str) -> Iterator[str]:
 class SamplingArguments(CandidateArguments):
     """Arguments of a program whose arms are sampled by transformers or by vLLM."""
 
+    _argument_group_name = "Backend"
+
     backend: str = HfArg(
         default=TRANSFORMERS,
         help="What samples: transformers, or vllm in this process (to be installed by itself), where batch_size "

@@ -139,6 +139,8 @@ class RunArguments(ModelArguments):
 class CandidateArguments(RunArguments):
     """Arguments of a program whose arms all have one candidate rule."""
 
+    _argument_group_name = "Candidate tokens"
+
     top_k: int | None = HfArg(
         default=None, help="Candidate rule of every arm: top-k, 0 for none. Default: 15; sandbox: 0."
     )

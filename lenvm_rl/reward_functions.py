@@ -125,21 +125,26 @@ def load_reward(path: str) -> Callable:
         raise ValueError(f"{path!r} is not a dotted path; write it like reward.gsm8k.gsm8k_reward.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    found, where = None, f"no module of that name is in {os.getcwd()}, or where Python looks for modules"
+    found = None
     names = [".".join(parts[: place + 1]) for place in range(len(parts))]
     while names and (found is None or hasattr(found, "__path__")):
         if names[0] not in sys.modules and importlib.util.find_spec(names[0]) is None:
             break
         found = importlib.import_module(names.pop(0))
-        where = f"looked in {getattr(found, '__file__', None) or 'a module without a file'}"
-    try:
-        for name in names:
-            found = getattr(found, name.rpartition(".")[2])
-    except AttributeError as error:
+    if found is None:
         raise ValueError(
-            f"There is no reward function at the dotted path {path!r} ({error}; {where}): check it. A module of your "
-            "own is hidden by another one of its name, so give it a name of its own."
-        ) from error
+            f"There is no reward function at the dotted path {path!r}: no module {parts[0]!r} is in {os.getcwd()}, or "
+            "where Python looks for modules."
+        )
+    for name in names:
+        last = name.rpartition(".")[2]
+        if not hasattr(found, last):
+            place = getattr(found, "__file__", None) or getattr(found, "__name__", None) or type(found).__name__
+            raise ValueError(
+                f"There is no reward function at the dotted path {path!r}: {place} has no {last!r}. If that is not the "
+                "module that you mean, give yours another name."
+            )
+        found = getattr(found, last)
     if inspect.isclass(found):
         raise ValueError(f"{path!r} is a class, not a function: name an object that was made from it, or a function.")
     if not callable(found):

@@ -288,7 +288,8 @@ def _from_messages(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Mapping[
     except (TemplateError, ValueError, TypeError) as error:
         raise ValueError(
             f"Prompt {index} is a list of messages, and the tokenizer's chat template makes no tokens of it: {error}. "
-            "Give messages that the template takes, or text, or a tokenizer with a chat template."
+            "Give messages that the template takes, or a tokenizer with a chat template, or text (a program's `chat` "
+            "makes messages of it: leave that out)."
         ) from error
 
 

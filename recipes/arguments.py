@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from trl import ModelConfig
 from trl.trainer.utils import get_quantization_config
 
@@ -28,7 +30,8 @@ class DataArguments:
     _argument_group_name = "Prompts"
 
     dataset_name: str | None = HfArg(
-        default=None, help="Prompts: a hub id or a .jsonl, .json, .parquet or .csv file. Default: the built-in sandbox."
+        default=None,
+        help="Prompts: a hub id or a .jsonl, .json, .parquet, .csv or .tsv file. Default: the built-in sandbox.",
     )
     dataset_config: str | None = HfArg(default=None, help="Configuration of a hub dataset.")
     dataset_split: str = HfArg(default="train", help="Split of a hub dataset.")
@@ -51,10 +54,10 @@ class StageArguments(DataArguments):
         default=None,
         help="Pretrained length value model (folder or hub id). Default: sample rollouts and pretrain one.",
     )
-    reward_funcs: list[str] = HfArg(
-        default_factory=lambda: ["reward.sandbox.sandbox_reward"],
+    reward_funcs: list[str] | None = HfArg(
+        default=None,
         help="Dotted paths of reward functions, which get the other columns of the data. gate_reward names the one "
-        "that says what is correct.",
+        "that says what is correct. Default: the sandbox's, reward.sandbox.sandbox_reward.",
     )
     policy_tokens: int = HfArg(
         default=PolicySettings.train_tokens, help="Sandbox: teacher tokens the policy is fitted on."
@@ -73,8 +76,8 @@ class StageArguments(DataArguments):
     sample_batch_size: int = HfArg(default=256, help="Completions per generate call.")
     pretrain_form: str = HfArg(
         default=FULL,
-        help="What is fitted: full, a copy of the policy's decoder and a head; adapter, LoRA and a head; head, a head "
-        "alone. The last two share the policy's frozen decoder, so they need --use_peft true, or beta above 0.",
+        help="What is fitted: full, a copy of the policy's decoder and a head; adapter, LoRA and a head, or head, a "
+        "head alone, on the policy's frozen decoder (with --use_peft true, or beta above 0).",
         metadata={"choices": list(FORMS)},
     )
     pretrain_layers: list[int] | None = HfArg(
@@ -102,6 +105,8 @@ class StageArguments(DataArguments):
     smoke: bool = HfArg(default=False, help="Run every stage at a size that only shows that it runs.")
 
     def __post_init__(self) -> None:
+        if self.reward_funcs is None and self.dataset_name is None:
+            self.reward_funcs = ["reward.sandbox.sandbox_reward"]
         if self.smoke:
             self.policy_tokens, self.sample_prompts, self.sample_num_samples = 40_000, 16, 4
             self.pretrain_epochs, self.train_prompts = 1.0, 32
@@ -145,6 +150,8 @@ def check_setup(args: StageArguments, model: ModelConfig) -> None:
         raise ValueError("A model of your own needs prompts: give --dataset_name (a hub id or a local file).")
     if args.dataset_name is not None and model.model_name_or_path is None:
         raise ValueError("A dataset of your own needs a policy: give --model_name_or_path.")
+    if args.reward_funcs is None:
+        raise ValueError("A dataset of your own needs a reward: give --reward_funcs (module.function).")
     if not holds_few_bits(model):
         return
     if not model.use_peft:
@@ -152,8 +159,19 @@ def check_setup(args: StageArguments, model: ModelConfig) -> None:
             "load_in_4bit and load_in_8bit hold the policy in weights that do not learn: set use_peft=true, which "
             "trains adapters on them."
         )
-    if find_spec("bitsandbytes") is None:
+
+
+def check_packages(config: TrainingArguments, model: ModelConfig) -> None:
+    """Raise a `ValueError` if a setting needs a package that is not installed: stages before training take long."""
+    if holds_few_bits(model) and find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes.")
+    if config.use_vllm and find_spec("vllm") is None:
+        raise ValueError("use_vllm needs vLLM, which is not installed: pip install vllm, or leave use_vllm out.")
+    # transformers leaves it out of the list where MLflow is there too, which it works with.
+    installed = {*get_available_reporting_integrations(), "azure_ml"}
+    get_reporting_integration_callbacks(config.report_to)
+    if missing := [name for name in config.report_to if name not in installed]:
+        raise ValueError(f"report_to names what is not installed: pip install {' '.join(missing)}, or leave it out.")
 
 
 def holds_few_bits(model: ModelConfig) -> bool:

@@ -38,7 +38,7 @@ from lenvm_rl.trainers import checks
 from lenvm_rl.trainers.config import LenVMConfig
 from lenvm_rl.trainers.fields import changed_fields
 from lenvm_rl.trainers.rewards import gate_index
-from recipes.arguments import StageArguments, holds_few_bits, model_kwargs
+from recipes.arguments import StageArguments, check_packages, holds_few_bits, model_kwargs
 from recipes.pretrain_lenvm import print_comparison
 from recipes.reward_trial import try_rewards
 from recipes.sample_rollouts import make_prompts
@@ -130,6 +130,7 @@ class StagedRun:
             check_prompts(prompts, source, tokenizer)
             check_context(prompts, source, tokenizer, self.config.max_completion_length, self._context())
             check_golds(rewards, dataset)
+        checks.check_dataset(self.prompts(self.args.train_prompts, TRAIN_SEED), self.config)
         try_rewards(rewards, dataset, tokenizer, self.config, name)
         form = self.args.pretrain_form
         if self.args.length_value_model is not None:
@@ -384,6 +385,7 @@ def check_before(args: StageArguments, config: LenVMConfig, model: ModelConfig, 
         dense (`bool`): whether advantages differ from token to token even with both coefficients at 0.
     """
     gate_reward_path(args, config)
+    check_packages(config, model)
     checks.check_model_path(model.model_name_or_path, "the policy")
     checks.check_model_path(args.length_value_model, "the length value model")
     if dense or config.needs_length_value_model:
@@ -462,8 +464,7 @@ def train_stage(algorithm: str, run: StagedRun, make_trainer: Callable[..., Any]
     if PartialState().is_main_process:
         run.record(name, target)
         show_progress(target / "metrics.jsonl")
-        names = ("dataset_name", "dataset_config")
-        data = [text for key in names if (value := getattr(run.args, key)) for text in (f"--{key}", value)]
+        data = [] if run.sandbox else ["--dataset_name", "TEST_PROMPTS"]
         say_next("python", "-m", "eval.tradeoff", "--run_dir", str(run.output_dir), *data)
 
 

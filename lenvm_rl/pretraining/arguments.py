@@ -28,8 +28,8 @@ class LengthValueTrainingArguments(TrainingArguments):
     num_train_epochs: float = HfArg(default=2.0, help="Passes over the rollouts.")
     form: str = HfArg(
         default=FULL,
-        help="What is trained. full: a decoder of its own and a head; adapter: LoRA and a head on the frozen backbone; "
-        "head: the head alone. The last two are small and hold no decoder: whoever reads them names the backbone again "
+        help="What is trained: full, a decoder of its own and a head; adapter, LoRA and a head on the frozen backbone; "
+        "head, the head alone. The last two are small and hold no decoder: whoever reads them names the backbone again "
         "(--base), and a run that trains a policy shares the one it has.",
         metadata={"choices": list(FORMS)},
     )

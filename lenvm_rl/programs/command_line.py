@@ -19,17 +19,20 @@ CONFIG_HELP = "--config FILE reads any of these options from YAML; the command l
 # Of the options that a program takes over from other libraries, those that are set most.
 SET_MOST = (
     "model_name_or_path", "dtype", "attn_implementation", "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
-    "output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay", "max_steps",
+    "output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
     "num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "temperature", "top_p",
     "top_k", "beta", "epsilon", "loss_type", "scale_rewards", "reward_weights", "mask_truncated_completions",
     "use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "bf16", "use_cpu", "seed", "logging_steps", "save_steps",
-    "save_total_limit", "resume_from_checkpoint", "report_to", "run_name",
+    "save_total_limit", "report_to",
 )  # fmt: skip
 # More choices than these are in the whole text alone.
 MOST_CHOICES = 6
 _KINDS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL", dict: "JSON"}
+# A text that says itself what the default is.
+_TOLD = re.compile(r"\b[Dd]efault(s to\b|:|, )")
 _SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)[.:](?=\s+[A-Z'\"(]|$)")
+_DEFAULT = re.compile(r"Default: .*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ class ProgramParser(TrlParser):
     """`trl.TrlParser` for a program: names may be spelled with dashes or underscores, in YAML too.
 
     `--help` shows the fields of this project, those of each class under its `_argument_group_name`, then what is set
-    most of other libraries, a sentence each; `--help_all` shows every option with its whole text.
+    most of other libraries: the first sentence of each and what follows "Default:". `--help_all` shows all options with
+    their whole texts.
 
     Args:
         dataclass_types (dataclass or several): whose fields are options.
@@ -203,11 +207,12 @@ class ProgramHelp(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = " ".join((action.help or "").split())
         if self.brief and (end := _SENTENCE.search(text)):
-            text = text[: end.start()] + "."
+            told = _DEFAULT.search(text, end.start())
+            text = f"{text[: end.start()]}." + (f" {told[0]}" if told else "")
         # Where a default depends on other arguments, the help says on which.
         if action.required:
             return f"{text} (required)"
-        if action.default in (None, [], argparse.SUPPRESS) or "default" in text.lower():
+        if action.default in (None, [], argparse.SUPPRESS) or _TOLD.search(text):
             return text
         return f"{text} (default: %(default)s)"
 

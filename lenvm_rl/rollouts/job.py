@@ -51,6 +51,8 @@ PREPARATION = -1
 class SamplingSettings:
     """Everything that a completion depends on beside the policy, the prompt and the seed."""
 
+    _argument_group_name = "Sampling"
+
     num_samples: int = HfArg(default=4, help="Completions per prompt.")
     max_new_tokens: int = HfArg(
         default=1024,

@@ -122,8 +122,7 @@ class LenVMConfig(GRPOConfig):
     length_gate_center: bool = setting(
         False,
         "Centre the gated length stream over the correct completions of each group, so that no length value model can "
-        "push the chance to be correct (lenvm_rl.trainers.streams.centered_gated_advantage). Needs "
-        "length_gate='correct' and length_lam=1.",
+        "push the chance to be correct. Needs length_gate='correct' and length_lam=1.",
     )
     shaping_coef: Annotated[float, NUMBER] = setting(
         0.0,

@@ -49,7 +49,7 @@ DATA = ("--dataset_name", "data.jsonl")
     "config_class, sandbox_config", [(LenVMGRPOConfig, "sandbox_grpo.yaml"), (LenVMPPOConfig, "sandbox_ppo.yaml")]
 )
 def test_the_sandboxs_settings_stay_away_from_a_model_of_ones_own(line, config_class, sandbox_config, monkeypatch):
-    line = (*line, "--output_dir", "out")
+    line = (*line, "--output_dir", "out", "--reward_funcs", "my.reward")
     args, config, model = read(monkeypatch, *line, config_class=config_class, sandbox_config=sandbox_config)
     assert (model.model_name_or_path, args.dataset_name) == ("mine", "data.jsonl")
     assert (config.length_coef, config.learning_rate, config.shuffle_dataset) == (0.0, 1e-6, True)
@@ -68,7 +68,8 @@ def test_without_one_they_are_the_sandboxs(monkeypatch):
 @pytest.mark.parametrize("spelling", ["--config {}", "--config={}"])
 @pytest.mark.parametrize("name", ["model_name_or_path", "model-name-or-path"])
 def test_a_model_in_yaml_counts(spelling, name, tmp_path, monkeypatch):
-    path = write(tmp_path / "c.yaml", f"{name}: mine\ndataset_name: data.jsonl\noutput_dir: out\nbf16: true\n")
+    data = "dataset_name: data.jsonl\nreward_funcs: [my.reward]\n"
+    path = write(tmp_path / "c.yaml", f"{name}: mine\n{data}output_dir: out\nbf16: true\n")
     _, config, model = read(monkeypatch, *spelling.format(path).split())
     assert model.model_name_or_path == "mine" and (config.length_coef, config.learning_rate) == (0.0, 1e-6)
     assert config.bf16 and config.use_cpu
@@ -161,23 +162,29 @@ class Derived(Base):
     """More. Not the heading: this class names one."""
 
     _argument_group_name = "Derived"
-    later: str | None = field(default=None, metadata={"help": "Which: it depends."})
+    later: str | None = field(default=None, metadata={"help": "Which: it depends. More of it. Default: what is there."})
+    most: float = field(default=2.0, metadata={"help": "Three times another's default."})
     beta: float = field(default=0.5, metadata={"help": "Ours now."})
 
 
 def test_the_help_has_ours_first_by_the_class_that_tells_them():
     groups = {group.title: group.names for group in help_groups([Derived])}
     assert list(groups)[:2] == ["Options of the base", "Derived"]
-    assert groups["Options of the base"] == ("own",) and set(groups["Derived"]) == {"later", "beta"}
+    assert groups["Options of the base"] == ("own",) and set(groups["Derived"]) == {"later", "most", "beta"}
     assert {"learning_rate", "num_generations"} <= set(list(groups.values())[2])
-    assert not {"own", "later", "beta"} & set(list(groups.values())[2])
+    assert not {"own", "later", "most", "beta"} & set(list(groups.values())[2])
 
 
-def test_the_help_says_a_sentence_and_the_whole_help_all():
+def test_the_help_says_a_sentence_and_the_default_and_the_whole_help_all():
     parser = ProgramParser(Derived)
     brief, whole = parser.format_help(), parser.format_help(whole=True)
     assert "--own INT" in brief and "First, e.g. this. (default: 1)" in brief and "Then" not in brief
     assert "Then much more." in whole and "--adam_epsilon FLOAT" in whole and "--adam_epsilon" not in brief
+    for text in (" ".join(brief.split()), " ".join(whole.split())):
+        # What is no default of its own does not stand for one, and its own is told.
+        assert "Three times another's default. (default: 2.0)" in text
+        assert "Default: what is there." in text
+    assert "More of it" not in brief
     # Where nothing is left over, nothing is left out.
     assert (
         "Kind. (default: a)" in ProgramParser(Options).format_help() and "a|b" in ProgramParser(Options).format_help()

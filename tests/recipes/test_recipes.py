@@ -29,7 +29,10 @@ def make_run(tmp_path, model=None, settings=None, **arguments):
     config = LenVMGRPOConfig(
         output_dir=str(tmp_path), max_completion_length=16, use_cpu=True, bf16=False, **(settings or {})
     )
-    return StagedRun(StageArguments(**arguments), config, ModelConfig(model_name_or_path=model))
+    rewards = ["reward.sandbox.sandbox_reward"]
+    return StagedRun(
+        StageArguments(**{"reward_funcs": rewards, **arguments}), config, ModelConfig(model_name_or_path=model)
+    )
 
 
 def test_a_stage_is_made_once_and_refused_with_other_settings(tmp_path):
@@ -147,6 +150,10 @@ def test_half_a_setup_is_refused():
         check_setup(StageArguments(), ModelConfig(model_name_or_path="mine"))
     with pytest.raises(ValueError, match="needs a policy"):
         check_setup(StageArguments(dataset_name="mine.jsonl"), ModelConfig())
+    # The sandbox's reward would read a column of the same name, and call every answer wrong.
+    with pytest.raises(ValueError, match="reward_funcs"):
+        check_setup(StageArguments(dataset_name="mine.jsonl"), ModelConfig(model_name_or_path="mine"))
+    assert StageArguments().reward_funcs == ["reward.sandbox.sandbox_reward"]
 
 
 def test_rollouts_are_sampled_as_the_trainer_samples(tmp_path):
@@ -163,9 +170,16 @@ def test_rollouts_are_sampled_as_the_trainer_samples(tmp_path):
         (("--gate_reward", "nothing"), "gate_reward"),
         (("--loss_type", "vespo"), "loss_type='vespo'"),
         (("--length_value_model", "./nowhere"), "no folder './nowhere' for the length value model"),
-        (("--model_name_or_path", "./nowhere", "--dataset_name", "x.jsonl"), "no folder './nowhere' for the policy"),
+        (
+            ("--model_name_or_path", "./nowhere", "--dataset_name", "x.jsonl", "--reward_funcs", "reward.gsm8k.gsm8k_reward"),
+            "no folder './nowhere' for the policy",
+        ),
         (("--eval_strategy", "steps"), "eval_strategy"),
         (("--length_lam", "2"), "length_lam"),
+        (("--train_prompts", "4"), "per_device_train_batch_size"),
+        (("--report_to", "mlflow"), "report_to"),
+        (("--report_to", "nothing"), "nothing is not supported"),
+        (("--use_vllm", "true"), "use_vllm"),
         (("--critic", "./nowhere"), "no folder './nowhere' for the critic"),
         (("--critic", str(CONFIGS)), "configs' holds no model"),
         (("--critic_form", "head"), "use_peft.*beta.*critic_form='full'"),

@@ -8,11 +8,11 @@ from trl import ModelConfig
 
 from lenvm_rl.trainers import LenVMGRPOConfig
 from recipes import arguments, ppo_shaped
-from recipes.arguments import StageArguments, check_setup, model_kwargs
+from recipes.arguments import StageArguments, check_packages, check_setup, model_kwargs
 from recipes.stages import StagedRun
 
 MINE = {"model_name_or_path": "mine"}
-DATA = StageArguments(dataset_name="mine.jsonl")
+DATA = StageArguments(dataset_name="mine.jsonl", reward_funcs=["my.reward"])
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
@@ -20,11 +20,13 @@ def test_weights_in_few_bits_learn_through_adapters(monkeypatch, bits):
     with pytest.raises(ValueError, match="use_peft"):
         check_setup(DATA, ModelConfig(**MINE, **{bits: True}))
     model = ModelConfig(**MINE, **{bits: True}, use_peft=True)
+    check_setup(DATA, model)
+    config = LenVMGRPOConfig(output_dir="out", use_cpu=True, bf16=False)
     monkeypatch.setattr(arguments, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="bitsandbytes"):
-        check_setup(DATA, model)
+        check_packages(config, model)
     monkeypatch.setattr(arguments, "find_spec", lambda name: name)
-    check_setup(DATA, model)
+    check_packages(config, model)
 
 
 def test_every_stage_loads_the_policy_in_as_many_bits(tmp_path):

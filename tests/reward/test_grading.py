@@ -100,20 +100,16 @@ def test_degenerate_outputs_are_wrong_and_take_little_time(text, monkeypatch):
     begin = time.process_time()
     assert gsm8k_reward([text], answer=["18"]) == [0.0]
     assert exact_match_marked([text], answer=["18"]) == [0.0]
-    for gold in ("18", "3\\sqrt{2}"):
-        assert math_reward([text], answer=[gold]) == [0.0]
+    assert math_reward([text, text], answer=["18", "3\\sqrt{2}"]) == [0.0, 0.0]
     # Of this process; the limit above holds for the others.
     assert time.process_time() - begin < 10
 
 
 def test_the_last_box_is_found_in_linear_time():
-    def seconds(count):
-        begin = time.process_time()
-        assert last_boxed("\\boxed{" * count) is None and last_boxed("\\boxed{" * count + "}") is None
-        return time.process_time() - begin
-
-    # Four times the text took sixteen times as long when each box was tried anew: 7 s for 19 kB.
-    assert seconds(40_000) < 10 * max(seconds(10_000), 0.01)
+    begin = time.process_time()
+    assert last_boxed("\\boxed{" * 20_000) is None and last_boxed("\\boxed{" * 20_000 + "}") is None
+    # It takes 0.02 s. When each box was tried anew, a seventh of the text took 7 s, and twice the text four times that.
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize(

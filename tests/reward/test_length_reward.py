@@ -412,13 +412,13 @@ def test_a_dotted_path_to_nothing_is_refused(path):
 def test_a_module_that_hides_a_persons_own_is_named_with_its_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reward.py").write_text("def mine(completions, **kwargs):\n    return [1.0] * len(completions)\n")
-    with pytest.raises(ValueError, match=f"looked in {re.escape(reward.__file__)}"):
+    with pytest.raises(ValueError, match=f"{re.escape(reward.__file__)} has no 'mine'"):
         load_reward("reward.mine")
-    with pytest.raises(ValueError, match=r"looked in .*reward.gsm8k\.py"):
+    with pytest.raises(ValueError, match=r"reward.gsm8k\.py has no 'nothing'"):
         load_reward("reward.gsm8k.nothing")
-    with pytest.raises(ValueError, match="sys.nothing"):
+    with pytest.raises(ValueError, match="sys has no 'nothing'"):
         load_reward("sys.nothing")
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+    with pytest.raises(ValueError, match=f"'nowhere_at_all' is in {re.escape(str(tmp_path))}"):
         load_reward("nowhere_at_all.mine")
 
 
