@@ -136,20 +136,16 @@ def budget_remark(rows: list[dict[str, Any]], curves: dict[str, Any]) -> list[st
 def plot_tradeoff(
     rows: list[dict[str, Any]], frontier: StyleFrontier | None, path: Path, curves: dict[str, Any] | None = None
 ) -> None:
-    """Accuracy against mean tokens with 95 % intervals: over all completions, and against the tokens of correct ones;
-    and, of `curves` (see `eval.tradeoff.budgets`), within token budgets.
-
-    In the left panel, points that are away from the base policy have their divergence from it beside them, in nats. An
-    arm whose accuracy is not known is left out.
+    """Accuracy against mean tokens with 95 % intervals and, of `curves` (see `eval.tradeoff.budgets`), within token
+    budgets. An arm whose accuracy is not known is left out.
     """
-    panels = 2 if curves is None else 3
-    figure = Figure(figsize=(5.5 * panels, 5.2), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True)
+    panels = 1 if curves is None else 2
+    figure = Figure(figsize=(5.5 * panels, 4.6), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     known = [row for row in rows if is_known(row["accuracy"])]
-    for axis, key, title in zip(axes[:2], ("tokens", "tokens_correct"), ("all", "correct"), strict=True):
-        _draw_arms(known, key, axis)
-        axis.set_xlabel(f"mean tokens, {title} completions")
-        axis.grid(alpha=0.3)
+    _draw_arms(known, axes[0])
+    axes[0].set(xlabel="mean tokens", ylabel="accuracy, 95 % intervals over prompts")
+    axes[0].grid(alpha=0.3)
     highest = max([row["accuracy"]["high"] or row["accuracy"]["estimate"] for row in known], default=0.0)
     # Room for points on the axis, and where nobody is right, an axis that says so.
     top = min(1.04, 1.25 * highest) if highest > 0 else 1.04
@@ -159,13 +155,10 @@ def plot_tradeoff(
         tokens = np.append(frontier.tokens, max(longest, frontier.tokens[-1]))
         label = "style frontier: best mixture of the base policy's own styles"
         axes[0].plot(tokens, frontier.accuracy(tokens), color="#bbbbbb", linestyle="--", label=label, zorder=1)
-    _write_divergences([row for row in known if is_known(row["kl"]) and row["kind"] != "base"], axes[0])
-    if not any(row["tokens_correct"] for row in known):
-        nobody = "no completion is correct" if known else "no completion was graded"
-        axes[1].text(0.5, 0.5, nobody, ha="center", transform=axes[1].transAxes)
+    if not known:
+        axes[0].text(0.5, 0.5, "no completion was graded", ha="center", transform=axes[0].transAxes)
     if curves is not None:
-        _draw_curves(known, curves, axes[2])
-    axes[0].set_ylabel("accuracy, 95 % intervals over prompts")
+        _draw_curves(known, curves, axes[1])
     legend_below(figure, axes[0])
     save_figure(path, figure)
 
@@ -189,7 +182,7 @@ def _draw_curves(rows: list[dict[str, Any]], curves: dict[str, Any], axis: Axes)
     axis.grid(alpha=0.3)
 
 
-def _draw_arms(rows: list[dict[str, Any]], key: str, axis: Axes) -> None:
+def _draw_arms(rows: list[dict[str, Any]], axis: Axes) -> None:
     """Every kind of arm, the base policy over the others; each trained policy has a colour, which its tilts share."""
     trained, colors = [row for row in rows if row["kind"] == "trained"], cycle(TRAINED_COLORS)
     looks = {kind: look for kind, look in KINDS.items() if kind not in ("base", "trained")} | {"base": KINDS["base"]}
@@ -199,24 +192,8 @@ def _draw_arms(rows: list[dict[str, Any]], key: str, axis: Axes) -> None:
         drawn.append((tilts, replace(KINDS["tilt"], label=f"{name}, tilted", color=color)))
         drawn.append(([row], replace(KINDS["trained"], label=f"trained: {name}", color=color)))
     for own, look in drawn:
-        own = sorted((row for row in own if is_known(row[key])), key=lambda row: row[key]["estimate"])
-        points = [row[key] for row in own], [row["accuracy"] for row in own]
-        size, line = 13 if look.marker == "*" else 6, "-" if look.line else "none"
+        own = sorted(own, key=lambda row: row["tokens"]["estimate"])
+        points = [row["tokens"] for row in own], [row["accuracy"] for row in own]
+        size, line = 11 if look.marker == "*" else 6, "-" if look.line else "none"
         shape = {"color": look.color, "marker": look.marker, "markersize": size, "linestyle": line, "linewidth": 1}
         draw_intervals(axis, *points, label=look.label, zorder=3, **shape)
-
-
-def _write_divergences(rows: list[dict[str, Any]], axis: Axes) -> None:
-    for row in rows:
-        axis.annotate(
-            f"{row['kl']['estimate']:.2g}",
-            (row["tokens"]["estimate"], row["accuracy"]["estimate"]),
-            (5, -11),
-            textcoords="offset points",
-            fontsize=7,
-            color="#444444",
-            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-            zorder=4,
-        )
-    if rows:
-        axis.set_title("small numbers: KL to the base policy, nats per completion", fontsize=8, color="#444444")

@@ -64,7 +64,7 @@ def arm(name, kind, tokens, accuracy, kl=None, **changes):
     return row | changes
 
 
-def test_the_numbers_of_the_tradeoff_are_explained_and_nothing_lies_beyond_the_axes(drawn, tmp_path):
+def test_nothing_of_the_tradeoff_lies_beyond_the_axes(drawn, tmp_path):
     rows = [
         arm("base", "base", 12, 0.75, 0.0),
         arm("tilt +1", "tilt", 5, 0.5, 0.5),
@@ -73,8 +73,6 @@ def test_the_numbers_of_the_tradeoff_are_explained_and_nothing_lies_beyond_the_a
     plot_tradeoff(rows, None, tmp_path / "t.png")
     ((figure, renderer),) = drawn
     left = figure.axes[0]
-    shown = [text.get_text() for text in left.texts]
-    assert shown == ["0.5", "2.8"] and "KL to the base policy, nats" in left.get_title()
     assert "trained: " in texts_of(figure) and "_mine" in texts_of(figure)
     assert left.get_ylim()[0] < 0 and left.get_ylim()[1] > 1
     assert not any(overlapping(labels, renderer) for axis in figure.axes for labels in ticks_of(axis))
@@ -94,13 +92,11 @@ def test_the_numbers_of_the_tradeoff_are_explained_and_nothing_lies_beyond_the_a
         },
     ],
 )
-def test_a_tradeoff_without_correct_graded_or_several_prompts_is_drawn(drawn, tmp_path, changes):
+def test_a_tradeoff_without_correct_or_graded_completions_or_several_prompts_is_drawn(drawn, tmp_path, changes):
     rows = [arm("base", "base", 12, 0.75, 0.0) | changes, arm("tilt +1", "tilt", 5, 0.5, 0.1) | changes]
     plot_tradeoff(rows, None, tmp_path / "t.png")
     figure, _ = drawn[0]
-    if rows[0]["tokens_correct"] is None:
-        known = rows[0]["accuracy"] is not NOTHING
-        assert f"no completion {'is correct' if known else 'was graded'}" in texts_of(figure)
+    assert ("no completion was graded" in texts_of(figure)) == (rows[0]["accuracy"] is NOTHING)
     assert figure.axes[0].get_ylim()[1] > 0.5
 
 
@@ -111,7 +107,7 @@ def test_accuracy_within_budgets_has_a_panel_of_its_own(drawn, tmp_path):
     accuracy["tilt +1"][0] = NOTHING
     plot_tradeoff(rows, None, tmp_path / "t.png", {"budgets": budgets, "accuracy": accuracy})
     ((figure, renderer),) = drawn
-    left, _, panel = figure.axes
+    _, panel = figure.axes
     assert panel.get_xscale() == "log" and "cut off after" in panel.get_xlabel()
     lines = [len(line.get_xdata()) for line in panel.get_lines() if len(line.get_xdata()) > 1]
     assert sorted(lines) == [5, 6, 6]

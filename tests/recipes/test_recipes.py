@@ -171,7 +171,14 @@ def test_rollouts_are_sampled_as_the_trainer_samples(tmp_path):
         (("--loss_type", "vespo"), "loss_type='vespo'"),
         (("--length_value_model", "./nowhere"), "no folder './nowhere' for the length value model"),
         (
-            ("--model_name_or_path", "./nowhere", "--dataset_name", "x.jsonl", "--reward_funcs", "reward.gsm8k.gsm8k_reward"),
+            (
+                "--model_name_or_path",
+                "./nowhere",
+                "--dataset_name",
+                "x.jsonl",
+                "--reward_funcs",
+                "reward.gsm8k.gsm8k_reward",
+            ),
             "no folder './nowhere' for the policy",
         ),
         (("--eval_strategy", "steps"), "eval_strategy"),
