@@ -70,10 +70,11 @@ class ProgramParser(TrlParser):
         **kwargs: Any,
     ):
         types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
-        given = {"epilog": CONFIG_HELP, "formatter_class": ProgramHelp, "add_help": False} | kwargs
+        program = f"python {os.path.relpath(sys.argv[0] or "program")}"
+        given = {"prog": program, "epilog": CONFIG_HELP, "formatter_class": ProgramHelp, "add_help": False} | kwargs
         super().__init__(types, **given)
         if self.usage is None:
-            self.usage = f"python {os.path.relpath(sys.argv[0])} [--OPTION VALUE ...] [--config FILE]"
+            self.usage = f"{self.prog} [--OPTION VALUE ...] [--config FILE]"
         kinds = {field.name: _kind(field.type) for field in self._fields}
         for action in self._actions:
             if action.metavar is None and not action.choices and action.nargs != 0:
