@@ -70,7 +70,7 @@ class ProgramParser(TrlParser):
         **kwargs: Any,
     ):
         types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
-        program = f"python {os.path.relpath(sys.argv[0] or "program")}"
+        program = "python " + os.path.relpath(sys.argv[0] or "program")
         given = {"prog": program, "epilog": CONFIG_HELP, "formatter_class": ProgramHelp, "add_help": False} | kwargs
         super().__init__(types, **given)
         if self.usage is None:
