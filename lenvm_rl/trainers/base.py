@@ -105,8 +105,8 @@ class LenVMTrainer(ResumableTrainer):
         checks.check_dataset(train_dataset, args, grpo_arguments.get("environment_factory") is not None)
         checks.check_reference_path(model, args, grpo_arguments)
         # Otherwise batches stay as TRL makes them.
-        self._sets_advantages = self.always_dense or args.needs_length_value_model
-        if self._sets_advantages:
+        self.sets_advantages = self.always_dense or args.needs_length_value_model
+        if self.sets_advantages:
             checks.check_loss(args)
         length_value_model = length_value_model_of(length_value_model, args)
         self._guidance, self._guidance_report = read_guidance(args), None
@@ -138,7 +138,7 @@ class LenVMTrainer(ResumableTrainer):
         # TRL cuts what stands behind an end off by these: it knows none of `generation_kwargs`, and before 1.16 the
         # tokenizer's only.
         self.eos_token_ids = run_end_ids(self)
-        if self._sets_advantages:
+        if self.sets_advantages:
             check_ends(self)
         self._sampled: Sampled | None = None
         self._raw_rewards: Tensor | None = None
@@ -302,7 +302,7 @@ class LenVMTrainer(ResumableTrainer):
 
     def _set(self, metrics: BatchMetrics, batch: dict, read: Batch, streams: Streams) -> None:
         """Put the advantages into the batch."""
-        if not self._sets_advantages:
+        if not self.sets_advantages:
             return
         advantages = batch["advantages"] = streams.advantages
         if self._guidance is not None and self.use_vllm and self._mode == "train":
@@ -365,6 +365,11 @@ class LenVMTrainer(ResumableTrainer):
         if self._frozen is not None and self._frozen.refresh is not None:
             self._frozen.refresh.load(checkpoint)
         super()._read_state(checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self._frozen is not None and self._frozen.refresh is not None:
+            self._frozen.refresh.load_model(self.state.best_model_checkpoint)
 
     def _moving_parts(self) -> dict[str, object]:
         parts = {**super()._moving_parts(), "length_coef": self._coefficient}

@@ -203,6 +203,12 @@ class LenVMConfig(GRPOConfig):
                 f"length_target={self.length_target} and accuracy_floor={self.accuracy_floor} both steer length_coef: "
                 "leave one of them out."
             )
+        most = self.max_completion_length
+        if self.length_target is not None and most is not None and self.length_target > most:
+            raise ValueError(
+                f"length_target={self.length_target} cannot be reached: completions have at most max_completion_length="
+                f"{most} tokens. Raise max_completion_length, or lower length_target."
+            )
         lowest, highest = self.coefficient_bounds
         if not lowest <= self.length_coef <= highest:
             raise ValueError(

@@ -324,6 +324,10 @@ def check_settings(critic: Any, trainer: GRPOTrainer) -> None:
         _check_without(args)
         sharding.check_policy_can_wait(trainer)
         return
+    if changed_fields(args, ("task_baseline",)):
+        raise ValueError(
+            "task_baseline is for critic='lenvm': a learned critic is the baseline itself, so leave it out."
+        )
     if args.kl_reward_coef > 0.0 and trainer._is_vlm:
         raise ValueError("kl_reward_coef reads text only, and the policy has pictures: use beta alone.")
     if args.critic_learning_rate == 0.0:
@@ -350,9 +354,12 @@ def _check_without(args) -> None:
             "truncation='terminal', or learn a critic."
         )
     unread = ("critic_form", "critic_init", "critic_lam", "length_adaptive_alpha", "kl_reward_coef", *LEARNING)
-    changed = changed_fields(args, unread)
-    if changed:
-        raise ValueError(f"{', '.join(changed)} needs a learned critic, and critic='lenvm' has none: leave it out.")
+    of_returns = () if args.shaping_coef != 0.0 else ("task_gamma", "task_lam")
+    if changed := changed_fields(args, (*unread, *of_returns)):
+        instead = ", or shaping" if set(changed) <= set(of_returns) else ""
+        raise ValueError(
+            f"{', '.join(changed)} needs a learned critic{instead}; critic='lenvm' has none: leave it out."
+        )
     scaled = [name for name in ("missing_eos_penalty", "reward_normalization", "reward_clip") if getattr(args, name)]
     if scaled and args.task_baseline == "group":
         raise ValueError(

@@ -43,6 +43,7 @@ from lenvm_rl.trainers.divergence import (
 )
 from lenvm_rl.trainers.metrics import BatchMetrics, add_critic, add_divergence, add_kl_reward
 from lenvm_rl.trainers.reading import value_logits
+from lenvm_rl.trainers.resuming import entropy_at_rest
 from lenvm_rl.trainers.reward_scale import RewardScale
 from lenvm_rl.trainers.sharding import is_sharded, loaded_whole, whole_state
 from lenvm_rl.trainers.shared_base import run_base
@@ -297,6 +298,13 @@ class LenVMPPOTrainer(LenVMTrainer):
             batch["critic_values"] = read.critic_values_bt1[:, :-1]
             batch["critic_returns"] = streams.critic_targets
 
+    def _calculate_rewards(self, *arguments):
+        rewards = super()._calculate_rewards(*arguments)
+        if self._mode == "train" and not self._policy_learns:
+            # A policy that stands still answers no penalty that is steered.
+            self._reward_states.undo()
+        return rewards
+
     def _react(self, measured: dict[str, float], batch: dict, read: Batch) -> None:
         super()._react(measured, batch, read)
         if read.log_ratio is None:
@@ -339,7 +347,7 @@ class LenVMPPOTrainer(LenVMTrainer):
         if training and (self._divergence.stopped or not self._policy_learns):
             # Without gradients, not with gradients of 0: the optimizer then neither decays nor moves a weight, and
             # its moments start with the first step that is one.
-            with torch.no_grad():
+            with torch.no_grad(), entropy_at_rest(self):
                 loss = super()._compute_loss(model, inputs)
             loss = torch.zeros_like(loss).requires_grad_()
         else:

@@ -178,6 +178,9 @@ class LengthValueRefresh:
             `refresh/loss_last`, of the first and the last optimizer step of the re-fit.
         """
         args = self.args
+        if step < self.last_step:
+            # `train` was called again, and counts anew.
+            self.last_step = 0
         if step - self.last_step < args.refresh_steps:
             return {}
         self.last_step = step
@@ -222,6 +225,12 @@ class LengthValueRefresh:
         """Go on from a state; [`LengthValueRefresh.load`] has found that there is one."""
         self.last_step = state["last_step"]
 
+    def load_model(self, checkpoint: str) -> None:
+        """Take the length value model of a checkpoint."""
+        base = self.model.backbone if is_shared(self.model) else None
+        saved = LengthValueModel.from_pretrained(os.path.join(checkpoint, REFRESH_FOLDER, MODEL_FOLDER), base=base)
+        self.model.load_state_dict(saved.state_dict())
+
     def load(self, checkpoint: str) -> None:
         """Go on from a checkpoint.
 
@@ -236,9 +245,7 @@ class LengthValueRefresh:
                 "refresh_steps=0, or by fewer processes. Resume with the settings of that run, or start a new run from "
                 "its weights."
             )
-        base = self.model.backbone if is_shared(self.model) else None
-        saved = LengthValueModel.from_pretrained(os.path.join(folder, MODEL_FOLDER), base=base)
-        self.model.load_state_dict(saved.state_dict())
+        self.load_model(checkpoint)
         self.rollouts.clear()
         self.rollouts.extend(
             {name: array(_TOKENS[name], value) if name in _TOKENS else value for name, value in one.items()}

@@ -23,6 +23,8 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -150,6 +152,42 @@ def check_optimizer_fits(optimizer: torch.optim.Optimizer, checkpoint: str) -> N
         )
 
 
+def steers_entropy(trainer: GRPOTrainer) -> bool:
+    """Whether TRL steers the coefficient of its entropy bonus."""
+    return getattr(trainer, "use_adaptive_entropy", False)
+
+
+@contextmanager
+def entropy_at_rest(trainer: GRPOTrainer) -> Iterator[None]:
+    """A context in which TRL does not steer that coefficient: a policy that stands still answers none."""
+    steered = steers_entropy(trainer)
+    trainer.use_adaptive_entropy = False
+    try:
+        yield
+    finally:
+        trainer.use_adaptive_entropy = steered
+
+
+class EntropyCoefficient:
+    """TRL's steered entropy coefficient as a part that is saved: TRL writes it behind what makes a checkpoint complete.
+
+    Args:
+        trainer (`trl.GRPOTrainer`): with `use_adaptive_entropy`.
+    """
+
+    def __init__(self, trainer: GRPOTrainer):
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, float]:
+        """The coefficient, and the entropy that it was last measured on (infinite before that)."""
+        return {"coefficient": self._trainer.entropy_coef, "entropy": self._trainer._last_world_entropy}
+
+    def load_state_dict(self, state: dict[str, float] | None) -> None:
+        """Go on from a state; of checkpoints without one TRL has read a file of its own."""
+        if state is not None:
+            self._trainer.entropy_coef, self._trainer._last_world_entropy = state["coefficient"], state["entropy"]
+
+
 class ResumableTrainer(GRPOTrainer):
     """[`trl.GRPOTrainer`] that resumes exactly, see [`lenvm_rl.trainers.resuming`].
 
@@ -264,7 +302,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def _moving_parts(self) -> dict[str, Any]:
         """What moves in the course of a run beside its models, by name: each has `state_dict` and `load_state_dict`."""
-        return {}
+        return {"entropy_coef": EntropyCoefficient(self)} if steers_entropy(self) else {}
 
     def _write_state(self, folder: str) -> None:
         """Write what TRL does not: every process calls this, and what follows makes the checkpoint complete."""

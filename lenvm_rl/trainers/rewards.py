@@ -363,11 +363,16 @@ class RewardStates(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer after each evaluation: back to before it."""
-        for name, reward in self.rewards.items():
-            reward.load_state_dict(copy.deepcopy(self._kept[name]))
+        self.undo()
 
     # After a prediction as after an evaluation.
     on_predict = on_evaluate
+
+    def undo(self) -> None:
+        """Back to the states of the last step: called where completions were rewarded of which the policy learns
+        nothing."""
+        for name, reward in self.rewards.items():
+            reward.load_state_dict(copy.deepcopy(self._kept[name]))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Called by the Trainer when it has written a checkpoint; the first process adds the file."""

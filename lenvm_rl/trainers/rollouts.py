@@ -110,8 +110,13 @@ def collect_completions(trainer: GRPOTrainer, batch: dict, sampled: Sampled) -> 
     said = None if sampled.finished is None else to_device(sampled.finished, prompt_lengths)
     budget = completion_budget(trainer, prompt_lengths, sampled)
     if budget is not None:
-        stopped = to_device(end_in_stop_string(trainer, sampled.completion_ids), budget, torch.bool)
+        turns = last_turns(sampled)
+        stopped = to_device(end_in_stop_string(trainer, turns), budget, torch.bool)
         budget = budget.masked_fill(stopped, torch.iinfo(budget.dtype).max)
+        if (most := turn_budget(trainer)) is not None:
+            # A turn that takes all that one may take was cut, unless an end id says otherwise.
+            full = to_device([len(turn) >= most for turn in turns], budget, torch.bool)
+            budget = budget.masked_fill(full, 0)
     lengths = to_device(sampled.lengths, prompt_lengths)
     return read_completions(batch, trainer.eos_token_ids, budget, said, lengths)
 
@@ -130,7 +135,7 @@ def completion_budget(trainer: GRPOTrainer, prompt_lengths: Tensor, sampled: Sam
     args, given = trainer.args, trainer.args.generation_kwargs or {}
     budget = args.max_completion_length
     if trainer.rollout_func is not None:
-        if budget is None and (sampled is None or sampled.finished is None):
+        if budget is None and trainer.sets_advantages and (sampled is None or sampled.finished is None):
             raise ValueError(
                 "max_completion_length=None leaves rollout_func without a budget, so it cannot be told which "
                 "completions were cut: let it return `finished`, one flag for each, or set max_completion_length."
@@ -141,13 +146,29 @@ def completion_budget(trainer: GRPOTrainer, prompt_lengths: Tensor, sampled: Sam
         room = context - prompt_lengths
         budget = given.get("max_tokens", budget)
         return room if budget is None else room.clamp(max=budget)
-    elif not trainer.tools:
+    elif turn_budget(trainer) is None:
         budget = given.get("max_new_tokens", budget)
     return None if budget is None else torch.full_like(prompt_lengths, budget)
 
 
+def turn_budget(trainer: GRPOTrainer) -> int | None:
+    """Tokens at which each turn between two tools is cut, where transformers samples and it is less than the whole."""
+    if trainer.rollout_func is not None or trainer.use_vllm or not trainer.tools:
+        return None
+    return (trainer.args.generation_kwargs or {}).get("max_new_tokens")
+
+
+def last_turns(sampled: Sampled) -> list[list[int]]:
+    """What the policy wrote last in each completion: all of it, or the tokens behind the last ones of others."""
+    if sampled.tool_mask is None:
+        return sampled.completion_ids
+    # A mask's last 0 is the last token that others wrote.
+    begins = [len(own) - own[::-1].index(0) if 0 in own else 0 for own in sampled.tool_mask]
+    return [ids[begin:] for ids, begin in zip(sampled.completion_ids, begins, strict=True)]
+
+
 def end_in_stop_string(trainer: GRPOTrainer, completion_ids: Sequence[Sequence[int]]) -> list[bool]:
-    """Whether the text of each completion holds a stop string of vLLM, which ended it then."""
+    """Whether the text of each completion, or of its last turn, holds a stop string of vLLM, which ended it then."""
     stop = (trainer.args.generation_kwargs or {}).get("stop") if trainer.use_vllm else None
     strings = [stop] if isinstance(stop, str) else list(stop or ())
     if not strings:

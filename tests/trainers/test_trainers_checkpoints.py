@@ -29,6 +29,22 @@ def test_resuming_restores_the_critic_and_goes_on_exactly(tmp_path):
     assert not same_weights(weights(part.critic), start)
 
 
+def test_a_steered_entropy_coefficient_is_in_every_complete_checkpoint(tmp_path):
+    changes = {
+        "lenvm": random_lenvm(), "length_coef": 0.1, "length_gate": "all", "use_adaptive_entropy": True,
+        "entropy_target": 50.0, "entropy_coef_delta": 0.01, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    whole = grpo(tmp_path / "whole", **changes)
+    whole.train()
+    assert logged(whole, "entropy_coef") == pytest.approx([0.01, 0.02, 0.03, 0.04])
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    # TRL writes it last: a run may die before.
+    (tmp_path / "part" / "checkpoint-2" / "entropy_ctrl_state.json").unlink()
+    part = grpo(tmp_path / "part", **changes)
+    part.train(resume_from_checkpoint=True)
+    assert logged(part, "entropy_coef") == logged(whole, "entropy_coef")
+
+
 def test_a_saved_policy_has_its_critic_beside_it(tmp_path):
     trainer = ppo(tmp_path / "run", max_steps=1, critic_learning_rate=1e-2)
     trainer.train()

@@ -208,6 +208,22 @@ def test_a_critic_that_cannot_be(tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("unread", "read"),
+    [
+        ({"task_baseline": "batch"}, {"task_baseline": "batch", "critic": "lenvm"}),
+        ({"critic": "lenvm", "task_lam": 0.9}, {"task_lam": 0.9}),
+        ({"critic": "lenvm", "task_lam": 0.9}, {"critic": "lenvm", "task_lam": 0.9, "shaping_coef": 0.1}),
+        ({"critic": "lenvm", "task_gamma": 0.9}, {"critic": "lenvm", "task_gamma": 0.9, "shaping_coef": 0.1}),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(tmp_path, unread, read):
+    [name] = [name for name in unread if name.startswith("task_")]
+    with pytest.raises(ValueError, match=name):
+        ppo(tmp_path, lenvm=random_lenvm(), **unread)
+    ppo(tmp_path, lenvm=random_lenvm(), **read)
+
+
 @pytest.mark.parametrize("without", [{"critic": "lenvm"}, {"critic_learning_rate": 0.0}])
 def test_a_stop_of_the_policy_alone_needs_an_engine_that_waits(tmp_path, without, monkeypatch):
     """`GradScaler.step` asserts that something has a gradient, and DeepSpeed makes a step of every loss."""

@@ -48,6 +48,7 @@ TOO_SHORT, SHORTAGE = 2.75 / 0.75 - 1, -math.log(0.75)
         ({"length_coef_warmup_steps": 3}, "set length_coef"),
         ({"length_coef": 0.1, "length_coef_warmup_steps": -1}, "length_coef_warmup_steps=-1"),
         ({"length_target": -1.0}, "length_target=-1.0"),
+        ({"length_target": 6.5, "max_completion_length": 6}, "length_target=6.5 .* max_completion_length"),
         ({"length_target": 5.0, "length_coef_rate": 0.0}, "length_coef_rate=0.0"),
         ({"length_target": 5.0, "length_coef": 2.0}, r"length_coef=2.0, where .* is not in .* = \[-1.0, 1.0\]"),
         ({"accuracy_floor": 0.5, "length_coef": -0.1}, r"length_coef=-0.1, where .* is not in .* = \[0.0, 1.0\]"),

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from trainer_parts import logged, ppo, prompts, random_lenvm, same_weights, settings, weights
+from trainer_parts import first_is_w8, logged, ppo, prompts, random_lenvm, same_weights, settings, weights
 
 from lenvm_rl.trainers import LenVMPPOConfig
+from reward.length_reward import LengthReward
 
 
 def trained(folder, **changes):
@@ -30,6 +31,20 @@ def test_updates_of_a_step_are_passes_of_a_policy_that_stands_still(tmp_path, op
     # Their metrics are the means over the three, each over the tokens of all its micro-batches.
     for name in ("critic/value_loss", "critic/grad_norm"):
         assert logged(step, name)[0] == pytest.approx(sum(logged(steps, name)) / 3, rel=1e-4)
+
+
+def test_what_is_steered_stands_still_with_the_policy(tmp_path):
+    """The critic alone learns in two steps, which say nothing of what a coefficient or a penalty does to the policy."""
+    leash = LengthReward("leash", first_is_w8, target_length=2, multiplier=0.0, rate=0.2)
+    trainer = trained(
+        tmp_path, rewards=leash, lenvm=random_lenvm(), length_gate="all", length_coef=0.1, critic_warmup_steps=2,
+        max_steps=4, use_adaptive_entropy=True, entropy_target=50.0, entropy_coef_delta=0.01,
+    )  # fmt: skip
+    assert logged(trainer, "entropy_coef") == pytest.approx([0.0, 0.0, 0.01, 0.02])
+    [name] = {name for entry in trainer.state.log_history for name in entry if name.endswith("/multiplier")}
+    # The multiplier that a batch was paid with: the third batch is the first that moves it.
+    paid = logged(trainer, name)
+    assert paid[:3] == [0.0] * 3 and leash.state.multiplier > paid[3] > 0.0
 
 
 def test_each_update_counts_as_much_where_a_log_spans_steps(tmp_path):

@@ -1,5 +1,7 @@
 """How the completions of a run end: several ids, budgets, words of others, and one token that ends and pads."""
 
+import math
+
 import pytest
 import torch
 import trl.trainer.grpo_trainer as trl_grpo
@@ -173,6 +175,13 @@ def test_a_rollout_function_without_a_budget_has_to_say_it(tmp_path, finished):
     else:
         batch_of(trainer)
         assert trainer._metrics["train"]["length/truncated"] == [0.5]
+
+
+def test_where_nothing_asks_for_cuts_a_rollout_function_needs_no_budget(tmp_path):
+    rollouts = Rollouts([[8, 10], [8, 9]], [[1, 1], [1, 1]], None)
+    trainer = with_rollouts(tmp_path, rollouts, max_completion_length=None, length_coef=0.0)
+    batch_of(trainer)
+    assert math.isfinite(trainer._metrics["train"]["length/mean"][0])
 
 
 def test_cuts_that_nobody_can_see_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from test_trainers_ends import Engine
 from tiny import EOS, tiny_llama, tiny_tokenizer
 from trainer_parts import (
     VOCAB,
@@ -25,6 +26,7 @@ from trainer_parts import (
     settings,
     weights,
 )
+from trl.trainer import grpo_trainer as trl_grpo
 
 from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, LenVMPPOConfig, LenVMPPOTrainer
@@ -113,6 +115,38 @@ def look(word: str) -> str:
         word: The word.
     """
     return f"{word} w10"
+
+
+@both
+@pytest.mark.parametrize(
+    ("stop", "first", "last", "truncated"),
+    [
+        # The string ended the turn before, or stands in the tool's answer alone: the last turn runs to the cap of 12.
+        ("</tool_call>", [12, 14, 13], [8, 8, 8, 8, 8], 0.25),
+        ("w10", [12, 14, 13, EOS], [8, 8, 8, 8], 0.25),
+        ("w10", [12, 14, 13, EOS], [8, 8, 8, 10], 0.0),
+    ],
+)
+def test_a_stop_string_ends_the_turn_that_holds_it(name, tmp_path, monkeypatch, stop, first, last, truncated):
+    monkeypatch.setattr("test_trainers_features.TURNS", [[first, [8, EOS], [9, EOS], [9, EOS]], [last]])
+    monkeypatch.setattr(trl_grpo, "VLLMGeneration", Engine)
+    changes = {
+        "use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_correction": False,
+        "generation_kwargs": {"stop": [stop]},
+    }  # fmt: skip
+    trainer = with_tools(name, tmp_path, tools=[look], changes=changes)
+    assert batch_of(trainer)["completion_mask"][0].sum() == 12
+    assert trainer._metrics["train"]["length/truncated"] == [truncated]
+
+
+@both
+def test_a_turn_of_all_that_a_turn_may_take_was_cut(name, tmp_path, monkeypatch):
+    # At most three tokens to a turn: the last one of the first row and the only one of the second have no end.
+    turns = [[[12, 14, 13], [8, 8, 8], [8, 9, EOS], [9, EOS]], [[8, 8, 8]]]
+    monkeypatch.setattr("test_trainers_features.TURNS", turns)
+    trainer = with_tools(name, tmp_path, tools=[look], changes={"generation_kwargs": {"max_new_tokens": 3}})
+    batch_of(trainer)
+    assert trainer._metrics["train"]["length/truncated"] == [0.5]
 
 
 class Room:

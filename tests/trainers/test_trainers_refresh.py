@@ -23,6 +23,7 @@ from trainer_parts import (
     weights,
 )
 
+from lenvm_rl.modeling.length_value_model import LengthValueModel
 from lenvm_rl.trainers import LenVMGRPOConfig, LenVMGRPOTrainer, refresh
 from lenvm_rl.trainers.refresh import LengthValueRefresh, refit, squared_errors
 from lenvm_rl.trainers.streams import Completions
@@ -241,6 +242,37 @@ def test_its_state_comes_back(tmp_path):
     (tmp_path / "checkpoint" / "refresh" / "completions_rank0.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="by fewer processes"):
         second.load(str(tmp_path / "checkpoint"))
+
+
+def test_a_second_run_of_the_same_trainer_is_re_fitted_as_well(tmp_path, spied):
+    trainer = grpo(
+        tmp_path, first_is_w8, random_lenvm(), length_coef=0.1, length_gate="all", refresh_steps=2, max_steps=6
+    )
+    for _ in range(2):
+        trainer.train()
+        assert [entry["step"] for entry in trainer.state.log_history if "refresh/completions" in entry] == [3, 5]
+
+
+def test_the_best_model_comes_with_the_length_value_model_of_its_step(tmp_path):
+    calls = []
+
+    def worse_and_worse(completion_ids, **kwargs):
+        calls.append(len(completion_ids))
+        return [-float(len(calls)) - ids[0] / 100 for ids in completion_ids]
+
+    trainer = ppo(
+        tmp_path, worse_and_worse, random_lenvm(), max_steps=4, save_strategy="steps", save_steps=2, eval_steps=2,
+        eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=True,
+        per_device_eval_batch_size=8, eval_data=prompts(4), length_coef=0.1, length_gate="all", refresh_steps=1,
+        refresh_learning_rate=1e-2,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    first, last = (
+        weights(LengthValueModel.from_pretrained(tmp_path / f"checkpoint-{step}" / "refresh" / "length_value_model"))
+        for step in (2, 4)
+    )
+    assert same_weights(weights(trainer.length_value_model), first) and not same_weights(first, last)
 
 
 def test_completions_of_a_batch_are_rollouts():
