@@ -325,9 +325,7 @@ def check_settings(critic: Any, trainer: GRPOTrainer) -> None:
         sharding.check_policy_can_wait(trainer)
         return
     if changed_fields(args, ("task_baseline",)):
-        raise ValueError(
-            "task_baseline is for critic='lenvm': a learned critic is the baseline itself, so leave it out."
-        )
+        raise ValueError("task_baseline is for critic='lenvm': leave it out, a learned critic is a baseline itself.")
     if args.kl_reward_coef > 0.0 and trainer._is_vlm:
         raise ValueError("kl_reward_coef reads text only, and the policy has pictures: use beta alone.")
     if args.critic_learning_rate == 0.0:
@@ -354,12 +352,10 @@ def _check_without(args) -> None:
             "truncation='terminal', or learn a critic."
         )
     unread = ("critic_form", "critic_init", "critic_lam", "length_adaptive_alpha", "kl_reward_coef", *LEARNING)
-    of_returns = () if args.shaping_coef != 0.0 else ("task_gamma", "task_lam")
-    if changed := changed_fields(args, (*unread, *of_returns)):
-        instead = ", or shaping" if set(changed) <= set(of_returns) else ""
-        raise ValueError(
-            f"{', '.join(changed)} needs a learned critic{instead}; critic='lenvm' has none: leave it out."
-        )
+    # Shaping makes a return of several rewards, which has a discount and a lambda.
+    unread += ("task_gamma", "task_lam") if args.shaping_coef == 0.0 else ()
+    if changed := changed_fields(args, unread):
+        raise ValueError(f"{', '.join(changed)} needs a learned critic, and critic='lenvm' has none: leave it out.")
     scaled = [name for name in ("missing_eos_penalty", "reward_normalization", "reward_clip") if getattr(args, name)]
     if scaled and args.task_baseline == "group":
         raise ValueError(
