@@ -16,6 +16,7 @@ SEEDS=${SEEDS:-0}
 STEPS=${STEPS:-40}
 
 LENVM=$OUT/lenvm
+RL=$OUT/rl
 TRAIN=$OUT/arithmetic/train.jsonl
 TEST=$OUT/arithmetic/test.jsonl
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -26,7 +27,7 @@ export VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=2 VLLM_LOGGING_LE
 # A stage runs its commands until they have all succeeded once; those that train and what follows, for these seeds.
 stage() {
     local name=$1 mark=$OUT/done/$1
-    case $name in rl | trained | curves) mark+=" seeds $SEEDS steps $STEPS" ;; esac
+    case $name in rl | trained | curves | cap) mark+=" seeds $SEEDS steps $STEPS" ;; esac
     mkdir -p "$OUT/done"
     if [ -e "$mark" ]; then echo "== $name: done before"; return; fi
     echo "== $name"
@@ -141,7 +142,7 @@ train() { # NAME RECIPE OPTION...
         MALLOC_MMAP_THRESHOLD_=67108864 MALLOC_TRIM_THRESHOLD_=1073741824 \
             "$VLLM" "recipes/$recipe.py" --config recipes/configs/smollm2_arithmetic.yaml \
             --model_name_or_path "$MODEL" --dataset_name "$TRAIN" --length_value_model "$LENVM" --max_steps "$STEPS" \
-            --seed "$seed" --output_dir "$OUT/rl/seed_$seed" --trained_name "$name" "$@"
+            --seed "$seed" --output_dir "$RL/seed_$seed" --trained_name "$name" "$@"
     done
 }
 
@@ -161,7 +162,7 @@ stage_rl() { # 25 to 35 minutes on one core for each of these, and 8 GB
 stage_trained() { # 5 minutes on one core for each policy
     for seed in $SEEDS; do
         for name in $POLICIES; do
-            tradeoff "$OUT/rl/seed_$seed/$name" "$OUT/trained/seed_$seed/$name" --strengths 1 --prompt_only false
+            tradeoff "$RL/seed_$seed/$name" "$OUT/trained/seed_$seed/$name" --strengths 1 --prompt_only false
         done
     done
 }
@@ -169,9 +170,32 @@ stage_trained() { # 5 minutes on one core for each policy
 stage_curves() { # seconds
     local runs=()
     for name in $POLICIES; do
-        for seed in $SEEDS; do runs+=("$name=$OUT/rl/seed_$seed/$name"); done
+        for seed in $SEEDS; do runs+=("$name=$RL/seed_$seed/$name"); done
     done
     "$PYTHON" -m eval.curves --runs "${runs[@]}" --output_dir "$OUT/curves"
+}
+
+# The task's reward alone and the length stream where a cap of 256 tokens cuts next to nothing, with a length value model
+# of the sums alone. Not among the stages that run by default.
+stage_cap() { # 9 minutes on one core for the length value model; 40 to 50 for each policy, and 9 GB
+    local LENVM=$OUT/lenvm_sums RL=$OUT/rl_cap name runs=()
+    "$PYTHON" recipes/pretrain_lenvm.py --rollouts "$OUT/rollouts_arithmetic.jsonl" --model_name_or_path "$MODEL" \
+        --form head --layers 10 15 20 25 30 --frozen_dtype bfloat16 --truncated drop --learning_rate 1e-3 \
+        --weight_decay 0.1 --num_train_epochs 4 --per_device_train_batch_size 16 --per_device_eval_batch_size 2 \
+        --eval_share 0.1 --domain_column domain --use_cpu true --save_strategy epoch --resume true --report_to none \
+        --output_dir "$LENVM"
+    local longer=(--max_completion_length 256 --vllm_max_model_length 352 --per_device_train_batch_size 8
+        --gradient_accumulation_steps 4)
+    train task grpo_shaped --length_coef 0 "${longer[@]}"
+    train lenvm grpo_shaped --length_coef 4 "${longer[@]}" --refresh_steps 10 --refresh_completions 320 \
+        --refresh_learning_rate 1e-3
+    for seed in $SEEDS; do
+        for name in task lenvm; do
+            tradeoff "$RL/seed_$seed/$name" "$OUT/trained_cap/seed_$seed/$name" --strengths 1 --prompt_only false
+            runs+=("$name=$RL/seed_$seed/$name")
+        done
+    done
+    "$PYTHON" -m eval.curves --runs "${runs[@]}" --output_dir "$OUT/curves_cap"
 }
 
 stage_queue() { # 10 minutes on one core

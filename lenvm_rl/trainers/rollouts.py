@@ -163,7 +163,7 @@ def last_turns(sampled: Sampled) -> list[list[int]]:
     if sampled.tool_mask is None:
         return sampled.completion_ids
     # A mask's last 0 is the last token that others wrote.
-    begins = [len(own) - own[::-1].index(0) if 0 in own else 0 for own in sampled.tool_mask]
+    begins = [len(own) - own[::-1].index(0) if 0 in own else 0 for own in map(list, sampled.tool_mask)]
     return [ids[begin:] for ids, begin in zip(sampled.completion_ids, begins, strict=True)]
 
 
