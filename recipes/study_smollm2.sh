@@ -176,14 +176,17 @@ stage_curves() { # seconds
 }
 
 # The task's reward alone and the length stream where a cap of 256 tokens cuts next to nothing, with a length value model
-# of the sums alone. Not among the stages that run by default.
-stage_cap() { # 9 minutes on one core for the length value model; 40 to 50 for each policy, and 9 GB
-    local LENVM=$OUT/lenvm_sums RL=$OUT/rl_cap name runs=()
+# of the sums alone. These two are not among the stages that run by default.
+stage_sums() { # 9 minutes on one core
     "$PYTHON" recipes/pretrain_lenvm.py --rollouts "$OUT/rollouts_arithmetic.jsonl" --model_name_or_path "$MODEL" \
         --form head --layers 10 15 20 25 30 --frozen_dtype bfloat16 --truncated drop --learning_rate 1e-3 \
         --weight_decay 0.1 --num_train_epochs 4 --per_device_train_batch_size 16 --per_device_eval_batch_size 2 \
         --eval_share 0.1 --domain_column domain --use_cpu true --save_strategy epoch --resume true --report_to none \
-        --output_dir "$LENVM"
+        --output_dir "$OUT/lenvm_sums"
+}
+
+stage_cap() { # 40 to 50 minutes on one core for each policy, and 9 GB
+    local LENVM=$OUT/lenvm_sums RL=$OUT/rl_cap name runs=()
     local longer=(--max_completion_length 256 --vllm_max_model_length 352 --per_device_train_batch_size 8
         --gradient_accumulation_steps 4)
     train task grpo_shaped --length_coef 0 "${longer[@]}"
