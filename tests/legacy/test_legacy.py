@@ -148,4 +148,4 @@ def test_speeds_are_measured_and_told(capsys):
     sizes += " --repetitions 1"
     main(["ppo", *sizes.split()])
     told = capsys.readouterr().out
-    assert "LenVMPPOTrainer, learned critic" in told and "time over TRL's" in told
+    assert "critic: full; LenVM: none" in told and "time over TRL's" in told
