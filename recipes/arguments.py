@@ -167,9 +167,10 @@ def check_packages(config: TrainingArguments, model: ModelConfig) -> None:
         raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes.")
     if config.use_vllm and find_spec("vllm") is None:
         raise ValueError("use_vllm needs vLLM, which is not installed: pip install vllm, or leave use_vllm out.")
-    # transformers leaves it out of the list where MLflow is there too, which it works with.
-    installed = {*get_available_reporting_integrations(), "azure_ml"}
+    # Refuses a name that transformers does not know.
     get_reporting_integration_callbacks(config.report_to)
+    # transformers leaves azure_ml out of the list where MLflow is there too, which it works with.
+    installed = {*get_available_reporting_integrations(), "azure_ml"}
     if missing := [name for name in config.report_to if name not in installed]:
         raise ValueError(f"report_to names what is not installed: pip install {' '.join(missing)}, or leave it out.")
 

@@ -16,7 +16,8 @@ SEEDS=${SEEDS:-0}
 STEPS=${STEPS:-40}
 
 LENVM=$OUT/lenvm
-RL=$OUT/rl
+# Ends the names of the folders of trained policies: with nothing, or with _cap.
+CAP=
 TRAIN=$OUT/arithmetic/train.jsonl
 TEST=$OUT/arithmetic/test.jsonl
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -56,12 +57,16 @@ stage_rollouts() { # 70 minutes on one core: about 1000 tokens in 4 seconds
         --engine_arguments '{"dtype": "bfloat16", "max_model_len": 1536, "max_num_seqs": 128}'
 }
 
+# A head on five layers of the frozen policy.
+fit_head() { # OUTPUT_DIR EPOCHS ROLLOUTS...
+    "$PYTHON" recipes/pretrain_lenvm.py --rollouts "${@:3}" --model_name_or_path "$MODEL" --form head \
+        --layers 10 15 20 25 30 --frozen_dtype bfloat16 --truncated drop --learning_rate 1e-3 --weight_decay 0.1 \
+        --num_train_epochs "$2" --per_device_train_batch_size 16 --per_device_eval_batch_size 2 --eval_share 0.1 \
+        --domain_column domain --use_cpu true --save_strategy epoch --resume true --report_to none --output_dir "$1"
+}
+
 stage_lenvm() { # 40 minutes on one core for the states of the frozen decoder, then a minute for each pass
-    "$PYTHON" recipes/pretrain_lenvm.py --rollouts "$OUT/rollouts_text.jsonl" "$OUT/rollouts_arithmetic.jsonl" \
-        --model_name_or_path "$MODEL" --form head --layers 10 15 20 25 30 --frozen_dtype bfloat16 --truncated drop \
-        --learning_rate 1e-3 --weight_decay 0.1 --num_train_epochs 2 --per_device_train_batch_size 16 \
-        --per_device_eval_batch_size 2 --eval_share 0.1 --domain_column domain --use_cpu true --save_strategy epoch \
-        --resume true --report_to none --output_dir "$LENVM"
+    fit_head "$LENVM" 2 "$OUT/rollouts_text.jsonl" "$OUT/rollouts_arithmetic.jsonl"
 }
 
 # What a head loses against an adapter, on the first three completions of each prompt that ended. Not among the stages
@@ -133,6 +138,7 @@ stage_tradeoff() { # 10 minutes on one core
 }
 
 # The task's reward alone and the length stream, by GRPO and by PPO, and two penalties.
+REFRESH=(--refresh_steps 10 --refresh_completions 320 --refresh_learning_rate 1e-3)
 POLICIES="task lenvm lenvm_strong task_ppo lenvm_ppo lenvm_ppo_strong kimi arora"
 train() { # NAME RECIPE OPTION...
     local name=$1 recipe=$2
@@ -142,19 +148,18 @@ train() { # NAME RECIPE OPTION...
         MALLOC_MMAP_THRESHOLD_=67108864 MALLOC_TRIM_THRESHOLD_=1073741824 \
             "$VLLM" "recipes/$recipe.py" --config recipes/configs/smollm2_arithmetic.yaml \
             --model_name_or_path "$MODEL" --dataset_name "$TRAIN" --length_value_model "$LENVM" --max_steps "$STEPS" \
-            --seed "$seed" --output_dir "$RL/seed_$seed" --trained_name "$name" "$@"
+            --seed "$seed" --output_dir "$OUT/rl$CAP/seed_$seed" --trained_name "$name" "$@"
     done
 }
 
 stage_rl() { # 25 to 35 minutes on one core for each of these, and 8 GB
-    local refresh=(--refresh_steps 10 --refresh_completions 320 --refresh_learning_rate 1e-3)
     local critic=(--critic_form head --critic_learning_rate 1e-3)
     train task grpo_shaped --length_coef 0
-    train lenvm grpo_shaped --length_coef 4 "${refresh[@]}"
-    train lenvm_strong grpo_shaped --length_coef 8 "${refresh[@]}"
+    train lenvm grpo_shaped --length_coef 4 "${REFRESH[@]}"
+    train lenvm_strong grpo_shaped --length_coef 8 "${REFRESH[@]}"
     train task_ppo ppo_shaped --length_coef 0 "${critic[@]}"
-    train lenvm_ppo ppo_shaped --length_coef 4 "${critic[@]}" "${refresh[@]}"
-    train lenvm_ppo_strong ppo_shaped --length_coef 8 "${critic[@]}" "${refresh[@]}"
+    train lenvm_ppo ppo_shaped --length_coef 4 "${critic[@]}" "${REFRESH[@]}"
+    train lenvm_ppo_strong ppo_shaped --length_coef 8 "${critic[@]}" "${REFRESH[@]}"
     train kimi grpo_shaped --length_coef 0 --reward_funcs reward.gsm8k.gsm8k_reward reward.baselines.gsm8k_kimi
     train arora grpo_shaped --length_coef 0 --reward_funcs reward.baselines.gsm8k_arora
 }
@@ -162,7 +167,7 @@ stage_rl() { # 25 to 35 minutes on one core for each of these, and 8 GB
 stage_trained() { # 5 minutes on one core for each policy
     for seed in $SEEDS; do
         for name in $POLICIES; do
-            tradeoff "$RL/seed_$seed/$name" "$OUT/trained/seed_$seed/$name" --strengths 1 --prompt_only false
+            tradeoff "$OUT/rl$CAP/seed_$seed/$name" "$OUT/trained$CAP/seed_$seed/$name" --strengths 1 --prompt_only false
         done
     done
 }
@@ -170,35 +175,25 @@ stage_trained() { # 5 minutes on one core for each policy
 stage_curves() { # seconds
     local runs=()
     for name in $POLICIES; do
-        for seed in $SEEDS; do runs+=("$name=$RL/seed_$seed/$name"); done
+        for seed in $SEEDS; do runs+=("$name=$OUT/rl$CAP/seed_$seed/$name"); done
     done
-    "$PYTHON" -m eval.curves --runs "${runs[@]}" --output_dir "$OUT/curves"
+    "$PYTHON" -m eval.curves --runs "${runs[@]}" --output_dir "$OUT/curves$CAP"
 }
 
 # The task's reward alone and the length stream where a cap of 256 tokens cuts next to nothing, with a length value model
 # of the sums alone. These two are not among the stages that run by default.
 stage_sums() { # 9 minutes on one core
-    "$PYTHON" recipes/pretrain_lenvm.py --rollouts "$OUT/rollouts_arithmetic.jsonl" --model_name_or_path "$MODEL" \
-        --form head --layers 10 15 20 25 30 --frozen_dtype bfloat16 --truncated drop --learning_rate 1e-3 \
-        --weight_decay 0.1 --num_train_epochs 4 --per_device_train_batch_size 16 --per_device_eval_batch_size 2 \
-        --eval_share 0.1 --domain_column domain --use_cpu true --save_strategy epoch --resume true --report_to none \
-        --output_dir "$OUT/lenvm_sums"
+    fit_head "$OUT/lenvm_sums" 4 "$OUT/rollouts_arithmetic.jsonl"
 }
 
 stage_cap() { # 40 to 50 minutes on one core for each policy, and 9 GB
-    local LENVM=$OUT/lenvm_sums RL=$OUT/rl_cap name runs=()
+    local CAP=_cap LENVM=$OUT/lenvm_sums POLICIES="task lenvm"
     local longer=(--max_completion_length 256 --vllm_max_model_length 352 --per_device_train_batch_size 8
         --gradient_accumulation_steps 4)
     train task grpo_shaped --length_coef 0 "${longer[@]}"
-    train lenvm grpo_shaped --length_coef 4 "${longer[@]}" --refresh_steps 10 --refresh_completions 320 \
-        --refresh_learning_rate 1e-3
-    for seed in $SEEDS; do
-        for name in task lenvm; do
-            tradeoff "$RL/seed_$seed/$name" "$OUT/trained_cap/seed_$seed/$name" --strengths 1 --prompt_only false
-            runs+=("$name=$RL/seed_$seed/$name")
-        done
-    done
-    "$PYTHON" -m eval.curves --runs "${runs[@]}" --output_dir "$OUT/curves_cap"
+    train lenvm grpo_shaped --length_coef 4 "${longer[@]}" "${REFRESH[@]}"
+    stage_trained
+    stage_curves
 }
 
 stage_queue() { # 10 minutes on one core

@@ -30,7 +30,7 @@ SET_MOST = (
 MOST_CHOICES = 6
 _KINDS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL", dict: "JSON"}
 # A text that says itself what the default is.
-_TOLD = re.compile(r"\b[Dd]efault(s to\b|:|, )")
+_TOLD = re.compile(r"\b[Dd]efault(s to\b|:)")
 _SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)[.:](?=\s+[A-Z'\"(]|$)")
 _DEFAULT = re.compile(r"Default: .*")
 

@@ -146,7 +146,7 @@ def completion_budget(trainer: GRPOTrainer, prompt_lengths: Tensor, sampled: Sam
         room = context - prompt_lengths
         budget = given.get("max_tokens", budget)
         return room if budget is None else room.clamp(max=budget)
-    elif turn_budget(trainer) is None:
+    elif not trainer.tools:
         budget = given.get("max_new_tokens", budget)
     return None if budget is None else torch.full_like(prompt_lengths, budget)
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from trainer_parts import grpo, logged, ppo, prompts, random_lenvm, same_weights, weights
+from trainer_parts import grpo, logged, ppo, ppo_whose_first_is_best, random_lenvm, same_weights, weights
 
 from lenvm_rl.modeling.critic import load_critic
 
@@ -66,17 +66,7 @@ def test_a_checkpoint_without_a_critic_is_refused(tmp_path):
 
 
 def test_the_best_model_comes_with_the_critic_of_its_step(tmp_path):
-    calls = []
-
-    def worse_and_worse(completion_ids, **kwargs):
-        calls.append(len(completion_ids))
-        return [-float(len(calls)) - ids[0] / 100 for ids in completion_ids]
-
-    trainer = ppo(
-        tmp_path, worse_and_worse, max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="steps",
-        eval_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=True,
-        per_device_eval_batch_size=8, critic_learning_rate=1e-2, eval_data=prompts(4),
-    )  # fmt: skip
+    trainer = ppo_whose_first_is_best(tmp_path, every=1, critic_learning_rate=1e-2)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     first, last = (weights(load_critic(tmp_path / f"checkpoint-{step}" / "critic")) for step in (1, 2))

@@ -16,6 +16,7 @@ from trainer_parts import (
     logged,
     no_reward,
     ppo,
+    ppo_whose_first_is_best,
     prompts,
     random_lenvm,
     same_weights,
@@ -254,16 +255,8 @@ def test_a_second_run_of_the_same_trainer_is_re_fitted_as_well(tmp_path, spied):
 
 
 def test_the_best_model_comes_with_the_length_value_model_of_its_step(tmp_path):
-    calls = []
-
-    def worse_and_worse(completion_ids, **kwargs):
-        calls.append(len(completion_ids))
-        return [-float(len(calls)) - ids[0] / 100 for ids in completion_ids]
-
-    trainer = ppo(
-        tmp_path, worse_and_worse, random_lenvm(), max_steps=4, save_strategy="steps", save_steps=2, eval_steps=2,
-        eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=True,
-        per_device_eval_batch_size=8, eval_data=prompts(4), length_coef=0.1, length_gate="all", refresh_steps=1,
+    trainer = ppo_whose_first_is_best(
+        tmp_path, every=2, lenvm=random_lenvm(), length_coef=0.1, length_gate="all", refresh_steps=1,
         refresh_learning_rate=1e-2,
     )  # fmt: skip
     trainer.train()

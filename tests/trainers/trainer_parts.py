@@ -53,6 +53,21 @@ def first_is_w8(completion_ids, **kwargs):
     return [float(ids[0] == 8) for ids in completion_ids]
 
 
+def ppo_whose_first_is_best(folder, every, **changes):
+    """A PPO trainer that loads its best model at the end: evaluated and saved every so many steps, worse every time."""
+    calls = []
+
+    def worse_and_worse(completion_ids, **kwargs):
+        calls.append(len(completion_ids))
+        return [-float(len(calls)) - ids[0] / 100 for ids in completion_ids]
+
+    return ppo(
+        folder, worse_and_worse, max_steps=2 * every, save_strategy="steps", save_steps=every, eval_strategy="steps",
+        eval_steps=every, load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=True,
+        per_device_eval_batch_size=8, eval_data=prompts(4), **changes,
+    )  # fmt: skip
+
+
 def no_reward(completion_ids, **kwargs):
     """Reward: 0 always."""
     return [0.0] * len(completion_ids)
